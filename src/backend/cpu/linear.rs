@@ -1,0 +1,341 @@
+//! `out = x W^T + bias` for f32 activations and weights that stay as the checkpoint has them (bf16, f16, f32).
+//!
+//! One kernel for any number of rows. Per panel of 64 weight rows and 128 columns: widen the panel once into a scratch
+//! that stays in L2, then sweep it with register tiles ([`super::tile`]) over activations packed lane by lane. The
+//! weights are read once per 256 rows. Work is split over panels; no sum is ever split, so neither threads nor the
+//! number of rows change a bit. Bound: multiply-adds from 16 rows on (`cargo bench --bench linear` prints the share).
+
+use super::simd::{Isa, Simd, dispatch};
+use super::tile::{max_vectors, tile};
+use crate::model::weights::{Dtype, Tensor};
+use rayon::prelude::*;
+use std::cell::RefCell;
+
+/// Weight rows of a panel: one task, one scratch.
+const PANEL: usize = 64;
+/// Columns widened at a time: 64 x 128 f32 = 32 KiB, and 64 lanes x 128 = 32 KiB of activations.
+const DEPTH: usize = 128;
+/// Row stride of the scratch: off the powers of two, which would all fall into the same cache sets.
+const STRIDE: usize = DEPTH + 16;
+/// Rows of activations per sweep, so that the scratch stays small however long the sequence.
+const SWEEP: usize = 256;
+/// Packed activations are padded to this many rows, on every instruction set.
+const LANES: usize = 16;
+
+/// A weight matrix `[rows, cols]`, row-major, stacked from one or more tensors of the checkpoint (QKV, gate and up)
+/// and read in place, with an optional bias.
+#[derive(Clone, Debug)]
+pub struct Matrix {
+    parts: Vec<Tensor>,
+    rows: usize,
+    cols: usize,
+    bias: Option<Vec<f32>>,
+}
+
+impl Matrix {
+    /// Stacks tensors `[rows_i, cols]` of one `cols`; `bias` has one value per stacked row, or is empty.
+    ///
+    /// # Panics
+    /// When the shapes do not fit; the caller has checked them against the configuration.
+    pub fn new(parts: Vec<Tensor>, bias: Vec<f32>) -> Matrix {
+        let cols = parts[0].shape()[1];
+        assert!(parts.iter().all(|p| p.shape().len() == 2 && p.shape()[1] == cols), "stacked matrices differ in width");
+        let rows = parts.iter().map(|p| p.shape()[0]).sum();
+        assert!(bias.is_empty() || bias.len() == rows, "bias does not fit its matrix");
+        Matrix { parts, rows, cols, bias: (!bias.is_empty()).then_some(bias) }
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Bytes of row `n` and their element type.
+    fn row(&self, mut n: usize) -> (&[u8], Dtype) {
+        for part in &self.parts {
+            let rows = part.shape()[0];
+            if n < rows {
+                let bytes = self.cols * part.dtype().size();
+                return (&part.bytes()[n * bytes..(n + 1) * bytes], part.dtype());
+            }
+            n -= rows;
+        }
+        unreachable!("row beyond the matrix: callers stay below rows()")
+    }
+
+    /// Row `n`, widened into `out` (an embedding look-up).
+    pub fn row_into(&self, n: usize, out: &mut [f32]) {
+        let (bytes, dtype) = self.row(n);
+        dtype.widen(bytes, out);
+    }
+}
+
+/// Floats that [`linear`] needs for the packed activations of `rows` rows of width `cols`.
+pub fn packed_len(rows: usize, cols: usize) -> usize {
+    rows.min(SWEEP).next_multiple_of(LANES) * cols
+}
+
+/// Bytes of scratch per thread.
+pub const SCRATCH_BYTES: usize = (PANEL * STRIDE + PANEL * SWEEP) * size_of::<f32>();
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// `out[m][n] = sum over k of x[m][k] * w[n][k] (+ bias[n])` for m < rows. `x` is `[rows, w.cols()]` and `out`
+/// `[rows, w.rows()]`, both row-major; `packed` holds at least [`packed_len`] floats.
+///
+/// # Panics
+/// When a slice is too short.
+pub fn linear(x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, packed: &mut [f32]) {
+    linear_on(Isa::detect(), x, w, out, rows, packed);
+}
+
+fn linear_on(isa: Isa, x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, packed: &mut [f32]) {
+    let (k, n) = (w.cols, w.rows);
+    assert!(x.len() >= rows * k && out.len() >= rows * n && packed.len() >= packed_len(rows, k), "buffer too short");
+    for m0 in (0..rows).step_by(SWEEP) {
+        let m = SWEEP.min(rows - m0);
+        let x = &x[m0 * k..(m0 + m) * k];
+        let padded = m.next_multiple_of(LANES);
+        let packed = &mut packed[..padded * k];
+        packed.par_chunks_mut(padded * DEPTH).enumerate().for_each(|(block, packed)| {
+            pack(isa, x, m, k, block * DEPTH, packed);
+        });
+        let out = Out(out[m0 * n..(m0 + m) * n].as_mut_ptr());
+        let packed = &*packed;
+        (0..n.div_ceil(PANEL)).into_par_iter().for_each(|panel| {
+            let out = &out;
+            SCRATCH.with_borrow_mut(|scratch| {
+                scratch.resize(PANEL * STRIDE + PANEL * SWEEP, 0.0);
+                // SAFETY: `isa` was detected; panels write disjoint columns of `out`, which holds m rows of n floats.
+                unsafe {
+                    dispatch!(isa, panel_of(
+                        w: &Matrix, panel: usize, packed: &[f32], m: usize, out: &Out, scratch: &mut [f32],
+                    ))
+                }
+            });
+        });
+    }
+}
+
+/// Where the panels write; each to columns of its own.
+struct Out(*mut f32);
+// SAFETY: see the write in `panel_of`: tasks touch disjoint elements.
+unsafe impl Sync for Out {}
+
+/// Rows `m0..` of a sweep as tiles: (first row, rows) with the widest tile the registers hold.
+fn tiles<S: Simd>(padded: usize) -> impl Iterator<Item = (usize, usize)> {
+    let width = max_vectors::<S>() * S::LANES;
+    (0..padded).step_by(width).map(move |m0| (m0, width.min(padded - m0)))
+}
+
+/// Columns `k0..` of `x [m, k]` into `packed`: tile by tile, `[depth][tile rows]`; rows beyond `m` are zero.
+fn pack(isa: Isa, x: &[f32], m: usize, k: usize, k0: usize, packed: &mut [f32]) {
+    let padded = m.next_multiple_of(LANES);
+    let depth = packed.len() / padded;
+    let width = match isa {
+        Isa::Avx512 => 64,
+        _ => 16,
+    };
+    for m0 in (0..padded).step_by(width) {
+        let lanes = width.min(padded - m0);
+        let tile = &mut packed[m0 * depth..(m0 + lanes) * depth];
+        for lane0 in (0..lanes).step_by(LANES) {
+            for p0 in (0..depth).step_by(LANES) {
+                let ps = LANES.min(depth - p0);
+                let mut rows = [[0.0f32; LANES]; LANES];
+                for (lane, row) in rows.iter_mut().enumerate() {
+                    let r = m0 + lane0 + lane;
+                    if r < m {
+                        let from = r * k + k0 + p0;
+                        row[..ps].copy_from_slice(&x[from..from + ps]);
+                    }
+                }
+                for p in 0..ps {
+                    let to = (p0 + p) * lanes + lane0;
+                    let column: [f32; LANES] = std::array::from_fn(|lane| rows[lane][p]);
+                    tile[to..to + LANES].copy_from_slice(&column);
+                }
+            }
+        }
+    }
+}
+
+/// Weight rows `panel * PANEL ..` times all packed rows, written to their columns of `out`.
+///
+/// # Safety
+/// 1. The CPU has `S`. 2. `out` holds `[m, w.rows()]` and nobody else touches this panel's columns.
+#[inline(always)]
+unsafe fn panel_of<S: Simd>(w: &Matrix, panel: usize, packed: &[f32], m: usize, out: &Out, scratch: &mut [f32]) {
+    let n0 = panel * PANEL;
+    let nl = PANEL.min(w.rows - n0);
+    let padded = m.next_multiple_of(LANES);
+    let (wide, sums) = scratch.split_at_mut(PANEL * STRIDE);
+    for k0 in (0..w.cols).step_by(DEPTH) {
+        let depth = DEPTH.min(w.cols - k0);
+        for n in 0..nl {
+            let (bytes, dtype) = w.row(n0 + n);
+            let size = dtype.size();
+            // The next block of this row is on its way while this one is worked on.
+            prefetch(bytes, (k0 + DEPTH) * size, DEPTH * size);
+            let bytes = &bytes[k0 * size..(k0 + depth) * size];
+            // SAFETY: the CPU has S.
+            unsafe { widen::<S>(dtype, bytes, &mut wide[n * STRIDE..n * STRIDE + depth]) };
+        }
+        let block = &packed[k0 * padded..(k0 + depth) * padded];
+        for (m0, lanes) in tiles::<S>(padded) {
+            // SAFETY: wide holds nl rows of depth floats, the block `depth x lanes` of this tile, sums nl rows.
+            unsafe {
+                tile::<S, STRIDE>(
+                    nl,
+                    lanes / S::LANES,
+                    depth,
+                    wide.as_ptr(),
+                    1,
+                    block.as_ptr().add(m0 * depth),
+                    sums.as_mut_ptr().add(m0),
+                    SWEEP,
+                    k0 > 0,
+                );
+            }
+        }
+    }
+    if let Some(bias) = &w.bias {
+        for n in 0..nl {
+            for s in &mut sums[n * SWEEP..n * SWEEP + m] {
+                *s += bias[n0 + n];
+            }
+        }
+    }
+    for m0 in (0..m).step_by(LANES) {
+        for c0 in (0..nl).step_by(LANES) {
+            let cl = LANES.min(nl - c0);
+            let mut columns = [[0.0f32; LANES]; LANES];
+            for (c, column) in columns[..cl].iter_mut().enumerate() {
+                let from = (c0 + c) * SWEEP + m0;
+                column.copy_from_slice(&sums[from..from + LANES]);
+            }
+            for r in 0..LANES.min(m - m0) {
+                let row: [f32; LANES] = std::array::from_fn(|c| columns[c][r]);
+                // SAFETY: row m0 + r < m, columns n0 + c0 .. + cl of this panel.
+                unsafe {
+                    let to = out.0.add((m0 + r) * w.rows + n0 + c0);
+                    std::ptr::copy_nonoverlapping(row.as_ptr(), to, cl);
+                }
+            }
+        }
+    }
+}
+
+/// Asks for the cache lines of `bytes[from..from + len]` (as far as they exist).
+#[inline(always)]
+fn prefetch(bytes: &[u8], from: usize, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (from..(from + len).min(bytes.len())).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a hint; the address lies in `bytes`.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().add(at).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (bytes, from, len);
+}
+
+/// `bytes` of `dtype`, widened to f32.
+///
+/// # Safety
+/// The CPU has `S`.
+#[inline(always)]
+unsafe fn widen<S: Simd>(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
+    let whole = out.len() / S::LANES * S::LANES;
+    // SAFETY: i + LANES <= out.len() elements on both sides.
+    unsafe {
+        match dtype {
+            Dtype::Bf16 => {
+                for i in (0..whole).step_by(S::LANES) {
+                    S::store(out.as_mut_ptr().add(i), S::widen_bf16(bytes.as_ptr().add(2 * i)));
+                }
+            }
+            Dtype::F16 => {
+                for i in (0..whole).step_by(S::LANES) {
+                    S::store(out.as_mut_ptr().add(i), S::widen_f16(bytes.as_ptr().add(2 * i)));
+                }
+            }
+            Dtype::F32 => {
+                for i in (0..whole).step_by(S::LANES) {
+                    S::store(out.as_mut_ptr().add(i), S::load(bytes.as_ptr().add(4 * i).cast()));
+                }
+            }
+        }
+    }
+    dtype.widen(&bytes[whole * dtype.size()..], &mut out[whole..]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::weights::test_tensor;
+
+    fn noise(len: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    /// Against f64 sums, for every instruction set of this machine, element type, and sizes off every tile.
+    #[test]
+    fn equals_f64_sums() {
+        for (rows, n, k) in [(1, 1, 1), (3, 65, 129), (17, 64, 128), (33, 100, 300), (70, 24, 257), (300, 7, 40)] {
+            for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
+                let x = noise(rows * k, 1);
+                let first = test_tensor(dtype, &[n, k], &noise(n * k, 2));
+                let second = test_tensor(dtype, &[5, k], &noise(5 * k, 3));
+                let bias = noise(n + 5, 4);
+                let w = Matrix::new(vec![first, second], bias.clone());
+                let mut wide = vec![0.0; k];
+                let mut expected = vec![0.0f64; rows * (n + 5)];
+                for c in 0..n + 5 {
+                    w.row_into(c, &mut wide);
+                    for r in 0..rows {
+                        let sum: f64 = (0..k).map(|p| x[r * k + p] as f64 * wide[p] as f64).sum();
+                        expected[r * (n + 5) + c] = sum + bias[c] as f64;
+                    }
+                }
+                for isa in Isa::available() {
+                    let mut out = vec![f32::NAN; rows * (n + 5)];
+                    let mut packed = vec![f32::NAN; packed_len(rows, k)];
+                    linear_on(isa, &x, &w, &mut out, rows, &mut packed);
+                    for (got, want) in out.iter().zip(&expected) {
+                        assert!((*got as f64 - want).abs() < 2e-5, "{isa:?} {dtype:?} {rows}x{n}x{k}: {got} {want}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// A row's bits do not depend on the rows beside it.
+    #[test]
+    fn rows_do_not_depend_on_their_company() {
+        let (rows, n, k) = (261, 130, 515);
+        let w = Matrix::new(vec![test_tensor(Dtype::Bf16, &[n, k], &noise(n * k, 2))], vec![]);
+        let x = noise(rows * k, 1);
+        for isa in Isa::available() {
+            let mut all = vec![0.0; rows * n];
+            linear_on(isa, &x, &w, &mut all, rows, &mut vec![0.0; packed_len(rows, k)]);
+            for (first, count) in [(0, 1), (5, 3), (30, 20), (100, 50), (200, 61)] {
+                let mut some = vec![0.0; count * n];
+                let x = &x[first * k..(first + count) * k];
+                linear_on(isa, x, &w, &mut some, count, &mut vec![0.0; packed_len(count, k)]);
+                assert_eq!(some, all[first * n..(first + count) * n], "{isa:?} rows {first}+{count}");
+            }
+        }
+    }
+}

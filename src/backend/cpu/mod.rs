@@ -1,0 +1,169 @@
+//! The CPU backend: f32 activations, weights read in place from the mapped checkpoint, rayon over all cores of the
+//! current pool.
+
+pub mod attention;
+pub mod linear;
+pub mod simd;
+mod swiglu;
+mod tile;
+
+use super::{Backend, Heads, Span};
+use crate::error::{Error, Result};
+use crate::model::weights::Tensor;
+use crate::oracle::unmask::{self, Group, Unmask, Verdict};
+use crate::oracle::{norm, rope};
+use linear::{Matrix, packed_len};
+use rayon::prelude::*;
+
+/// The CPU. One per decode: it holds scratch.
+#[derive(Debug, Default)]
+pub struct Cpu {
+    packed: Vec<f32>,
+    angles: rope::Angles,
+}
+
+/// Keys and values `[layers, positions, width]`.
+#[derive(Debug)]
+pub struct KvCache {
+    k: Vec<f32>,
+    v: Vec<f32>,
+    positions: usize,
+    width: usize,
+}
+
+impl KvCache {
+    /// Keys and values of one layer, `[positions, width]` each.
+    pub fn layer(&self, layer: usize) -> (&[f32], &[f32]) {
+        let len = self.positions * self.width;
+        (&self.k[layer * len..(layer + 1) * len], &self.v[layer * len..(layer + 1) * len])
+    }
+}
+
+/// A zeroed vector of `rows * width` floats, or an error when there is no memory for it.
+fn zeroed(what: &str, sizes: &[usize]) -> Result<Vec<f32>> {
+    let fail = || Error::Unavailable(format!("no memory for {what} of {sizes:?} f32"));
+    let len = sizes.iter().try_fold(1usize, |a, b| a.checked_mul(*b)).ok_or_else(fail)?;
+    let mut vec = Vec::new();
+    vec.try_reserve_exact(len).map_err(|_| fail())?;
+    vec.resize(len, 0.0);
+    Ok(vec)
+}
+
+impl Backend for Cpu {
+    type Buffer = Vec<f32>;
+    type Matrix = Matrix;
+    type Vector = Vec<f32>;
+    type Cache = KvCache;
+
+    fn matrix(&self, parts: Vec<Tensor>, biases: Vec<Tensor>) -> Result<Matrix> {
+        Ok(Matrix::new(parts, biases.iter().flat_map(Tensor::to_f32).collect()))
+    }
+
+    fn vector(&self, tensor: Tensor) -> Result<Vec<f32>> {
+        Ok(tensor.to_f32())
+    }
+
+    fn buffer(&self, rows: usize, width: usize) -> Result<Vec<f32>> {
+        zeroed("activations", &[rows, width])
+    }
+
+    fn cache(&self, layers: usize, positions: usize, width: usize) -> Result<KvCache> {
+        let k = zeroed("cached keys", &[layers, positions, width])?;
+        let v = zeroed("cached values", &[layers, positions, width])?;
+        Ok(KvCache { k, v, positions, width })
+    }
+
+    fn embed(&mut self, table: &Matrix, tokens: &[u32], out: &mut Vec<f32>) {
+        for (token, row) in tokens.iter().zip(out.chunks_exact_mut(table.cols())) {
+            table.row_into(*token as usize, row);
+        }
+    }
+
+    fn add_norm(
+        &mut self,
+        x: &mut Vec<f32>,
+        delta: Option<&Vec<f32>>,
+        weight: &Vec<f32>,
+        eps: f32,
+        out: &mut Vec<f32>,
+        rows: usize,
+    ) {
+        let width = weight.len();
+        let rows = rows * width;
+        let pairs = x[..rows].par_chunks_exact_mut(width).zip(out[..rows].par_chunks_exact_mut(width));
+        match delta {
+            Some(delta) => pairs.zip(delta[..rows].par_chunks_exact(width)).for_each(|((x, out), delta)| {
+                norm::add(x, delta);
+                norm::rms_norm(x, weight, eps, out);
+            }),
+            None => pairs.for_each(|(x, out)| norm::rms_norm(x, weight, eps, out)),
+        }
+    }
+
+    fn linear(&mut self, x: &Vec<f32>, w: &Matrix, out: &mut Vec<f32>, rows: usize) {
+        let needed = packed_len(rows, w.cols());
+        if self.packed.len() < needed {
+            self.packed.resize(needed, 0.0);
+        }
+        linear::linear(x, w, out, rows, &mut self.packed);
+    }
+
+    fn rope(
+        &mut self,
+        qkv: &mut Vec<f32>,
+        heads: Heads,
+        spans: &[Span],
+        theta: f32,
+        mut store: Option<(&mut KvCache, usize)>,
+    ) {
+        let positions = spans.iter().map(|s| s.end).max().unwrap_or(0);
+        self.angles.extend(theta, heads.head_dim, positions);
+        let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
+        let mut rows = qkv.chunks_exact_mut(heads.qkv_width());
+        for span in spans {
+            for (position, row) in (span.start..span.end).zip(&mut rows) {
+                rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(position));
+                if let Some((cache, layer)) = &mut store {
+                    let at = (*layer * cache.positions + span.cache_base + position) * kv;
+                    cache.k[at..at + kv].copy_from_slice(&row[q..q + kv]);
+                    cache.v[at..at + kv].copy_from_slice(&row[q + kv..]);
+                }
+            }
+        }
+    }
+
+    fn attention(
+        &mut self,
+        qkv: &Vec<f32>,
+        heads: Heads,
+        spans: &[Span],
+        reuse: Option<(&KvCache, usize)>,
+        out: &mut Vec<f32>,
+    ) {
+        attention::attention(qkv, heads, spans, reuse.map(|(cache, layer)| cache.layer(layer)), out);
+    }
+
+    fn swiglu(&mut self, gate_up: &Vec<f32>, width: usize, out: &mut Vec<f32>, rows: usize) {
+        swiglu::swiglu(gate_up, width, out, rows);
+    }
+
+    fn gather(&mut self, x: &Vec<f32>, index: &[usize], width: usize, out: &mut Vec<f32>) {
+        for (from, row) in index.iter().zip(out.chunks_exact_mut(width)) {
+            row.copy_from_slice(&x[from * width..(from + 1) * width]);
+        }
+    }
+
+    fn unmask(
+        &mut self,
+        logits: &mut Vec<f32>,
+        vocab_size: usize,
+        groups: &[Group],
+        unmask: &Unmask,
+    ) -> Result<Vec<Verdict>> {
+        unmask::unmask(logits, vocab_size, groups, unmask)
+    }
+
+    fn read(&self, buffer: &Vec<f32>, rows: usize, width: usize) -> Vec<f32> {
+        buffer[..rows * width].to_vec()
+    }
+}

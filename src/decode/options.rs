@@ -1,0 +1,244 @@
+//! What a decode is asked to do, whether that is possible, and which rule it selects.
+
+use crate::cache::CacheMode;
+use crate::error::{Error, Result};
+use crate::model::{Config, Family, Sizes};
+use crate::oracle::unmask::{Confidence, Unmask};
+
+/// Which masked tokens a step commits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Policy {
+    /// A fixed number per step, by the family's schedule.
+    Fixed,
+    /// Every token at least this confident, and always the best one. In (0, 1].
+    Threshold(f64),
+    /// Fast-dLLM's factor, above 0: the best n while (n + 1) (1 - c_n) < factor.
+    Factor(f64),
+}
+
+/// Every setting of a decode. The names are those of the command line's flags.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Positions to generate for each prompt.
+    pub gen_length: usize,
+    /// Positions decoded together; divides `gen_length`. None: 32, or `gen_length` if that is less.
+    pub block_length: Option<usize>,
+    /// Steps over all blocks; shapes `Policy::Fixed` and Dream's threshold rule without blocks. None: `gen_length`.
+    pub steps: Option<usize>,
+    /// What is kept between the forwards of a block.
+    pub cache: CacheMode,
+    /// Which tokens a step commits.
+    pub policy: Policy,
+    /// What ranks them.
+    pub confidence: Confidence,
+    /// 0: argmax. Above: sampling from softmax(logits / temperature).
+    pub temperature: f64,
+    /// Above 0, with `Policy::Fixed`: positions are drawn from softmax(confidence / alg_temp).
+    pub alg_temp: f64,
+    /// Nucleus sampling, in (0, 1].
+    pub top_p: Option<f64>,
+    /// Keep this many largest logits.
+    pub top_k: Option<usize>,
+    /// Classifier-free guidance; 0 is none.
+    pub cfg_scale: f64,
+    /// End of Dream's timesteps.
+    pub eps: f64,
+    /// Seed of every random number. A sequence draws the same numbers alone or in a batch.
+    pub seed: u64,
+    /// End a sequence once an end-of-text token stands with no mask before it.
+    pub early_stop: bool,
+    /// More tokens that end a text, besides the configuration's.
+    pub end_tokens: Vec<u32>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            gen_length: 128,
+            block_length: None,
+            steps: None,
+            cache: CacheMode::Dual,
+            policy: Policy::Threshold(0.9),
+            confidence: Confidence::Probability,
+            temperature: 0.0,
+            alg_temp: 0.0,
+            top_p: None,
+            top_k: None,
+            cfg_scale: 0.0,
+            eps: 1e-3,
+            seed: 0,
+            early_stop: false,
+            end_tokens: vec![],
+        }
+    }
+}
+
+/// The decoding loops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// LLaDA: blocks, a fixed number of steps each.
+    Llada,
+    /// Fast-dLLM for LLaDA: blocks until they are done, with or without a cache.
+    FastLlada,
+    /// Dream: all positions at once, `steps` steps.
+    Dream,
+    /// Fast-dLLM for Dream without blocks: threshold, with the deficit carried over.
+    DreamThreshold,
+    /// Fast-dLLM for Dream in blocks: the first forward of a block commits its first token.
+    DreamBlock,
+}
+
+impl Options {
+    /// `block_length`, or its default.
+    pub fn block_length(&self) -> usize {
+        self.block_length.unwrap_or(self.gen_length.min(32))
+    }
+
+    /// `steps`, or its default.
+    pub fn steps(&self) -> usize {
+        self.steps.unwrap_or(self.gen_length)
+    }
+
+    /// Which rule these options select for a family.
+    pub fn rule(&self, family: Family) -> Rule {
+        let whole = self.cache == CacheMode::None && self.block_length() == self.gen_length;
+        match (family, self.policy) {
+            (Family::Llada, Policy::Fixed) if self.cache == CacheMode::None => Rule::Llada,
+            (Family::Llada, _) => Rule::FastLlada,
+            (Family::Dream, Policy::Fixed) if whole => Rule::Dream,
+            (Family::Dream, Policy::Threshold(_)) if whole => Rule::DreamThreshold,
+            (Family::Dream, _) => Rule::DreamBlock,
+        }
+    }
+
+    /// How rows are scored under a rule.
+    pub(super) fn unmask(&self, rule: Rule) -> Unmask {
+        Unmask {
+            confidence: self.confidence,
+            temperature: self.temperature,
+            tempered_confidence: !matches!(rule, Rule::Llada | Rule::FastLlada),
+            f32_confidence: rule != Rule::FastLlada,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            cfg_scale: self.cfg_scale as f32,
+            alg_temp: self.alg_temp,
+            seed: self.seed,
+        }
+    }
+
+    /// Errs unless the options fit each other, the model and the prompts.
+    pub fn validate(&self, config: &Config, prompts: &[Vec<u32>]) -> Result<()> {
+        self.validate_lengths()?;
+        self.validate_numbers()?;
+        let rule = self.rule(config.family);
+        let blocks = self.gen_length / self.block_length();
+        let in_blocks = matches!(rule, Rule::Llada | Rule::FastLlada | Rule::DreamBlock);
+        if self.policy == Policy::Fixed && in_blocks && !self.steps().is_multiple_of(blocks) {
+            return Err(Error::argument("steps", format!("a multiple of the {blocks} blocks"), self.steps()));
+        }
+        if self.confidence == Confidence::Entropy && self.policy != Policy::Fixed {
+            let expected = "policy fixed: negative entropies lie below every threshold";
+            return Err(Error::argument("confidence", expected, "entropy with another policy"));
+        }
+        if self.alg_temp > 0.0 && self.policy != Policy::Fixed {
+            return Err(Error::argument("alg-temp", "0 unless the policy is fixed", self.alg_temp));
+        }
+        if let Some(id) = self.end_tokens.iter().find(|id| **id as usize >= config.vocab_size) {
+            return Err(Error::argument("end-tokens", format!("ids below {}", config.vocab_size), id));
+        }
+        if prompts.is_empty() {
+            return Err(Error::argument("prompt", "at least one prompt", "none"));
+        }
+        for (i, prompt) in prompts.iter().enumerate() {
+            self.validate_prompt(config, rule, prompt).map_err(|e| match e {
+                Error::Argument { name, expected, found } if prompts.len() > 1 => {
+                    Error::Argument { name, expected, found: format!("{found} (prompt {i})") }
+                }
+                other => other,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn validate_lengths(&self) -> Result<()> {
+        if self.gen_length == 0 {
+            return Err(Error::argument("gen-length", "at least 1", 0));
+        }
+        let block = self.block_length();
+        if block == 0 || !self.gen_length.is_multiple_of(block) {
+            let expected = format!("a divisor of gen-length {}", self.gen_length);
+            return Err(Error::argument("block-length", expected, block));
+        }
+        if self.steps() == 0 {
+            return Err(Error::argument("steps", "at least 1", 0));
+        }
+        Ok(())
+    }
+
+    fn validate_numbers(&self) -> Result<()> {
+        let within = |name, value: f64, ok: bool, expected: &str| match ok {
+            true => Ok(()),
+            false => Err(Error::argument(name, expected, value)),
+        };
+        match self.policy {
+            Policy::Fixed => {}
+            Policy::Threshold(t) => within("threshold", t, t > 0.0 && t <= 1.0, "a number in (0, 1]")?,
+            Policy::Factor(f) => within("factor", f, f > 0.0 && f.is_finite(), "a number above 0")?,
+        }
+        for (name, value) in
+            [("temperature", self.temperature), ("alg-temp", self.alg_temp), ("cfg-scale", self.cfg_scale)]
+        {
+            within(name, value, value >= 0.0 && value.is_finite(), "0 or a number above")?;
+        }
+        if let Some(p) = self.top_p {
+            within("top-p", p, p > 0.0 && p <= 1.0, "a number in (0, 1]")?;
+        }
+        if self.top_k == Some(0) {
+            return Err(Error::argument("top-k", "at least 1", 0));
+        }
+        within("eps", self.eps, self.eps > 0.0 && self.eps < 1.0, "a number in (0, 1)")
+    }
+
+    fn validate_prompt(&self, config: &Config, rule: Rule, prompt: &[u32]) -> Result<()> {
+        if prompt.is_empty() {
+            return Err(Error::argument("prompt", "at least one token", "an empty prompt"));
+        }
+        if let Some(id) = prompt.iter().find(|id| **id as usize >= config.vocab_size) {
+            let expected = format!("token ids below the vocabulary's {}", config.vocab_size);
+            return Err(Error::argument("prompt", expected, id));
+        }
+        // Written so that no sum can overflow.
+        let window = config.max_sequence_length;
+        if self.gen_length > window || prompt.len() > window - self.gen_length {
+            let expected = format!("prompt and gen-length {} within the model's {window} positions", self.gen_length);
+            return Err(Error::argument("prompt", expected, format!("{} tokens", prompt.len())));
+        }
+        if rule == Rule::DreamThreshold {
+            let masked = self.gen_length + prompt.iter().filter(|id| **id == config.mask_token_id).count();
+            if !masked.is_multiple_of(self.steps()) {
+                let expected = format!("a divisor of the {masked} masked tokens");
+                return Err(Error::argument("steps", expected, self.steps()));
+            }
+        }
+        Ok(())
+    }
+
+    /// The buffers that a decode of these prompts needs.
+    pub fn sizes(&self, config: &Config, prompts: &[Vec<u32>]) -> Sizes {
+        let rule = self.rule(config.family);
+        let masks = |prompt: &Vec<u32>| prompt.iter().filter(|id| **id == config.mask_token_id).count();
+        let in_reach = |prompt: &Vec<u32>| match rule {
+            Rule::Dream | Rule::DreamThreshold => self.gen_length,
+            // Masks in the prompt compete for the quota, so that a block may stay unfinished behind the next one.
+            Rule::Llada if masks(prompt) > 0 => self.gen_length,
+            Rule::Llada | Rule::FastLlada | Rule::DreamBlock => self.block_length(),
+        };
+        Sizes {
+            prompt_lens: prompts.iter().map(Vec::len).collect(),
+            gen_length: self.gen_length,
+            candidates: prompts.iter().map(|p| in_reach(p) + masks(p)).sum(),
+            cached: self.cache != CacheMode::None,
+            guided: self.cfg_scale > 0.0,
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! How many tokens a fixed schedule commits in each step.
+
+/// LLaDA: `masked` tokens over `steps` steps, the first `masked % steps` of them one more than the rest.
+pub fn llada_quota(masked: usize, steps: usize) -> Vec<usize> {
+    (0..steps).map(|i| masked / steps + usize::from(i < masked % steps)).collect()
+}
+
+/// Dream: `t = linspace(1, eps, steps + 1)`; step i commits the share `1 - t[i + 1] / t[i]` of the masks that are left,
+/// the last step all of them.
+#[derive(Clone, Debug)]
+pub struct DreamSchedule {
+    timesteps: Vec<f32>,
+}
+
+impl DreamSchedule {
+    /// A schedule of `steps` steps, at least one.
+    pub fn new(steps: usize, eps: f64) -> DreamSchedule {
+        // In f32 with one rounding a point, from both ends towards the middle, as the original's linspace is formed.
+        let (start, end) = (1.0f32, eps as f32);
+        let step = (end - start) / steps as f32;
+        let timestep = |i: usize| match i < steps.div_ceil(2) {
+            true => step.mul_add(i as f32, start),
+            false => step.mul_add(-((steps - i) as f32), end),
+        };
+        DreamSchedule { timesteps: (0..=steps).map(timestep).collect() }
+    }
+
+    /// The points t, `steps + 1` of them.
+    pub fn timesteps(&self) -> &[f32] {
+        &self.timesteps
+    }
+
+    /// How many of `masked` tokens step `i` commits; all of them from the last step on.
+    pub fn quota(&self, i: usize, masked: usize) -> usize {
+        match self.timesteps.get(i..i + 2) {
+            Some([t, s]) if i + 2 < self.timesteps.len() => (masked as f32 * (1.0 - s / t)) as usize,
+            _ => masked,
+        }
+    }
+}

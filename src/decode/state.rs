@@ -1,0 +1,149 @@
+//! Where a decode stands: tokens, masks, blocks, and whose turn it is.
+
+use super::observer::{SequenceStep, Step};
+use super::options::{Options, Policy};
+use crate::cache::PassKind;
+use crate::oracle::unmask::{Group, Selection, Unmask, Verdict};
+use std::ops::Range;
+
+/// One sequence of the batch.
+pub(super) struct Sequence {
+    pub prompt_len: usize,
+    /// Forwards it has taken part in: the same alone or in a batch, so that random numbers are too.
+    pub step: usize,
+    /// Tokens of the generated region that stand, once an end-of-text token has ended it early.
+    pub ended: Option<usize>,
+}
+
+/// What a sequence does in the next pass.
+pub(super) struct Turn {
+    pub sequence: usize,
+    pub block: Range<usize>,
+    /// Masked positions in here are candidates.
+    pub candidates: Range<usize>,
+    /// Candidates from here on are only looked at.
+    pub commit_before: usize,
+    pub selection: Selection,
+}
+
+/// The state of a decode, and what follows from it.
+pub(super) struct State<'a> {
+    pub options: &'a Options,
+    pub unmask: Unmask,
+    pub mask: u32,
+    pub end_tokens: Vec<u32>,
+    pub tokens: Vec<Vec<u32>>,
+    pub sequences: Vec<Sequence>,
+    pub nfe: usize,
+}
+
+impl State<'_> {
+    pub fn blocks(&self) -> usize {
+        self.options.gen_length / self.options.block_length()
+    }
+
+    pub fn each<T>(&self, f: impl Fn(&Self, usize) -> T) -> Vec<T> {
+        (0..self.sequences.len()).map(|s| f(self, s)).collect()
+    }
+
+    /// Positions of a block.
+    pub fn block(&self, sequence: usize, block: usize) -> Range<usize> {
+        let length = self.options.block_length();
+        let start = self.sequences[sequence].prompt_len + block * length;
+        start..start + length
+    }
+
+    /// Masked positions in `range`.
+    pub fn masks(&self, sequence: usize, range: Range<usize>) -> Vec<usize> {
+        range.filter(|p| self.tokens[sequence][*p] == self.mask).collect()
+    }
+
+    /// The policy's selection; `quota` is asked under a fixed schedule.
+    pub fn selection(&self, quota: impl Fn() -> usize) -> Selection {
+        match self.options.policy {
+            Policy::Fixed => Selection::Quota(quota()),
+            // Where confidences are f32, the original compares them with the threshold as f32.
+            Policy::Threshold(t) if self.unmask.f32_confidence => Selection::Threshold(f64::from(t as f32)),
+            Policy::Threshold(t) => Selection::Threshold(t),
+            Policy::Factor(f) => Selection::Factor(f),
+        }
+    }
+
+    /// A turn with the masks from `start` to the end of the block as candidates.
+    pub fn turn(&self, sequence: usize, block: usize, start: usize, selection: Selection) -> Option<Turn> {
+        let block = self.block(sequence, block);
+        let candidates = start..block.end;
+        Some(Turn { sequence, block, candidates, commit_before: usize::MAX, selection })
+    }
+
+    /// Turns of the sequences that still have masks in the block.
+    pub fn turns(&self, block: usize, turn: impl Fn(&Self, usize) -> Option<Turn>) -> Vec<Turn> {
+        let open = |s: &usize| self.sequences[*s].ended.is_none() && !self.masks(*s, self.block(*s, block)).is_empty();
+        (0..self.sequences.len()).filter(open).filter_map(|s| turn(self, s)).collect()
+    }
+
+    /// Turns of the sequences that still have masks anywhere, over all their positions; told how many.
+    pub fn turns_anywhere(&self, turn: impl Fn(&Self, usize, usize) -> Option<Turn>) -> Vec<Turn> {
+        let open = |s: usize| {
+            let masked = self.masks(s, 0..self.tokens[s].len()).len();
+            (self.sequences[s].ended.is_none() && masked > 0).then_some((s, masked))
+        };
+        let turns = (0..self.sequences.len()).filter_map(open).filter_map(|(s, masked)| turn(self, s, masked));
+        turns.map(|t| Turn { candidates: 0..self.tokens[t.sequence].len(), ..t }).collect()
+    }
+
+    /// Ends a sequence, if asked to, where an end-of-text token stands with no mask before it.
+    pub fn check_end(&mut self, sequence: usize) {
+        if !self.options.early_stop {
+            return;
+        }
+        let generated = &self.tokens[sequence][self.sequences[sequence].prompt_len..];
+        let settled = generated.iter().take_while(|t| **t != self.mask);
+        let end = settled.enumerate().find(|(_, t)| self.end_tokens.contains(t));
+        self.sequences[sequence].ended = end.map(|(i, _)| i + 1);
+    }
+
+    /// What a pass did, for observers.
+    pub fn describe(
+        &self,
+        kind: PassKind,
+        block: usize,
+        windows: &[(usize, Range<usize>)],
+        groups: &[Group],
+        verdicts: &[Verdict],
+    ) -> Step<'_> {
+        let idle = |s: usize| {
+            let block = self.block(s, block);
+            SequenceStep {
+                active: false,
+                window: kind.window(&block, self.tokens[s].len()),
+                block,
+                candidates: vec![],
+                confidence: vec![],
+                transferred: vec![],
+                tokens: self.generated(s),
+            }
+        };
+        let mut sequences: Vec<_> = (0..self.sequences.len()).map(idle).collect();
+        let mut first = 0;
+        for ((s, window), group) in windows.iter().zip(groups) {
+            let own = &verdicts[first..first + group.positions.len()];
+            first += own.len();
+            let committed = group.positions.iter().zip(own).filter(|(_, v)| v.commit);
+            let step = &mut sequences[*s];
+            step.active = true;
+            step.window = window.clone();
+            step.transferred = committed.map(|(p, _)| *p).collect();
+            step.confidence = own.iter().map(|v| v.confidence).collect();
+            step.candidates = group.positions.clone();
+        }
+        Step { index: self.nfe - 1, kind, sequences }
+    }
+
+    /// The generated region as it stands, up to where the sequence was ended.
+    pub fn generated(&self, sequence: usize) -> &[u32] {
+        let Sequence { prompt_len, ended, .. } = self.sequences[sequence];
+        let generated = &self.tokens[sequence][prompt_len..];
+        &generated[..ended.unwrap_or(generated.len())]
+    }
+}

@@ -1,0 +1,126 @@
+//! A decode written down step by step, in the format of the golden trajectories (`tests/golden/README.md` section 4).
+
+use super::generate::Decoded;
+use super::observer::{Observer, SequenceStep, Step};
+use super::options::{Options, Policy, Rule};
+use crate::cache::{CacheMode, PassKind};
+use crate::model::Config;
+use crate::oracle::unmask::Confidence;
+use serde_json::{Value, json};
+use std::ops::Range;
+
+/// Collects the steps of a decode.
+#[derive(Debug, Default)]
+pub struct Trace {
+    steps: Vec<Value>,
+}
+
+impl Trace {
+    /// The whole trajectory, once the decode is over.
+    pub fn finish(
+        &self,
+        model: &str,
+        config: &Config,
+        options: &Options,
+        prompts: &[Vec<u32>],
+        decoded: &Decoded,
+    ) -> Value {
+        let lens: Vec<usize> = prompts.iter().map(Vec::len).collect();
+        json!({
+            "name": "",
+            "algorithm": algorithm(options.rule(config.family), options.cache),
+            "model": model,
+            "params": params(config, options, prompts.len()),
+            "prompt": prompts,
+            "prompt_len": one_or_all(&lens),
+            "final": decoded.tokens,
+            "nfe": decoded.nfe,
+            "steps": self.steps,
+        })
+    }
+}
+
+impl Observer for Trace {
+    fn wants_steps(&self) -> bool {
+        true
+    }
+
+    fn step(&mut self, step: &Step) {
+        let kind = match step.kind {
+            PassKind::Full => "full",
+            PassKind::Suffix => "suffix",
+            PassKind::Block => "block",
+        };
+        let each = |f: &dyn Fn(&SequenceStep) -> Value| -> Vec<Value> { step.sequences.iter().map(f).collect() };
+        let range = |r: &Range<usize>| json!([r.start, r.end]);
+        let rounded = |c: &f64| (c * 1e8).round() / 1e8;
+        self.steps.push(json!({
+            "step": step.index,
+            "kind": kind,
+            "window": one_or_all(&each(&|s| range(&s.window))),
+            "block": one_or_all(&each(&|s| range(&s.block))),
+            "candidates": step.sequences.iter().map(|s| s.candidates.len()).max(),
+            "transferred": each(&|s| json!(s.transferred)),
+            "conf": each(&|s| s.confidence.iter().map(rounded).collect()),
+            "x_after": each(&|s| json!(s.tokens)),
+        }));
+    }
+}
+
+/// The one value that all sequences share, or the list of them (ragged batches).
+fn one_or_all<T: PartialEq + serde::Serialize>(values: &[T]) -> Value {
+    match values {
+        [first, rest @ ..] if rest.iter().all(|v| v == first) => json!(first),
+        _ => json!(values),
+    }
+}
+
+/// The function of the original that computes the same.
+fn algorithm(rule: Rule, cache: CacheMode) -> &'static str {
+    match (rule, cache) {
+        (Rule::Llada, _) => "llada.generate",
+        (Rule::FastLlada, CacheMode::None) => "fast_dllm.generate",
+        (Rule::FastLlada, CacheMode::Prefix) => "fast_dllm.generate_with_prefix_cache",
+        (Rule::FastLlada, CacheMode::Dual) => "fast_dllm.generate_with_dual_cache",
+        (Rule::Dream | Rule::DreamThreshold, _) => "dream.generate",
+        (Rule::DreamBlock, _) => "fast_dllm.dream_block",
+    }
+}
+
+fn params(config: &Config, options: &Options, batch: usize) -> Value {
+    let (threshold, factor) = match options.policy {
+        Policy::Fixed => (None, None),
+        Policy::Threshold(t) => (Some(t), None),
+        Policy::Factor(f) => (None, Some(f)),
+    };
+    let confidence = match options.confidence {
+        Confidence::Probability => "probability",
+        Confidence::Margin => "margin",
+        Confidence::Entropy => "entropy",
+        Confidence::Random => "random",
+    };
+    let cache = match options.cache {
+        CacheMode::None => "none",
+        CacheMode::Prefix => "prefix",
+        CacheMode::Dual => "dual",
+    };
+    json!({
+        "gen_length": options.gen_length,
+        "block_length": options.block_length(),
+        "steps": options.steps(),
+        "cache": cache,
+        "threshold": threshold,
+        "factor": factor,
+        "confidence": confidence,
+        "temperature": options.temperature,
+        "alg_temp": options.alg_temp,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "cfg_scale": options.cfg_scale,
+        "eps": options.eps,
+        "seed": options.seed,
+        "early_stop": options.early_stop,
+        "mask_id": config.mask_token_id,
+        "batch": batch,
+    })
+}

@@ -1,0 +1,26 @@
+//! Diffusion language models (LLaDA, Dream) decoded fast: Fast-dLLM's block caches and confidence-aware parallel
+//! unmasking, over weights that stay mapped in the checkpoint's files.
+//!
+//! Open a checkpoint with [`Model::open`], decode with a [`Generator`], follow it with an [`Observer`]. Everything works
+//! on token ids; tokenizers and chat templates come with the feature `cli`.
+//!
+//! Calls go down this list only: [`decode`] (rules, policies, the loop), [`cache`] (which rows run), [`model`] (config,
+//! weights, the forward pass), [`backend`] (the ops of a layer on a device), [`oracle`] (what each op computes).
+//!
+//! Work is spread over the current rayon pool. A [`Model`] is shared freely between threads; each decode has buffers of
+//! its own.
+
+#![warn(missing_docs, unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+
+pub mod backend;
+pub mod cache;
+pub mod decode;
+pub mod error;
+pub mod model;
+pub mod oracle;
+
+pub use cache::CacheMode;
+pub use decode::{Generation, Generator, Observer, Options, Policy, Step};
+pub use error::{Error, Result};
+pub use model::{Config, Family, Model};
+pub use oracle::unmask::Confidence;

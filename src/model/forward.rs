@@ -1,0 +1,370 @@
+//! One forward pass, from tokens to logits of the rows that are asked for.
+
+use super::config::{Config, Family};
+use super::names::Names;
+use super::weights::{Tensor, Weights};
+use crate::backend::{Backend, Heads, Span};
+use crate::error::Result;
+use crate::oracle::unmask::{Group, Unmask, Verdict};
+use std::ops::Range;
+
+/// What a layer does with the key/value cache during a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerPlan {
+    /// Attend to cached keys and values outside the rows of the pass.
+    pub reuse: bool,
+    /// Leave this pass's keys and values in the cache.
+    pub store: bool,
+}
+
+/// Asked layer by layer: which keys and values a pass reuses and leaves behind. Implemented by [`crate::cache`].
+pub trait CachePlan {
+    /// What layer `layer` does.
+    fn layer(&self, layer: usize) -> LayerPlan;
+}
+
+/// One forward pass and the decision that follows it.
+pub struct Pass<'a> {
+    /// Cache use, layer by layer.
+    pub plan: &'a dyn CachePlan,
+    /// (sequence, positions) that run, at most one entry per sequence.
+    pub windows: &'a [(usize, Range<usize>)],
+    /// What to decide; candidates lie inside the window of their sequence.
+    pub groups: &'a [Group],
+    /// How to decide it.
+    pub unmask: &'a Unmask,
+}
+
+/// Something that can run a [`Pass`]: a [`Session`], or in tests a table of logits.
+pub trait Network {
+    /// Runs the pass over `tokens` (one vector per sequence, prompt and generation) and returns a verdict per candidate,
+    /// group after group. Tokens are not changed.
+    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>>;
+}
+
+/// Weights of one layer; Q, K and V stacked, gate and up stacked.
+struct Layer<B: Backend> {
+    attn_norm: B::Vector,
+    qkv: B::Matrix,
+    attn_out: B::Matrix,
+    mlp_norm: B::Vector,
+    gate_up: B::Matrix,
+    down: B::Matrix,
+}
+
+/// The weights of a model as a backend holds them.
+pub struct Transformer<B: Backend> {
+    config: Config,
+    embedding: B::Matrix,
+    layers: Vec<Layer<B>>,
+    final_norm: B::Vector,
+    /// None when the head is the embedding.
+    head: Option<B::Matrix>,
+}
+
+impl<B: Backend> Transformer<B> {
+    /// Takes the tensors that `config` calls for from `weights`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Tensor`] names the first tensor that is missing or has the wrong shape.
+    pub fn load(backend: &B, config: &Config, weights: &Weights) -> Result<Self> {
+        let names = Names::of(config.family);
+        let (d, m, v) = (config.d_model, config.mlp_hidden_size, config.vocab_size);
+        let matrix = |name: &str, shape: [usize; 2]| backend.matrix(vec![weights.get(name, &shape)?], vec![]);
+        let layer = |i: usize| -> Result<Layer<B>> {
+            let get = |name: &str, shape: &[usize]| -> Result<Tensor> { weights.get(&names.layer(i, name), shape) };
+            let projections = [(names.q, config.q_width()), (names.k, config.kv_width()), (names.v, config.kv_width())];
+            let parts = projections.iter().map(|(name, rows)| get(&format!("{name}.weight"), &[*rows, d]));
+            let biases = projections.iter().map(|(name, rows)| get(&format!("{name}.bias"), &[*rows]));
+            let biases = match config.family {
+                Family::Llada => vec![],
+                Family::Dream => biases.collect::<Result<_>>()?,
+            };
+            Ok(Layer {
+                attn_norm: backend.vector(get(names.attn_norm, &[d])?)?,
+                qkv: backend.matrix(parts.collect::<Result<_>>()?, biases)?,
+                attn_out: backend.matrix(vec![get(names.attn_out, &[d, config.q_width()])?], vec![])?,
+                mlp_norm: backend.vector(get(names.mlp_norm, &[d])?)?,
+                gate_up: backend.matrix(vec![get(names.gate, &[m, d])?, get(names.up, &[m, d])?], vec![])?,
+                down: backend.matrix(vec![get(names.down, &[d, m])?], vec![])?,
+            })
+        };
+        Ok(Transformer {
+            embedding: matrix(names.embedding, [v, d])?,
+            layers: (0..config.num_layers).map(layer).collect::<Result<_>>()?,
+            final_norm: backend.vector(weights.get(names.final_norm, &[d])?)?,
+            head: if config.tied_head { None } else { Some(matrix(names.head, [v, d])?) },
+            config: config.clone(),
+        })
+    }
+}
+
+/// How large a session's buffers are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Prompt lengths, one per sequence.
+    pub prompt_lens: Vec<usize>,
+    /// Positions to generate, the same for each.
+    pub gen_length: usize,
+    /// Candidates of a pass at most, all sequences together.
+    pub candidates: usize,
+    /// Whether keys and values are kept between passes.
+    pub cached: bool,
+    /// Whether each sequence has an unconditional twin (classifier-free guidance).
+    pub guided: bool,
+}
+
+/// Bytes that a decode takes besides the mapped weights (f32 activations).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Keys and values.
+    pub cache: usize,
+    /// Activations, logits, packed operands.
+    pub workspace: usize,
+    /// Per-thread scratch, all threads.
+    pub scratch: usize,
+}
+
+impl Memory {
+    /// All of it.
+    pub fn total(&self) -> usize {
+        self.cache + self.workspace + self.scratch
+    }
+}
+
+impl Sizes {
+    fn twins(&self) -> usize {
+        if self.guided { 2 } else { 1 }
+    }
+
+    /// Rows of the largest pass: every position of every sequence.
+    fn rows(&self) -> usize {
+        let positions: usize = self.prompt_lens.iter().map(|p| p + self.gen_length).sum();
+        positions * self.twins()
+    }
+
+    /// What a CPU session of these sizes allocates with `threads` threads.
+    pub fn memory(&self, config: &Config, threads: usize) -> Memory {
+        use crate::backend::cpu::{attention, linear};
+        let (rows, scored) = (self.rows(), self.candidates * self.twins());
+        let widths = Widths::of(config);
+        let cache = if self.cached { 2 * config.num_layers * rows * config.kv_width() } else { 0 };
+        let packed = linear::packed_len(rows, widths.widest());
+        let longest = self.prompt_lens.iter().max().unwrap_or(&0) + self.gen_length;
+        let scratch = linear::SCRATCH_BYTES + 4 * attention::scratch_len(longest, config.head_dim);
+        let workspace = rows * widths.row() + scored * (widths.scored_row() + config.vocab_size) + packed;
+        let angles = longest * config.head_dim;
+        Memory { cache: 4 * cache, workspace: 4 * (workspace + angles), scratch: threads * scratch }
+    }
+}
+
+/// Widths of the buffers, in elements.
+struct Widths {
+    d: usize,
+    q: usize,
+    qkv: usize,
+    mlp: usize,
+}
+
+impl Widths {
+    fn of(config: &Config) -> Widths {
+        let q = config.q_width();
+        Widths { d: config.d_model, q, qkv: q + 2 * config.kv_width(), mlp: config.mlp_hidden_size }
+    }
+
+    /// Per row of a pass: x, normed, delta; qkv; attention output; gate and up; their product.
+    fn row(&self) -> usize {
+        3 * self.d + self.qkv + self.q + 3 * self.mlp
+    }
+
+    /// Per scored row: x and attention output.
+    fn scored_row(&self) -> usize {
+        self.d + self.q
+    }
+
+    /// Of the inputs of matrices.
+    fn widest(&self) -> usize {
+        self.d.max(self.q).max(self.mlp)
+    }
+}
+
+/// Activations of a decode, allocated once.
+struct Buffers<B: Backend> {
+    x: B::Buffer,
+    normed: B::Buffer,
+    delta: B::Buffer,
+    qkv: B::Buffer,
+    attn: B::Buffer,
+    gate_up: B::Buffer,
+    act: B::Buffer,
+    scored_x: B::Buffer,
+    scored_attn: B::Buffer,
+    logits: B::Buffer,
+    cache: Option<B::Cache>,
+}
+
+/// A model, a device, and the buffers and cache of one decode.
+pub struct Session<'m, B: Backend> {
+    transformer: &'m Transformer<B>,
+    backend: B,
+    sizes: Sizes,
+    buffers: Buffers<B>,
+}
+
+impl<'m, B: Backend> Session<'m, B> {
+    /// Allocates for a decode of these sizes.
+    pub fn new(transformer: &'m Transformer<B>, backend: B, sizes: Sizes) -> Result<Self> {
+        let config = &transformer.config;
+        let widths = Widths::of(config);
+        let (rows, scored) = (sizes.rows(), sizes.candidates * sizes.twins());
+        let buffers = Buffers {
+            x: backend.buffer(rows, widths.d)?,
+            normed: backend.buffer(rows, widths.d)?,
+            delta: backend.buffer(rows, widths.d)?,
+            qkv: backend.buffer(rows, widths.qkv)?,
+            attn: backend.buffer(rows, widths.q)?,
+            gate_up: backend.buffer(rows, 2 * widths.mlp)?,
+            act: backend.buffer(rows, widths.mlp)?,
+            scored_x: backend.buffer(scored, widths.d)?,
+            scored_attn: backend.buffer(scored, widths.q)?,
+            logits: backend.buffer(scored, config.vocab_size)?,
+            cache: match sizes.cached {
+                true => Some(backend.cache(config.num_layers, rows, config.kv_width())?),
+                false => None,
+            },
+        };
+        Ok(Session { transformer, backend, sizes, buffers })
+    }
+
+    /// The cache, when the session keeps one.
+    pub fn cache(&self) -> Option<&B::Cache> {
+        self.buffers.cache.as_ref()
+    }
+
+    /// The spans of a pass and the tokens of their rows; unconditional twins, with their prompts masked, come last.
+    fn rows(&self, tokens: &[Vec<u32>], windows: &[(usize, Range<usize>)]) -> (Vec<Span>, Vec<u32>) {
+        let mask = self.transformer.config.mask_token_id;
+        let sequences = self.sizes.prompt_lens.len();
+        let length = |sequence: usize| self.sizes.prompt_lens[sequence] + self.sizes.gen_length;
+        let positions: usize = (0..sequences).map(length).sum();
+        let (mut spans, mut ids) = (Vec::new(), Vec::new());
+        for twin in 0..self.sizes.twins() {
+            for (sequence, window) in windows {
+                spans.push(Span {
+                    sequence: twin * sequences + sequence,
+                    start: window.start,
+                    end: window.end,
+                    len: length(*sequence),
+                    cache_base: twin * positions + (0..*sequence).map(length).sum::<usize>(),
+                });
+                let prompt = self.sizes.prompt_lens[*sequence];
+                ids.extend(window.clone().map(|position| match twin == 1 && position < prompt {
+                    true => mask,
+                    false => tokens[*sequence][position],
+                }));
+            }
+        }
+        (spans, ids)
+    }
+
+    /// Runs the layers and the head. The logits of row `index[i]` of the pass become row `i` of the logits buffer.
+    ///
+    /// `hidden`, when given, receives the residual stream after the embedding and after every layer but the last (all
+    /// rows), and then the final norm's output (rows of `index`).
+    ///
+    /// # Panics
+    /// When the pass is larger than the session's [`Sizes`], or a plan uses a cache that the session does not keep.
+    pub fn forward(
+        &mut self,
+        tokens: &[Vec<u32>],
+        windows: &[(usize, Range<usize>)],
+        plan: &dyn CachePlan,
+        index: &[usize],
+        mut hidden: Option<&mut Vec<Vec<f32>>>,
+    ) {
+        let Transformer { config, embedding, layers, final_norm, head } = self.transformer;
+        let (spans, ids) = self.rows(tokens, windows);
+        let rows = ids.len();
+        let heads = Heads { num_heads: config.num_heads, num_kv_heads: config.num_kv_heads, head_dim: config.head_dim };
+        let (backend, b) = (&mut self.backend, &mut self.buffers);
+        let eps = config.rms_norm_eps;
+        backend.embed(embedding, &ids, &mut b.x);
+        if let Some(hidden) = &mut hidden {
+            hidden.push(backend.read(&b.x, rows, config.d_model));
+        }
+        let Some((last, before)) = layers.split_last() else { return };
+        for (i, layer) in layers.iter().enumerate() {
+            let LayerPlan { reuse, store } = plan.layer(i);
+            let delta = (i > 0).then_some(&b.delta);
+            backend.add_norm(&mut b.x, delta, &layer.attn_norm, eps, &mut b.normed, rows);
+            if i > 0
+                && let Some(hidden) = &mut hidden
+            {
+                hidden.push(backend.read(&b.x, rows, config.d_model));
+            }
+            backend.linear(&b.normed, &layer.qkv, &mut b.qkv, rows);
+            let cache = if store { b.cache.as_mut().map(|cache| (cache, i)) } else { None };
+            assert!(!store || cache.is_some(), "the session keeps no cache");
+            backend.rope(&mut b.qkv, heads, &spans, config.rope_theta, cache);
+            let cache = if reuse { b.cache.as_ref().map(|cache| (cache, i)) } else { None };
+            assert!(!reuse || cache.is_some(), "the session keeps no cache");
+            backend.attention(&b.qkv, heads, &spans, cache, &mut b.attn);
+            if i == before.len() {
+                break; // the rest of the last layer only for the rows whose logits are asked for
+            }
+            backend.linear(&b.attn, &layer.attn_out, &mut b.delta, rows);
+            backend.add_norm(&mut b.x, Some(&b.delta), &layer.mlp_norm, eps, &mut b.normed, rows);
+            backend.linear(&b.normed, &layer.gate_up, &mut b.gate_up, rows);
+            backend.swiglu(&b.gate_up, config.mlp_hidden_size, &mut b.act, rows);
+            backend.linear(&b.act, &layer.down, &mut b.delta, rows);
+        }
+        let rows = index.len();
+        backend.gather(&b.x, index, config.d_model, &mut b.scored_x);
+        backend.gather(&b.attn, index, config.q_width(), &mut b.scored_attn);
+        backend.linear(&b.scored_attn, &last.attn_out, &mut b.delta, rows);
+        backend.add_norm(&mut b.scored_x, Some(&b.delta), &last.mlp_norm, eps, &mut b.normed, rows);
+        backend.linear(&b.normed, &last.gate_up, &mut b.gate_up, rows);
+        backend.swiglu(&b.gate_up, config.mlp_hidden_size, &mut b.act, rows);
+        backend.linear(&b.act, &last.down, &mut b.delta, rows);
+        backend.add_norm(&mut b.scored_x, Some(&b.delta), final_norm, eps, &mut b.normed, rows);
+        if let Some(hidden) = &mut hidden {
+            hidden.push(backend.read(&b.normed, rows, config.d_model));
+        }
+        backend.linear(&b.normed, head.as_ref().unwrap_or(embedding), &mut b.logits, rows);
+    }
+
+    /// The first `rows` rows of the logits that [`Session::forward`] left, `[rows, vocab_size]`.
+    pub fn logits(&self, rows: usize) -> Vec<f32> {
+        self.backend.read(&self.buffers.logits, rows, self.transformer.config.vocab_size)
+    }
+}
+
+impl<B: Backend> Network for Session<'_, B> {
+    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
+        let config = &self.transformer.config;
+        let rows: usize = pass.windows.iter().map(|(_, window)| window.len()).sum();
+        let mut index = Vec::new();
+        for twin in 0..self.sizes.twins() {
+            for group in pass.groups {
+                let mut first = twin * rows;
+                for (sequence, window) in pass.windows {
+                    if *sequence == group.sequence {
+                        index.extend(group.positions.iter().map(|p| first + source_row(config.family, window, *p)));
+                    }
+                    first += window.len();
+                }
+            }
+        }
+        self.forward(tokens, pass.windows, pass.plan, &index, None);
+        self.backend.unmask(&mut self.buffers.logits, config.vocab_size, pass.groups, pass.unmask)
+    }
+}
+
+/// The row of a window whose logits decide about `position`: its own for LLaDA, the one before for Dream (whose first
+/// row of a window stands for itself).
+pub fn source_row(family: Family, window: &Range<usize>, position: usize) -> usize {
+    match family {
+        Family::Llada => position - window.start,
+        Family::Dream => (position - window.start).saturating_sub(1),
+    }
+}

@@ -1,0 +1,70 @@
+//! Made-up weights, for benchmarks without a checkpoint.
+
+use super::config::Config;
+use super::names::Names;
+use super::weights::Weights;
+use crate::error::{Error, Result};
+use half::bf16;
+use rayon::prelude::*;
+use std::path::PathBuf;
+
+/// See [`Weights::random`].
+pub(super) fn weights(config: &Config, seed: u64) -> Result<Weights> {
+    let mut at = 0;
+    let mut list = Vec::new();
+    for (name, shape) in config.tensors() {
+        let len = shape.iter().product::<usize>() * 2;
+        list.push((name, at..at + len, shape));
+        at += len;
+    }
+    if let Some(free) = free_memory()
+        && at > free
+    {
+        let (need, free) = (at >> 20, free >> 20);
+        let message = format!("random weights of this shape need {need} MiB of memory; {free} MiB are free");
+        return Err(Error::Unavailable(message));
+    }
+    let mut bytes = vec![0u8; at];
+    let mut rest = &mut bytes[..];
+    let head = if config.tied_head { Names::of(config.family).embedding } else { Names::of(config.family).head };
+    for (i, (name, range, shape)) in list.iter().enumerate() {
+        let (tensor, tail) = rest.split_at_mut(range.len());
+        rest = tail;
+        if name.contains("norm") || name.contains("ln_f") {
+            tensor.as_chunks_mut().0.fill(bf16::ONE.to_le_bytes());
+        } else {
+            fill(tensor, seed ^ (i as u64) << 32);
+        }
+        if name == head {
+            let row = shape[1] * 2;
+            let mask = config.mask_token_id as usize * row;
+            tensor[mask..mask + row].fill(0);
+        }
+    }
+    Ok(Weights::from_owned(PathBuf::from("random weights"), bytes, list))
+}
+
+/// Uniform in +-0.02 sqrt(3), by splitmix64 on the element's index.
+fn fill(tensor: &mut [u8], seed: u64) {
+    const CHUNK: usize = 1 << 16;
+    tensor.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, bytes)| {
+        let first = (chunk * CHUNK / 8) as u64;
+        for (i, four) in bytes.chunks_mut(8).enumerate() {
+            let mut z = seed.wrapping_add((first + i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            z ^= z >> 31;
+            for (lane, element) in four.as_chunks_mut().0.iter_mut().enumerate() {
+                let unit = ((z >> (16 * lane)) as u16 as f32 - 32767.5) / 32767.5;
+                *element = bf16::from_f32(unit * 0.02 * 3f32.sqrt()).to_le_bytes();
+            }
+        }
+    });
+}
+
+/// Bytes the system could still hand out, where it says so.
+fn free_memory() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    line.trim().trim_end_matches("kB").trim().parse::<usize>().ok().map(|kib| kib << 10)
+}

@@ -1,0 +1,274 @@
+//! Tensors of a checkpoint, mapped from its safetensors files and read in place.
+
+use crate::error::{Error, Result};
+use crate::model::config::Config;
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Element type of a stored tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// bfloat16, two bytes.
+    Bf16,
+    /// IEEE half precision, two bytes.
+    F16,
+    /// IEEE single precision, four bytes.
+    F32,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub const fn size(self) -> usize {
+        match self {
+            Dtype::Bf16 | Dtype::F16 => 2,
+            Dtype::F32 => 4,
+        }
+    }
+
+    /// `out.len()` little-endian elements of `bytes` as f32. Extra elements on either side are left alone.
+    pub fn widen(self, bytes: &[u8], out: &mut [f32]) {
+        match self {
+            Dtype::Bf16 => {
+                for (o, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *o = bf16::from_le_bytes(*b).to_f32();
+                }
+            }
+            Dtype::F16 => {
+                for (o, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *o = f16::from_le_bytes(*b).to_f32();
+                }
+            }
+            Dtype::F32 => {
+                for (o, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *o = f32::from_le_bytes(*b);
+                }
+            }
+        }
+    }
+}
+
+/// What the bytes of tensors lie in.
+#[derive(Debug)]
+enum Storage {
+    Mapped(Mmap),
+    /// Made up, for benchmarks without a checkpoint.
+    Owned(Vec<u8>),
+}
+
+impl Storage {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Storage::Mapped(map) => map,
+            Storage::Owned(bytes) => bytes,
+        }
+    }
+}
+
+/// One tensor: row-major, contiguous, little-endian, shared with the file it is mapped from. Cloning copies no data.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    storage: Arc<Storage>,
+    range: Range<usize>,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+impl Tensor {
+    /// The elements' bytes; alignment is not promised.
+    pub fn bytes(&self) -> &[u8] {
+        &self.storage.bytes()[self.range.clone()]
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Sizes, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// All elements as f32, copied: for vectors (norms, biases), not for matrices.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.shape.iter().product()];
+        self.dtype.widen(self.bytes(), &mut out);
+        out
+    }
+}
+
+/// The tensors of a checkpoint by name.
+#[derive(Debug)]
+pub struct Weights {
+    source: PathBuf,
+    tensors: HashMap<String, Tensor>,
+}
+
+impl Weights {
+    /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` names, or else every
+    /// `model*.safetensors` of the directory. Headers are checked against the files' sizes; contents are not read.
+    ///
+    /// The files must not be changed while they are mapped.
+    pub fn open(dir: &Path) -> Result<Weights> {
+        let mut tensors = HashMap::new();
+        let index = dir.join("model.safetensors.index.json");
+        if index.is_file() {
+            for (shard, names) in read_index(&index)? {
+                let path = dir.join(&shard);
+                if !path.is_file() {
+                    let message = format!("names the shard {shard:?}, which is not in {}", dir.display());
+                    return Err(Error::Format { path: index, message });
+                }
+                let mut found = map_file(&path)?;
+                for name in names {
+                    let Some(tensor) = found.remove(&name) else {
+                        return Err(Error::Tensor {
+                            path,
+                            tensor: name,
+                            expected: format!("to be here, as {} says", index.display()),
+                            found: "no such tensor".into(),
+                        });
+                    };
+                    tensors.insert(name, tensor);
+                }
+            }
+        } else {
+            for path in list_shards(dir)? {
+                tensors.extend(map_file(&path)?);
+            }
+        }
+        Ok(Weights { source: dir.to_path_buf(), tensors })
+    }
+
+    /// Random bf16 weights in memory for the shapes of `config`: uniform with the variance of `0.02 N(0, 1)`, norms 1,
+    /// the head row of the mask token 0.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] when the machine has not that much free memory.
+    pub fn random(config: &Config, seed: u64) -> Result<Weights> {
+        super::random::weights(config, seed)
+    }
+
+    pub(super) fn from_owned(source: PathBuf, bytes: Vec<u8>, list: Vec<(String, Range<usize>, Vec<usize>)>) -> Self {
+        let storage = Arc::new(Storage::Owned(bytes));
+        let tensor =
+            |(name, range, shape)| (name, Tensor { storage: Arc::clone(&storage), range, dtype: Dtype::Bf16, shape });
+        Weights { source, tensors: list.into_iter().map(tensor).collect() }
+    }
+
+    /// The tensor `name`, which must have `shape`.
+    pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let mismatch = |found: String| Error::Tensor {
+            path: self.source.clone(),
+            tensor: name.to_string(),
+            expected: format!("shape {shape:?}"),
+            found,
+        };
+        let tensor = self.tensors.get(name).ok_or_else(|| mismatch("no such tensor".into()))?;
+        if tensor.shape != shape {
+            return Err(mismatch(format!("shape {:?}", tensor.shape)));
+        }
+        Ok(tensor.clone())
+    }
+
+    /// Names, element types and shapes, sorted by name.
+    pub fn list(&self) -> Vec<(&str, Dtype, &[usize])> {
+        let sorted: BTreeMap<_, _> = self.tensors.iter().collect();
+        sorted.into_iter().map(|(name, t)| (name.as_str(), t.dtype, t.shape())).collect()
+    }
+
+    /// Bytes of all tensors.
+    pub fn total_bytes(&self) -> usize {
+        self.tensors.values().map(|t| t.range.len()).sum()
+    }
+}
+
+/// The shards of an index and the tensors that it places in each.
+fn read_index(path: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    let bad = |message: String| Error::Format { path: path.to_path_buf(), message };
+    let index: Index = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
+    let mut shards: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for (tensor, shard) in index.weight_map {
+        // An index is untrusted: a shard is a file beside it, not a path to somewhere else.
+        if Path::new(&shard).file_name().is_none_or(|name| name != shard.as_str()) {
+            return Err(bad(format!("shard {shard:?} is not a plain file name")));
+        }
+        shards.entry(shard).or_default().insert(tensor);
+    }
+    Ok(shards)
+}
+
+/// `model*.safetensors` in `dir`, sorted.
+fn list_shards(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut shards = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
+        let path = entry.map_err(Error::io(dir))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with("model") && name.ends_with(".safetensors") {
+            shards.push(path);
+        }
+    }
+    shards.sort();
+    if shards.is_empty() {
+        return Err(Error::Format { path: dir.to_path_buf(), message: "no model*.safetensors here".into() });
+    }
+    Ok(shards)
+}
+
+/// Maps one safetensors file and reads its header.
+fn map_file(path: &Path) -> Result<HashMap<String, Tensor>> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    // SAFETY: a read-only mapping; the documentation of `Weights::open` forbids changing the file meanwhile.
+    let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
+    let storage = Arc::new(Storage::Mapped(map));
+    let bytes = storage.bytes();
+    let format = |e: safetensors::SafeTensorError| Error::Format {
+        path: path.to_path_buf(),
+        message: format!("not a whole safetensors file: {e}"),
+    };
+    let parsed = SafeTensors::deserialize(bytes).map_err(format)?;
+    let mut tensors = HashMap::new();
+    for (name, view) in parsed.iter() {
+        let dtype = match view.dtype() {
+            safetensors::Dtype::BF16 => Dtype::Bf16,
+            safetensors::Dtype::F16 => Dtype::F16,
+            safetensors::Dtype::F32 => Dtype::F32,
+            other => {
+                return Err(Error::Tensor {
+                    path: path.to_path_buf(),
+                    tensor: name.to_string(),
+                    expected: "element type BF16, F16 or F32".into(),
+                    found: format!("{other:?}"),
+                });
+            }
+        };
+        let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
+        let range = start..start + view.data().len();
+        let shape = view.shape().to_vec();
+        tensors.insert(name.to_string(), Tensor { storage: Arc::clone(&storage), range, dtype, shape });
+    }
+    Ok(tensors)
+}
+
+/// A tensor of the given values, rounded to `dtype`.
+#[cfg(test)]
+pub(crate) fn test_tensor(dtype: Dtype, shape: &[usize], values: &[f32]) -> Tensor {
+    let bytes: Vec<u8> = match dtype {
+        Dtype::Bf16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+        Dtype::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
+        Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+    };
+    let range = 0..bytes.len();
+    Tensor { storage: Arc::new(Storage::Owned(bytes)), range, dtype, shape: shape.to_vec() }
+}

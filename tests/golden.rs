@@ -1,0 +1,566 @@
+//! Replays what the original Python implementations computed (`tests/golden/README.md`), step by step.
+//!
+//! `DLLM_GOLDEN_DIR` points the suite at another directory of the same format. Trajectories of `dllm_cache.*` are named
+//! and left out: the adaptive cache is not part of this crate yet.
+
+use dllm_kernels::backend::cpu::Cpu;
+use dllm_kernels::cache::{BlockPlan, PassKind};
+use dllm_kernels::decode::schedule::{DreamSchedule, llada_quota};
+use dllm_kernels::decode::trace::Trace;
+use dllm_kernels::decode::{Decoded, decode};
+use dllm_kernels::model::{Network, Pass, Session, Sizes, Weights};
+use dllm_kernels::oracle::unmask::{Group, Selection, Unmask, Verdict, cut_logit, score_row, unmask};
+use dllm_kernels::oracle::{rope, vverify};
+use dllm_kernels::{CacheMode, Confidence, Config, Family, Model, Options, Policy, Result};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+fn golden_dir() -> PathBuf {
+    match std::env::var_os("DLLM_GOLDEN_DIR") {
+        Some(dir) => dir.into(),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"),
+    }
+}
+
+fn json(name: &str) -> Value {
+    let path = golden_dir().join(name);
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_str(&text).unwrap()
+}
+
+/// Files of the golden directory that start with `prefix`, without `.json`.
+fn names(prefix: &str) -> Vec<String> {
+    let entries = std::fs::read_dir(golden_dir()).unwrap();
+    let files = entries.map(|e| e.unwrap().file_name().into_string().unwrap());
+    let mut list: Vec<_> =
+        files.filter(|f| f.starts_with(prefix)).filter_map(|f| Some(f.strip_suffix(".json")?.to_string())).collect();
+    list.sort();
+    assert!(!list.is_empty(), "no {prefix}*.json in {}", golden_dir().display());
+    list
+}
+
+fn cases(json: &Value) -> &Vec<Value> {
+    let cases = json["cases"].as_array().unwrap();
+    assert!(!cases.is_empty());
+    cases
+}
+
+fn numbers<T: serde::de::DeserializeOwned>(value: &Value) -> T {
+    serde_json::from_value(value.clone()).unwrap_or_else(|e| panic!("{e}: {value}"))
+}
+
+/// The tensors beside a JSON file.
+struct Tensors(Vec<u8>);
+
+impl Tensors {
+    fn open(name: &str) -> Tensors {
+        Tensors(std::fs::read(golden_dir().join(name).with_extension("safetensors")).unwrap())
+    }
+
+    fn raw(&self, name: &str, dtype: Dtype) -> Vec<u8> {
+        let file = SafeTensors::deserialize(&self.0).unwrap();
+        let view = file.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(view.dtype(), dtype, "{name}");
+        view.data().to_vec()
+    }
+
+    fn has(&self, name: &str) -> bool {
+        SafeTensors::deserialize(&self.0).unwrap().tensor(name).is_ok()
+    }
+
+    fn f32(&self, name: &str) -> Vec<f32> {
+        self.raw(name, Dtype::F32).as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+    }
+
+    fn f64(&self, name: &str) -> Vec<f64> {
+        self.raw(name, Dtype::F64).as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect()
+    }
+
+    fn i64(&self, name: &str) -> Vec<i64> {
+        self.raw(name, Dtype::I64).as_chunks().0.iter().map(|b| i64::from_le_bytes(*b)).collect()
+    }
+
+    fn u8(&self, name: &str) -> Vec<u8> {
+        self.raw(name, Dtype::U8)
+    }
+}
+
+/// Largest difference; panics on different lengths or anything that is not finite.
+fn difference(got: &[f32], want: &[f32]) -> f32 {
+    assert_eq!(got.len(), want.len());
+    let gaps = got.iter().zip(want).map(|(g, w)| (g - w).abs());
+    gaps.fold(0.0, |max, gap| if gap.is_finite() { f32::max(max, gap) } else { panic!("not finite") })
+}
+
+fn models() -> BTreeMap<String, Model> {
+    let list = names("forward_");
+    list.iter().map(|n| n.trim_start_matches("forward_").to_string()).map(|n| (n.clone(), open(&n))).collect()
+}
+
+fn open(name: &str) -> Model {
+    Model::open(golden_dir().join(name)).unwrap()
+}
+
+const FULL: BlockPlan = BlockPlan { mode: CacheMode::None, pass: PassKind::Full };
+
+#[test]
+fn forward() {
+    for (name, model) in models() {
+        let file = format!("forward_{name}.json");
+        let (json, tensors) = (json(&file), Tensors::open(&file));
+        for case in cases(&json) {
+            let kind = case["kind"].as_str().unwrap();
+            let worst = match kind {
+                "full" => forward_full(&model, case, &tensors),
+                "suffix" | "block" => forward_window(&model, case, &tensors, kind == "suffix"),
+                other => panic!("unknown kind {other}"),
+            };
+            println!("{name} {:24} {worst:.1e}", case["name"].as_str().unwrap());
+            assert!(worst < 5e-4, "{name} {}: {worst}", case["name"]);
+        }
+    }
+}
+
+fn token_rows(tensors: &Tensors, name: &str, batch: usize) -> Vec<Vec<u32>> {
+    let ids = tensors.i64(name);
+    ids.chunks(ids.len() / batch).map(|row| row.iter().map(|id| *id as u32).collect()).collect()
+}
+
+fn session(model: &Model, batch: usize, length: usize, cached: bool) -> Session<'_, Cpu> {
+    let sizes =
+        Sizes { prompt_lens: vec![0; batch], gen_length: length, candidates: batch * length, cached, guided: false };
+    Session::new(model.transformer(), Cpu::default(), sizes).unwrap()
+}
+
+fn forward_full(model: &Model, case: &Value, tensors: &Tensors) -> f32 {
+    let name = case["name"].as_str().unwrap();
+    let (batch, length): (usize, usize) = (numbers(&case["batch"]), numbers(&case["length"]));
+    let tokens = token_rows(tensors, &format!("{name}.ids"), batch);
+    let windows: Vec<_> = (0..batch).map(|s| (s, 0..length)).collect();
+    let index: Vec<usize> = (0..batch * length).collect();
+    let mut session = session(model, batch, length, false);
+    let mut hidden = Vec::new();
+    session.forward(&tokens, &windows, &FULL, &index, Some(&mut hidden));
+    let mut worst = difference(&session.logits(batch * length), &tensors.f32(&format!("{name}.logits")));
+    for (i, hidden) in hidden.iter().enumerate() {
+        let name = format!("{name}.hidden_{i}");
+        if tensors.has(&name) {
+            worst = worst.max(difference(hidden, &tensors.f32(&name)));
+        }
+    }
+    worst
+}
+
+fn forward_window(model: &Model, case: &Value, tensors: &Tensors, suffix: bool) -> f32 {
+    let name = case["name"].as_str().unwrap();
+    let size = |key: &str| -> usize { numbers(&case[key]) };
+    let (batch, length) = (size("batch"), size("length"));
+    let block = size("start")..size("end");
+    let (mode, pass) = match suffix {
+        true => (CacheMode::Prefix, PassKind::Suffix),
+        false => (CacheMode::Dual, PassKind::Block),
+    };
+    let mut session = session(model, batch, length, true);
+    let mut worst = 0.0f32;
+    for call in 0..3 {
+        let pass = if call == 0 { PassKind::Full } else { pass };
+        let window = pass.window(&block, length);
+        let windows: Vec<_> = (0..batch).map(|s| (s, window.clone())).collect();
+        let index: Vec<usize> = (0..batch * window.len()).collect();
+        let tokens = token_rows(tensors, &format!("{name}.ids{call}"), batch);
+        session.forward(&tokens, &windows, &BlockPlan { mode, pass }, &index, None);
+        let want = tensors.f32(&format!("{name}.logits{call}"));
+        worst = worst.max(difference(&session.logits(index.len()), &want));
+        if call == 0 {
+            worst = worst.max(cached_keys_and_values(model.config(), &session, tensors, name, batch, length));
+        }
+    }
+    worst
+}
+
+/// The cache after the full run against the recorded one, whose keys are not rotated yet.
+fn cached_keys_and_values(
+    config: &Config,
+    session: &Session<Cpu>,
+    tensors: &Tensors,
+    name: &str,
+    batch: usize,
+    length: usize,
+) -> f32 {
+    let (heads, d) = (config.num_kv_heads, config.head_dim);
+    let mut angles = rope::Angles::default();
+    angles.extend(config.rope_theta, d, length);
+    let mut worst = 0.0f32;
+    for layer in 0..config.num_layers {
+        if !tensors.has(&format!("{name}.cache_k_{layer}")) {
+            continue;
+        }
+        let (k, v) = session.cache().unwrap().layer(layer);
+        for (got, what) in [(k, "k"), (v, "v")] {
+            let recorded = tensors.f32(&format!("{name}.cache_{what}_{layer}"));
+            let mut want = vec![0.0; recorded.len()];
+            for (row, want) in want.chunks_mut(heads * d).enumerate() {
+                let (sequence, position) = (row / length, row % length);
+                for head in 0..heads {
+                    // LLaDA keeps [B, heads, L, d], Dream [B, L, heads * d].
+                    let from = match config.family {
+                        Family::Llada => ((sequence * heads + head) * length + position) * d,
+                        Family::Dream => (row * heads + head) * d,
+                    };
+                    want[head * d..(head + 1) * d].copy_from_slice(&recorded[from..from + d]);
+                }
+                if what == "k" {
+                    rope::rotate(want, d, angles.at(position));
+                }
+            }
+            worst = worst.max(difference(&got[..batch * length * heads * d], &want));
+        }
+    }
+    worst
+}
+
+fn plain_unmask() -> Unmask {
+    Unmask {
+        confidence: Confidence::Probability,
+        temperature: 0.0,
+        tempered_confidence: false,
+        f32_confidence: false,
+        top_p: None,
+        top_k: None,
+        cfg_scale: 0.0,
+        alg_temp: 0.0,
+        seed: 0,
+    }
+}
+
+#[test]
+fn sampler_llada() {
+    let (json, tensors) = (json("sampler_llada.json"), Tensors::open("sampler_llada.json"));
+    for case in cases(&json) {
+        let name = case["name"].as_str().unwrap();
+        let size = |key: &str| -> usize { numbers(&case[key]) };
+        let (batch, length, vocab) = (size("batch"), size("length"), size("vocab"));
+        let of = |what: &str| format!("{name}.{what}");
+        let (logits, x, masked) = (tensors.f32(&of("logits")), tensors.i64(&of("x")), tensors.u8(&of("mask_index")));
+        let mut got_x0 = x.clone();
+        let mut got_confidence = vec![f64::NEG_INFINITY; batch * length];
+        let mut got_transfer = vec![0u8; batch * length];
+        let mut candidate_logits = Vec::new();
+        let mut groups = Vec::new();
+        for row in 0..batch {
+            let positions: Vec<usize> = (0..length).filter(|p| masked[row * length + p] == 1).collect();
+            for p in &positions {
+                let at = (row * length + p) * vocab;
+                candidate_logits.extend(&logits[at..at + vocab]);
+            }
+            let selection = match (&case["num_transfer"][row], &case["threshold"], &case["factor"]) {
+                (quota, Value::Null, Value::Null) => Selection::Quota(numbers(quota)),
+                (_, threshold, Value::Null) => Selection::Threshold(numbers(threshold)),
+                (_, _, factor) => Selection::Factor(numbers(factor)),
+            };
+            groups.push(Group { sequence: row, step: 0, positions, commit_before: length, selection });
+        }
+        let verdicts = unmask(&mut candidate_logits, vocab, &groups, &plain_unmask()).unwrap();
+        let places = groups.iter().flat_map(|g| g.positions.iter().map(|p| g.sequence * length + p));
+        for (at, verdict) in places.zip(&verdicts) {
+            got_x0[at] = verdict.token as i64;
+            got_confidence[at] = verdict.confidence;
+            got_transfer[at] = verdict.commit as u8;
+        }
+        assert_eq!(got_x0, tensors.i64(&of("x0")), "{name}");
+        assert_eq!(got_transfer, tensors.u8(&of("transfer_index")), "{name}");
+        for (got, want) in got_confidence.iter().zip(tensors.f64(&of("confidence"))) {
+            assert!(*got == want || (got - want).abs() < 1e-12, "{name}: {got} {want}");
+        }
+    }
+}
+
+#[test]
+fn sampler_dream() {
+    let (json, tensors) = (json("sampler_dream.json"), Tensors::open("sampler_dream.json"));
+    for case in cases(&json) {
+        let name = case["name"].as_str().unwrap();
+        let logits = tensors.f32(&format!("{name}.logits"));
+        let alg = case["alg"].as_str().unwrap();
+        let temperature: f64 = numbers(&case["temperature"]);
+        let setting = Unmask {
+            confidence: match alg {
+                "topk_margin" => Confidence::Margin,
+                "entropy" => Confidence::Entropy,
+                _ => Confidence::Probability,
+            },
+            temperature,
+            tempered_confidence: true,
+            f32_confidence: true,
+            top_p: numbers(&case["top_p"]),
+            top_k: numbers(&case["top_k"]),
+            ..plain_unmask()
+        };
+        if alg == "probs" {
+            dream_probabilities(&setting, &logits, &tensors.f32(&format!("{name}.probs")), name);
+            continue;
+        }
+        let confidence = tensors.f32(&format!("{name}.confidence"));
+        let x0 = tensors.i64(&format!("{name}.x0"));
+        let kept = tensors.u8(&format!("{name}.kept"));
+        let vocab = logits.len() / x0.len();
+        for (i, row) in logits.chunks(vocab).enumerate() {
+            let mut scratch = row.to_vec();
+            let (token, got) = score_row(&mut scratch, &setting, 0, 0).unwrap();
+            assert_eq!(token as i64, x0[i], "{name} row {i}");
+            assert!((got - confidence[i] as f64).abs() < 1e-5, "{name} row {i}: {got} {}", confidence[i]);
+            let got: Vec<u8> = scratch.iter().map(|l| (*l > f32::NEG_INFINITY) as u8).collect();
+            assert_eq!(got, kept[i * vocab..(i + 1) * vocab], "{name} row {i}");
+        }
+    }
+}
+
+/// Sampling is by Gumbel-max, which forms no probabilities: rebuild them from the cut, and check that the confidence of
+/// a drawn token is the recorded one.
+fn dream_probabilities(setting: &Unmask, logits: &[f32], probs: &[f32], name: &str) {
+    let vocab = 64;
+    let tempered = if setting.temperature > 0.0 { setting.temperature } else { 1.0 };
+    for (row, probs) in logits.chunks(vocab).zip(probs.chunks(vocab)) {
+        let cut = cut_logit(row, tempered, setting.top_p, setting.top_k);
+        let weight = |l: f32| if l >= cut { (l as f64 / tempered).exp() } else { 0.0 };
+        let total: f64 = row.iter().map(|l| weight(*l)).sum();
+        for (l, want) in row.iter().zip(probs) {
+            assert!((weight(*l) / total - *want as f64).abs() < 1e-6, "{name}");
+        }
+        for position in 0..20 {
+            let (token, confidence) = score_row(&mut row.to_vec(), setting, 0, position).unwrap();
+            assert!((confidence - probs[token as usize] as f64).abs() < 1e-6, "{name}");
+        }
+    }
+}
+
+#[test]
+fn sampler_gumbel() {
+    let (json, tensors) = (json("sampler_gumbel.json"), Tensors::open("sampler_gumbel.json"));
+    for case in cases(&json) {
+        let name = case["name"].as_str().unwrap();
+        let temperature: f64 = numbers(&case["temperature"]);
+        let (logits, uniform) = (tensors.f32(&format!("{name}.logits")), tensors.f64(&format!("{name}.uniform")));
+        let (noised, x0) = (tensors.f64(&format!("{name}.noised")), tensors.i64(&format!("{name}.x0")));
+        let vocab = logits.len() / x0.len();
+        // The crate adds T * gumbel to the logit; the original divides e^logit by (-ln u)^T. The same, in logarithms.
+        let got: Vec<f64> =
+            logits.iter().zip(&uniform).map(|(l, u)| *l as f64 - temperature * (-u.ln()).ln()).collect();
+        for (got, want) in got.iter().zip(&noised) {
+            assert!((got.exp() - want).abs() <= 1e-12 * want, "{name}: {} {want}", got.exp());
+        }
+        for (row, want) in got.chunks(vocab).zip(&x0) {
+            let best = (0..vocab).max_by(|a, b| row[*a].total_cmp(&row[*b]).then(b.cmp(a))).unwrap();
+            assert_eq!(best as i64, *want, "{name}");
+        }
+    }
+}
+
+#[test]
+fn schedules() {
+    for case in cases(&json("sampler_schedule.json")) {
+        let want: Vec<usize> = numbers(&case["schedule"]);
+        assert_eq!(llada_quota(numbers(&case["masked"]), numbers(&case["steps"])), want, "{case}");
+    }
+    for case in cases(&json("sampler_dream_quota.json")) {
+        let schedule = DreamSchedule::new(numbers(&case["steps"]), numbers(&case["eps"]));
+        let want: Vec<f32> = numbers(&case["timesteps"]);
+        assert_eq!(schedule.timesteps(), want, "{case}");
+        let mut left: usize = numbers(&case["masked"]);
+        for (i, want) in numbers::<Vec<usize>>(&case["quota"]).into_iter().enumerate() {
+            assert_eq!(schedule.quota(i, left), want, "step {i} of {case}");
+            left -= want;
+        }
+    }
+}
+
+#[test]
+fn sampler_vverify() {
+    let (json, tensors) = (json("sampler_vverify.json"), Tensors::open("sampler_vverify.json"));
+    for case in cases(&json) {
+        let name = case["name"].as_str().unwrap();
+        let (fresh, cached) = (tensors.f32(&format!("{name}.v_new")), tensors.f32(&format!("{name}.v_cached")));
+        let (cosine, indices) = (tensors.f32(&format!("{name}.cosine")), tensors.i64(&format!("{name}.indices")));
+        let width = fresh.len() / cosine.len();
+        let selected: usize = numbers(&case["num_replace"]);
+        for (i, want) in cosine.iter().enumerate() {
+            let row = i * width..(i + 1) * width;
+            let got = vverify::cosine(&fresh[row.clone()], &cached[row]);
+            assert!((got - *want as f64).abs() < 2e-6, "{name}: {got} {want}");
+        }
+        let batch = if selected > 0 { indices.len() / selected } else { 1 };
+        let rows = cosine.len() / batch * width;
+        for (b, (fresh, cached)) in fresh.chunks(rows).zip(cached.chunks(rows)).enumerate() {
+            let got = vverify::vverify(fresh, cached, width, numbers(&case["transfer_ratio"]));
+            let mut want: Vec<usize> = indices[b * selected..(b + 1) * selected].iter().map(|i| *i as usize).collect();
+            want.sort_unstable();
+            assert_eq!(got, want, "{name}");
+        }
+    }
+}
+
+/// The options that reproduce a recorded decode.
+fn options(case: &Value) -> Options {
+    let (algorithm, params) = (case["algorithm"].as_str().unwrap(), &case["params"]);
+    let alg = params["alg"].as_str().unwrap_or_default();
+    let gen_length: usize = numbers(&params["gen_length"]);
+    let policy = match (&params["threshold"], &params["factor"]) {
+        (_, factor @ Value::Number(_)) => Policy::Factor(numbers(factor)),
+        // Dream records its default threshold with every rule; only this one uses it.
+        (threshold @ Value::Number(_), _) if alg.is_empty() || alg == "confidence_threshold" => {
+            Policy::Threshold(numbers(threshold))
+        }
+        _ => Policy::Fixed,
+    };
+    Options {
+        gen_length,
+        block_length: Some(params.get("block_length").map_or(gen_length, numbers)),
+        steps: Some(numbers(&params["steps"])),
+        cache: match algorithm {
+            "fast_dllm.generate_with_prefix_cache" => CacheMode::Prefix,
+            "fast_dllm.generate_with_dual_cache" => CacheMode::Dual,
+            "fast_dllm.dream_block" if params["dual_cache"] == true => CacheMode::Dual,
+            "fast_dllm.dream_block" => CacheMode::Prefix,
+            _ => CacheMode::None,
+        },
+        policy,
+        confidence: match alg {
+            "topk_margin" => Confidence::Margin,
+            "entropy" => Confidence::Entropy,
+            _ => Confidence::Probability,
+        },
+        cfg_scale: params.get("cfg_scale").map_or(0.0, numbers),
+        eps: params.get("eps").map_or(1e-3, numbers),
+        ..Options::default()
+    }
+}
+
+/// LLaDA's fixed rule without a cache exists twice: `llada.generate` and Fast-dLLM's `generate`. They differ in the
+/// precision of confidences only, and the crate runs the first for both.
+fn compare(name: &str, case: &Value, config: &Config, options: &Options, decoded: &Decoded, trace: &Trace) {
+    let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
+    let got = trace.finish(name, config, options, &prompts, decoded);
+    assert_eq!(got["nfe"], case["nfe"], "{name}: forwards");
+    let (steps, want) = (got["steps"].as_array().unwrap(), case["steps"].as_array().unwrap());
+    assert_eq!(steps.len(), want.len(), "{name}: steps");
+    for (got, want) in steps.iter().zip(want) {
+        for key in ["step", "kind", "window", "block", "transferred", "candidates", "x_after"] {
+            assert_eq!(got[key], want[key], "{name} step {}: {key}", want["step"]);
+        }
+        if let Some(conf) = want.get("conf") {
+            let (got, want): (Vec<Vec<f64>>, Vec<Vec<f64>>) = (numbers(&got["conf"]), numbers(conf));
+            assert_eq!(got.len(), want.len());
+            for (got, want) in got.iter().zip(&want) {
+                assert_eq!(got.len(), want.len(), "{name}");
+                for (g, w) in got.iter().zip(want) {
+                    assert!((g - w).abs() < 2e-4, "{name}: confidence {g}, recorded {w}");
+                }
+            }
+        }
+    }
+    assert_eq!(got["final"], case["final"], "{name}: tokens");
+}
+
+#[test]
+fn trajectories() {
+    let models = models();
+    let (mut replayed, mut left_out) = (0, 0);
+    for name in names("trajectory_") {
+        let case = json(&format!("{name}.json"));
+        if case["algorithm"].as_str().unwrap().starts_with("dllm_cache.") {
+            left_out += 1;
+            continue;
+        }
+        let model = &models[case["model"].as_str().unwrap()];
+        let options = options(&case);
+        let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
+        options.validate(model.config(), &prompts).unwrap();
+        let sizes = options.sizes(model.config(), &prompts);
+        let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
+        let mut trace = Trace::default();
+        let decoded = decode(&mut session, model.config(), &prompts, &options, None, &mut trace).unwrap();
+        compare(&name, &case, model.config(), &options, &decoded, &trace);
+        // The same without an observer, which scores fewer rows.
+        let quiet = decode(&mut session, model.config(), &prompts, &options, None, &mut ()).unwrap();
+        assert_eq!(quiet.tokens, decoded.tokens, "{name}: tokens depend on being watched");
+        replayed += 1;
+    }
+    println!("{replayed} trajectories replayed; not run: {left_out} of dllm_cache.*");
+    assert!(replayed > 0);
+}
+
+/// A table of logits in place of the network.
+struct Scripted<'a> {
+    logits: &'a [f32],
+    batch: usize,
+    length: usize,
+    vocab: usize,
+    family: Family,
+    call: usize,
+}
+
+impl Network for Scripted<'_> {
+    fn step(&mut self, _tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
+        let mut rows = Vec::new();
+        for group in pass.groups {
+            let (_, window) = pass.windows.iter().find(|(s, _)| *s == group.sequence).unwrap();
+            for position in &group.positions {
+                // Dream reads the row before, within the window.
+                let row = match self.family {
+                    Family::Dream if *position > window.start => position - 1,
+                    _ => *position,
+                };
+                let at = ((self.call * self.batch + group.sequence) * self.length + row) * self.vocab;
+                rows.extend(&self.logits[at..at + self.vocab]);
+            }
+        }
+        self.call += 1;
+        unmask(&mut rows, self.vocab, pass.groups, pass.unmask)
+    }
+}
+
+#[test]
+fn scripted() {
+    let (json, tensors) = (json("scripted.json"), Tensors::open("scripted.json"));
+    let (logits, prompt) = (tensors.f32("logits"), tensors.i64("prompt"));
+    let size = |key: &str| -> usize { numbers(&json[key]) };
+    let (prompt_len, gen_length, vocab) = (size("prompt_len"), size("gen_length"), size("vocab"));
+    let table_batch = prompt.len() / prompt_len;
+    for case in cases(&json) {
+        let name = case["name"].as_str().unwrap();
+        let family = if name.starts_with("dream") { Family::Dream } else { Family::Llada };
+        let config = Config {
+            family,
+            vocab_size: vocab,
+            mask_token_id: numbers(&json["mask_id"]),
+            eos_token_ids: vec![],
+            ..Config::shape("mid").unwrap()
+        };
+        let batch: usize = numbers(&case["batch"]);
+        let prompts: Vec<Vec<u32>> =
+            prompt.chunks(prompt_len).take(batch).map(|row| row.iter().map(|id| *id as u32).collect()).collect();
+        let options = options(case);
+        options.validate(&config, &prompts).unwrap();
+        let mut table =
+            Scripted { logits: &logits, batch: table_batch, length: prompt_len + gen_length, vocab, family, call: 0 };
+        let mut trace = Trace::default();
+        let decoded = decode(&mut table, &config, &prompts, &options, None, &mut trace).unwrap();
+        let mut with_prompt = case.clone();
+        with_prompt["prompt"] = serde_json::to_value(&prompts).unwrap();
+        compare(name, &with_prompt, &config, &options, &decoded, &trace);
+    }
+}
+
+/// Every checkpoint of the set holds exactly the tensors that its config calls for.
+#[test]
+fn tensor_lists() {
+    for (name, model) in models() {
+        let weights = Weights::open(&golden_dir().join(&name)).unwrap();
+        let mut want = model.config().tensors();
+        want.sort();
+        let got: Vec<_> = weights.list().into_iter().map(|(n, _, shape)| (n.to_string(), shape.to_vec())).collect();
+        assert_eq!(got, want);
+    }
+}
