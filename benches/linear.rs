@@ -7,7 +7,7 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use dllm_kernels::Config;
 use dllm_kernels::backend::cpu::linear::{Matrix, linear, packed_len};
-use dllm_kernels::backend::cpu::simd::{Isa, fma_roof};
+use dllm_kernels::backend::cpu::{Isa, fma_roof};
 use dllm_kernels::model::Weights;
 use std::hint::black_box;
 
