@@ -336,7 +336,7 @@ fn ctrl_c_ends_with_what_is_there() {
     stderr.read_to_string(&mut said).unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{said}");
-    assert!(said.contains("interrupted"), "{said}");
+    assert!(said.contains("interrupted with "), "{said}");
     let answer = text(&output.stdout);
     assert!(answer.ends_with('\n') && !answer.contains("mask"), "{answer:?}");
 
@@ -347,6 +347,30 @@ fn ctrl_c_ends_with_what_is_there() {
     assert_eq!(trace["final"], steps.last().unwrap()["x_after"]);
     let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left, ["trace.json"], "nothing but the trace");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_second_ctrl_c_ends_at_once() {
+    // Nobody reads the pipe that the trace goes to, so that the program would wait forever.
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let line = "generate --gen-length 64 --watch --trace";
+    let mut child = dllm(words(line)).arg(&pipe).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    stderr.read_line(&mut String::new()).unwrap();
+    std::thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
+    for _ in 0..600 {
+        assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        if let Some(status) = child.try_wait().unwrap() {
+            assert_eq!(status.code(), Some(130));
+            return;
+        }
+    }
+    child.kill().unwrap();
+    panic!("still running");
 }
 
 #[test]

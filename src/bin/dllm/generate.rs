@@ -209,7 +209,7 @@ fn print_json(generation: &Generation, config: &Config, text: Option<&Text>, dev
         "tokens": tokens,
         "nfe": generation.nfe,
         "seconds": generation.elapsed.as_secs_f64(),
-        "tokens_per_second": generation.tokens_per_second(),
+        "tokens_per_second": tokens_per_second(generation, config),
         "device": device,
     });
     output::print(&format!("{object}\n"))
@@ -231,6 +231,15 @@ fn list(tokens: &[u32]) -> String {
     tokens.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
 }
 
+/// The library's count takes every position for a token, which after Ctrl-C some are not.
+fn tokens_per_second(generation: &Generation, config: &Config) -> f64 {
+    if !generation.interrupted {
+        return generation.tokens_per_second();
+    }
+    let texts = (0..generation.tokens.len()).flat_map(|s| generation.text_tokens(s));
+    texts.filter(|t| **t != config.mask_token_id).count() as f64 / generation.elapsed.as_secs_f64().max(1e-9)
+}
+
 fn summary(generation: &Generation, config: &Config, device: &str) {
     if generation.interrupted {
         let masks = generation.tokens.iter().flatten().filter(|t| **t == config.mask_token_id).count();
@@ -240,7 +249,7 @@ fn summary(generation: &Generation, config: &Config, device: &str) {
         "NFE {}, {:.3} s, {:.1} tokens/s, {device} ({} threads)",
         generation.nfe,
         generation.elapsed.as_secs_f64(),
-        generation.tokens_per_second(),
+        tokens_per_second(generation, config),
         rayon::current_num_threads(),
     ));
 }

@@ -109,28 +109,32 @@ impl Screen {
     /// Lines of at most `columns` characters, and the line that `focus` ends on.
     fn lay_out(&self, cells: &[Cell], columns: usize, focus: usize) -> (Vec<String>, usize) {
         let (mut lines, mut line, mut used, mut focus_line) = (Vec::new(), String::new(), 0, 0);
+        let mut style = None;
         for (i, cell) in cells.iter().enumerate() {
-            let style = self.sgr(cell.style);
-            line += &style;
+            let sgr = self.sgr(cell.style);
             for c in cell.text.chars() {
                 let width = width(c);
                 if c == '\n' || used + width > columns {
                     line += RESET;
                     lines.push(std::mem::take(&mut line));
-                    line += &style;
-                    used = 0;
+                    (used, style) = (0, None);
+                }
+                // Runs of one style are told once: frames of a large region stay small.
+                if style.as_ref() != Some(&sgr) {
+                    line += RESET;
+                    line += &sgr;
+                    style = Some(sgr.clone());
                 }
                 if c != '\n' {
                     line.push(c);
                     used += width;
                 }
             }
-            line += RESET;
             if i == focus {
                 focus_line = lines.len();
             }
         }
-        lines.push(line);
+        lines.push(line + RESET);
         (lines, focus_line)
     }
 
