@@ -6,6 +6,7 @@ pub mod linear;
 pub mod simd;
 mod swiglu;
 mod tile;
+mod transpose;
 
 use super::{Backend, Heads, Span};
 use crate::error::{Error, Result};
