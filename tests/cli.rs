@@ -1,4 +1,5 @@
 //! The program as a user meets it: output, files, exit status.
+#![cfg(feature = "cli")]
 
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
