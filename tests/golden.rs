@@ -362,7 +362,9 @@ fn sampler_gumbel() {
 fn schedules() {
     for case in cases(&json("sampler_schedule.json")) {
         let want: Vec<usize> = numbers(&case["schedule"]);
-        assert_eq!(llada_quota(numbers(&case["masked"]), numbers(&case["steps"])), want, "{case}");
+        let (masked, steps) = (numbers(&case["masked"]), numbers(&case["steps"]));
+        let got: Vec<usize> = (0..steps).map(|i| llada_quota(masked, steps, i)).collect();
+        assert_eq!(got, want, "{case}");
     }
     for case in cases(&json("sampler_dream_quota.json")) {
         let schedule = DreamSchedule::new(numbers(&case["steps"]), numbers(&case["eps"]));
@@ -390,7 +392,7 @@ fn sampler_vverify() {
             let got = vverify::cosine(&fresh[row.clone()], &cached[row]);
             assert!((got - *want as f64).abs() < 2e-6, "{name}: {got} {want}");
         }
-        let batch = if selected > 0 { indices.len() / selected } else { 1 };
+        let batch = indices.len().checked_div(selected).unwrap_or(1);
         let rows = cosine.len() / batch * width;
         for (b, (fresh, cached)) in fresh.chunks(rows).zip(cached.chunks(rows)).enumerate() {
             let got = vverify::vverify(fresh, cached, width, numbers(&case["transfer_ratio"]));

@@ -1,6 +1,8 @@
 //! The shipped checkpoint answers as many of its first 100 problems as it does in the original implementations
 //! (`models/tiny-math/originals.md`), for every cache and policy.
 
+#![cfg(feature = "cli")]
+
 use std::process::Command;
 
 #[test]

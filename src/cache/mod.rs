@@ -30,6 +30,15 @@ pub enum PassKind {
 }
 
 impl CacheMode {
+    /// As the command line calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            CacheMode::None => "none",
+            CacheMode::Prefix => "prefix",
+            CacheMode::Dual => "dual",
+        }
+    }
+
     /// What the forwards of a block run after its first one.
     pub fn block_pass(self) -> PassKind {
         match self {

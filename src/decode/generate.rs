@@ -70,9 +70,10 @@ impl Decoder<'_> {
     fn llada(&mut self) -> Result<()> {
         let steps = self.state.options.steps() / self.state.blocks();
         for block in 0..self.state.blocks() {
-            let quota: Vec<_> = self.state.each(|d, s| llada_quota(d.masks(s, d.block(s, block)).len(), steps));
+            let masked = self.state.each(|d, s| d.masks(s, d.block(s, block)).len());
             for i in 0..steps {
-                let turns = self.state.turns(block, |d, s| d.turn(s, block, 0, Selection::Quota(quota[s][i])));
+                let quota = |s: usize| Selection::Quota(llada_quota(masked[s], steps, i));
+                let turns = self.state.turns(block, |d, s| d.turn(s, block, 0, quota(s)));
                 if !self.pass(PassKind::Full, block, turns)? {
                     break;
                 }
@@ -87,12 +88,12 @@ impl Decoder<'_> {
     fn fast_llada(&mut self) -> Result<()> {
         let steps = self.state.options.steps() / self.state.blocks();
         for block in 0..self.state.blocks() {
-            let quota: Vec<_> = self.state.each(|d, s| llada_quota(d.masks(s, d.block(s, block)).len(), steps.max(1)));
+            let masked = self.state.each(|d, s| d.masks(s, d.block(s, block)).len());
             let mut pass = PassKind::Full;
             for i in 0.. {
                 let turns = self.state.turns(block, |d, s| {
-                    // Past its end (masks in the prompt have used some of it up) the quota goes on by ones.
-                    let selection = d.selection(|| quota[s].get(i).copied().unwrap_or(1));
+                    // Past its end (masks in the prompt have used some of it up) the schedule goes on by ones.
+                    let selection = d.selection(|| if i < steps { llada_quota(masked[s], steps, i) } else { 1 });
                     let start = pass.window(&d.block(s, block), d.tokens[s].len()).start;
                     d.turn(s, block, start, selection)
                 });

@@ -1,8 +1,9 @@
 //! How many tokens a fixed schedule commits in each step.
 
-/// LLaDA: `masked` tokens over `steps` steps, the first `masked % steps` of them one more than the rest.
-pub fn llada_quota(masked: usize, steps: usize) -> Vec<usize> {
-    (0..steps).map(|i| masked / steps + usize::from(i < masked % steps)).collect()
+/// LLaDA: what step `i` commits of `masked` tokens over `steps` steps; the first `masked % steps` steps one more than
+/// the rest.
+pub fn llada_quota(masked: usize, steps: usize, i: usize) -> usize {
+    masked / steps + usize::from(i < masked % steps)
 }
 
 /// Dream: `t = linspace(1, eps, steps + 1)`; step i commits the share `1 - t[i + 1] / t[i]` of the masks that are left,

@@ -99,16 +99,11 @@ fn params(config: &Config, options: &Options, batch: usize) -> Value {
         Confidence::Entropy => "entropy",
         Confidence::Random => "random",
     };
-    let cache = match options.cache {
-        CacheMode::None => "none",
-        CacheMode::Prefix => "prefix",
-        CacheMode::Dual => "dual",
-    };
     json!({
         "gen_length": options.gen_length,
         "block_length": options.block_length(),
         "steps": options.steps(),
-        "cache": cache,
+        "cache": options.cache.name(),
         "threshold": threshold,
         "factor": factor,
         "confidence": confidence,

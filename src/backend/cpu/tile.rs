@@ -13,7 +13,8 @@ use super::simd::Simd;
 /// # Safety
 /// 1. The CPU has `S`. 2. All addresses named above are valid, `c` for writes and unaliased; `c` rows are `cs` apart.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // a kernel's addresses; a struct would hide them
+// A kernel's addresses, which a struct would hide; and loops over registers, which must unroll to constant indices.
+#[allow(clippy::too_many_arguments, clippy::needless_range_loop)]
 unsafe fn block<S: Simd, const MV: usize, const NR: usize, const WN: usize>(
     k: usize,
     w: *const f32,

@@ -20,6 +20,20 @@ pub enum Cache {
     Adaptive,
 }
 
+impl Cache {
+    pub fn mode(self) -> Result<CacheMode> {
+        match self {
+            Cache::None => Ok(CacheMode::None),
+            Cache::Prefix => Ok(CacheMode::Prefix),
+            Cache::Dual => Ok(CacheMode::Dual),
+            Cache::Adaptive => {
+                let message = "--cache adaptive is not part of this version; there are none, prefix and dual";
+                Err(Error::Unavailable(message.into()))
+            }
+        }
+    }
+}
+
 /// What `--policy` takes.
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 pub enum PolicyName {
@@ -145,16 +159,7 @@ impl Decoding {
             gen_length: self.gen_length.unwrap_or(default.gen_length),
             block_length: self.block_length,
             steps: self.steps,
-            cache: match self.cache {
-                None => default.cache,
-                Some(Cache::None) => CacheMode::None,
-                Some(Cache::Prefix) => CacheMode::Prefix,
-                Some(Cache::Dual) => CacheMode::Dual,
-                Some(Cache::Adaptive) => {
-                    let message = "--cache adaptive is not part of this version; there are none, prefix and dual";
-                    return Err(Error::Unavailable(message.into()));
-                }
-            },
+            cache: self.cache.map_or(Ok(default.cache), Cache::mode)?,
             policy: match self.policy {
                 None | Some(PolicyName::Threshold) => Policy::Threshold(self.threshold.unwrap_or(0.9)),
                 Some(PolicyName::Fixed) => Policy::Fixed,

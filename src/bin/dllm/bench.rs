@@ -4,7 +4,9 @@ mod originals;
 mod summary;
 mod timed;
 
-use crate::report::{Shape, argument, print, print_json, progress};
+use crate::args::model_dir;
+use crate::output::{note, print, print_json};
+use crate::report::{Shape, argument};
 use clap::ValueEnum;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind};
@@ -19,9 +21,9 @@ use timed::{Timed, Timing, weight_bytes_per_forward};
 /// Time the decode modes side by side on one prompt
 #[derive(clap::Args, Debug)]
 pub struct Bench {
-    /// Checkpoint directory
-    #[arg(long, value_name = "DIR", default_value = "models/tiny-math", conflicts_with = "shape")]
-    model: PathBuf,
+    /// Checkpoint directory [default: models/tiny-math, here or above the program]
+    #[arg(long, value_name = "DIR", conflicts_with = "shape")]
+    model: Option<PathBuf>,
     /// A public shape instead of a checkpoint
     #[arg(long, requires = "random_weights")]
     shape: Option<Shape>,
@@ -162,12 +164,12 @@ pub fn run(args: &Bench) -> Result<()> {
     for round in 1..=args.repeat {
         pool.install(|| our_round(&subject, &setup, &prompts, &mut runs))?;
         let took: f64 = runs.iter().filter_map(|r| r.seconds.last()).sum();
-        progress(&format!("round {round} of {}: ours {took:.1} s", args.repeat));
+        note(format_args!("round {round} of {}: ours {took:.1} s", args.repeat));
         // A process of its own each round, so that theirs and ours take turns on the same machine.
         match originals.as_mut().map(Originals::round) {
             Ok(Ok(theirs)) => {
                 let took = record(&mut runs, &theirs);
-                progress(&format!("round {round} of {}: originals {took:.1} s", args.repeat));
+                note(format_args!("round {round} of {}: originals {took:.1} s", args.repeat));
                 answer = Some(theirs);
             }
             Ok(Err(why)) => originals = Err(format!("not measured: {why}")),
@@ -181,7 +183,11 @@ pub fn run(args: &Bench) -> Result<()> {
 fn setup(args: &Bench) -> Result<Setup> {
     let (source, config) = match args.shape {
         Some(shape) => (Source::Random(shape), shape.config()?),
-        None => (Source::Checkpoint(args.model.clone()), open_config(&args.model)?),
+        None => {
+            let dir = model_dir(args.model.as_deref())?;
+            let config = open_config(&dir)?;
+            (Source::Checkpoint(dir), config)
+        }
     };
     // Before a prompt of that length is made up; `validate` sees to the rest.
     let window = config.max_sequence_length;

@@ -1,10 +1,11 @@
 //! `dllm inspect`: what a checkpoint (or a public shape) is, and what decoding with it takes.
 
-use crate::report::{Shape, argument, bytes, count, print, print_json, table};
-use clap::ValueEnum;
+use crate::args::Cache;
+use crate::output::{print, print_json};
+use crate::report::{Shape, argument, bytes, count, table};
 use dllm_kernels::model::weights::Dtype;
 use dllm_kernels::model::{Config, Model, Weights};
-use dllm_kernels::{CacheMode, Options, Result};
+use dllm_kernels::{Options, Result};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -45,23 +46,6 @@ pub struct Inspect {
     /// Print one JSON object, sizes in bytes
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Cache {
-    None,
-    Prefix,
-    Dual,
-}
-
-impl Cache {
-    fn mode(self) -> CacheMode {
-        match self {
-            Cache::None => CacheMode::None,
-            Cache::Prefix => CacheMode::Prefix,
-            Cache::Dual => CacheMode::Dual,
-        }
-    }
 }
 
 #[derive(Serialize)]
@@ -154,7 +138,7 @@ fn answer(args: &Inspect, source: String, config: Config, tensors: Vec<TensorLin
     let options = Options {
         gen_length: args.gen_length,
         block_length: args.block_length,
-        cache: args.cache.mode(),
+        cache: args.cache.mode()?,
         cfg_scale: args.cfg_scale,
         ..Options::default()
     };
@@ -196,11 +180,7 @@ fn answer(args: &Inspect, source: String, config: Config, tensors: Vec<TensorLin
         gen_length: args.gen_length,
         block_length: options.block_length(),
         batch,
-        cache: match args.cache {
-            Cache::None => "none",
-            Cache::Prefix => "prefix",
-            Cache::Dual => "dual",
-        },
+        cache: options.cache.name(),
         cfg_scale: args.cfg_scale,
         threads,
         bytes: Bytes {

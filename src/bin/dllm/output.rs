@@ -37,6 +37,12 @@ pub fn print(text: &str) -> Result<()> {
     written.map_err(|source| Error::Io { path: PathBuf::from("stdout"), source })
 }
 
+/// One JSON value on stdout, over several lines.
+pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| Error::Unavailable(format!("JSON output: {e}")))?;
+    print(&format!("{text}\n"))
+}
+
 /// Text of a model for stdout: as it is into a file or pipe, without control characters onto a terminal.
 pub fn printable(text: &str) -> String {
     if io::stdout().is_terminal() { crate::screen::tame(text) } else { text.to_string() }

@@ -1,8 +1,7 @@
-//! What the measuring commands share: output for people and for programs, and the public shapes by name.
+//! What the measuring commands share: numbers and tables for people, and the public shapes by name.
 
 use clap::ValueEnum;
 use dllm_kernels::{Config, Error, Result};
-use std::io::{ErrorKind, Write};
 
 /// A shape that needs no checkpoint.
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -31,26 +30,6 @@ impl Shape {
 /// An argument that is out of its range.
 pub fn argument(name: &'static str, expected: impl Into<String>, found: impl ToString) -> Error {
     Error::Argument { name, expected: expected.into(), found: found.to_string() }
-}
-
-/// Writes to stdout. A reader that has gone away is not an error.
-pub fn print(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(source) if source.kind() != ErrorKind::BrokenPipe => Err(Error::Io { path: "stdout".into(), source }),
-        _ => Ok(()),
-    }
-}
-
-/// One JSON object on stdout.
-pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value).map_err(|e| Error::Unavailable(format!("JSON output: {e}")))?;
-    print(&format!("{text}\n"))
-}
-
-/// A line of progress on stderr, lost without harm when nobody reads there.
-pub fn progress(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Bytes in the binary unit that leaves a number below 1024.
