@@ -1,7 +1,7 @@
 //! Bidirectional attention over [prefix cache | live rows | suffix cache], nothing concatenated.
 //!
 //! One task per (span, head, tile of query rows). A tile computes all its scores `[keys, rows]` with the register
-//! tiles of [`super::tile`], takes the softmax lane by lane, and multiplies by the values in the same tiles. Scores
+//! tiles of `tile.rs`, takes the softmax lane by lane, and multiplies by the values in the same tiles. Scores
 //! stay in a scratch of `keys x 64` floats per thread.
 
 use super::simd::{Isa, Simd, dispatch};

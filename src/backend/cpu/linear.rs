@@ -1,7 +1,7 @@
 //! `out = x W^T + bias` for f32 activations and weights that stay as the checkpoint has them (bf16, f16, f32).
 //!
 //! One kernel for any number of rows. A panel of weight rows is widened once into a scratch that stays in L2, read
-//! row after row as it lies in memory, and then swept with register tiles ([`super::tile`]) over activations packed
+//! row after row as it lies in memory, and then swept with register tiles (`tile.rs`) over activations packed
 //! lane by lane; meanwhile the next panel is prefetched. The weights are read once per 256 rows. Work is split over
 //! panels; no sum is ever split, so neither threads nor the number of rows change a bit. Bound: multiply-adds from 32
 //! rows on, memory below (`cargo bench --bench linear` prints both beside their roofs).
