@@ -92,7 +92,7 @@ pub struct Verdict {
 /// `[2 n, vocab_size]`, the unconditional rows last. It is overwritten.
 ///
 /// # Errors
-/// [`Error::NoFiniteLogit`] when a row has no finite logit.
+/// [`Error::NoFiniteLogit`] names the first candidate whose row has no finite logit.
 pub fn unmask(logits: &mut [f32], vocab_size: usize, groups: &[Group], unmask: &Unmask) -> Result<Vec<Verdict>> {
     let candidates: Vec<(&Group, usize)> =
         groups.iter().flat_map(|g| g.positions.iter().map(move |p| (g, *p))).collect();
@@ -101,15 +101,16 @@ pub fn unmask(logits: &mut [f32], vocab_size: usize, groups: &[Group], unmask: &
         if unmask.cfg_scale > 0.0 {
             guide(row, &rest[i * vocab_size..], unmask.cfg_scale);
         }
-        let (token, confidence) = score_row(row, unmask, group.step, *position).ok_or(Error::NoFiniteLogit {
-            sequence: group.sequence,
-            position: *position,
-            step: group.step,
-        })?;
-        Ok(Verdict { token, confidence, commit: false })
+        let (token, confidence) = score_row(row, unmask, group.step, *position)?;
+        Some(Verdict { token, confidence, commit: false })
     };
     let rows = rows.par_chunks_exact_mut(vocab_size).zip(&candidates).enumerate();
-    let mut verdicts = rows.map(score).collect::<Result<Vec<_>>>()?;
+    let scored: Vec<Option<Verdict>> = rows.map(score).collect();
+    // Not collected into a Result in parallel: of several failures that would name any, not the first.
+    let verdict = |(verdict, (group, position)): (Option<Verdict>, &(&Group, usize))| {
+        verdict.ok_or(Error::NoFiniteLogit { sequence: group.sequence, position: *position, step: group.step })
+    };
+    let mut verdicts = scored.into_iter().zip(&candidates).map(verdict).collect::<Result<Vec<_>>>()?;
     let mut first = 0;
     for group in groups {
         let eligible = group.positions.partition_point(|p| *p < group.commit_before);
