@@ -111,8 +111,8 @@ impl Options {
         }
     }
 
-    /// How rows are scored under a rule.
-    pub(super) fn unmask(&self, rule: Rule) -> Unmask {
+    /// How rows are scored under a rule; `mask` is never chosen.
+    pub(super) fn unmask(&self, rule: Rule, mask: u32) -> Unmask {
         Unmask {
             confidence: self.confidence,
             temperature: self.temperature,
@@ -123,6 +123,7 @@ impl Options {
             cfg_scale: self.cfg_scale as f32,
             alg_temp: self.alg_temp,
             seed: self.seed,
+            mask_token: Some(mask),
         }
     }
 
