@@ -23,7 +23,8 @@ pub struct Options {
     pub gen_length: usize,
     /// Positions decoded together; divides `gen_length`. None: 32, or `gen_length` if that is less.
     pub block_length: Option<usize>,
-    /// Steps over all blocks; shapes `Policy::Fixed` and Dream's threshold rule without blocks. None: `gen_length`.
+    /// Steps over all blocks, at most 2^20; shapes `Policy::Fixed` and Dream's threshold rule without blocks. None:
+    /// `gen_length`.
     pub steps: Option<usize>,
     /// What is kept between the forwards of a block.
     pub cache: CacheMode,
@@ -72,6 +73,9 @@ impl Default for Options {
         }
     }
 }
+
+/// No real decode comes near; schedules hold a number for each step.
+const STEPS_LIMIT: usize = 1 << 20;
 
 /// The decoding loops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,6 +176,9 @@ impl Options {
         }
         if self.steps() == 0 {
             return Err(Error::argument("steps", "at least 1", 0));
+        }
+        if let Some(steps) = self.steps.filter(|steps| *steps > STEPS_LIMIT) {
+            return Err(Error::argument("steps", format!("at most {STEPS_LIMIT}"), steps));
         }
         Ok(())
     }
