@@ -193,11 +193,12 @@ impl Options {
             Policy::Threshold(t) => within("threshold", t, t > 0.0 && t <= 1.0, "a number in (0, 1]")?,
             Policy::Factor(f) => within("factor", f, f > 0.0 && f.is_finite(), "a number above 0")?,
         }
-        for (name, value) in
-            [("temperature", self.temperature), ("alg-temp", self.alg_temp), ("cfg-scale", self.cfg_scale)]
-        {
+        for (name, value) in [("temperature", self.temperature), ("alg-temp", self.alg_temp)] {
             within(name, value, value >= 0.0 && value.is_finite(), "0 or a number above")?;
         }
+        // Logits are guided in f32.
+        let guided = self.cfg_scale >= 0.0 && (self.cfg_scale as f32).is_finite();
+        within("cfg-scale", self.cfg_scale, guided, "0 or a number above, finite in f32")?;
         if let Some(p) = self.top_p {
             within("top-p", p, p > 0.0 && p <= 1.0, "a number in (0, 1]")?;
         }
