@@ -209,13 +209,13 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
     Ok(shards)
 }
 
-/// `model*.safetensors` in `dir`, sorted.
+/// The files `model*.safetensors` in `dir`, sorted.
 fn list_shards(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut shards = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
         let path = entry.map_err(Error::io(dir))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with("model") && name.ends_with(".safetensors") {
+        if name.starts_with("model") && name.ends_with(".safetensors") && path.is_file() {
             shards.push(path);
         }
     }
