@@ -144,7 +144,10 @@ impl Keys<'_> {
 fn read_json(path: &Path) -> Result<Value> {
     // Reading a pipe or a link to /dev/zero would never end.
     if path.exists() && !path.is_file() {
-        return Err(Error::Format { path: path.to_path_buf(), message: "expected a file, found something else".into() });
+        return Err(Error::Format {
+            path: path.to_path_buf(),
+            message: "expected a file, found something else".into(),
+        });
     }
     let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
     serde_json::from_str(&text).map_err(|e| Error::Format { path: path.to_path_buf(), message: e.to_string() })
