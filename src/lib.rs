@@ -18,6 +18,8 @@ pub mod decode;
 pub mod error;
 pub mod model;
 pub mod oracle;
+#[cfg(feature = "cli")]
+pub mod text;
 
 pub use cache::CacheMode;
 pub use decode::{Generation, Generator, Observer, Options, Policy, Step};

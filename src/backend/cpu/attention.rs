@@ -6,6 +6,7 @@
 
 use super::simd::{Isa, Simd, dispatch};
 use super::tile::{max_vectors, tile};
+use super::transpose::transpose;
 use crate::backend::{Heads, Span};
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -139,11 +140,12 @@ unsafe fn run_tile<S: Simd>(task: &Task, row: usize, rows: usize, out: &Out, scr
     let (keys, scores) = scratch.split_at_mut(KEYS * STRIDE);
     // The queries, transposed to `[d, lanes]`, the scale folded in.
     let scale = 1.0 / (d as f32).sqrt();
-    for m in 0..lanes {
-        let q = (m < rows).then(|| &task.q[(row + m) * task.q_stride..][..d]);
-        for i in 0..d {
-            query[i * lanes + m] = q.map_or(0.0, |q| q[i] * scale);
-        }
+    query[..d * lanes].fill(0.0);
+    let q = &task.q[row * task.q_stride..(row + rows - 1) * task.q_stride + d];
+    // SAFETY: `rows` rows of d floats in q, `[d, lanes]` in query.
+    unsafe { transpose(q.as_ptr(), task.q_stride, query.as_mut_ptr(), lanes, rows, d) };
+    for q in &mut query[..d * lanes] {
+        *q *= scale;
     }
     // scores[key][m]
     let mut key = 0;
@@ -195,17 +197,16 @@ unsafe fn run_tile<S: Simd>(task: &Task, row: usize, rows: usize, out: &Out, scr
             key += s.len;
         }
     }
-    for m in 0..rows {
-        let inverse = 1.0 / totals[m];
-        // SAFETY: d floats of this task's row and head.
-        let to = unsafe {
-            let at = task.out + (row + m) * task.out_stride;
-            std::slice::from_raw_parts_mut(out.0.add(at), d)
-        };
-        for (i, o) in to.iter_mut().enumerate() {
-            *o = sums[i * lanes + m] * inverse;
+    for (m, total) in totals[..lanes].iter_mut().enumerate() {
+        *total = if m < rows { 1.0 / *total } else { 0.0 };
+    }
+    for row in sums[..d * lanes].chunks_exact_mut(lanes) {
+        for (s, inverse) in row.iter_mut().zip(&totals) {
+            *s *= inverse;
         }
     }
+    // SAFETY: sums is `[d, lanes]`; this task's rows and head of out.
+    unsafe { transpose(sums.as_ptr(), lanes, out.0.add(task.out + row * task.out_stride), task.out_stride, d, rows) };
 }
 
 #[cfg(test)]

@@ -1,24 +1,31 @@
 //! `out = x W^T + bias` for f32 activations and weights that stay as the checkpoint has them (bf16, f16, f32).
 //!
-//! One kernel for any number of rows. Per panel of 64 weight rows and 128 columns: widen the panel once into a scratch
-//! that stays in L2, then sweep it with register tiles ([`super::tile`]) over activations packed lane by lane. The
-//! weights are read once per 256 rows. Work is split over panels; no sum is ever split, so neither threads nor the
-//! number of rows change a bit. Bound: multiply-adds from 16 rows on (`cargo bench --bench linear` prints the share).
+//! One kernel for any number of rows. A panel of weight rows is widened once into a scratch that stays in L2, read
+//! row after row as it lies in memory, and then swept with register tiles ([`super::tile`]) over activations packed
+//! lane by lane; meanwhile the next panel is prefetched. The weights are read once per 256 rows. Work is split over
+//! panels; no sum is ever split, so neither threads nor the number of rows change a bit. Bound: multiply-adds from 32
+//! rows on, memory below (`cargo bench --bench linear` prints both beside their roofs).
 
 use super::simd::{Isa, Simd, dispatch};
 use super::tile::{max_vectors, tile};
+use super::transpose::transpose;
 use crate::model::weights::{Dtype, Tensor};
 use rayon::prelude::*;
 use std::cell::RefCell;
 
-/// Weight rows of a panel: one task, one scratch.
-const PANEL: usize = 64;
-/// Columns widened at a time: 64 x 128 f32 = 32 KiB, and 64 lanes x 128 = 32 KiB of activations.
-const DEPTH: usize = 128;
-/// Row stride of the scratch: off the powers of two, which would all fall into the same cache sets.
+/// Weight rows of a panel: one task.
+const PANEL: usize = 48;
+/// Weight rows between two helpings of prefetches: a multiple of every tile's.
+const ROWS: usize = 24;
+/// Columns widened, packed and multiplied at a time: 2 KiB of a bf16 row, long enough for the hardware prefetcher.
+/// (Blocks of 128, whose activations stay in L1, were 8 to 20 % slower: the sums come and go too often.)
+const DEPTH: usize = 1024;
+/// Row stride of the widened panel: off the powers of two, which would all fall into the same cache sets.
 const STRIDE: usize = DEPTH + 16;
 /// Rows of activations per sweep, so that the scratch stays small however long the sequence.
 const SWEEP: usize = 256;
+/// Row stride of the sums.
+const SUMS: usize = SWEEP + 16;
 /// Packed activations are padded to this many rows, on every instruction set.
 const LANES: usize = 16;
 
@@ -81,7 +88,7 @@ pub fn packed_len(rows: usize, cols: usize) -> usize {
 }
 
 /// Bytes of scratch per thread.
-pub const SCRATCH_BYTES: usize = (PANEL * STRIDE + PANEL * SWEEP) * size_of::<f32>();
+pub const SCRATCH_BYTES: usize = (PANEL * STRIDE + PANEL * SUMS) * size_of::<f32>();
 
 thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
@@ -112,7 +119,7 @@ fn linear_on(isa: Isa, x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, pack
         (0..n.div_ceil(PANEL)).into_par_iter().for_each(|panel| {
             let out = &out;
             SCRATCH.with_borrow_mut(|scratch| {
-                scratch.resize(PANEL * STRIDE + PANEL * SWEEP, 0.0);
+                scratch.resize(PANEL * STRIDE + PANEL * SUMS, 0.0);
                 // SAFETY: `isa` was detected; panels write disjoint columns of `out`, which holds m rows of n floats.
                 unsafe {
                     dispatch!(isa, panel_of(
@@ -146,23 +153,11 @@ fn pack(isa: Isa, x: &[f32], m: usize, k: usize, k0: usize, packed: &mut [f32]) 
     for m0 in (0..padded).step_by(width) {
         let lanes = width.min(padded - m0);
         let tile = &mut packed[m0 * depth..(m0 + lanes) * depth];
-        for lane0 in (0..lanes).step_by(LANES) {
-            for p0 in (0..depth).step_by(LANES) {
-                let ps = LANES.min(depth - p0);
-                let mut rows = [[0.0f32; LANES]; LANES];
-                for (lane, row) in rows.iter_mut().enumerate() {
-                    let r = m0 + lane0 + lane;
-                    if r < m {
-                        let from = r * k + k0 + p0;
-                        row[..ps].copy_from_slice(&x[from..from + ps]);
-                    }
-                }
-                for p in 0..ps {
-                    let to = (p0 + p) * lanes + lane0;
-                    let column: [f32; LANES] = std::array::from_fn(|lane| rows[lane][p]);
-                    tile[to..to + LANES].copy_from_slice(&column);
-                }
-            }
+        let real = lanes.min(m.saturating_sub(m0));
+        tile.fill(0.0);
+        // SAFETY: `real` rows of `depth` columns inside x; the tile is `[depth, lanes]`.
+        unsafe {
+            transpose(x.as_ptr().add(m0 * k + k0), k, tile.as_mut_ptr(), lanes, real, depth);
         }
     }
 }
@@ -181,69 +176,78 @@ unsafe fn panel_of<S: Simd>(w: &Matrix, panel: usize, packed: &[f32], m: usize, 
         let depth = DEPTH.min(w.cols - k0);
         for n in 0..nl {
             let (bytes, dtype) = w.row(n0 + n);
-            let size = dtype.size();
-            // The next block of this row is on its way while this one is worked on.
-            prefetch(bytes, (k0 + DEPTH) * size, DEPTH * size);
-            let bytes = &bytes[k0 * size..(k0 + depth) * size];
+            let bytes = &bytes[k0 * dtype.size()..(k0 + depth) * dtype.size()];
             // SAFETY: the CPU has S.
             unsafe { widen::<S>(dtype, bytes, &mut wide[n * STRIDE..n * STRIDE + depth]) };
         }
+        // What is widened next: the same rows further on, or the next panel from its start.
+        let (next_row, next_k) = if k0 + DEPTH < w.cols { (n0, k0 + DEPTH) } else { (n0 + PANEL, 0) };
+        let mut ahead = Ahead { w, row: next_row, end: (next_row + PANEL).min(w.rows), k0: next_k, byte: 0 };
+        let lines = (PANEL * DEPTH * 2 / 64).div_ceil(tiles::<S>(padded).count() * nl.div_ceil(ROWS));
         let block = &packed[k0 * padded..(k0 + depth) * padded];
         for (m0, lanes) in tiles::<S>(padded) {
-            // SAFETY: wide holds nl rows of depth floats, the block `depth x lanes` of this tile, sums nl rows.
-            unsafe {
-                tile::<S, STRIDE>(
-                    nl,
-                    lanes / S::LANES,
-                    depth,
-                    wide.as_ptr(),
-                    1,
-                    block.as_ptr().add(m0 * depth),
-                    sums.as_mut_ptr().add(m0),
-                    SWEEP,
-                    k0 > 0,
-                );
+            for n in (0..nl).step_by(ROWS) {
+                ahead.prefetch(lines);
+                // SAFETY: wide holds nl rows, the block `depth x lanes` of this tile, sums nl rows.
+                unsafe {
+                    tile::<S, STRIDE>(
+                        ROWS.min(nl - n),
+                        lanes / S::LANES,
+                        depth,
+                        wide.as_ptr().add(n * STRIDE),
+                        1,
+                        block.as_ptr().add(m0 * depth),
+                        sums.as_mut_ptr().add(n * SUMS + m0),
+                        SUMS,
+                        k0 > 0,
+                    );
+                }
             }
         }
     }
     if let Some(bias) = &w.bias {
         for n in 0..nl {
-            for s in &mut sums[n * SWEEP..n * SWEEP + m] {
+            for s in &mut sums[n * SUMS..n * SUMS + m] {
                 *s += bias[n0 + n];
             }
         }
     }
-    for m0 in (0..m).step_by(LANES) {
-        for c0 in (0..nl).step_by(LANES) {
-            let cl = LANES.min(nl - c0);
-            let mut columns = [[0.0f32; LANES]; LANES];
-            for (c, column) in columns[..cl].iter_mut().enumerate() {
-                let from = (c0 + c) * SWEEP + m0;
-                column.copy_from_slice(&sums[from..from + LANES]);
-            }
-            for r in 0..LANES.min(m - m0) {
-                let row: [f32; LANES] = std::array::from_fn(|c| columns[c][r]);
-                // SAFETY: row m0 + r < m, columns n0 + c0 .. + cl of this panel.
+    // SAFETY: sums is `[nl, m]`; rows below m and this panel's columns of out.
+    unsafe { transpose(sums.as_ptr(), SUMS, out.0.add(n0), w.rows, nl, m) };
+}
+
+/// Walks over the cache lines of a panel, a few at a time, so that they arrive while the panel before is worked on.
+/// (All at once they would only queue up: a core has a dozen or so requests under way.)
+struct Ahead<'a> {
+    w: &'a Matrix,
+    row: usize,
+    end: usize,
+    k0: usize,
+    byte: usize,
+}
+
+impl Ahead<'_> {
+    #[inline(always)]
+    fn prefetch(&mut self, mut lines: usize) {
+        while lines > 0 && self.row < self.end {
+            let (bytes, dtype) = self.w.row(self.row);
+            let bytes = &bytes[self.k0 * dtype.size()..];
+            let bytes = &bytes[..bytes.len().min(DEPTH * dtype.size())];
+            while lines > 0 && self.byte < bytes.len() {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: a hint, and the address lies in `bytes`.
                 unsafe {
-                    let to = out.0.add((m0 + r) * w.rows + n0 + c0);
-                    std::ptr::copy_nonoverlapping(row.as_ptr(), to, cl);
+                    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+                    _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().add(self.byte).cast());
                 }
+                self.byte += 64;
+                lines -= 1;
+            }
+            if self.byte >= bytes.len() {
+                (self.row, self.byte) = (self.row + 1, 0);
             }
         }
     }
-}
-
-/// Asks for the cache lines of `bytes[from..from + len]` (as far as they exist).
-#[inline(always)]
-fn prefetch(bytes: &[u8], from: usize, len: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for at in (from..(from + len).min(bytes.len())).step_by(64) {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: a hint; the address lies in `bytes`.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().add(at).cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (bytes, from, len);
 }
 
 /// `bytes` of `dtype`, widened to f32.

@@ -3,9 +3,12 @@
 
 pub mod attention;
 pub mod linear;
-pub mod simd;
+mod simd;
 mod swiglu;
 mod tile;
+mod transpose;
+
+pub use simd::{Isa, fma_roof};
 
 use super::{Backend, Heads, Span};
 use crate::error::{Error, Result};

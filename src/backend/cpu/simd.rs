@@ -266,3 +266,42 @@ macro_rules! dispatch {
     }};
 }
 pub(crate) use dispatch;
+
+/// Runs `chains` rounds of 24 independent multiply-adds and returns their floating-point operations: divided by the time
+/// taken, the roof that matrix products are measured against.
+pub fn fma_roof(chains: u64) -> u64 {
+    let isa = Isa::detect();
+    let mut sum = 0.0f32;
+    let out = &mut sum;
+    // SAFETY: `isa` was detected.
+    unsafe { dispatch!(isa, fma_chains(chains: u64, out: &mut f32)) };
+    std::hint::black_box(sum);
+    let lanes = match isa {
+        Isa::Avx512 => 16,
+        Isa::Avx2 | Isa::Plain => 8,
+    };
+    chains * 24 * 2 * lanes
+}
+
+/// # Safety
+/// The CPU has `S`.
+#[inline(always)]
+unsafe fn fma_chains<S: Simd>(chains: u64, out: &mut f32) {
+    // SAFETY: registers only, and one store of LANES <= 16 floats.
+    unsafe {
+        let (a, b) = (S::splat(0.999), S::splat(1e-6));
+        let mut acc = [S::splat(1.0); 24];
+        for _ in 0..chains {
+            for c in &mut acc {
+                *c = S::fma(*c, a, b);
+            }
+        }
+        let mut total = acc[0];
+        for c in &acc[1..] {
+            total = S::add(total, *c);
+        }
+        let mut lanes = [0.0f32; 16];
+        S::store(lanes.as_mut_ptr(), total);
+        *out = lanes[0];
+    }
+}

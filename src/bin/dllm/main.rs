@@ -1,1 +1,81 @@
-fn main() {}
+//! `dllm`: run, measure and inspect diffusion language models.
+//!
+//! Exit status: 0 done, 1 the work failed, 2 the arguments are wrong. stdout holds results only.
+
+mod args;
+mod bench;
+mod eval;
+mod generate;
+mod inspect;
+mod output;
+mod screen;
+mod watch;
+
+use clap::{Parser, Subcommand};
+use dllm_kernels::{Error, Result};
+use std::process::ExitCode;
+
+const EXAMPLES: &str = "\
+Examples:
+  dllm                                        the shipped model answers a sample question, shown as it unmasks
+  dllm generate --chat --prompt \"How are you?\" --model DIR
+  dllm generate --help                        every flag of a decode
+  dllm eval --limit 50                        what caches and policies cost in accuracy, and save in time
+  dllm inspect DIR                            what a checkpoint holds
+";
+
+/// Diffusion language models (LLaDA, Dream): decode, measure, inspect
+///
+/// Without a command, the shipped checkpoint models/tiny-math answers a sample question.
+#[derive(Parser)]
+#[command(name = "dllm", version, after_help = EXAMPLES, max_term_width = 120)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Answer one prompt, or a batch of them
+    Generate(Box<generate::Generate>),
+    /// Accuracy, forward passes and speed of decode settings on a set of problems
+    Eval(Box<eval::Eval>),
+    /// What a checkpoint holds, and the memory that it needs
+    Inspect(inspect::Inspect),
+    /// The decode modes side by side
+    Bench(bench::Bench),
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help goes to stdout, and whoever reads it may stop early.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+    };
+    match run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error @ Error::Argument { .. }) => {
+            output::note(format_args!("error: --{error}"));
+            ExitCode::from(2)
+        }
+        Err(error) => {
+            output::note(format_args!("error: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Option<Command>) -> Result<()> {
+    output::catch_interrupts();
+    match command {
+        None => generate::run(&generate::Generate::demo()),
+        Some(Command::Generate(args)) => generate::run(&args),
+        Some(Command::Eval(args)) => eval::run(&args),
+        Some(Command::Inspect(args)) => inspect::run(&args),
+        Some(Command::Bench(args)) => bench::run(&args),
+    }
+}

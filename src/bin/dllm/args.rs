@@ -1,0 +1,256 @@
+//! Flags that `generate` and `eval` share, and what they mean to the library.
+
+use clap::{Args, Parser, ValueEnum};
+use dllm_kernels::{CacheMode, Confidence, Error, Options, Policy, Result};
+use std::path::{Path, PathBuf};
+
+/// The checkpoint that comes with the program.
+const SHIPPED: &str = "models/tiny-math";
+
+/// What `--cache` takes.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub enum Cache {
+    /// Every forward runs everything
+    None,
+    /// Keep keys and values before the block
+    Prefix,
+    /// Keep keys and values before and after the block
+    Dual,
+    /// dLLM-Cache (not in this version)
+    Adaptive,
+}
+
+/// What `--policy` takes.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub enum PolicyName {
+    /// As many tokens per step as the schedule says
+    Fixed,
+    /// Every token that is at least --threshold confident, and always the best one
+    Threshold,
+    /// Fast-dLLM's factor rule
+    Factor,
+}
+
+/// What `--confidence` takes.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub enum ConfidenceName {
+    /// Of the token itself
+    Probability,
+    /// Lead over the second-best token
+    Margin,
+    /// Negative entropy of the row
+    Entropy,
+    /// Drawn
+    Random,
+}
+
+/// How to decode. Every flag is optional here, so that a setting of `eval` can be laid over the command line's.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Decoding")]
+pub struct Decoding {
+    /// Tokens to generate [default: 128]
+    #[arg(long, value_name = "N")]
+    pub gen_length: Option<usize>,
+    /// Tokens decoded together, left to right; divides gen-length [default: 32, at most gen-length]
+    #[arg(long, value_name = "N")]
+    pub block_length: Option<usize>,
+    /// Steps over all blocks; shapes the fixed policy, and Dream's threshold without blocks [default: gen-length]
+    #[arg(long, value_name = "N")]
+    pub steps: Option<usize>,
+    /// What is kept between the forwards of a block [default: dual]
+    #[arg(long, value_name = "MODE", hide_possible_values = true, help = CACHE_HELP)]
+    pub cache: Option<Cache>,
+    /// Which tokens a step commits: fixed, threshold or factor [default: threshold]
+    #[arg(long, value_name = "RULE", hide_possible_values = true)]
+    pub policy: Option<PolicyName>,
+    /// Confidence that policy threshold asks for, in (0, 1] [default: 0.9]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub threshold: Option<f64>,
+    /// Factor of policy factor, above 0: higher commits more [default: 1.0]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
+    pub factor: Option<f64>,
+    /// What ranks tokens: probability, margin, entropy or random [default: probability]
+    #[arg(long, value_name = "KIND", hide_possible_values = true)]
+    pub confidence: Option<ConfidenceName>,
+    /// End a sequence at its first end-of-text token [default: off]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[arg(hide_possible_values = true)]
+    pub early_stop: Option<bool>,
+
+    /// Sample from softmax(logits / T); 0 takes the best token [default: 0]
+    #[arg(long, value_name = "T", allow_negative_numbers = true, help_heading = "Sampling")]
+    pub temperature: Option<f64>,
+    /// Policy fixed: draw the positions too, from softmax(confidence / T) [default: 0]
+    #[arg(long, value_name = "T", allow_negative_numbers = true, help_heading = "Sampling")]
+    pub alg_temp: Option<f64>,
+    /// Nucleus sampling, in (0, 1] [default: off]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, help_heading = "Sampling")]
+    pub top_p: Option<f64>,
+    /// Sample among the K best tokens [default: off]
+    #[arg(long, value_name = "K", help_heading = "Sampling")]
+    pub top_k: Option<usize>,
+    /// Classifier-free guidance; doubles the work [default: 0]
+    #[arg(long, value_name = "S", allow_negative_numbers = true, help_heading = "Sampling")]
+    pub cfg_scale: Option<f64>,
+    /// End of Dream's timesteps [default: 0.001]
+    #[arg(long, value_name = "E", allow_negative_numbers = true, help_heading = "Sampling")]
+    pub eps: Option<f64>,
+    /// Seed of every random number [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Sampling")]
+    pub seed: Option<u64>,
+
+    /// Steps between refreshes of the prompt [default: 50]
+    #[arg(long, value_name = "N", help_heading = ADAPTIVE)]
+    pub prompt_interval: Option<usize>,
+    /// Steps between refreshes of the response [default: 7]
+    #[arg(long, value_name = "N", help_heading = ADAPTIVE)]
+    pub response_interval: Option<usize>,
+    /// Share of response rows recomputed in between [default: 0.25]
+    #[arg(long, value_name = "R", allow_negative_numbers = true, help_heading = ADAPTIVE)]
+    pub refresh_ratio: Option<f64>,
+}
+
+const ADAPTIVE: &str = "Cache mode adaptive (not in this version)";
+const CACHE_HELP: &str = "What is kept between the forwards of a block: none, prefix, dual or adaptive [default: dual]";
+
+/// The flags of a setting, parsed as if they stood on a command line.
+#[derive(Parser)]
+#[command(no_binary_name = true, disable_help_flag = true)]
+struct Setting {
+    #[command(flatten)]
+    decoding: Decoding,
+}
+
+impl Decoding {
+    /// These flags with `setting` (`cache=dual,policy=threshold,threshold=0.9`) laid over them.
+    pub fn with_setting(&self, setting: &str) -> Result<Decoding> {
+        let flags = setting.split(',').map(str::trim).filter(|f| !f.is_empty()).map(|f| format!("--{f}"));
+        let mut parsed = Setting { decoding: self.clone() };
+        parsed.try_update_from(flags).map_err(|error| {
+            let message = error.to_string();
+            let message = message.lines().next().unwrap_or_default().trim_start_matches("error: ");
+            Error::Argument {
+                name: "setting",
+                expected: "flags of generate as key=value, with commas between them".into(),
+                found: format!("{setting:?}: {message}"),
+            }
+        })?;
+        Ok(parsed.decoding)
+    }
+
+    /// What the library is asked to do. Ranges are the library's to check.
+    pub fn options(&self) -> Result<Options> {
+        let default = Options::default();
+        Ok(Options {
+            gen_length: self.gen_length.unwrap_or(default.gen_length),
+            block_length: self.block_length,
+            steps: self.steps,
+            cache: match self.cache {
+                None => default.cache,
+                Some(Cache::None) => CacheMode::None,
+                Some(Cache::Prefix) => CacheMode::Prefix,
+                Some(Cache::Dual) => CacheMode::Dual,
+                Some(Cache::Adaptive) => {
+                    let message = "--cache adaptive is not part of this version; there are none, prefix and dual";
+                    return Err(Error::Unavailable(message.into()));
+                }
+            },
+            policy: match self.policy {
+                None | Some(PolicyName::Threshold) => Policy::Threshold(self.threshold.unwrap_or(0.9)),
+                Some(PolicyName::Fixed) => Policy::Fixed,
+                Some(PolicyName::Factor) => Policy::Factor(self.factor.unwrap_or(1.0)),
+            },
+            confidence: match self.confidence {
+                None | Some(ConfidenceName::Probability) => Confidence::Probability,
+                Some(ConfidenceName::Margin) => Confidence::Margin,
+                Some(ConfidenceName::Entropy) => Confidence::Entropy,
+                Some(ConfidenceName::Random) => Confidence::Random,
+            },
+            temperature: self.temperature.unwrap_or(default.temperature),
+            alg_temp: self.alg_temp.unwrap_or(default.alg_temp),
+            top_p: self.top_p,
+            top_k: self.top_k,
+            cfg_scale: self.cfg_scale.unwrap_or(default.cfg_scale),
+            eps: self.eps.unwrap_or(default.eps),
+            seed: self.seed.unwrap_or(default.seed),
+            early_stop: self.early_stop.unwrap_or(default.early_stop),
+            end_tokens: vec![],
+        })
+    }
+
+    /// Flags that were given but that the others leave without effect.
+    pub fn idle_flags(&self) -> Vec<&'static str> {
+        let policy = self.policy.unwrap_or(PolicyName::Threshold);
+        let adaptive = self.cache == Some(Cache::Adaptive);
+        let flags = [
+            ("--threshold (see --policy)", self.threshold.is_some() && policy != PolicyName::Threshold),
+            ("--factor (see --policy)", self.factor.is_some() && policy != PolicyName::Factor),
+            ("--prompt-interval (see --cache)", self.prompt_interval.is_some() && !adaptive),
+            ("--response-interval (see --cache)", self.response_interval.is_some() && !adaptive),
+            ("--refresh-ratio (see --cache)", self.refresh_ratio.is_some() && !adaptive),
+        ];
+        flags.into_iter().filter(|(_, idle)| *idle).map(|(name, _)| name).collect()
+    }
+}
+
+/// What to run on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Device {
+    /// `auto`, `cpu`
+    Cpu,
+    /// `cuda`, `cuda:N`
+    Cuda,
+}
+
+fn device(text: &str) -> Result<Device, String> {
+    let ordinal = |n: &str| n.parse::<u16>().is_ok();
+    match text.split_once(':') {
+        None if text == "auto" || text == "cpu" => Ok(Device::Cpu),
+        None if text == "cuda" => Ok(Device::Cuda),
+        Some(("cuda", n)) if ordinal(n) => Ok(Device::Cuda),
+        _ => Err("expected auto, cpu, cuda or cuda:N".into()),
+    }
+}
+
+/// Where the work is done.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Machine")]
+pub struct Machine {
+    /// auto, cpu, cuda or cuda:N (CUDA is not in this version) [default: auto]
+    #[arg(long, value_name = "DEVICE", value_parser = device)]
+    device: Option<Device>,
+    /// CPU threads [default: all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    threads: Option<u16>,
+}
+
+impl Machine {
+    /// Gets the device ready; returns its name.
+    pub fn start(&self) -> Result<&'static str> {
+        if self.device == Some(Device::Cuda) {
+            let message = "--device cuda: the CUDA backend is not part of this version; there are auto and cpu";
+            return Err(Error::Unavailable(message.into()));
+        }
+        if let Some(threads) = self.threads {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();
+            pool.map_err(|e| Error::Unavailable(format!("--threads {threads}: {e}")))?;
+        }
+        Ok("cpu")
+    }
+}
+
+/// The checkpoint directory: the one given, or the one that comes with the program, looked for in the current directory
+/// and in those above the executable.
+pub fn model_dir(given: Option<&Path>) -> Result<PathBuf> {
+    if let Some(dir) = given {
+        return Ok(dir.to_path_buf());
+    }
+    let executable = std::env::current_exe().unwrap_or_default();
+    let above = executable.ancestors().skip(1).filter(|dir| !dir.as_os_str().is_empty());
+    let mut places = std::iter::once(Path::new("")).chain(above).map(|dir| dir.join(SHIPPED));
+    places.find(|dir| dir.is_dir()).ok_or_else(|| Error::Argument {
+        name: "model",
+        expected: format!("a checkpoint directory, as {SHIPPED} is neither here nor above the program"),
+        found: "no --model".into(),
+    })
+}

@@ -1,0 +1,275 @@
+//! `dllm bench`: the decode modes side by side on one prompt, in turns in one run, and the original beside them.
+
+mod originals;
+mod summary;
+mod timed;
+
+use crate::report::{Shape, argument, print, print_json, progress};
+use clap::ValueEnum;
+use dllm_kernels::backend::cpu::Cpu;
+use dllm_kernels::cache::{BlockPlan, PassKind};
+use dllm_kernels::decode::decode;
+use dllm_kernels::model::{Config, Model, Session, Weights};
+use dllm_kernels::{CacheMode, Error, Family, Options, Policy, Result};
+use originals::{Answer, Originals};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use timed::{Timed, Timing, weight_bytes_per_forward};
+
+/// Time the decode modes side by side on one prompt
+#[derive(clap::Args, Debug)]
+pub struct Bench {
+    /// Checkpoint directory
+    #[arg(long, value_name = "DIR", default_value = "models/tiny-math", conflicts_with = "shape")]
+    model: PathBuf,
+    /// A public shape instead of a checkpoint
+    #[arg(long, requires = "random_weights")]
+    shape: Option<Shape>,
+    /// Fill the shape with random weights, in memory
+    #[arg(long, requires = "shape")]
+    random_weights: bool,
+    /// Random tokens of the prompt
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    prompt_length: usize,
+    /// The prompt as token ids, instead of random ones
+    #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with = "prompt_length")]
+    prompt_ids: Vec<u32>,
+    /// Tokens to generate
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    gen_length: usize,
+    /// Tokens decoded together [default: 32, at most gen-length]
+    #[arg(long, value_name = "N")]
+    block_length: Option<usize>,
+    /// Modes to time
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "MODES", default_values_t = Mode::ALL)]
+    modes: Vec<Mode>,
+    /// Rounds; each runs every mode once
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    repeat: u64,
+    /// Threads that decode, in the original too [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
+    threads: Option<u64>,
+    /// Seed of random weights and of a random prompt
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// A way to decode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    Vanilla,
+    PrefixFixed,
+    DualFixed,
+    PrefixThreshold,
+    DualThreshold,
+}
+
+impl Mode {
+    const ALL: [Mode; 5] =
+        [Mode::Vanilla, Mode::PrefixFixed, Mode::DualFixed, Mode::PrefixThreshold, Mode::DualThreshold];
+
+    fn name(self) -> &'static str {
+        match self {
+            Mode::Vanilla => "vanilla",
+            Mode::PrefixFixed => "prefix-fixed",
+            Mode::DualFixed => "dual-fixed",
+            Mode::PrefixThreshold => "prefix-threshold",
+            Mode::DualThreshold => "dual-threshold",
+        }
+    }
+
+    fn options(self, setup: &Setup) -> Options {
+        let (cache, policy) = match self {
+            Mode::Vanilla => (CacheMode::None, Policy::Fixed),
+            Mode::PrefixFixed => (CacheMode::Prefix, Policy::Fixed),
+            Mode::DualFixed => (CacheMode::Dual, Policy::Fixed),
+            Mode::PrefixThreshold => (CacheMode::Prefix, Policy::Threshold(0.9)),
+            Mode::DualThreshold => (CacheMode::Dual, Policy::Threshold(0.9)),
+        };
+        // Dream's own loop has no blocks.
+        let block_length = match (self, setup.config.family) {
+            (Mode::Vanilla, Family::Dream) => setup.gen_length,
+            _ => setup.block_length,
+        };
+        let block_length = Some(block_length);
+        Options { gen_length: setup.gen_length, block_length, cache, policy, ..Options::default() }
+    }
+}
+
+/// Where the weights come from.
+pub enum Source {
+    Checkpoint(PathBuf),
+    Random(Shape),
+}
+
+/// What all modes share.
+pub struct Setup {
+    source: Source,
+    config: Config,
+    prompt: Vec<u32>,
+    gen_length: usize,
+    block_length: usize,
+    threads: usize,
+    modes: Vec<Mode>,
+}
+
+/// What was measured of one mode.
+struct Run {
+    mode: Mode,
+    nfe: usize,
+    /// Of each round.
+    seconds: Vec<f64>,
+    timings: Vec<Timing>,
+    /// The original's, of each round.
+    original: Vec<f64>,
+    original_nfe: usize,
+}
+
+/// The model itself, and what a forward reads of it at least.
+struct Subject {
+    model: Model,
+    parameters: usize,
+    bytes_per_forward: usize,
+}
+
+/// Runs the command.
+pub fn run(args: &Bench) -> Result<()> {
+    // All that can be refused is refused before weights are made up.
+    let setup = setup(args)?;
+    let prompts = [setup.prompt.clone()];
+    for mode in &setup.modes {
+        mode.options(&setup).validate(&setup.config, &prompts)?;
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(setup.threads).build();
+    let pool = pool.map_err(|e| Error::Unavailable(format!("{} threads: {e}", setup.threads)))?;
+    let weights = match &setup.source {
+        Source::Checkpoint(dir) => Weights::open(dir)?,
+        Source::Random(_) => Weights::random(&setup.config, args.seed)?,
+    };
+    let subject = Subject {
+        model: Model::new(setup.config.clone(), &weights)?,
+        parameters: setup.config.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum(),
+        bytes_per_forward: weight_bytes_per_forward(&setup.config, &weights)?,
+    };
+    let empty =
+        |mode: &Mode| Run { mode: *mode, nfe: 0, seconds: vec![], timings: vec![], original: vec![], original_nfe: 0 };
+    let mut runs: Vec<Run> = setup.modes.iter().map(empty).collect();
+    let mut originals = Originals::find(&setup);
+    let mut answer = None;
+    for round in 1..=args.repeat {
+        pool.install(|| our_round(&subject, &setup, &prompts, &mut runs))?;
+        let took: f64 = runs.iter().filter_map(|r| r.seconds.last()).sum();
+        progress(&format!("round {round} of {}: ours {took:.1} s", args.repeat));
+        // A process of its own each round, so that theirs and ours take turns on the same machine.
+        match originals.as_mut().map(Originals::round) {
+            Ok(Ok(theirs)) => {
+                let took = record(&mut runs, &theirs);
+                progress(&format!("round {round} of {}: originals {took:.1} s", args.repeat));
+                answer = Some(theirs);
+            }
+            Ok(Err(why)) => originals = Err(format!("not measured: {why}")),
+            Err(_) => {}
+        }
+    }
+    let summary = summary::Summary::new(&setup, &subject, &runs, answer, originals.err());
+    if args.json { print_json(&summary) } else { print(&summary.text(&setup, &subject, &runs)) }
+}
+
+fn setup(args: &Bench) -> Result<Setup> {
+    let (source, config) = match args.shape {
+        Some(shape) => (Source::Random(shape), shape.config()?),
+        None => (Source::Checkpoint(args.model.clone()), open_config(&args.model)?),
+    };
+    // Before a prompt of that length is made up; `validate` sees to the rest.
+    let window = config.max_sequence_length;
+    if args.prompt_length > window {
+        return Err(argument("prompt-length", format!("at most the model's {window} positions"), args.prompt_length));
+    }
+    let prompt = match args.prompt_ids.is_empty() {
+        true => random_prompt(&config, args.prompt_length, args.seed)?,
+        false => args.prompt_ids.clone(),
+    };
+    Ok(Setup {
+        source,
+        prompt,
+        config,
+        gen_length: args.gen_length,
+        block_length: args.block_length.unwrap_or(args.gen_length.min(32)),
+        threads: args.threads.map_or_else(rayon::current_num_threads, |n| n as usize),
+        modes: args.modes.clone(),
+    })
+}
+
+fn open_config(dir: &Path) -> Result<Config> {
+    // The model's own errors for a directory that is not there; its weights are only mapped.
+    Ok(Model::open(dir)?.config().clone())
+}
+
+/// Ordinary tokens: neither mask nor end of text.
+fn random_prompt(config: &Config, len: usize, seed: u64) -> Result<Vec<u32>> {
+    let special = |id: &u32| *id == config.mask_token_id || config.eos_token_ids.contains(id);
+    let ids: Vec<u32> = (0..config.vocab_size as u32).filter(|id| !special(id)).collect();
+    if ids.is_empty() {
+        return Err(argument("prompt-ids", "tokens for a prompt", "a vocabulary of special tokens only"));
+    }
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ids[(state >> 33) as usize % ids.len()]
+    };
+    Ok((0..len).map(|_| next()).collect())
+}
+
+/// Every mode once, after a forward that is not timed.
+fn our_round(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>], runs: &mut [Run]) -> Result<()> {
+    warm_up(subject, setup, prompts)?;
+    for run in runs {
+        let options = run.mode.options(setup);
+        let session = Session::new(subject.model.transformer(), Cpu::default(), options.sizes(&setup.config, prompts))?;
+        let limit = 4 * setup.gen_length + 64;
+        let mut network = Timed { session, cache: options.cache, timings: vec![], limit };
+        let start = Instant::now();
+        let decoded = decode(&mut network, &setup.config, prompts, &options, None, &mut ())?;
+        run.seconds.push(start.elapsed().as_secs_f64());
+        run.nfe = decoded.nfe;
+        run.timings.append(&mut network.timings);
+    }
+    Ok(())
+}
+
+/// One forward over everything, so that mapped weights are in memory and threads are awake.
+fn warm_up(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>]) -> Result<()> {
+    let sizes = Mode::Vanilla.options(setup).sizes(&setup.config, prompts);
+    let mut session = Session::new(subject.model.transformer(), Cpu::default(), sizes)?;
+    let mask = setup.config.mask_token_id;
+    let tokens: Vec<_> = prompts.iter().map(|p| [p.clone(), vec![mask; setup.gen_length]].concat()).collect();
+    let windows: Vec<_> = tokens.iter().enumerate().map(|(i, t)| (i, 0..t.len())).collect();
+    session.forward(&tokens, &windows, &BlockPlan { mode: CacheMode::None, pass: PassKind::Full }, &[0], None);
+    Ok(())
+}
+
+/// Takes the original's times over; returns their sum.
+fn record(runs: &mut [Run], answer: &Answer) -> f64 {
+    let mut took = 0.0;
+    for row in &answer.modes {
+        for run in runs.iter_mut().filter(|r| r.mode.name() == row.name) {
+            run.original.extend(&row.seconds);
+            run.original_nfe = row.nfe;
+            took += row.seconds.iter().sum::<f64>();
+        }
+    }
+    took
+}
+
+/// The middle of the values; between the two middle ones of an even number. 0 of none.
+fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_unstable_by(f64::total_cmp);
+    match values.len() {
+        0 => 0.0,
+        n => (values[(n - 1) / 2] + values[n / 2]) / 2.0,
+    }
+}

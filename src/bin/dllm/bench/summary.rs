@@ -1,0 +1,268 @@
+//! What `dllm bench` says: one JSON object, or tables.
+
+use super::originals::Answer;
+use super::timed::Timing;
+use super::{Run, Setup, Source, Subject, median};
+use crate::report::{bytes, count, table};
+use dllm_kernels::Config;
+use dllm_kernels::cache::PassKind;
+use serde::Serialize;
+
+/// All results.
+#[derive(Serialize)]
+pub struct Summary {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shape: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<String>,
+    family: String,
+    prompt_length: usize,
+    gen_length: usize,
+    block_length: usize,
+    threads: usize,
+    rounds: usize,
+    /// Weights that every forward reads at least once.
+    weight_bytes_per_forward: usize,
+    originals: Versions,
+    modes: Vec<Line>,
+}
+
+/// What the original ran on, or why it did not.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Versions {
+    Measured {
+        torch: String,
+        revision: Option<String>,
+        /// The rounds that it took part in, and why not in all.
+        rounds: usize,
+        stopped: Option<String>,
+    },
+    Not(String),
+}
+
+/// One mode.
+#[derive(Serialize)]
+struct Line {
+    name: &'static str,
+    nfe: usize,
+    seconds: Vec<f64>,
+    ms_per_forward: f64,
+    kinds: Kinds,
+    /// All generated tokens, over the median of the seconds.
+    tokens_per_second: f64,
+    /// How many times faster than vanilla the whole decode is.
+    ratio_to_vanilla: Option<f64>,
+    original_nfe: Option<usize>,
+    original_ms_per_forward: Option<f64>,
+    /// The original's milliseconds per forward over ours.
+    speedup: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct Kinds {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    full: Option<Kind>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    suffix: Option<Kind>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    block: Option<Kind>,
+}
+
+/// Forwards of one kind. Times are medians over all rounds.
+#[derive(Serialize)]
+struct Kind {
+    /// In one decode.
+    count: usize,
+    ms: f64,
+    ms_min: f64,
+    ms_max: f64,
+    rows: f64,
+    multiply_adds: f64,
+    /// Two operations a multiply-add, over the sum of the times.
+    gflops: f64,
+}
+
+impl Kind {
+    fn of<'a>(
+        config: &Config,
+        timings: impl IntoIterator<Item = &'a Timing>,
+        kind: PassKind,
+        n: usize,
+    ) -> Option<Kind> {
+        let own: Vec<&Timing> = timings.into_iter().filter(|t| t.kind == kind).collect();
+        if own.is_empty() {
+            return None;
+        }
+        let ms = || own.iter().map(|t| 1000.0 * t.seconds);
+        let work = || own.iter().map(|t| t.multiply_adds(config));
+        Some(Kind {
+            count: own.len() / n.max(1),
+            ms: median(ms()),
+            ms_min: ms().fold(f64::INFINITY, f64::min),
+            ms_max: ms().fold(0.0, f64::max),
+            rows: median(own.iter().map(|t| t.rows as f64)),
+            multiply_adds: median(work()),
+            gflops: 2e-6 * work().sum::<f64>() / ms().sum::<f64>().max(1e-6),
+        })
+    }
+}
+
+impl Summary {
+    /// `answer` is the original's last one, and `why` says why there is none, or no further one.
+    pub fn new(setup: &Setup, subject: &Subject, runs: &[Run], answer: Option<Answer>, why: Option<String>) -> Summary {
+        let vanilla = runs.iter().find(|r| r.mode == super::Mode::Vanilla).map(|r| median(r.seconds.clone()));
+        let line = |run: &Run| {
+            let seconds = median(run.seconds.clone()).max(1e-9);
+            let ms_per_forward = 1000.0 * seconds / run.nfe.max(1) as f64;
+            let kind = |kind| Kind::of(&setup.config, &run.timings, kind, run.seconds.len());
+            let measured = !run.original.is_empty();
+            let original = measured.then(|| 1000.0 * median(run.original.clone()) / run.original_nfe.max(1) as f64);
+            Line {
+                name: run.mode.name(),
+                nfe: run.nfe,
+                seconds: run.seconds.clone(),
+                ms_per_forward,
+                kinds: Kinds {
+                    full: kind(PassKind::Full),
+                    suffix: kind(PassKind::Suffix),
+                    block: kind(PassKind::Block),
+                },
+                tokens_per_second: setup.gen_length as f64 / seconds,
+                ratio_to_vanilla: vanilla.map(|v| v / seconds),
+                original_nfe: measured.then_some(run.original_nfe),
+                original_ms_per_forward: original,
+                speedup: original.map(|o| o / ms_per_forward),
+            }
+        };
+        Summary {
+            shape: match &setup.source {
+                Source::Random(shape) => Some(shape.name()),
+                Source::Checkpoint(_) => None,
+            },
+            model: match &setup.source {
+                Source::Random(_) => None,
+                Source::Checkpoint(dir) => Some(dir.display().to_string()),
+            },
+            family: setup.config.family.to_string(),
+            prompt_length: setup.prompt.len(),
+            gen_length: setup.gen_length,
+            block_length: setup.block_length,
+            threads: setup.threads,
+            rounds: runs.first().map_or(0, |r| r.seconds.len()),
+            weight_bytes_per_forward: subject.bytes_per_forward,
+            originals: match answer {
+                Some(Answer { torch, revision, .. }) => {
+                    let rounds = runs.first().map_or(0, |r| r.original.len());
+                    Versions::Measured { torch, revision, rounds, stopped: why }
+                }
+                None => Versions::Not(why.unwrap_or_else(|| "not measured".into())),
+            },
+            modes: runs.iter().map(line).collect(),
+        }
+    }
+
+    /// The tables for people.
+    pub fn text(&self, setup: &Setup, subject: &Subject, runs: &[Run]) -> String {
+        let name = match (&self.shape, &self.model) {
+            (Some(shape), _) => format!("{shape}, random weights"),
+            (None, model) => model.clone().unwrap_or_default(),
+        };
+        let parameters = subject.parameters as f64 / 1e6;
+        let mut text = format!(
+            "{name} ({}, {parameters:.1} M parameters), {} prompt tokens, {} generated in blocks of {}, {}, {}\n\n",
+            self.family,
+            self.prompt_length,
+            self.gen_length,
+            self.block_length,
+            count(self.threads, "thread"),
+            count(self.rounds, "round"),
+        );
+        text += &table(&self.mode_rows());
+        text += "\nTimes are medians; full, suffix and block are ms of the forwards of that kind.\n\n";
+        text += &table(&self.kind_rows(setup, runs));
+        let read = bytes(self.weight_bytes_per_forward);
+        text += &format!("\nEvery forward reads {read} of weights at least once; GB/s is that over its time.\n\n");
+        text + &self.originals_text()
+    }
+
+    fn mode_rows(&self) -> Vec<Vec<String>> {
+        let head =
+            ["mode", "NFE", "seconds", "min-max", "ms/forward", "full", "suffix", "block", "tokens/s", "x vanilla"];
+        let mut rows = vec![head.map(String::from).to_vec()];
+        for line in &self.modes {
+            let kind = |k: &Option<Kind>| k.as_ref().map_or(String::new(), |k| digits(k.ms));
+            let min = line.seconds.iter().copied().fold(f64::INFINITY, f64::min);
+            let max = line.seconds.iter().copied().fold(0.0, f64::max);
+            rows.push(vec![
+                line.name.into(),
+                line.nfe.to_string(),
+                digits(median(line.seconds.clone())),
+                format!("{}-{}", digits(min), digits(max)),
+                digits(line.ms_per_forward),
+                kind(&line.kinds.full),
+                kind(&line.kinds.suffix),
+                kind(&line.kinds.block),
+                digits(line.tokens_per_second),
+                line.ratio_to_vanilla.map_or(String::new(), |r| format!("{r:.2}")),
+            ]);
+        }
+        rows
+    }
+
+    /// Forwards by kind, all modes together.
+    fn kind_rows(&self, setup: &Setup, runs: &[Run]) -> Vec<Vec<String>> {
+        let head = ["forward", "rows", "ms", "min-max", "G multiply-adds", "GFLOP/s", "GB/s"];
+        let mut rows = vec![head.map(String::from).to_vec()];
+        let kinds = [("full", PassKind::Full), ("suffix", PassKind::Suffix), ("block", PassKind::Block)];
+        for (name, kind) in kinds {
+            let timings = runs.iter().flat_map(|r| &r.timings);
+            let Some(k) = Kind::of(&setup.config, timings, kind, 1) else { continue };
+            rows.push(vec![
+                name.into(),
+                k.rows.to_string(),
+                digits(k.ms),
+                format!("{}-{}", digits(k.ms_min), digits(k.ms_max)),
+                digits(k.multiply_adds / 1e9),
+                digits(k.gflops),
+                digits(1e-6 * self.weight_bytes_per_forward as f64 / k.ms.max(1e-6)),
+            ]);
+        }
+        rows
+    }
+
+    fn originals_text(&self) -> String {
+        let (torch, revision, stopped) = match &self.originals {
+            Versions::Not(why) => return format!("originals: {why}\n"),
+            Versions::Measured { torch, revision, rounds, stopped } => {
+                let stopped = stopped.as_ref().map(|why| format!(", {} only, then {why}", count(*rounds, "round")));
+                (torch, revision.as_deref().unwrap_or("of unknown revision"), stopped.unwrap_or_default())
+            }
+        };
+        let head = ["mode", "NFE", "ms/forward", "original NFE", "original ms/forward", "original / ours"];
+        let mut rows = vec![head.map(String::from).to_vec()];
+        for line in &self.modes {
+            let number = |x: Option<f64>| x.map_or(String::new(), digits);
+            rows.push(vec![
+                line.name.into(),
+                line.nfe.to_string(),
+                digits(line.ms_per_forward),
+                line.original_nfe.map_or(String::new(), |n| n.to_string()),
+                number(line.original_ms_per_forward),
+                line.speedup.map_or(String::new(), |r| format!("{r:.2}")),
+            ]);
+        }
+        let random = if self.shape.is_some() { ", random weights of its own" } else { "" };
+        format!("originals: Fast-dLLM {revision}, torch {torch} in f32 on the CPU{random}{stopped}\n\n{}", table(&rows))
+    }
+}
+
+/// Three significant digits and more.
+fn digits(x: f64) -> String {
+    match x.abs() {
+        x if x >= 100.0 => format!("{x:.0}"),
+        x if x >= 10.0 => format!("{x:.1}"),
+        x if x >= 1.0 => format!("{x:.2}"),
+        x => format!("{x:.3}"),
+    }
+}

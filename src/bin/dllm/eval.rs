@@ -1,0 +1,254 @@
+//! `dllm eval`: what a decode setting costs in accuracy, and saves in forwards and time.
+
+use crate::args::{Decoding, Machine};
+use crate::generate::Checkpoint;
+use crate::output::{self, INTERRUPT};
+use clap::Args;
+use dllm_kernels::text::Text;
+use dllm_kernels::{Error, Generation, Generator, Options, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The problems that come with the shipped checkpoint.
+const PROBLEMS: &str = "eval/problems_0shot.jsonl";
+
+/// What is compared when no setting is given.
+const SETTINGS: [&str; 6] = [
+    "cache=none,policy=fixed",
+    "cache=prefix,policy=fixed",
+    "cache=dual,policy=fixed",
+    "cache=none,policy=threshold,threshold=0.9",
+    "cache=prefix,policy=threshold,threshold=0.9",
+    "cache=dual,policy=threshold,threshold=0.9",
+];
+
+const EXAMPLES: &str = "\
+Examples:
+  dllm eval --limit 50 --gen-length 64
+  dllm eval --model DIR --problems F.jsonl --setting cache=none,policy=fixed --setting cache=dual,threshold=0.8
+  dllm eval --json > results.json
+";
+
+/// Accuracy, forward passes and speed of decode settings on a set of problems.
+///
+/// A problem is a line of JSON with \"prompt\" (already in the chat template) and \"answer\". It is solved if the text
+/// after the first #### of the completion, up to the end of that line, is the answer.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = EXAMPLES, verbatim_doc_comment)]
+pub struct Eval {
+    /// Checkpoint directory [default: models/tiny-math, here or above the program]
+    #[arg(long, value_name = "DIR", help_heading = "Evaluation")]
+    model: Option<PathBuf>,
+    /// Problems, one JSON object a line [default: eval/problems_0shot.jsonl of the model]
+    #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
+    problems: Option<PathBuf>,
+    /// Stop after the first N problems [default: all]
+    #[arg(long, value_name = "N", help_heading = "Evaluation", value_parser = clap::value_parser!(u64).range(1..))]
+    limit: Option<u64>,
+    /// Flags below as key=value with commas between; again for each setting [default: 3 caches x 2 policies]
+    #[arg(long, value_name = "K=V,K=V", help_heading = "Evaluation")]
+    setting: Vec<String>,
+    /// Print a JSON list: setting, problems, accuracy, nfe, tokens_per_second
+    #[arg(long, help_heading = "Evaluation")]
+    json: bool,
+    /// What settings do not say.
+    #[command(flatten)]
+    decoding: Decoding,
+    /// Where.
+    #[command(flatten)]
+    machine: Machine,
+}
+
+/// A line of the problem file.
+struct Problem {
+    line: usize,
+    prompt: Vec<u32>,
+    answer: String,
+}
+
+/// What a setting came to.
+#[derive(Default)]
+struct Score {
+    problems: usize,
+    right: usize,
+    nfe: usize,
+    tokens: f64,
+    elapsed: Duration,
+}
+
+impl Score {
+    fn add(&mut self, generation: &Generation, right: bool) {
+        self.problems += 1;
+        self.right += usize::from(right);
+        self.nfe += generation.nfe;
+        self.tokens += generation.tokens_per_second() * generation.elapsed.as_secs_f64();
+        self.elapsed += generation.elapsed;
+    }
+
+    fn accuracy(&self) -> f64 {
+        self.right as f64 / self.problems as f64
+    }
+
+    fn nfe(&self) -> f64 {
+        self.nfe as f64 / self.problems as f64
+    }
+
+    fn tokens_per_second(&self) -> f64 {
+        self.tokens / self.elapsed.as_secs_f64().max(1e-9)
+    }
+
+    fn json(&self, setting: &str) -> Value {
+        json!({
+            "setting": setting,
+            "problems": self.problems,
+            "accuracy": self.accuracy(),
+            "nfe": self.nfe(),
+            "tokens_per_second": self.tokens_per_second(),
+        })
+    }
+}
+
+/// Runs the command.
+pub fn run(args: &Eval) -> Result<()> {
+    let settings = settings(args)?;
+    args.machine.start()?;
+    let checkpoint = Checkpoint::open(args.model.as_deref())?;
+    let Some(text) = &checkpoint.text else {
+        let message = "no tokenizer.json or vocab.json, which eval needs".into();
+        return Err(Error::Text { path: checkpoint.dir, message });
+    };
+    let file = args.problems.clone().unwrap_or_else(|| checkpoint.dir.join(PROBLEMS));
+    let limit = args.limit.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
+    let problems = read_problems(&file, text, limit)?;
+    let settings: Vec<(String, Options)> = settings
+        .into_iter()
+        .map(|(name, options)| (name, Options { end_tokens: checkpoint.end_tokens.clone(), ..options }))
+        .collect();
+    for (name, options) in &settings {
+        check(&checkpoint, &file, &problems, name, options)?;
+    }
+    let width = settings.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0).max("setting".len());
+    if !args.json {
+        let line = format!("{:width$}  problems  accuracy  NFE/problem  tokens/s\n", "setting");
+        output::print(&line)?;
+    }
+    let mut rows = Vec::new();
+    for (name, options) in &settings {
+        let score = score(&checkpoint, text, &problems, name, options)?;
+        if score.problems > 0 {
+            rows.push(score.json(name));
+            if !args.json {
+                output::print(&table_row(name, width, &score))?;
+            }
+        }
+        if output::interrupted() {
+            output::note(format_args!("interrupted"));
+            break;
+        }
+    }
+    if args.json { output::print(&format!("{}\n", Value::from(rows))) } else { Ok(()) }
+}
+
+fn table_row(name: &str, width: usize, score: &Score) -> String {
+    format!(
+        "{name:width$}  {:8}  {:8.3}  {:11.1}  {:8.1}\n",
+        score.problems,
+        score.accuracy(),
+        score.nfe(),
+        score.tokens_per_second()
+    )
+}
+
+/// Every setting, over the flags of the command line.
+fn settings(args: &Eval) -> Result<Vec<(String, Options)>> {
+    let given: Vec<&str> = match args.setting.is_empty() {
+        true => SETTINGS.to_vec(),
+        false => args.setting.iter().map(String::as_str).collect(),
+    };
+    given.into_iter().map(|s| Ok((s.to_string(), args.decoding.with_setting(s)?.options()?))).collect()
+}
+
+/// Errs before the work when a setting, or a problem under it, does not fit the model.
+fn check(checkpoint: &Checkpoint, file: &Path, problems: &[Problem], name: &str, options: &Options) -> Result<()> {
+    for problem in problems {
+        let fits = options.validate(checkpoint.model.config(), std::slice::from_ref(&problem.prompt));
+        fits.map_err(|error| match error {
+            Error::Argument { name: "prompt", expected, found } => {
+                bad_row(file, problem.line, &format!("prompt: expected {expected}, found {found}"))
+            }
+            Error::Argument { name: flag, expected, found } => {
+                Error::Argument { name: flag, expected, found: format!("{found} (setting {name:?})") }
+            }
+            other => other,
+        })?;
+    }
+    Ok(())
+}
+
+fn score(checkpoint: &Checkpoint, text: &Text, problems: &[Problem], name: &str, options: &Options) -> Result<Score> {
+    let generator = Generator::new(&checkpoint.model).options(options.clone()).interrupt(&INTERRUPT);
+    // Draws nothing unless stderr is a terminal.
+    let bar = ProgressBar::new(problems.len() as u64).with_message(name.to_string());
+    if let Ok(style) = ProgressStyle::with_template("{msg}  {pos}/{len}  {wide_bar}  {eta}") {
+        bar.set_style(style);
+    }
+    let mut score = Score::default();
+    for problem in problems {
+        let generation = generator.generate(std::slice::from_ref(&problem.prompt))?;
+        // What Ctrl-C cut short is not an answer.
+        if generation.interrupted {
+            break;
+        }
+        let completion = text.decode(&generation.tokens[0])?;
+        score.add(&generation, final_answer(&completion) == Some(problem.answer.as_str()));
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(score)
+}
+
+/// What a completion gives as its answer.
+fn final_answer(completion: &str) -> Option<&str> {
+    let (_, after) = completion.split_once("####")?;
+    Some(after.lines().next().unwrap_or_default().trim())
+}
+
+fn bad_row(file: &Path, line: usize, message: &str) -> Error {
+    Error::Format { path: file.to_path_buf(), message: format!("line {line}: {message}") }
+}
+
+fn read_problems(file: &Path, text: &Text, limit: usize) -> Result<Vec<Problem>> {
+    let rows = std::fs::read_to_string(file).map_err(|source| Error::Io { path: file.to_path_buf(), source })?;
+    let lines = rows.lines().enumerate().filter(|(_, row)| !row.trim().is_empty()).take(limit);
+    let problems = lines.map(|(i, row)| read_problem(file, text, i + 1, row)).collect::<Result<Vec<_>>>()?;
+    match problems.is_empty() {
+        true => Err(bad_row(file, 1, "expected a JSON object with \"prompt\" and \"answer\", found an empty file")),
+        false => Ok(problems),
+    }
+}
+
+fn read_problem(file: &Path, text: &Text, line: usize, row: &str) -> Result<Problem> {
+    let row: Value = serde_json::from_str(row).map_err(|e| bad_row(file, line, &e.to_string()))?;
+    let field = |key: &str| match &row[key] {
+        Value::String(value) => Ok(value.clone()),
+        Value::Null => Err(bad_row(file, line, &format!("expected a string \"{key}\", found none"))),
+        other => Err(bad_row(file, line, &format!("expected a string \"{key}\", found {other:.80}"))),
+    };
+    let (prompt, answer) = (field("prompt")?, field("answer")?);
+    Ok(Problem { line, prompt: text.encode(&prompt, false)?, answer })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::final_answer;
+
+    #[test]
+    fn answer_is_what_follows_the_first_mark_on_its_line() {
+        assert_eq!(final_answer("2+2=4\n####  4 \nmore"), Some("4"));
+        assert_eq!(final_answer("#### [1, 2]\n#### 3"), Some("[1, 2]"));
+        assert_eq!(final_answer("####"), Some(""));
+        assert_eq!(final_answer("4"), None);
+    }
+}

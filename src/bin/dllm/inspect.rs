@@ -1,0 +1,268 @@
+//! `dllm inspect`: what a checkpoint (or a public shape) is, and what decoding with it takes.
+
+use crate::report::{Shape, argument, bytes, count, print, print_json, table};
+use clap::ValueEnum;
+use dllm_kernels::model::weights::Dtype;
+use dllm_kernels::model::{Config, Model, Weights};
+use dllm_kernels::{CacheMode, Options, Result};
+use serde::Serialize;
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+/// Show the architecture of a checkpoint, and the memory that decoding with it takes
+#[derive(clap::Args, Debug)]
+pub struct Inspect {
+    /// Checkpoint directory
+    #[arg(required_unless_present = "shape", conflicts_with = "shape")]
+    dir: Option<PathBuf>,
+    /// A public shape instead of a checkpoint, as bf16
+    #[arg(long)]
+    shape: Option<Shape>,
+    /// Tokens of each prompt
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    prompt_length: usize,
+    /// Tokens to generate for each prompt
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    gen_length: usize,
+    /// Tokens decoded together [default: 32, at most gen-length]
+    #[arg(long, value_name = "N")]
+    block_length: Option<usize>,
+    /// Sequences decoded together
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=4096))]
+    batch: u64,
+    /// Keys and values kept between the forwards of a block
+    #[arg(long, value_enum, default_value_t = Cache::Dual)]
+    cache: Cache,
+    /// Classifier-free guidance, which runs every sequence twice [0: off]
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    cfg_scale: f64,
+    /// Threads that decode [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
+    threads: Option<u64>,
+    /// List every tensor
+    #[arg(long)]
+    tensors: bool,
+    /// Print one JSON object, sizes in bytes
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Cache {
+    None,
+    Prefix,
+    Dual,
+}
+
+impl Cache {
+    fn mode(self) -> CacheMode {
+        match self {
+            Cache::None => CacheMode::None,
+            Cache::Prefix => CacheMode::Prefix,
+            Cache::Dual => CacheMode::Dual,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct TensorLine {
+    name: String,
+    dtype: &'static str,
+    shape: Vec<usize>,
+    bytes: usize,
+}
+
+/// All numbers of the answer, in bytes where they are sizes.
+#[derive(Serialize)]
+struct Answer {
+    source: String,
+    family: String,
+    layers: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    d_model: usize,
+    mlp_hidden_size: usize,
+    vocab_size: usize,
+    tied_head: bool,
+    rope_theta: f32,
+    rms_norm_eps: f32,
+    max_sequence_length: usize,
+    mask_token_id: u32,
+    eos_token_ids: Vec<u32>,
+    dtypes: Vec<&'static str>,
+    tensors: usize,
+    prompt_length: usize,
+    gen_length: usize,
+    block_length: usize,
+    batch: usize,
+    cache: &'static str,
+    cfg_scale: f64,
+    threads: usize,
+    bytes: Bytes,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tensor_list: Option<Vec<TensorLine>>,
+}
+
+#[derive(Serialize)]
+struct Bytes {
+    weights: usize,
+    cache: usize,
+    workspace: usize,
+    scratch_per_thread: usize,
+    scratch: usize,
+    anonymous: usize,
+}
+
+/// Runs the command.
+pub fn run(args: &Inspect) -> Result<()> {
+    let (source, config, tensors) = open(args)?;
+    let answer = answer(args, source, config, tensors)?;
+    if args.json { print_json(&answer) } else { print(&text(&answer)) }
+}
+
+fn dtype_name(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::Bf16 => "bf16",
+        Dtype::F16 => "f16",
+        Dtype::F32 => "f32",
+    }
+}
+
+/// Where the model comes from, what it is, and its tensors.
+fn open(args: &Inspect) -> Result<(String, Config, Vec<TensorLine>)> {
+    let line = |name: String, dtype: Dtype, shape: Vec<usize>| TensorLine {
+        bytes: shape.iter().product::<usize>() * dtype.size(),
+        dtype: dtype_name(dtype),
+        name,
+        shape,
+    };
+    let Some(dir) = &args.dir else {
+        let shape = args.shape.ok_or_else(|| argument("DIR", "a checkpoint directory or --shape", "neither"))?;
+        let config = shape.config()?;
+        let tensors = config.tensors().into_iter().map(|(name, shape)| line(name, Dtype::Bf16, shape)).collect();
+        return Ok((shape.name().into(), config, tensors));
+    };
+    // The model first: its errors are those that decoding would meet.
+    let config = Model::open(dir)?.config().clone();
+    let weights = Weights::open(dir)?;
+    let tensors = weights.list().into_iter().map(|(name, dtype, shape)| line(name.into(), dtype, shape.to_vec()));
+    Ok((dir.display().to_string(), config, tensors.collect()))
+}
+
+fn answer(args: &Inspect, source: String, config: Config, tensors: Vec<TensorLine>) -> Result<Answer> {
+    let options = Options {
+        gen_length: args.gen_length,
+        block_length: args.block_length,
+        cache: args.cache.mode(),
+        cfg_scale: args.cfg_scale,
+        ..Options::default()
+    };
+    // Before a prompt of that length is made up.
+    let window = config.max_sequence_length;
+    if args.gen_length > window || args.prompt_length > window - args.gen_length {
+        let expected = format!("at most the model's {window} positions, with gen-length {}", args.gen_length);
+        return Err(argument("prompt-length", expected, args.prompt_length));
+    }
+    let token = u32::from(config.mask_token_id == 0);
+    let prompts = [vec![token; args.prompt_length]];
+    options.validate(&config, &prompts)?;
+    let batch = args.batch as usize;
+    let mut sizes = options.sizes(&config, &prompts);
+    sizes.prompt_lens = vec![args.prompt_length; batch];
+    sizes.candidates *= batch;
+    let threads = args.threads.map_or_else(rayon::current_num_threads, |n| n as usize);
+    let memory = sizes.memory(&config, threads);
+    let dtypes: BTreeSet<_> = tensors.iter().map(|t| t.dtype).collect();
+    Ok(Answer {
+        source,
+        family: config.family.to_string(),
+        layers: config.num_layers,
+        heads: config.num_heads,
+        kv_heads: config.num_kv_heads,
+        head_dim: config.head_dim,
+        d_model: config.d_model,
+        mlp_hidden_size: config.mlp_hidden_size,
+        vocab_size: config.vocab_size,
+        tied_head: config.tied_head,
+        rope_theta: config.rope_theta,
+        rms_norm_eps: config.rms_norm_eps,
+        max_sequence_length: config.max_sequence_length,
+        mask_token_id: config.mask_token_id,
+        eos_token_ids: config.eos_token_ids,
+        dtypes: dtypes.into_iter().collect(),
+        tensors: tensors.len(),
+        prompt_length: args.prompt_length,
+        gen_length: args.gen_length,
+        block_length: options.block_length(),
+        batch,
+        cache: match args.cache {
+            Cache::None => "none",
+            Cache::Prefix => "prefix",
+            Cache::Dual => "dual",
+        },
+        cfg_scale: args.cfg_scale,
+        threads,
+        bytes: Bytes {
+            weights: tensors.iter().map(|t| t.bytes).sum(),
+            cache: memory.cache,
+            workspace: memory.workspace,
+            scratch_per_thread: memory.scratch / threads.max(1),
+            scratch: memory.scratch,
+            anonymous: memory.total(),
+        },
+        tensor_list: args.tensors.then_some(tensors),
+    })
+}
+
+fn text(a: &Answer) -> String {
+    let eos: Vec<_> = a.eos_token_ids.iter().map(u32::to_string).collect();
+    let heads = match a.kv_heads == a.heads {
+        true => format!("{} of {}", a.heads, a.head_dim),
+        false => format!("{} of {}, sharing {} of keys and values", a.heads, a.head_dim, a.kv_heads),
+    };
+    let tied = if a.tied_head { ", head tied to the embedding" } else { "" };
+    let lines = [
+        ("family", a.family.clone()),
+        ("layers", a.layers.to_string()),
+        ("heads", heads),
+        ("width", format!("{}, MLP {}", a.d_model, a.mlp_hidden_size)),
+        ("vocabulary", format!("{}{tied}", a.vocab_size)),
+        ("rope theta", a.rope_theta.to_string()),
+        ("norm epsilon", format!("{:e}", a.rms_norm_eps)),
+        ("window", format!("{} positions", a.max_sequence_length)),
+        ("mask id", a.mask_token_id.to_string()),
+        ("end-of-text ids", if eos.is_empty() { "none".into() } else { eos.join(", ") }),
+        ("tensors", format!("{} ({})", a.tensors, a.dtypes.join(", "))),
+    ];
+    let mut text = format!("{}\n", a.source);
+    for (name, value) in lines {
+        text += &format!("  {name:<16}  {value}\n");
+    }
+    let guided = if a.cfg_scale > 0.0 { ", guided" } else { "" };
+    text += &format!(
+        "\nDecoding {} of {} + {} tokens in blocks of {}, cache {}{guided}, {}\n",
+        count(a.batch, "sequence"),
+        a.prompt_length,
+        a.gen_length,
+        a.block_length,
+        a.cache,
+        count(a.threads, "thread"),
+    );
+    let per_thread = bytes(a.bytes.scratch_per_thread);
+    let row = |name: &str, size: usize, what: &str| format!("  {name:<16}  {:>10}  {what}\n", bytes(size));
+    text += &row("weights", a.bytes.weights, "mapped from the files, shared, can be dropped and read again");
+    text += &row("cache", a.bytes.cache, "keys and values, f32");
+    text += &row("workspace", a.bytes.workspace, "activations and logits, f32");
+    text += &row("scratch", a.bytes.scratch, &format!("{per_thread} a thread"));
+    text += &row("anonymous", a.bytes.anonymous, "cache, workspace and scratch");
+    if let Some(list) = &a.tensor_list {
+        let mut rows = vec![["tensor", "type", "shape", "size"].map(String::from).to_vec()];
+        for t in list {
+            let shape: Vec<_> = t.shape.iter().map(usize::to_string).collect();
+            rows.push(vec![t.name.clone(), t.dtype.into(), shape.join(" x "), bytes(t.bytes)]);
+        }
+        text += &format!("\n{}", table(&rows));
+    }
+    text
+}

@@ -1,0 +1,431 @@
+//! The program as a user meets it: output, files, exit status.
+#![cfg(feature = "cli")]
+
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn golden(name: &str) -> PathBuf {
+    root().join("tests/golden").join(name)
+}
+
+fn dllm<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dllm"));
+    command.args(args).current_dir(root()).stdin(Stdio::null());
+    command
+}
+
+fn words(line: &str) -> Vec<&str> {
+    line.split_whitespace().collect()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+/// Runs to the end, which has to be status 0.
+fn done(mut command: Command) -> Output {
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{command:?}: {}", text(&output.stderr));
+    output
+}
+
+fn json_of(line: &str) -> Value {
+    serde_json::from_slice(&done(dllm(words(line))).stdout).unwrap()
+}
+
+fn numbers<T: serde::de::DeserializeOwned>(value: &Value) -> T {
+    serde_json::from_value(value.clone()).unwrap_or_else(|e| panic!("{e}: {value}"))
+}
+
+#[test]
+fn alone_it_answers_a_question_and_shows_how() {
+    let output = done(dllm::<&str>([]));
+    let answer = text(&output.stdout);
+    assert!(answer.contains("####") && answer.ends_with('\n'), "{answer:?}");
+    assert!(!answer.contains("<|"), "special tokens in {answer:?}");
+    let shown = text(&output.stderr);
+    assert!(shown.contains("block 1/2") && shown.contains('░') && shown.contains("NFE"), "{shown}");
+    assert!(!shown.contains('\x1b'), "control sequences into a pipe: {shown:?}");
+}
+
+#[test]
+fn json_says_what_text_output_says() {
+    let plain = done(dllm(words("generate --gen-length 64")));
+    let json = json_of("generate --gen-length 64 --json");
+    let mut keys: Vec<_> = json.as_object().unwrap().keys().map(String::as_str).collect();
+    keys.sort_unstable();
+    assert_eq!(keys, ["device", "nfe", "seconds", "text", "tokens", "tokens_per_second"]);
+    assert_eq!(format!("{}\n", json["text"].as_str().unwrap()), text(&plain.stdout));
+    assert_eq!(numbers::<Vec<u32>>(&json["tokens"]).len(), 64);
+    assert_eq!(json["device"], "cpu");
+    assert!(numbers::<usize>(&json["nfe"]) > 1);
+    assert!(numbers::<f64>(&json["seconds"]) > 0.0 && numbers::<f64>(&json["tokens_per_second"]) > 0.0);
+    // The summary counts the same forwards.
+    assert!(text(&plain.stderr).contains(&format!("NFE {},", json["nfe"])));
+}
+
+#[test]
+fn prompt_file_and_templated_prompt_are_the_same_as_chat() {
+    let question =
+        "Nina buys 9 plums for 3 dollars each and 7 stamps for 8 dollars each. How many dollars does she pay?";
+    let templated = format!(
+        "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>\
+         <|start_header_id|>assistant<|end_header_id|>\n\n"
+    );
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("prompt.txt");
+    std::fs::write(&file, &templated).unwrap();
+    let chat = done(dllm(["generate", "--gen-length", "64", "--chat", "--prompt", question]));
+    let plain = done(dllm(["generate", "--gen-length", "64", "--prompt-file", file.to_str().unwrap()]));
+    assert!(text(&chat.stdout).contains("#### "), "{}", text(&chat.stdout));
+    assert_eq!(text(&chat.stdout), text(&plain.stdout));
+}
+
+#[test]
+fn a_ragged_batch_gives_what_its_prompts_give_alone() {
+    let flags = "generate --gen-length 32 --block-length 16 --model tests/golden/tiny-llada --json";
+    let batch = json_of(&format!("{flags} --prompt-ids 31,395,15 --prompt-ids 7,8,9,10,11,12,13"));
+    let first = json_of(&format!("{flags} --prompt-ids 31,395,15"));
+    let second = json_of(&format!("{flags} --prompt-ids 7,8,9,10,11,12,13"));
+    assert_eq!(batch["tokens"][0], first["tokens"]);
+    assert_eq!(batch["tokens"][1], second["tokens"]);
+    assert_ne!(first["tokens"], second["tokens"]);
+    assert_eq!(batch["text"], serde_json::json!([null, null]));
+}
+
+#[test]
+fn a_batch_of_texts_is_answered_in_order() {
+    let one = ["--prompt", "Leo has 12 beads. He finds 5 more. How many beads does Leo have?"];
+    let two = ["--prompt", "Maya has 47 peaches. Nina has 8 fewer peaches than Maya. How many does Nina have?"];
+    let run = |prompts: &[&str]| {
+        let flags = ["generate", "--chat", "--gen-length", "64", "--early-stop"];
+        String::from_utf8(done(dllm(flags.iter().chain(prompts))).stdout).unwrap()
+    };
+    assert_eq!(run(&[one, two].concat()), run(&one) + &run(&two));
+}
+
+#[test]
+fn token_ids_need_no_tokenizer() {
+    let flags = "generate --gen-length 16 --model tests/golden/tiny-dream --prompt-ids 5,6,7";
+    let plain = done(dllm(words(flags)));
+    let ids: Vec<u32> = text(&plain.stdout).trim_end().split(',').map(|id| id.parse().unwrap()).collect();
+    let json = json_of(&format!("{flags} --json"));
+    assert_eq!(json["text"], Value::Null);
+    assert_eq!(numbers::<Vec<u32>>(&json["tokens"]), ids);
+}
+
+/// The flags that select a recorded decode, as `options` of `tests/golden.rs`.
+fn golden_flags(case: &Value) -> Vec<String> {
+    let (algorithm, params) = (case["algorithm"].as_str().unwrap(), &case["params"]);
+    let alg = params["alg"].as_str().unwrap_or_default();
+    let mut flags: Vec<String> = Vec::new();
+    let mut flag = |name: &str, value: &dyn std::fmt::Display| flags.push(format!("--{name}={value}"));
+    flag("gen-length", &params["gen_length"]);
+    flag("block-length", params.get("block_length").unwrap_or(&params["gen_length"]));
+    flag("steps", &params["steps"]);
+    let cache = match algorithm {
+        "fast_dllm.generate_with_prefix_cache" => "prefix",
+        "fast_dllm.generate_with_dual_cache" => "dual",
+        "fast_dllm.dream_block" if params["dual_cache"] == true => "dual",
+        "fast_dllm.dream_block" => "prefix",
+        _ => "none",
+    };
+    flag("cache", &cache);
+    match (&params["threshold"], &params["factor"]) {
+        (_, factor @ Value::Number(_)) => {
+            flag("policy", &"factor");
+            flag("factor", factor);
+        }
+        // Dream records its default threshold with every rule; only this one uses it.
+        (threshold @ Value::Number(_), _) if alg.is_empty() || alg == "confidence_threshold" => {
+            flag("policy", &"threshold");
+            flag("threshold", threshold);
+        }
+        _ => flag("policy", &"fixed"),
+    }
+    let confidence = match alg {
+        "topk_margin" => "margin",
+        "entropy" => "entropy",
+        _ => "probability",
+    };
+    flag("confidence", &confidence);
+    for (name, key) in [("cfg-scale", "cfg_scale"), ("eps", "eps")] {
+        if let Some(value) = params.get(key) {
+            flag(name, value);
+        }
+    }
+    for prompt in numbers::<Vec<Vec<u32>>>(&case["prompt"]) {
+        flag("prompt-ids", &prompt.iter().map(u32::to_string).collect::<Vec<_>>().join(","));
+    }
+    flags
+}
+
+fn compare(name: &str, got: &Value, want: &Value) {
+    assert_eq!(got["final"], want["final"], "{name}: tokens");
+    assert_eq!(got["nfe"], want["nfe"], "{name}: forwards");
+    let (got, want) = (got["steps"].as_array().unwrap(), want["steps"].as_array().unwrap());
+    assert_eq!(got.len(), want.len(), "{name}: steps");
+    for (got, want) in got.iter().zip(want) {
+        for key in ["step", "kind", "window", "block", "transferred", "candidates", "x_after"] {
+            assert_eq!(got[key], want[key], "{name} step {}: {key}", want["step"]);
+        }
+        let Some(want) = want.get("conf") else { continue };
+        let (got, want): (Vec<Vec<f64>>, Vec<Vec<f64>>) = (numbers(&got["conf"]), numbers(want));
+        assert_eq!(got.iter().map(Vec::len).collect::<Vec<_>>(), want.iter().map(Vec::len).collect::<Vec<_>>());
+        for (got, want) in got.iter().flatten().zip(want.iter().flatten()) {
+            assert!((got - want).abs() < 2e-4, "{name}: confidence {got}, recorded {want}");
+        }
+    }
+}
+
+#[test]
+fn traces_are_the_golden_trajectories() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut replayed = 0;
+    for entry in std::fs::read_dir(root().join("tests/golden")).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        if !name.starts_with("trajectory_") || !name.ends_with(".json") {
+            continue;
+        }
+        let want: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        if want["algorithm"].as_str().unwrap().starts_with("dllm_cache.") {
+            continue;
+        }
+        let file = dir.path().join(name);
+        let mut command = dllm(["generate", "--json", "--trace"]);
+        command.arg(&file).arg("--model").arg(golden(want["model"].as_str().unwrap())).args(golden_flags(&want));
+        let printed: Value = serde_json::from_slice(&done(command).stdout).unwrap();
+        let got: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        compare(name, &got, &want);
+        assert_eq!(got["model"], want["model"]);
+        assert_eq!(printed["nfe"], want["nfe"]);
+        let batch = want["final"].as_array().unwrap();
+        let tokens = if batch.len() == 1 { &batch[0] } else { &want["final"] };
+        assert_eq!(&printed["tokens"], tokens, "{name}");
+        replayed += 1;
+    }
+    assert!(replayed > 40, "{replayed} trajectories");
+}
+
+#[test]
+fn wrong_calls_name_the_flag() {
+    let calls = [
+        (2, "generate --nonsense", "--nonsense"),
+        (2, "generate --cache sometimes", "--cache"),
+        (2, "generate --policy best", "--policy"),
+        (2, "generate --gen-length 0", "error: --gen-length: "),
+        (2, "generate --gen-length many", "--gen-length"),
+        (2, "generate --gen-length 64 --block-length 24", "error: --block-length: "),
+        (2, "generate --gen-length 100000", "error: --prompt: "),
+        (2, "generate --steps 3 --policy fixed", "error: --steps: "),
+        (2, "generate --threshold 1.5", "error: --threshold: "),
+        (2, "generate --policy factor --factor -1", "error: --factor: "),
+        (2, "generate --temperature -0.5", "error: --temperature: "),
+        (2, "generate --temperature NaN", "error: --temperature: "),
+        (2, "generate --top-p 0", "error: --top-p: "),
+        (2, "generate --top-k 0", "error: --top-k: "),
+        (2, "generate --threads 0", "--threads"),
+        (2, "generate --device tpu", "--device"),
+        (2, "generate --prompt-ids 1,two", "--prompt-ids"),
+        (2, "generate --prompt-ids 1 --prompt a", "--prompt"),
+        (2, "generate --prompt-ids 1 --chat", "--chat"),
+        (2, "generate --prompt-ids 99999", "99999"),
+        (2, "generate --model tests/golden/tiny-llada --prompt a", "error: --prompt-ids: "),
+        (2, "eval --setting cache=dual,colour=red", "error: --setting: "),
+        (2, "eval --limit 2 --setting top-p=2", "error: --top-p: "),
+        (2, "eval --limit 0", "--limit"),
+        (2, "no-such-command", "no-such-command"),
+        (1, "generate --cache adaptive", "error: --cache adaptive"),
+        (1, "eval --setting cache=adaptive", "error: --cache adaptive"),
+        (1, "generate --device cuda:0", "error: --device cuda"),
+        (1, "generate --model no/such/dir", "error: no/such/dir"),
+        (1, "generate --prompt-file no/such/file", "error: no/such/file"),
+        (1, "generate --trace no/such/dir/file.json", "error: no/such/dir/file.json"),
+        (1, "generate --trace tests", "tests: expected a file"),
+        (1, "eval --problems no/such/file", "error: no/such/file"),
+        (1, "eval --problems Cargo.toml", "error: Cargo.toml: line 1: "),
+    ];
+    for (status, line, message) in calls {
+        let output = dllm(words(line)).output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "dllm {line}: {said}");
+        assert!(said.starts_with("error: ") && said.contains(message), "dllm {line}: {said}");
+        assert!(output.stdout.is_empty(), "dllm {line}: {}", text(&output.stdout));
+    }
+}
+
+#[test]
+fn without_a_checkpoint_it_asks_for_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("dllm");
+    std::fs::copy(env!("CARGO_BIN_EXE_dllm"), &program).unwrap();
+    let output = Command::new(&program).current_dir(dir.path()).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).starts_with("error: --model: "), "{}", text(&output.stderr));
+
+    // Above the program it is found, from wherever it is called.
+    let models = dir.path().join("models/tiny-math");
+    std::fs::create_dir_all(&models).unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(root().join("models/tiny-math").join(name), models.join(name)).unwrap();
+    }
+    let elsewhere = tempfile::tempdir().unwrap();
+    let output = Command::new(&program).current_dir(elsewhere.path()).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    // Without the questions beside it: the sample question is the same.
+    assert_eq!(output.stdout, done(dllm::<&str>([])).stdout);
+}
+
+#[test]
+fn help_and_version_go_to_stdout() {
+    for (line, wanted) in [
+        ("--help", "Examples:"),
+        ("--version", env!("CARGO_PKG_VERSION")),
+        ("generate --help", "[default: 128]"),
+        ("eval --help", "--setting"),
+    ] {
+        let output = done(dllm(words(line)));
+        assert!(text(&output.stdout).contains(wanted) && output.stderr.is_empty(), "dllm {line}");
+    }
+}
+
+#[test]
+fn a_closed_pipe_is_not_an_error() {
+    for line in ["generate --gen-length 64", "generate --gen-length 64 --json", "--help", "eval --limit 1"] {
+        let mut child = dllm(words(line)).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "dllm {line}: {}", text(&output.stderr));
+        assert!(!text(&output.stderr).contains("error"), "dllm {line}: {}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn a_reader_that_leaves_ends_the_decode() {
+    // Sixteen blocks, one forward a token: the pipe is found closed after the first block.
+    let line = "generate --gen-length 512 --policy fixed --trace";
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("trace.json");
+    let mut child = dllm(words(line)).arg(&file).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut byte = [0];
+    child.stdout.take().unwrap().read_exact(&mut byte).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let trace: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    assert!(numbers::<usize>(&trace["nfe"]) < 512, "{}", trace["nfe"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_with_what_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("trace.json");
+    let line = "generate --gen-length 512 --policy fixed --cache none --watch --trace";
+    let mut child = dllm(words(line)).arg(&file).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    for _ in 0..3 {
+        stderr.read_line(&mut String::new()).unwrap();
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let mut said = String::new();
+    stderr.read_to_string(&mut said).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.contains("interrupted with "), "{said}");
+    let answer = text(&output.stdout);
+    assert!(answer.ends_with('\n') && !answer.contains("mask"), "{answer:?}");
+
+    let trace: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let steps = trace["steps"].as_array().unwrap();
+    assert!(steps.len() >= 3 && steps.len() < 512, "{} steps", steps.len());
+    assert_eq!(trace["nfe"], steps.len());
+    assert_eq!(trace["final"], steps.last().unwrap()["x_after"]);
+    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["trace.json"], "nothing but the trace");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_second_ctrl_c_ends_at_once() {
+    // Nobody reads the pipe that the trace goes to, so that the program would wait forever.
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let line = "generate --gen-length 64 --watch --trace";
+    let mut child = dllm(words(line)).arg(&pipe).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    stderr.read_line(&mut String::new()).unwrap();
+    std::thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
+    for _ in 0..600 {
+        assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        if let Some(status) = child.try_wait().unwrap() {
+            assert_eq!(status.code(), Some(130));
+            return;
+        }
+    }
+    child.kill().unwrap();
+    panic!("still running");
+}
+
+#[test]
+fn a_trace_that_cannot_be_written_is_found_before_the_work() {
+    let output = dllm(words("generate --watch --trace no/such/dir/t.json")).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(!text(&output.stderr).contains("step"), "{}", text(&output.stderr));
+    // What was there stays when the arguments turn out wrong.
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("trace.json");
+    std::fs::write(&file, "old").unwrap();
+    let output = dllm(words("generate --top-k 0 --trace")).arg(&file).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "old");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn eval_compares_settings() {
+    let rows = json_of("eval --limit 2 --gen-length 64 --json --setting cache=dual --setting cache=none,threshold=0.5");
+    let rows = rows.as_array().unwrap();
+    assert_eq!(rows.len(), 2);
+    for (row, setting) in rows.iter().zip(["cache=dual", "cache=none,threshold=0.5"]) {
+        assert_eq!(row["setting"], setting);
+        assert_eq!(row["problems"], 2);
+        let accuracy: f64 = numbers(&row["accuracy"]);
+        assert!([0.0, 0.5, 1.0].contains(&accuracy), "{row}");
+        let nfe: f64 = numbers(&row["nfe"]);
+        assert!((1.0..64.0).contains(&nfe) && numbers::<f64>(&row["tokens_per_second"]) > 0.0, "{row}");
+    }
+    let table = done(dllm(words("eval --limit 1 --gen-length 64 --setting cache=dual,policy=fixed,steps=32")));
+    let lines: Vec<&str> = text(&table.stdout).lines().collect();
+    assert_eq!(lines.len(), 2, "{lines:?}");
+    assert!(lines[0].contains("accuracy") && lines[1].starts_with("cache=dual,policy=fixed,steps=32"), "{lines:?}");
+    assert!(lines[1].contains(" 32.0 "), "{lines:?}");
+}
+
+#[test]
+fn eval_names_the_bad_row() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("problems.jsonl");
+    let good = r#"{"prompt": "a", "answer": "1"}"#;
+    let long = format!(r#"{{"prompt": "{}", "answer": "1"}}"#, "1 2 ".repeat(2000));
+    for (bad, message) in [
+        ("{", "EOF"),
+        (r#"{"prompt": "a"}"#, "\"answer\""),
+        (r#"{"prompt": 5, "answer": "1"}"#, "\"prompt\""),
+        (r#"{"prompt": "", "answer": "1"}"#, "empty prompt"),
+        (long.as_str(), "positions"),
+    ] {
+        std::fs::write(&file, format!("{good}\n\n{bad}\n")).unwrap();
+        let output = dllm(["eval", "--problems"]).arg(&file).output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("problems.jsonl: line 3: ") && said.contains(message), "{said}");
+    }
+}

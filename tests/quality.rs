@@ -1,0 +1,41 @@
+//! The shipped checkpoint answers as many of its first 100 problems as it does in the original implementations
+//! (`models/tiny-math/originals.md`), for every cache and policy.
+
+use std::process::Command;
+
+#[test]
+#[cfg_attr(debug_assertions, ignore = "needs --release: minutes without optimisation")]
+fn accuracy_is_the_original_s() {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let output = Command::new(env!("CARGO_BIN_EXE_dllm"))
+        .args(["eval", "--model", &format!("{root}/models/tiny-math"), "--limit", "100", "--gen-length", "64"])
+        .args(["--problems", &format!("{root}/models/tiny-math/eval/problems_0shot.jsonl"), "--json"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let rows: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
+    // cache, policy, accuracy and forwards per problem of the original
+    let originals = [
+        ("none", "fixed", 0.94, 64.0),
+        ("none", "threshold", 0.78, 8.1),
+        ("prefix", "fixed", 0.95, 64.0),
+        ("prefix", "threshold", 0.83, 8.5),
+        ("dual", "fixed", 0.95, 64.0),
+        ("dual", "threshold", 0.83, 8.6),
+    ];
+    assert_eq!(rows.len(), originals.len());
+    for (cache, policy, accuracy, nfe) in originals {
+        let row = rows.iter().find(|r| {
+            let setting = r["setting"].as_str().unwrap();
+            setting.contains(&format!("cache={cache}")) && setting.contains(&format!("policy={policy}"))
+        });
+        let row = row.unwrap_or_else(|| panic!("no row for {cache}, {policy}"));
+        println!("{row}");
+        assert_eq!(row["problems"], 100);
+        let got = row["accuracy"].as_f64().unwrap();
+        assert!((got - accuracy).abs() <= 0.0101, "{cache}, {policy}: {got}, original {accuracy}");
+        // The original's cached functions may run one useless forward per block (June revision); ours never.
+        let got = row["nfe"].as_f64().unwrap();
+        assert!(got <= nfe + 0.2 && got >= nfe - 2.0, "{cache}, {policy}: {got} forwards, original {nfe}");
+    }
+}
