@@ -8,6 +8,7 @@ mod eval;
 mod generate;
 mod inspect;
 mod output;
+mod report;
 mod screen;
 mod watch;
 
