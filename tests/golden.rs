@@ -232,6 +232,7 @@ fn plain_unmask() -> Unmask {
         cfg_scale: 0.0,
         alg_temp: 0.0,
         seed: 0,
+        mask_token: None,
     }
 }
 

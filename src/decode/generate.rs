@@ -39,7 +39,7 @@ pub fn decode(
     let mask = config.mask_token_id;
     let state = State {
         options,
-        unmask: options.unmask(rule),
+        unmask: options.unmask(rule, mask),
         mask,
         end_tokens: end_tokens(config, options),
         tokens: prompts.iter().map(|p| [p.clone(), vec![mask; options.gen_length]].concat()).collect(),

@@ -3,7 +3,7 @@
 use super::generate::{decode, end_tokens};
 use super::observer::Observer;
 use super::options::{Options, Policy};
-use crate::backend::cpu::Cpu;
+use crate::backend::cpu::{Cpu, ensure_memory};
 use crate::cache::CacheMode;
 use crate::error::Result;
 use crate::model::{Model, Session};
@@ -112,6 +112,7 @@ impl<'m> Generator<'m> {
     ///
     /// # Errors
     /// [`crate::Error::Argument`] before any work, when options or prompts do not fit the model;
+    /// [`crate::Error::Unavailable`] when there is no memory for them;
     /// [`crate::Error::NoFiniteLogit`] when the model's numbers break down.
     pub fn generate(&self, prompts: &[Vec<u32>]) -> Result<Generation> {
         self.generate_observed(prompts, &mut ())
@@ -122,6 +123,9 @@ impl<'m> Generator<'m> {
         let config = self.model.config();
         self.options.validate(config, prompts)?;
         let sizes = self.options.sizes(config, prompts);
+        let needed = sizes.memory(config, rayon::current_num_threads()).total();
+        let what = format!("{} sequences of up to {} positions", prompts.len(), sizes.longest());
+        ensure_memory(&what, needed)?;
         let mut session = Session::new(self.model.transformer(), Cpu::default(), sizes)?;
         let start = Instant::now();
         let decoded = decode(&mut session, config, prompts, &self.options, self.interrupt, observer)?;

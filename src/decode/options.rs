@@ -23,7 +23,8 @@ pub struct Options {
     pub gen_length: usize,
     /// Positions decoded together; divides `gen_length`. None: 32, or `gen_length` if that is less.
     pub block_length: Option<usize>,
-    /// Steps over all blocks; shapes `Policy::Fixed` and Dream's threshold rule without blocks. None: `gen_length`.
+    /// Steps over all blocks, at most 2^20; shapes `Policy::Fixed` and Dream's threshold rule without blocks. None:
+    /// `gen_length`.
     pub steps: Option<usize>,
     /// What is kept between the forwards of a block.
     pub cache: CacheMode,
@@ -73,6 +74,9 @@ impl Default for Options {
     }
 }
 
+/// No real decode comes near; schedules hold a number for each step.
+const STEPS_LIMIT: usize = 1 << 20;
+
 /// The decoding loops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rule {
@@ -111,8 +115,8 @@ impl Options {
         }
     }
 
-    /// How rows are scored under a rule.
-    pub(super) fn unmask(&self, rule: Rule) -> Unmask {
+    /// How rows are scored under a rule; `mask` is never chosen.
+    pub(super) fn unmask(&self, rule: Rule, mask: u32) -> Unmask {
         Unmask {
             confidence: self.confidence,
             temperature: self.temperature,
@@ -123,6 +127,7 @@ impl Options {
             cfg_scale: self.cfg_scale as f32,
             alg_temp: self.alg_temp,
             seed: self.seed,
+            mask_token: Some(mask),
         }
     }
 
@@ -172,6 +177,9 @@ impl Options {
         if self.steps() == 0 {
             return Err(Error::argument("steps", "at least 1", 0));
         }
+        if let Some(steps) = self.steps.filter(|steps| *steps > STEPS_LIMIT) {
+            return Err(Error::argument("steps", format!("at most {STEPS_LIMIT}"), steps));
+        }
         Ok(())
     }
 
@@ -185,11 +193,12 @@ impl Options {
             Policy::Threshold(t) => within("threshold", t, t > 0.0 && t <= 1.0, "a number in (0, 1]")?,
             Policy::Factor(f) => within("factor", f, f > 0.0 && f.is_finite(), "a number above 0")?,
         }
-        for (name, value) in
-            [("temperature", self.temperature), ("alg-temp", self.alg_temp), ("cfg-scale", self.cfg_scale)]
-        {
+        for (name, value) in [("temperature", self.temperature), ("alg-temp", self.alg_temp)] {
             within(name, value, value >= 0.0 && value.is_finite(), "0 or a number above")?;
         }
+        // Logits are guided in f32.
+        let guided = self.cfg_scale >= 0.0 && (self.cfg_scale as f32).is_finite();
+        within("cfg-scale", self.cfg_scale, guided, "0 or a number above, finite in f32")?;
         if let Some(p) = self.top_p {
             within("top-p", p, p > 0.0 && p <= 1.0, "a number in (0, 1]")?;
         }

@@ -82,6 +82,11 @@ impl Keys<'_> {
         self.json.get(key).filter(|v| !v.is_null())
     }
 
+    /// What a message says of the value of `key`.
+    fn found(&self, key: &str) -> String {
+        self.get(key).map_or("nothing".into(), Value::to_string)
+    }
+
     fn size(&self, key: &str) -> Result<usize> {
         let expected = format!("a whole number from 1 to {SIZE_LIMIT}");
         let value = self.get(key).ok_or_else(|| self.error(key, &expected, "nothing"))?;
@@ -118,6 +123,12 @@ impl Keys<'_> {
         values.into_iter().map(id).collect()
     }
 
+    /// A switch that is off when absent.
+    fn switch(&self, key: &str) -> Result<bool> {
+        self.only(key, &[false.into(), true.into()])?;
+        Ok(self.get(key) == Some(&Value::Bool(true)))
+    }
+
     /// Errs unless `key` is absent or one of `allowed`.
     fn only(&self, key: &str, allowed: &[Value]) -> Result<()> {
         match self.get(key) {
@@ -131,6 +142,13 @@ impl Keys<'_> {
 }
 
 fn read_json(path: &Path) -> Result<Value> {
+    // Reading a pipe or a link to /dev/zero would never end.
+    if path.exists() && !path.is_file() {
+        return Err(Error::Format {
+            path: path.to_path_buf(),
+            message: "expected a file, found something else".into(),
+        });
+    }
     let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
     serde_json::from_str(&text).map_err(|e| Error::Format { path: path.to_path_buf(), message: e.to_string() })
 }
@@ -162,7 +180,7 @@ impl Config {
         match keys.get("model_type").and_then(Value::as_str) {
             Some("llada") => llada(&keys),
             Some(name) if name.eq_ignore_ascii_case("dream") => dream(&keys),
-            found => Err(keys.error("model_type", "\"llada\" or \"Dream\"", found.unwrap_or("nothing"))),
+            _ => Err(keys.error("model_type", "\"llada\" or \"Dream\"", keys.found("model_type"))),
         }
     }
 
@@ -293,7 +311,7 @@ fn llada(keys: &Keys) -> Result<Config> {
             max_sequence_length: keys.size("max_sequence_length")?,
             mask_token_id: 0,
             eos_token_ids: vec![],
-            tied_head: keys.get("weight_tying") == Some(&Value::Bool(true)),
+            tied_head: keys.switch("weight_tying")?,
         },
         ["n_heads", "n_kv_heads"],
     )
@@ -322,7 +340,7 @@ fn dream(keys: &Keys) -> Result<Config> {
             max_sequence_length: keys.size("max_position_embeddings")?,
             mask_token_id: 0,
             eos_token_ids: vec![],
-            tied_head: keys.get("tie_word_embeddings") == Some(&Value::Bool(true)),
+            tied_head: keys.switch("tie_word_embeddings")?,
         },
         ["num_attention_heads", "num_key_value_heads"],
     )
@@ -342,7 +360,7 @@ fn finish(keys: &Keys, mut config: Config, [heads, kv_heads]: [&str; 2]) -> Resu
     }
     config.mask_token_id = match keys.tokens("mask_token_id", config.vocab_size)?[..] {
         [id] => id,
-        _ => return Err(keys.error("mask_token_id", "one token id", "none or several")),
+        _ => return Err(keys.error("mask_token_id", "one token id", keys.found("mask_token_id"))),
     };
     config.eos_token_ids = keys.tokens("eos_token_id", config.vocab_size)?;
     Ok(config)

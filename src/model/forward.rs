@@ -143,6 +143,11 @@ impl Sizes {
         positions * self.twins()
     }
 
+    /// Positions of the longest sequence.
+    pub(crate) fn longest(&self) -> usize {
+        self.prompt_lens.iter().max().unwrap_or(&0) + self.gen_length
+    }
+
     /// What a CPU session of these sizes allocates with `threads` threads.
     pub fn memory(&self, config: &Config, threads: usize) -> Memory {
         use crate::backend::cpu::{attention, linear};
@@ -150,7 +155,7 @@ impl Sizes {
         let widths = Widths::of(config);
         let cache = if self.cached { 2 * config.num_layers * rows * config.kv_width() } else { 0 };
         let packed = linear::packed_len(rows, widths.widest());
-        let longest = self.prompt_lens.iter().max().unwrap_or(&0) + self.gen_length;
+        let longest = self.longest();
         let scratch = linear::SCRATCH_BYTES + 4 * attention::scratch_len(longest, config.head_dim);
         let workspace = rows * widths.row() + scored * (widths.scored_row() + config.vocab_size) + packed;
         let angles = longest * config.head_dim;

@@ -31,8 +31,12 @@ impl Model {
     pub fn open(dir: impl AsRef<Path>) -> Result<Model> {
         let dir = dir.as_ref();
         if !dir.is_dir() {
-            let source = std::io::Error::new(std::io::ErrorKind::NotFound, "no such checkpoint directory");
-            return Err(Error::Io { path: dir.to_path_buf(), source });
+            use std::io::ErrorKind::{NotADirectory, NotFound};
+            let (kind, message) = match dir.exists() {
+                true => (NotADirectory, "not a directory, as a checkpoint is"),
+                false => (NotFound, "no such checkpoint directory"),
+            };
+            return Err(Error::Io { path: dir.to_path_buf(), source: std::io::Error::new(kind, message) });
         }
         Model::new(Config::open(dir)?, &Weights::open(dir)?)
     }

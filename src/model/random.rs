@@ -3,7 +3,8 @@
 use super::config::Config;
 use super::names::Names;
 use super::weights::Weights;
-use crate::error::{Error, Result};
+use crate::backend::cpu::ensure_memory;
+use crate::error::Result;
 use half::bf16;
 use rayon::prelude::*;
 use std::path::PathBuf;
@@ -17,13 +18,7 @@ pub(super) fn weights(config: &Config, seed: u64) -> Result<Weights> {
         list.push((name, at..at + len, shape));
         at += len;
     }
-    if let Some(free) = free_memory()
-        && at > free
-    {
-        let (need, free) = (at >> 20, free >> 20);
-        let message = format!("random weights of this shape need {need} MiB of memory; {free} MiB are free");
-        return Err(Error::Unavailable(message));
-    }
+    ensure_memory("random weights of this shape", at)?;
     let mut bytes = vec![0u8; at];
     let mut rest = &mut bytes[..];
     let head = if config.tied_head { Names::of(config.family).embedding } else { Names::of(config.family).head };
@@ -60,11 +55,4 @@ fn fill(tensor: &mut [u8], seed: u64) {
             }
         }
     });
-}
-
-/// Bytes the system could still hand out, where it says so.
-fn free_memory() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    line.trim().trim_end_matches("kB").trim().parse::<usize>().ok().map(|kib| kib << 10)
 }

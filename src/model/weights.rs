@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::model::config::Config;
 use half::{bf16, f16};
 use memmap2::Mmap;
-use safetensors::SafeTensors;
+use safetensors::tensor::Metadata;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::ops::Range;
@@ -209,13 +209,13 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
     Ok(shards)
 }
 
-/// `model*.safetensors` in `dir`, sorted.
+/// The files `model*.safetensors` in `dir`, sorted.
 fn list_shards(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut shards = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
         let path = entry.map_err(Error::io(dir))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with("model") && name.ends_with(".safetensors") {
+        if name.starts_with("model") && name.ends_with(".safetensors") && path.is_file() {
             shards.push(path);
         }
     }
@@ -233,32 +233,51 @@ fn map_file(path: &Path) -> Result<HashMap<String, Tensor>> {
     let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
     let storage = Arc::new(Storage::Mapped(map));
     let bytes = storage.bytes();
-    let format = |e: safetensors::SafeTensorError| Error::Format {
+    let (metadata, start) = read_header(bytes).map_err(|message| Error::Format {
         path: path.to_path_buf(),
-        message: format!("not a whole safetensors file: {e}"),
-    };
-    let parsed = SafeTensors::deserialize(bytes).map_err(format)?;
+        message: format!("not a whole safetensors file: {message}"),
+    })?;
     let mut tensors = HashMap::new();
-    for (name, view) in parsed.iter() {
-        let dtype = match view.dtype() {
+    for (name, info) in metadata.tensors() {
+        let dtype = match info.dtype {
             safetensors::Dtype::BF16 => Dtype::Bf16,
             safetensors::Dtype::F16 => Dtype::F16,
             safetensors::Dtype::F32 => Dtype::F32,
             other => {
                 return Err(Error::Tensor {
                     path: path.to_path_buf(),
-                    tensor: name.to_string(),
+                    tensor: name,
                     expected: "element type BF16, F16 or F32".into(),
                     found: format!("{other:?}"),
                 });
             }
         };
-        let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
-        let range = start..start + view.data().len();
-        let shape = view.shape().to_vec();
-        tensors.insert(name.to_string(), Tensor { storage: Arc::clone(&storage), range, dtype, shape });
+        let range = start + info.data_offsets.0..start + info.data_offsets.1;
+        let shape = info.shape.clone();
+        tensors.insert(name, Tensor { storage: Arc::clone(&storage), range, dtype, shape });
     }
     Ok(tensors)
+}
+
+/// The longest header that is read, as in the safetensors crate: its JSON takes memory.
+const HEADER_LIMIT: usize = 100_000_000;
+
+/// The header of a safetensors file, and where its tensors begin. Their offsets count from there and lie in the file.
+///
+/// Not `SafeTensors::deserialize`: that does not say how many bytes it expected and found.
+fn read_header(bytes: &[u8]) -> Result<(Metadata, usize), String> {
+    let (length, rest) = bytes.split_first_chunk().ok_or("expected 8 bytes before its header, found fewer")?;
+    let length = u64::from_le_bytes(*length);
+    let limit = rest.len().min(HEADER_LIMIT);
+    let header = usize::try_from(length).ok().and_then(|length| rest[..limit].get(..length));
+    let header = header.ok_or_else(|| format!("expected a header of at most {limit} bytes, found {length}"))?;
+    // Tensors without gap or overlap from offset 0 on, each as long as its shape and type say: `Metadata` sees to it.
+    let metadata: Metadata = serde_json::from_slice(header).map_err(|e| format!("its header: {e}"))?;
+    let (expected, found) = (metadata.data_len(), rest.len() - header.len());
+    if expected != found {
+        return Err(format!("expected {expected} bytes of tensors, found {found}"));
+    }
+    Ok((metadata, bytes.len() - found))
 }
 
 /// A tensor of the given values, rounded to `dtype`.

@@ -42,6 +42,9 @@ pub struct Unmask {
     pub alg_temp: f64,
     /// Seed of every random number.
     pub seed: u64,
+    /// A token that is never chosen: a mask that stayed a mask would be no progress. Where it has the largest logit it
+    /// counts as minus infinity, elsewhere it keeps its share of the probabilities.
+    pub mask_token: Option<u32>,
 }
 
 /// Which of a sequence's candidates to commit.
@@ -92,7 +95,7 @@ pub struct Verdict {
 /// `[2 n, vocab_size]`, the unconditional rows last. It is overwritten.
 ///
 /// # Errors
-/// [`Error::NoFiniteLogit`] when a row has no finite logit.
+/// [`Error::NoFiniteLogit`] names the first candidate whose row has no finite logit.
 pub fn unmask(logits: &mut [f32], vocab_size: usize, groups: &[Group], unmask: &Unmask) -> Result<Vec<Verdict>> {
     let candidates: Vec<(&Group, usize)> =
         groups.iter().flat_map(|g| g.positions.iter().map(move |p| (g, *p))).collect();
@@ -101,15 +104,16 @@ pub fn unmask(logits: &mut [f32], vocab_size: usize, groups: &[Group], unmask: &
         if unmask.cfg_scale > 0.0 {
             guide(row, &rest[i * vocab_size..], unmask.cfg_scale);
         }
-        let (token, confidence) = score_row(row, unmask, group.step, *position).ok_or(Error::NoFiniteLogit {
-            sequence: group.sequence,
-            position: *position,
-            step: group.step,
-        })?;
-        Ok(Verdict { token, confidence, commit: false })
+        let (token, confidence) = score_row(row, unmask, group.step, *position)?;
+        Some(Verdict { token, confidence, commit: false })
     };
     let rows = rows.par_chunks_exact_mut(vocab_size).zip(&candidates).enumerate();
-    let mut verdicts = rows.map(score).collect::<Result<Vec<_>>>()?;
+    let scored: Vec<Option<Verdict>> = rows.map(score).collect();
+    // Not collected into a Result in parallel: of several failures that would name any, not the first.
+    let verdict = |(verdict, (group, position)): (Option<Verdict>, &(&Group, usize))| {
+        verdict.ok_or(Error::NoFiniteLogit { sequence: group.sequence, position: *position, step: group.step })
+    };
+    let mut verdicts = scored.into_iter().zip(&candidates).map(verdict).collect::<Result<Vec<_>>>()?;
     let mut first = 0;
     for group in groups {
         let eligible = group.positions.partition_point(|p| *p < group.commit_before);
@@ -131,12 +135,18 @@ fn guide(conditional: &mut [f32], unconditional: &[f32], scale: f32) {
     }
 }
 
-/// Token and confidence of one row, or None when no logit is finite. The row is overwritten.
+/// Token and confidence of one row, or None when no logit is finite (but the mask token's). The row is overwritten.
 pub fn score_row(row: &mut [f32], unmask: &Unmask, step: usize, position: usize) -> Option<(u32, f64)> {
     for l in row.iter_mut() {
         *l = if l.is_nan() { f32::NEG_INFINITY } else { l.min(f32::MAX) };
     }
-    let (best, max) = argmax(row.iter().map(|l| *l as f64))?;
+    let largest = |row: &[f32]| argmax(row.iter().map(|l| *l as f64));
+    let is_mask = |token: usize| unmask.mask_token.is_some_and(|mask| mask as usize == token);
+    let (mut best, mut max) = largest(row)?;
+    if is_mask(best) {
+        row[best] = f32::NEG_INFINITY;
+        (best, max) = largest(row)?;
+    }
     let tempered = if unmask.temperature > 0.0 { unmask.temperature } else { 1.0 };
     if unmask.top_p.is_some() || unmask.top_k.is_some() {
         let cut = cut_logit(row, tempered, unmask.top_p, unmask.top_k);
@@ -144,8 +154,9 @@ pub fn score_row(row: &mut [f32], unmask: &Unmask, step: usize, position: usize)
     }
     let token = if unmask.temperature > 0.0 {
         // A logit of minus infinity stays there whatever the noise: filtered tokens are never drawn.
-        let noised = row.iter().enumerate().map(|(token, l)| {
-            *l as f64 + unmask.temperature * gumbel(unmask.seed, Purpose::Token, step, position, token)
+        let noised = row.iter().enumerate().map(|(token, l)| match is_mask(token) {
+            true => f64::NEG_INFINITY,
+            false => *l as f64 + unmask.temperature * gumbel(unmask.seed, Purpose::Token, step, position, token),
         });
         argmax(noised)?.0
     } else {
@@ -267,6 +278,7 @@ mod tests {
             cfg_scale: 0.0,
             alg_temp: 0.0,
             seed: 0,
+            mask_token: None,
         }
     }
 
@@ -289,6 +301,21 @@ mod tests {
             Group { sequence: 3, step: 2, positions: vec![8, 9], commit_before: 10, selection: Selection::Quota(1) };
         let error = unmask(&mut [1.0, 2.0, f32::NAN, f32::NAN], 2, &[group], &plain()).unwrap_err();
         assert!(matches!(error, Error::NoFiniteLogit { sequence: 3, position: 9, step: 2 }), "{error}");
+    }
+
+    #[test]
+    fn the_mask_is_never_chosen() {
+        let unmask = Unmask { mask_token: Some(1), ..plain() };
+        assert_eq!(score_row(&mut [1.0, 5.0, 1.0], &unmask, 0, 0), Some((0, 0.5)));
+        // Behind another token it counts as ever.
+        assert_eq!(score_row(&mut [1.0, 1.0, 0.0], &unmask, 0, 0), score_row(&mut [1.0, 1.0, 0.0], &plain(), 0, 0));
+        assert_eq!(score_row(&mut [f32::NAN, 5.0, f32::NEG_INFINITY], &unmask, 0, 0), None);
+        for (top_k, logits) in [(None, [0.0, 9.0, 1.0]), (Some(1), [0.0, 9.0, 1.0]), (Some(2), [0.0, 1.0, 2.0])] {
+            let unmask = Unmask { temperature: 5.0, top_k, ..unmask.clone() };
+            for position in 0..1000 {
+                assert_ne!(score_row(&mut logits.clone(), &unmask, 0, position).unwrap().0, 1);
+            }
+        }
     }
 
     #[test]

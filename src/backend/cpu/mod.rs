@@ -52,6 +52,25 @@ fn zeroed(what: &str, sizes: &[usize]) -> Result<Vec<f32>> {
     Ok(vec)
 }
 
+/// Errs when the system says that it could not hand out `bytes` more. Allocating would tell later, or not at all: a
+/// system that overcommits ends the process instead.
+pub(crate) fn ensure_memory(what: &str, bytes: usize) -> Result<()> {
+    match free_memory() {
+        Some(free) if bytes > free => {
+            let (need, free) = (bytes >> 20, free >> 20);
+            Err(Error::Unavailable(format!("{what} need {need} MiB of memory; {free} MiB are free")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Bytes the system could still hand out, where it says so.
+fn free_memory() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    line.trim().trim_end_matches("kB").trim().parse::<usize>().ok().map(|kib| kib << 10)
+}
+
 impl Backend for Cpu {
     type Buffer = Vec<f32>;
     type Matrix = Matrix;
