@@ -198,6 +198,12 @@ fn setup(args: &Bench) -> Result<Setup> {
         true => random_prompt(&config, args.prompt_length, args.seed)?,
         false => args.prompt_ids.clone(),
     };
+    let mut modes = Vec::new();
+    for mode in &args.modes {
+        if !modes.contains(mode) {
+            modes.push(*mode);
+        }
+    }
     Ok(Setup {
         source,
         prompt,
@@ -205,7 +211,7 @@ fn setup(args: &Bench) -> Result<Setup> {
         gen_length: args.gen_length,
         block_length: args.block_length.unwrap_or(args.gen_length.min(32)),
         threads: args.threads.map_or_else(rayon::current_num_threads, |n| n as usize),
-        modes: args.modes.clone(),
+        modes,
     })
 }
 
