@@ -75,6 +75,14 @@ impl Matrix {
         unreachable!("row beyond the matrix: callers stay below rows()")
     }
 
+    /// Whether every tile of weights lies whole in one bf16 tensor.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    fn fits_amx(&self) -> bool {
+        use super::amx::{BLOCK, STEP};
+        let fits = |part: &Tensor| part.dtype() == Dtype::Bf16 && part.shape()[0].is_multiple_of(BLOCK);
+        self.cols.is_multiple_of(STEP) && self.parts.iter().all(fits)
+    }
+
     /// Row `n`, widened into `out` (an embedding look-up).
     pub fn row_into(&self, n: usize, out: &mut [f32]) {
         let (bytes, dtype) = self.row(n);
@@ -84,7 +92,16 @@ impl Matrix {
 
 /// Floats that [`linear`] needs for the packed activations of `rows` rows of width `cols`.
 pub fn packed_len(rows: usize, cols: usize) -> usize {
-    rows.min(SWEEP).next_multiple_of(LANES) * cols
+    let floats = rows.min(SWEEP).next_multiple_of(LANES) * cols;
+    // Three bf16 each, and room to begin at a cache line.
+    if has_amx() { floats.div_ceil(2) * 3 + LANES } else { floats }
+}
+
+fn has_amx() -> bool {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    return super::amx::available();
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    return false;
 }
 
 /// Bytes of scratch per thread.
@@ -100,6 +117,10 @@ thread_local! {
 /// # Panics
 /// When a slice is too short.
 pub fn linear(x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, packed: &mut [f32]) {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if has_amx() && w.fits_amx() {
+        return on_amx::linear(x, w, out, rows, packed);
+    }
     linear_on(Isa::detect(), x, w, out, rows, packed);
 }
 
@@ -280,6 +301,126 @@ unsafe fn widen<S: Simd>(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     dtype.widen(&bytes[whole * dtype.size()..], &mut out[whole..]);
 }
 
+/// The same product on [`super::amx`], for weights that fit it.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod on_amx {
+    use super::super::amx::{BLOCK, Configured, PACKED_BYTES, STEP, TILE, Work, narrow, pack, wide};
+    use super::{Matrix, Out, SCRATCH, SUMS, SWEEP, packed_len, transpose};
+    use rayon::prelude::*;
+
+    /// Weight rows of a task.
+    const PANEL: usize = 2 * BLOCK;
+    /// Columns multiplied at a time, so that the packed activations of 128 rows stay in L2 between two blocks of rows.
+    const DEPTH: usize = 16 * STEP;
+
+    /// Where the tasks of one packing write; each to a step of its own.
+    struct Packed(*mut u8);
+    // SAFETY: as said.
+    unsafe impl Sync for Packed {}
+
+    /// See [`super::linear`]. Activations are packed `[DEPTH columns][one or two tiles of rows][step][part][tile]`.
+    pub fn linear(x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, packed: &mut [f32]) {
+        let (k, n) = (w.cols, w.rows);
+        assert!(
+            x.len() >= rows * k && out.len() >= rows * n && packed.len() >= packed_len(rows, k),
+            "buffer too short"
+        );
+        for m0 in (0..rows).step_by(SWEEP) {
+            let m = SWEEP.min(rows - m0);
+            let x = &x[m0 * k..(m0 + m) * k];
+            // A tile that lies across cache lines loads at a quarter of the rate.
+            let line = packed.as_ptr().align_offset(64);
+            let packed = Packed(packed[line..].as_mut_ptr().cast());
+            (0..k / STEP).into_par_iter().for_each(|step| pack_step(x, m, k, step, &packed));
+            let out = Out(out[m0 * n..(m0 + m) * n].as_mut_ptr());
+            (0..n.div_ceil(PANEL)).into_par_iter().for_each(|panel| {
+                let (out, packed) = (&out, &packed);
+                SCRATCH.with_borrow_mut(|scratch| {
+                    scratch.resize(super::SCRATCH_BYTES / size_of::<f32>(), 0.0);
+                    // SAFETY: the unit is there; panels write disjoint columns of `out`, which holds m rows of n floats;
+                    // `packed` holds m rows.
+                    unsafe { panel_of(w, panel, packed.0, m, out, scratch) }
+                });
+            });
+        }
+    }
+
+    /// Tiles of rows that kernels take together: (first tile, one or two).
+    fn groups(m: usize) -> impl Iterator<Item = (usize, usize)> {
+        let tiles = m.div_ceil(TILE);
+        (0..tiles).step_by(2).map(move |first| (first, (tiles - first).min(2)))
+    }
+
+    /// Byte offset of a group's first step among the packed columns from `k0` on.
+    fn offset(m: usize, k: usize, k0: usize, first_tile: usize) -> usize {
+        let depth = DEPTH.min(k - k0);
+        (k0 * m.div_ceil(TILE) + depth * first_tile) / STEP * PACKED_BYTES
+    }
+
+    fn pack_step(x: &[f32], m: usize, k: usize, step: usize, packed: &Packed) {
+        let column = step * STEP;
+        let (k0, step) = (column / DEPTH * DEPTH, step % (DEPTH / STEP));
+        for (first, tiles) in groups(m) {
+            for tile in 0..tiles {
+                let row = (first + tile) * TILE;
+                let at = offset(m, k, k0, first) + (step * tiles) * PACKED_BYTES + tile * (PACKED_BYTES / 3);
+                // SAFETY: AVX-512 comes with the unit; rows and columns inside x; a place of this step's own below
+                // packed_len.
+                unsafe {
+                    let from = x.as_ptr().add(row * k + column);
+                    pack(from, k, TILE.min(m - row), packed.0.add(at), tiles * (PACKED_BYTES / 3));
+                }
+            }
+        }
+    }
+
+    /// Weight rows `panel * PANEL ..` times all packed rows, written to their columns of `out`.
+    ///
+    /// # Safety
+    /// 1. The unit is there. 2. `packed` holds `m` rows. 3. `out` holds `[m, w.rows()]` and nobody else touches this
+    ///    panel's columns.
+    unsafe fn panel_of(w: &Matrix, panel: usize, packed: *const u8, m: usize, out: &Out, sums: &mut [f32]) {
+        let (k, n0) = (w.cols, panel * PANEL);
+        let nl = PANEL.min(w.rows - n0);
+        let row = |n: usize| if n < w.rows { w.row(n).0.as_ptr() } else { std::ptr::null() };
+        // SAFETY: condition 1, and this function calls nothing that configures the unit too.
+        let configured = unsafe { Configured::new() };
+        for k0 in (0..k).step_by(DEPTH) {
+            let depth = DEPTH.min(k - k0);
+            for block in (0..nl).step_by(BLOCK) {
+                let weights = row(n0 + block).wrapping_add(2 * k0);
+                // What comes next: the same rows further on, or those of the next panel.
+                let more = k0 + DEPTH < k;
+                let ahead = if more { weights.wrapping_add(2 * DEPTH) } else { row(n0 + PANEL + block) };
+                for (first, tiles) in groups(m) {
+                    let work = Work {
+                        steps: depth / STEP,
+                        weights,
+                        weights_stride: 2 * k,
+                        packed: packed.wrapping_add(offset(m, k, k0, first)),
+                        sums: sums[block * SUMS + first * TILE..].as_mut_ptr(),
+                        sums_stride: SUMS * size_of::<f32>(),
+                        accumulate: k0 > 0,
+                        ahead: if first == 0 { ahead } else { std::ptr::null() },
+                    };
+                    // SAFETY: 32 whole rows of weights (`fits_amx`), the group's packed steps, 32 rows of sums.
+                    unsafe { if tiles == 2 { wide(work) } else { narrow(work) } }
+                }
+            }
+        }
+        drop(configured);
+        if let Some(bias) = &w.bias {
+            for (sums, bias) in sums.chunks_exact_mut(SUMS).zip(&bias[n0..n0 + nl]) {
+                for s in &mut sums[..m] {
+                    *s += bias;
+                }
+            }
+        }
+        // SAFETY: sums is `[nl, m]`; rows below m and this panel's columns of out.
+        unsafe { transpose(sums.as_ptr(), SUMS, out.0.add(n0), w.rows, nl, m) };
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -294,31 +435,54 @@ mod tests {
         (0..len).map(|_| next()).collect()
     }
 
+    /// Every way to compute a product on this machine; None is the matrix unit.
+    fn paths(w: &Matrix) -> Vec<Option<Isa>> {
+        let mut paths: Vec<_> = Isa::available().into_iter().map(Some).collect();
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if has_amx() && w.fits_amx() {
+            paths.push(None);
+        }
+        paths
+    }
+
+    fn run(path: Option<Isa>, x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, packed: &mut [f32]) {
+        match path {
+            Some(isa) => linear_on(isa, x, w, out, rows, packed),
+            None => linear(x, w, out, rows, packed),
+        }
+    }
+
     /// Against f64 sums, for every instruction set of this machine, element type, and sizes off every tile.
     #[test]
     fn equals_f64_sums() {
-        for (rows, n, k) in [(1, 1, 1), (3, 65, 129), (17, 64, 128), (33, 100, 300), (70, 24, 257), (300, 7, 40)] {
+        let odd = [(1, 1, 1), (3, 65, 129), (17, 64, 128), (33, 100, 300), (70, 24, 257), (300, 7, 40)];
+        let even = [(1, 32, 32), (16, 64, 544), (17, 96, 512), (33, 160, 1056), (48, 32, 1024), (300, 64, 608)];
+        for (rows, n, k) in odd.into_iter().chain(even) {
+            let tail = if n % 32 == 0 { 32 } else { 5 };
             for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
                 let x = noise(rows * k, 1);
                 let first = test_tensor(dtype, &[n, k], &noise(n * k, 2));
-                let second = test_tensor(dtype, &[5, k], &noise(5 * k, 3));
-                let bias = noise(n + 5, 4);
+                let second = test_tensor(dtype, &[tail, k], &noise(tail * k, 3));
+                let bias = noise(n + tail, 4);
                 let w = Matrix::new(vec![first, second], bias.clone());
                 let mut wide = vec![0.0; k];
-                let mut expected = vec![0.0f64; rows * (n + 5)];
-                for c in 0..n + 5 {
+                // The sum, and the sum of absolute values, which bounds its rounding.
+                let mut expected = vec![(0.0f64, 0.0f64); rows * (n + tail)];
+                for c in 0..n + tail {
                     w.row_into(c, &mut wide);
                     for r in 0..rows {
-                        let sum: f64 = (0..k).map(|p| x[r * k + p] as f64 * wide[p] as f64).sum();
-                        expected[r * (n + 5) + c] = sum + bias[c] as f64;
+                        let products = (0..k).map(|p| x[r * k + p] as f64 * wide[p] as f64);
+                        let (sum, size) = products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()));
+                        expected[r * (n + tail) + c] = (sum + bias[c] as f64, size + bias[c].abs() as f64);
                     }
                 }
-                for isa in Isa::available() {
-                    let mut out = vec![f32::NAN; rows * (n + 5)];
+                for path in paths(&w) {
+                    let mut out = vec![f32::NAN; rows * (n + tail)];
                     let mut packed = vec![f32::NAN; packed_len(rows, k)];
-                    linear_on(isa, &x, &w, &mut out, rows, &mut packed);
-                    for (got, want) in out.iter().zip(&expected) {
-                        assert!((*got as f64 - want).abs() < 2e-5, "{isa:?} {dtype:?} {rows}x{n}x{k}: {got} {want}");
+                    run(path, &x, &w, &mut out, rows, &mut packed);
+                    for (got, (want, size)) in out.iter().zip(&expected) {
+                        let error = (*got as f64 - want).abs() / size;
+                        assert!(error < 4e-7, "{path:?} {dtype:?} {rows}x{n}x{k}: {got} {want}");
                     }
                 }
             }
@@ -328,17 +492,18 @@ mod tests {
     /// A row's bits do not depend on the rows beside it.
     #[test]
     fn rows_do_not_depend_on_their_company() {
-        let (rows, n, k) = (261, 130, 515);
-        let w = Matrix::new(vec![test_tensor(Dtype::Bf16, &[n, k], &noise(n * k, 2))], vec![]);
-        let x = noise(rows * k, 1);
-        for isa in Isa::available() {
-            let mut all = vec![0.0; rows * n];
-            linear_on(isa, &x, &w, &mut all, rows, &mut vec![0.0; packed_len(rows, k)]);
-            for (first, count) in [(0, 1), (5, 3), (30, 20), (100, 50), (200, 61)] {
-                let mut some = vec![0.0; count * n];
-                let x = &x[first * k..(first + count) * k];
-                linear_on(isa, x, &w, &mut some, count, &mut vec![0.0; packed_len(count, k)]);
-                assert_eq!(some, all[first * n..(first + count) * n], "{isa:?} rows {first}+{count}");
+        for (rows, n, k) in [(261, 130, 515), (261, 160, 1120)] {
+            let w = Matrix::new(vec![test_tensor(Dtype::Bf16, &[n, k], &noise(n * k, 2))], vec![]);
+            let x = noise(rows * k, 1);
+            for path in paths(&w) {
+                let mut all = vec![0.0; rows * n];
+                run(path, &x, &w, &mut all, rows, &mut vec![0.0; packed_len(rows, k)]);
+                for (first, count) in [(0, 1), (5, 3), (30, 20), (100, 50), (200, 61)] {
+                    let mut some = vec![0.0; count * n];
+                    let x = &x[first * k..(first + count) * k];
+                    run(path, x, &w, &mut some, count, &mut vec![0.0; packed_len(count, k)]);
+                    assert_eq!(some, all[first * n..(first + count) * n], "{path:?} rows {first}+{count}");
+                }
             }
         }
     }

@@ -1,6 +1,8 @@
 //! The CPU backend: f32 activations, weights read in place from the mapped checkpoint, rayon over all cores of the
 //! current pool.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 pub mod attention;
 pub mod linear;
 mod simd;
