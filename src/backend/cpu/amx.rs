@@ -11,12 +11,14 @@
 //! Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1 chapter 18 (tile configuration) and
 //! volume 2 (TILELOADD, TDPBF16PS); Linux Documentation/arch/x86/xstate.rst (permission).
 
+use super::linear::{Matrix, Out, SCRATCH, SCRATCH_BYTES, SUMS, SWEEP, packed_len};
 use super::transpose::transpose;
+use rayon::prelude::*;
 use std::arch::asm;
 use std::sync::OnceLock;
 
 /// Rows and columns of sums in a tile, and pairs of columns in a step.
-pub const TILE: usize = 16;
+const TILE: usize = 16;
 /// Columns of a step.
 pub const STEP: usize = 32;
 /// Bytes of a tile: 16 rows of 64.
@@ -24,7 +26,7 @@ const TILE_BYTES: usize = 1024;
 /// The three parts of an activation.
 const PARTS: usize = 3;
 /// Bytes of packed activations per tile of rows and step.
-pub const PACKED_BYTES: usize = PARTS * TILE_BYTES;
+const PACKED_BYTES: usize = PARTS * TILE_BYTES;
 /// Rows of weights that a kernel takes at a time.
 pub const BLOCK: usize = 2 * TILE;
 
@@ -46,12 +48,12 @@ pub fn available() -> bool {
 }
 
 /// The unit, configured for 16 x 64 byte tiles on this thread for as long as this lives.
-pub struct Configured(());
+struct Configured(());
 
 impl Configured {
     /// # Safety
     /// [`available`] is true, and this thread holds no other `Configured`.
-    pub unsafe fn new() -> Configured {
+    unsafe fn new() -> Configured {
         #[repr(C, align(64))]
         struct Layout([u8; 64]);
         let mut layout = Layout([0; 64]);
@@ -80,7 +82,7 @@ impl Drop for Configured {
 /// 1. The CPU has AVX-512F. 2. `x` points to `rows` (at most 16) rows of 32 floats, `stride` apart. 3. `out` is valid for
 ///    the three tiles.
 #[target_feature(enable = "avx512f")]
-pub unsafe fn pack(x: *const f32, stride: usize, rows: usize, out: *mut u8, part_stride: usize) {
+unsafe fn pack(x: *const f32, stride: usize, rows: usize, out: *mut u8, part_stride: usize) {
     use std::arch::x86_64::*;
     let mut words = [[[0u32; TILE]; TILE]; PARTS]; // [part][row][pair]
     let top = _mm512_set1_epi32(0xffff_0000_u32 as i32);
@@ -106,21 +108,21 @@ pub unsafe fn pack(x: *const f32, stride: usize, rows: usize, out: *mut u8, part
 
 /// What one call of a kernel works on. Addresses and strides in bytes.
 #[derive(Clone, Copy)]
-pub struct Work {
+struct Work {
     /// Steps of 32 columns, at least one.
-    pub steps: usize,
+    steps: usize,
     /// 32 rows of weights.
-    pub weights: *const u8,
-    pub weights_stride: usize,
+    weights: *const u8,
+    weights_stride: usize,
     /// Packed activations: per step three parts of as many tiles as the kernel is wide.
-    pub packed: *const u8,
+    packed: *const u8,
     /// Sums, 32 rows.
-    pub sums: *mut f32,
-    pub sums_stride: usize,
+    sums: *mut f32,
+    sums_stride: usize,
     /// Whether the sums go on from what is there.
-    pub accumulate: bool,
+    accumulate: bool,
     /// Rows of weights that are needed next, as far apart: two times 1 KiB is prefetched per step. Null: none.
-    pub ahead: *const u8,
+    ahead: *const u8,
 }
 
 /// A kernel of 32 rows of weights and `$packed_stride / 3072` tiles of activations.
@@ -132,7 +134,7 @@ macro_rules! kernel {
         ///
         /// # Safety
         /// 1. [`available`], and this thread is [`Configured`]. 2. All addresses of `work` are valid for its steps.
-        pub unsafe fn $name(work: Work) {
+        unsafe fn $name(work: Work) {
             // SAFETY: the caller's conditions; prefetches are hints and may point anywhere.
             unsafe {
                 asm!(
@@ -246,4 +248,113 @@ kernel! {
         "tilestored [{c0} + {cs}], tmm0",
         "tilestored [{c1} + {cs}], tmm2"
     ]
+}
+
+/// Weight rows of a task.
+const PANEL: usize = 2 * BLOCK;
+/// Columns multiplied at a time, so that the packed activations of 128 rows stay in L2 between two blocks of rows.
+const DEPTH: usize = 16 * STEP;
+
+/// Where the tasks of one packing write; each to a step of its own.
+struct Packed(*mut u8);
+// SAFETY: as said.
+unsafe impl Sync for Packed {}
+
+/// The product of [`super::linear::linear`], for weights that fit ([`super::linear::Matrix`]'s `fits_amx`). Activations are packed `[DEPTH columns][one or two tiles of rows][step][part][tile]`.
+pub fn linear(x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, packed: &mut [f32]) {
+    let (k, n) = (w.cols(), w.rows());
+    assert!(x.len() >= rows * k && out.len() >= rows * n && packed.len() >= packed_len(rows, k), "buffer too short");
+    for m0 in (0..rows).step_by(SWEEP) {
+        let m = SWEEP.min(rows - m0);
+        let x = &x[m0 * k..(m0 + m) * k];
+        // A tile that lies across cache lines loads at a quarter of the rate.
+        let line = packed.as_ptr().align_offset(64);
+        let packed = Packed(packed[line..].as_mut_ptr().cast());
+        (0..k / STEP).into_par_iter().for_each(|step| pack_step(x, m, k, step, &packed));
+        let out = Out(out[m0 * n..(m0 + m) * n].as_mut_ptr());
+        (0..n.div_ceil(PANEL)).into_par_iter().for_each(|panel| {
+            let (out, packed) = (&out, &packed);
+            SCRATCH.with_borrow_mut(|scratch| {
+                scratch.resize(SCRATCH_BYTES / size_of::<f32>(), 0.0);
+                // SAFETY: the unit is there; panels write disjoint columns of `out`, which holds m rows of n floats;
+                // `packed` holds m rows.
+                unsafe { panel_of(w, panel, packed.0, m, out, scratch) }
+            });
+        });
+    }
+}
+
+/// Tiles of rows that kernels take together: (first tile, one or two).
+fn groups(m: usize) -> impl Iterator<Item = (usize, usize)> {
+    let tiles = m.div_ceil(TILE);
+    (0..tiles).step_by(2).map(move |first| (first, (tiles - first).min(2)))
+}
+
+/// Byte offset of a group's first step among the packed columns from `k0` on.
+fn offset(m: usize, k: usize, k0: usize, first_tile: usize) -> usize {
+    let depth = DEPTH.min(k - k0);
+    (k0 * m.div_ceil(TILE) + depth * first_tile) / STEP * PACKED_BYTES
+}
+
+fn pack_step(x: &[f32], m: usize, k: usize, step: usize, packed: &Packed) {
+    let column = step * STEP;
+    let (k0, step) = (column / DEPTH * DEPTH, step % (DEPTH / STEP));
+    for (first, tiles) in groups(m) {
+        for tile in 0..tiles {
+            let row = (first + tile) * TILE;
+            let at = offset(m, k, k0, first) + (step * tiles) * PACKED_BYTES + tile * (PACKED_BYTES / 3);
+            // SAFETY: AVX-512 comes with the unit; rows and columns inside x; a place of this step's own below
+            // packed_len.
+            unsafe {
+                let from = x.as_ptr().add(row * k + column);
+                pack(from, k, TILE.min(m - row), packed.0.add(at), tiles * (PACKED_BYTES / 3));
+            }
+        }
+    }
+}
+
+/// Weight rows `panel * PANEL ..` times all packed rows, written to their columns of `out`.
+///
+/// # Safety
+/// 1. The unit is there. 2. `packed` holds `m` rows. 3. `out` holds `[m, w.rows()]` and nobody else touches this
+///    panel's columns.
+unsafe fn panel_of(w: &Matrix, panel: usize, packed: *const u8, m: usize, out: &Out, sums: &mut [f32]) {
+    let (k, n0) = (w.cols(), panel * PANEL);
+    let nl = PANEL.min(w.rows() - n0);
+    let row = |n: usize| if n < w.rows() { w.row(n).0.as_ptr() } else { std::ptr::null() };
+    // SAFETY: condition 1, and this function calls nothing that configures the unit too.
+    let configured = unsafe { Configured::new() };
+    for k0 in (0..k).step_by(DEPTH) {
+        let depth = DEPTH.min(k - k0);
+        for block in (0..nl).step_by(BLOCK) {
+            let weights = row(n0 + block).wrapping_add(2 * k0);
+            // What comes next: the same rows further on, or those of the next panel.
+            let more = k0 + DEPTH < k;
+            let ahead = if more { weights.wrapping_add(2 * DEPTH) } else { row(n0 + PANEL + block) };
+            for (first, tiles) in groups(m) {
+                let work = Work {
+                    steps: depth / STEP,
+                    weights,
+                    weights_stride: 2 * k,
+                    packed: packed.wrapping_add(offset(m, k, k0, first)),
+                    sums: sums[block * SUMS + first * TILE..].as_mut_ptr(),
+                    sums_stride: SUMS * size_of::<f32>(),
+                    accumulate: k0 > 0,
+                    ahead: if first == 0 { ahead } else { std::ptr::null() },
+                };
+                // SAFETY: 32 whole rows of weights (`fits_amx`), the group's packed steps, 32 rows of sums.
+                unsafe { if tiles == 2 { wide(work) } else { narrow(work) } }
+            }
+        }
+    }
+    drop(configured);
+    if let Some(bias) = &w.bias {
+        for (sums, bias) in sums.chunks_exact_mut(SUMS).zip(&bias[n0..n0 + nl]) {
+            for s in &mut sums[..m] {
+                *s += bias;
+            }
+        }
+    }
+    // SAFETY: sums is `[nl, m]`; rows below m and this panel's columns of out.
+    unsafe { transpose(sums.as_ptr(), SUMS, out.0.add(n0), w.rows(), nl, m) };
 }

@@ -1,6 +1,6 @@
 //! `out = x W^T + bias` for f32 activations and weights that stay as the checkpoint has them (bf16, f16, f32).
 //!
-//! One kernel for any number of rows. A panel of weight rows is widened once into a scratch that stays in L2, read
+//! On AMX, bf16 weights go to [`super::amx`]. Everything else here: one kernel for any number of rows. A panel of weight rows is widened once into a scratch that stays in L2, read
 //! row after row as it lies in memory, and then swept with register tiles (`tile.rs`) over activations packed
 //! lane by lane; meanwhile the next panel is prefetched. The weights are read once per 256 rows. Work is split over
 //! panels; no sum is ever split, so neither threads nor the number of rows change a bit. Bound: multiply-adds from 32
@@ -23,9 +23,9 @@ const DEPTH: usize = 1024;
 /// Row stride of the widened panel: off the powers of two, which would all fall into the same cache sets.
 const STRIDE: usize = DEPTH + 16;
 /// Rows of activations per sweep, so that the scratch stays small however long the sequence.
-const SWEEP: usize = 256;
+pub(super) const SWEEP: usize = 256;
 /// Row stride of the sums.
-const SUMS: usize = SWEEP + 16;
+pub(super) const SUMS: usize = SWEEP + 16;
 /// Packed activations are padded to this many rows, on every instruction set.
 const LANES: usize = 16;
 
@@ -36,7 +36,7 @@ pub struct Matrix {
     parts: Vec<Tensor>,
     rows: usize,
     cols: usize,
-    bias: Option<Vec<f32>>,
+    pub(super) bias: Option<Vec<f32>>,
 }
 
 impl Matrix {
@@ -63,7 +63,7 @@ impl Matrix {
     }
 
     /// Bytes of row `n` and their element type.
-    fn row(&self, mut n: usize) -> (&[u8], Dtype) {
+    pub(super) fn row(&self, mut n: usize) -> (&[u8], Dtype) {
         for part in &self.parts {
             let rows = part.shape()[0];
             if n < rows {
@@ -108,7 +108,7 @@ fn has_amx() -> bool {
 pub const SCRATCH_BYTES: usize = (PANEL * STRIDE + PANEL * SUMS) * size_of::<f32>();
 
 thread_local! {
-    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    pub(super) static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// `out[m][n] = sum over k of x[m][k] * w[n][k] (+ bias[n])` for m < rows. `x` is `[rows, w.cols()]` and `out`
@@ -119,7 +119,7 @@ thread_local! {
 pub fn linear(x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, packed: &mut [f32]) {
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     if has_amx() && w.fits_amx() {
-        return on_amx::linear(x, w, out, rows, packed);
+        return super::amx::linear(x, w, out, rows, packed);
     }
     linear_on(Isa::detect(), x, w, out, rows, packed);
 }
@@ -153,7 +153,7 @@ fn linear_on(isa: Isa, x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, pack
 }
 
 /// Where the panels write; each to columns of its own.
-struct Out(*mut f32);
+pub(super) struct Out(pub(super) *mut f32);
 // SAFETY: see the write in `panel_of`: tasks touch disjoint elements.
 unsafe impl Sync for Out {}
 
@@ -299,126 +299,6 @@ unsafe fn widen<S: Simd>(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
         }
     }
     dtype.widen(&bytes[whole * dtype.size()..], &mut out[whole..]);
-}
-
-/// The same product on [`super::amx`], for weights that fit it.
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-mod on_amx {
-    use super::super::amx::{BLOCK, Configured, PACKED_BYTES, STEP, TILE, Work, narrow, pack, wide};
-    use super::{Matrix, Out, SCRATCH, SUMS, SWEEP, packed_len, transpose};
-    use rayon::prelude::*;
-
-    /// Weight rows of a task.
-    const PANEL: usize = 2 * BLOCK;
-    /// Columns multiplied at a time, so that the packed activations of 128 rows stay in L2 between two blocks of rows.
-    const DEPTH: usize = 16 * STEP;
-
-    /// Where the tasks of one packing write; each to a step of its own.
-    struct Packed(*mut u8);
-    // SAFETY: as said.
-    unsafe impl Sync for Packed {}
-
-    /// See [`super::linear`]. Activations are packed `[DEPTH columns][one or two tiles of rows][step][part][tile]`.
-    pub fn linear(x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, packed: &mut [f32]) {
-        let (k, n) = (w.cols, w.rows);
-        assert!(
-            x.len() >= rows * k && out.len() >= rows * n && packed.len() >= packed_len(rows, k),
-            "buffer too short"
-        );
-        for m0 in (0..rows).step_by(SWEEP) {
-            let m = SWEEP.min(rows - m0);
-            let x = &x[m0 * k..(m0 + m) * k];
-            // A tile that lies across cache lines loads at a quarter of the rate.
-            let line = packed.as_ptr().align_offset(64);
-            let packed = Packed(packed[line..].as_mut_ptr().cast());
-            (0..k / STEP).into_par_iter().for_each(|step| pack_step(x, m, k, step, &packed));
-            let out = Out(out[m0 * n..(m0 + m) * n].as_mut_ptr());
-            (0..n.div_ceil(PANEL)).into_par_iter().for_each(|panel| {
-                let (out, packed) = (&out, &packed);
-                SCRATCH.with_borrow_mut(|scratch| {
-                    scratch.resize(super::SCRATCH_BYTES / size_of::<f32>(), 0.0);
-                    // SAFETY: the unit is there; panels write disjoint columns of `out`, which holds m rows of n floats;
-                    // `packed` holds m rows.
-                    unsafe { panel_of(w, panel, packed.0, m, out, scratch) }
-                });
-            });
-        }
-    }
-
-    /// Tiles of rows that kernels take together: (first tile, one or two).
-    fn groups(m: usize) -> impl Iterator<Item = (usize, usize)> {
-        let tiles = m.div_ceil(TILE);
-        (0..tiles).step_by(2).map(move |first| (first, (tiles - first).min(2)))
-    }
-
-    /// Byte offset of a group's first step among the packed columns from `k0` on.
-    fn offset(m: usize, k: usize, k0: usize, first_tile: usize) -> usize {
-        let depth = DEPTH.min(k - k0);
-        (k0 * m.div_ceil(TILE) + depth * first_tile) / STEP * PACKED_BYTES
-    }
-
-    fn pack_step(x: &[f32], m: usize, k: usize, step: usize, packed: &Packed) {
-        let column = step * STEP;
-        let (k0, step) = (column / DEPTH * DEPTH, step % (DEPTH / STEP));
-        for (first, tiles) in groups(m) {
-            for tile in 0..tiles {
-                let row = (first + tile) * TILE;
-                let at = offset(m, k, k0, first) + (step * tiles) * PACKED_BYTES + tile * (PACKED_BYTES / 3);
-                // SAFETY: AVX-512 comes with the unit; rows and columns inside x; a place of this step's own below
-                // packed_len.
-                unsafe {
-                    let from = x.as_ptr().add(row * k + column);
-                    pack(from, k, TILE.min(m - row), packed.0.add(at), tiles * (PACKED_BYTES / 3));
-                }
-            }
-        }
-    }
-
-    /// Weight rows `panel * PANEL ..` times all packed rows, written to their columns of `out`.
-    ///
-    /// # Safety
-    /// 1. The unit is there. 2. `packed` holds `m` rows. 3. `out` holds `[m, w.rows()]` and nobody else touches this
-    ///    panel's columns.
-    unsafe fn panel_of(w: &Matrix, panel: usize, packed: *const u8, m: usize, out: &Out, sums: &mut [f32]) {
-        let (k, n0) = (w.cols, panel * PANEL);
-        let nl = PANEL.min(w.rows - n0);
-        let row = |n: usize| if n < w.rows { w.row(n).0.as_ptr() } else { std::ptr::null() };
-        // SAFETY: condition 1, and this function calls nothing that configures the unit too.
-        let configured = unsafe { Configured::new() };
-        for k0 in (0..k).step_by(DEPTH) {
-            let depth = DEPTH.min(k - k0);
-            for block in (0..nl).step_by(BLOCK) {
-                let weights = row(n0 + block).wrapping_add(2 * k0);
-                // What comes next: the same rows further on, or those of the next panel.
-                let more = k0 + DEPTH < k;
-                let ahead = if more { weights.wrapping_add(2 * DEPTH) } else { row(n0 + PANEL + block) };
-                for (first, tiles) in groups(m) {
-                    let work = Work {
-                        steps: depth / STEP,
-                        weights,
-                        weights_stride: 2 * k,
-                        packed: packed.wrapping_add(offset(m, k, k0, first)),
-                        sums: sums[block * SUMS + first * TILE..].as_mut_ptr(),
-                        sums_stride: SUMS * size_of::<f32>(),
-                        accumulate: k0 > 0,
-                        ahead: if first == 0 { ahead } else { std::ptr::null() },
-                    };
-                    // SAFETY: 32 whole rows of weights (`fits_amx`), the group's packed steps, 32 rows of sums.
-                    unsafe { if tiles == 2 { wide(work) } else { narrow(work) } }
-                }
-            }
-        }
-        drop(configured);
-        if let Some(bias) = &w.bias {
-            for (sums, bias) in sums.chunks_exact_mut(SUMS).zip(&bias[n0..n0 + nl]) {
-                for s in &mut sums[..m] {
-                    *s += bias;
-                }
-            }
-        }
-        // SAFETY: sums is `[nl, m]`; rows below m and this panel's columns of out.
-        unsafe { transpose(sums.as_ptr(), SUMS, out.0.add(n0), w.rows, nl, m) };
-    }
 }
 
 #[cfg(test)]
