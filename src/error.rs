@@ -69,7 +69,7 @@ pub enum Error {
         sequence: usize,
         /// Position in that sequence, prompt included.
         position: usize,
-        /// Forward pass of the decode, counted from 0.
+        /// Forward passes that this sequence had taken part in before.
         step: usize,
     },
     /// The tokenizer or chat template of a checkpoint failed.

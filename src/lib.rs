@@ -18,6 +18,7 @@ pub mod decode;
 pub mod error;
 pub mod model;
 pub mod oracle;
+mod tensor;
 #[cfg(feature = "cli")]
 pub mod text;
 

@@ -3,48 +3,10 @@
 pub mod cpu;
 
 use crate::error::Result;
-use crate::model::weights::Tensor;
+pub use crate::oracle::{Heads, Span};
+use crate::tensor::Tensor;
+
 use crate::oracle::unmask::{Group, Unmask, Verdict};
-
-/// The rows of one sequence that a pass runs: positions `start .. end` of its `len`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Span {
-    /// Index of the sequence in the batch.
-    pub sequence: usize,
-    /// First position.
-    pub start: usize,
-    /// Position after the last.
-    pub end: usize,
-    /// Length of the whole sequence.
-    pub len: usize,
-    /// Where the sequence's positions begin in the cache, in positions.
-    pub cache_base: usize,
-}
-
-impl Span {
-    /// Rows of this span.
-    pub fn rows(&self) -> usize {
-        self.end - self.start
-    }
-}
-
-/// Head counts and widths, in elements.
-#[derive(Clone, Copy, Debug)]
-pub struct Heads {
-    /// Query heads.
-    pub num_heads: usize,
-    /// Key/value heads.
-    pub num_kv_heads: usize,
-    /// Width of a head.
-    pub head_dim: usize,
-}
-
-impl Heads {
-    /// Width of a row `[q | k | v]`.
-    pub fn qkv_width(&self) -> usize {
-        (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-    }
-}
 
 /// A device that holds weights and activations and runs the ops of a layer.
 ///

@@ -131,11 +131,10 @@ impl Decoder<'_> {
         }
         let Policy::Threshold(threshold) = self.state.options.policy else { return Ok(()) };
         let threshold = f64::from(threshold as f32);
-        let steps = self.state.options.steps();
-        let mut deficits = self.state.each(|d, s| Deficit {
-            steps,
-            per_step: d.masks(s, 0..d.tokens[s].len()).len() / steps,
-            left: 0,
+        let mut deficits = self.state.each(|d, s| {
+            let masked = d.masks(s, 0..d.tokens[s].len()).len();
+            let steps = d.options.steps.unwrap_or(masked);
+            Deficit { steps, per_step: masked / steps, left: 0 }
         });
         for i in 0.. {
             let before: Vec<usize> = self.state.each(|d, s| d.masks(s, 0..d.tokens[s].len()).len());

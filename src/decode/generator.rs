@@ -7,6 +7,7 @@ use crate::backend::cpu::{Cpu, ensure_memory};
 use crate::cache::CacheMode;
 use crate::error::Result;
 use crate::model::{Model, Session};
+use crate::oracle::unmask::Confidence;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
@@ -77,7 +78,7 @@ impl<'m> Generator<'m> {
         Generator { model, options: Options::default(), interrupt: None }
     }
 
-    /// Replaces all options.
+    /// Replaces all options, those set before included.
     pub fn options(mut self, options: Options) -> Self {
         self.options = options;
         self
@@ -100,12 +101,24 @@ impl<'m> Generator<'m> {
         cache: CacheMode;
         /// See [`Options::policy`].
         policy: Policy;
+        /// See [`Options::confidence`].
+        confidence: Confidence;
         /// See [`Options::temperature`].
         temperature: f64;
+        /// See [`Options::alg_temp`].
+        alg_temp: f64;
+        /// See [`Options::top_p`].
+        top_p: f64;
+        /// See [`Options::top_k`].
+        top_k: usize;
+        /// See [`Options::cfg_scale`].
+        cfg_scale: f64;
         /// See [`Options::seed`].
         seed: u64;
         /// See [`Options::early_stop`].
         early_stop: bool;
+        /// See [`Options::end_tokens`].
+        end_tokens: Vec<u32>;
     }
 
     /// Answers every prompt (token ids); they are decoded together and may differ in length.

@@ -35,8 +35,8 @@ pub struct SequenceStep<'a> {
 
 /// Follows a decode. Every method does nothing by default.
 pub trait Observer {
-    /// Whether [`Observer::step`] is to be called. Costs the confidences of candidates that could not be committed, and
-    /// on a GPU a read-back every step.
+    /// Whether [`Observer::step`] is to be called. Costs the confidences of candidates that could not be committed
+    /// (a row among them without a finite logit ends the decode with an error too), and on a GPU a read-back every step.
     fn wants_steps(&self) -> bool {
         false
     }

@@ -24,7 +24,7 @@ pub struct Options {
     /// Positions decoded together; divides `gen_length`. None: 32, or `gen_length` if that is less.
     pub block_length: Option<usize>,
     /// Steps over all blocks, at most 2^20; shapes `Policy::Fixed` and Dream's threshold rule without blocks. None:
-    /// `gen_length`.
+    /// one for each token.
     pub steps: Option<usize>,
     /// What is kept between the forwards of a block.
     pub cache: CacheMode,
@@ -44,9 +44,11 @@ pub struct Options {
     pub cfg_scale: f64,
     /// End of Dream's timesteps.
     pub eps: f64,
-    /// Seed of every random number. A sequence draws the same numbers alone or in a batch.
+    /// Seed of every random number. A sequence draws the same numbers alone or in a batch, so equal prompts of a batch
+    /// get equal answers: vary the seed for different ones.
     pub seed: u64,
-    /// End a sequence once an end-of-text token stands with no mask before it.
+    /// End a sequence once an end-of-text token (the configuration's or one of `end_tokens`) stands with no mask before
+    /// it.
     pub early_stop: bool,
     /// More tokens that end a text, besides the configuration's.
     pub end_tokens: Vec<u32>,
@@ -222,7 +224,7 @@ impl Options {
             let expected = format!("prompt and gen-length {} within the model's {window} positions", self.gen_length);
             return Err(Error::argument("prompt", expected, format!("{} tokens", prompt.len())));
         }
-        if rule == Rule::DreamThreshold {
+        if rule == Rule::DreamThreshold && self.steps.is_some() {
             let masked = self.gen_length + prompt.iter().filter(|id| **id == config.mask_token_id).count();
             if !masked.is_multiple_of(self.steps()) {
                 let expected = format!("a divisor of the {masked} masked tokens");

@@ -2,10 +2,11 @@
 
 use super::config::{Config, Family};
 use super::names::Names;
-use super::weights::{Tensor, Weights};
+use super::weights::Weights;
 use crate::backend::{Backend, Heads, Span};
 use crate::error::Result;
 use crate::oracle::unmask::{Group, Unmask, Verdict};
+use crate::tensor::Tensor;
 use std::ops::Range;
 
 /// What a layer does with the key/value cache during a pass.

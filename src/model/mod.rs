@@ -17,7 +17,6 @@ use std::path::Path;
 /// A model ready to run on the CPU.
 pub struct Model {
     config: Config,
-    weight_bytes: usize,
     transformer: Transformer<Cpu>,
 }
 
@@ -50,17 +49,12 @@ impl Model {
     /// A model of weights that are already open.
     pub fn new(config: Config, weights: &Weights) -> Result<Model> {
         let transformer = Transformer::load(&Cpu::default(), &config, weights)?;
-        Ok(Model { config, weight_bytes: weights.total_bytes(), transformer })
+        Ok(Model { config, transformer })
     }
 
     /// Sizes and constants.
     pub fn config(&self) -> &Config {
         &self.config
-    }
-
-    /// Bytes of the checkpoint's tensors.
-    pub fn weight_bytes(&self) -> usize {
-        self.weight_bytes
     }
 
     /// The layers, for callers that run passes themselves.

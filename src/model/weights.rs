@@ -2,7 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::model::config::Config;
-use half::{bf16, f16};
+use crate::tensor::Storage;
+pub use crate::tensor::{Dtype, Tensor};
 use memmap2::Mmap;
 use safetensors::tensor::Metadata;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -11,107 +12,26 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Element type of a stored tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dtype {
-    /// bfloat16, two bytes.
-    Bf16,
-    /// IEEE half precision, two bytes.
-    F16,
-    /// IEEE single precision, four bytes.
-    F32,
-}
-
-impl Dtype {
-    /// Bytes of an element.
-    pub const fn size(self) -> usize {
-        match self {
-            Dtype::Bf16 | Dtype::F16 => 2,
-            Dtype::F32 => 4,
-        }
-    }
-
-    /// `out.len()` little-endian elements of `bytes` as f32. Extra elements on either side are left alone.
-    pub fn widen(self, bytes: &[u8], out: &mut [f32]) {
-        match self {
-            Dtype::Bf16 => {
-                for (o, b) in out.iter_mut().zip(bytes.as_chunks().0) {
-                    *o = bf16::from_le_bytes(*b).to_f32();
-                }
-            }
-            Dtype::F16 => {
-                for (o, b) in out.iter_mut().zip(bytes.as_chunks().0) {
-                    *o = f16::from_le_bytes(*b).to_f32();
-                }
-            }
-            Dtype::F32 => {
-                for (o, b) in out.iter_mut().zip(bytes.as_chunks().0) {
-                    *o = f32::from_le_bytes(*b);
-                }
-            }
-        }
-    }
-}
-
-/// What the bytes of tensors lie in.
-#[derive(Debug)]
-enum Storage {
-    Mapped(Mmap),
-    /// Made up, for benchmarks without a checkpoint.
-    Owned(Vec<u8>),
-}
-
-impl Storage {
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Storage::Mapped(map) => map,
-            Storage::Owned(bytes) => bytes,
-        }
-    }
-}
-
-/// One tensor: row-major, contiguous, little-endian, shared with the file it is mapped from. Cloning copies no data.
-#[derive(Clone, Debug)]
-pub struct Tensor {
-    storage: Arc<Storage>,
-    range: Range<usize>,
-    dtype: Dtype,
-    shape: Vec<usize>,
-}
-
-impl Tensor {
-    /// The elements' bytes; alignment is not promised.
-    pub fn bytes(&self) -> &[u8] {
-        &self.storage.bytes()[self.range.clone()]
-    }
-
-    /// Element type.
-    pub fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    /// Sizes, outermost first.
-    pub fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    /// All elements as f32, copied: for vectors (norms, biases), not for matrices.
-    pub fn to_f32(&self) -> Vec<f32> {
-        let mut out = vec![0.0; self.shape.iter().product()];
-        self.dtype.widen(self.bytes(), &mut out);
-        out
-    }
-}
-
 /// The tensors of a checkpoint by name.
 #[derive(Debug)]
 pub struct Weights {
     source: PathBuf,
-    tensors: HashMap<String, Tensor>,
+    tensors: HashMap<String, Entry>,
+}
+
+/// What a file holds under a name.
+#[derive(Debug)]
+enum Entry {
+    Tensor(Tensor),
+    /// In an element type that is not read here. Only an error if the model needs it.
+    Foreign {
+        path: PathBuf,
+        dtype: String,
+    },
 }
 
 impl Weights {
-    /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` names, or else every
+    /// Maps the shards that `model.safetensors.index.json` names, or `model.safetensors`, or else every
     /// `model*.safetensors` of the directory. Headers are checked against the files' sizes; contents are not read.
     ///
     /// The files must not be changed while they are mapped.
@@ -140,7 +60,13 @@ impl Weights {
             }
         } else {
             for path in list_shards(dir)? {
-                tensors.extend(map_file(&path)?);
+                for (name, entry) in map_file(&path)? {
+                    if tensors.contains_key(&name) {
+                        let expected = "to be in one of the model*.safetensors".into();
+                        return Err(Error::Tensor { path, tensor: name, expected, found: "a second one".into() });
+                    }
+                    tensors.insert(name, entry);
+                }
             }
         }
         Ok(Weights { source: dir.to_path_buf(), tensors })
@@ -157,9 +83,11 @@ impl Weights {
 
     pub(super) fn from_owned(source: PathBuf, bytes: Vec<u8>, list: Vec<(String, Range<usize>, Vec<usize>)>) -> Self {
         let storage = Arc::new(Storage::Owned(bytes));
-        let tensor =
-            |(name, range, shape)| (name, Tensor { storage: Arc::clone(&storage), range, dtype: Dtype::Bf16, shape });
-        Weights { source, tensors: list.into_iter().map(tensor).collect() }
+        let tensor = |(name, range, shape)| {
+            let tensor = Tensor::new(Arc::clone(&storage), range, Dtype::Bf16, shape)?;
+            Some((name, Entry::Tensor(tensor)))
+        };
+        Weights { source, tensors: list.into_iter().filter_map(tensor).collect() }
     }
 
     /// The tensor `name`, which must have `shape`.
@@ -170,22 +98,34 @@ impl Weights {
             expected: format!("shape {shape:?}"),
             found,
         };
-        let tensor = self.tensors.get(name).ok_or_else(|| mismatch("no such tensor".into()))?;
-        if tensor.shape != shape {
-            return Err(mismatch(format!("shape {:?}", tensor.shape)));
+        match self.tensors.get(name) {
+            Some(Entry::Tensor(tensor)) if tensor.shape() == shape => Ok(tensor.clone()),
+            Some(Entry::Tensor(tensor)) => Err(mismatch(format!("shape {:?}", tensor.shape()))),
+            Some(Entry::Foreign { path, dtype }) => Err(Error::Tensor {
+                path: path.clone(),
+                tensor: name.to_string(),
+                expected: "element type BF16, F16 or F32".into(),
+                found: dtype.clone(),
+            }),
+            None => Err(mismatch("no such tensor".into())),
         }
-        Ok(tensor.clone())
     }
 
-    /// Names, element types and shapes, sorted by name.
+    /// Names, element types and shapes of the tensors that can be read, sorted by name.
     pub fn list(&self) -> Vec<(&str, Dtype, &[usize])> {
-        let sorted: BTreeMap<_, _> = self.tensors.iter().collect();
-        sorted.into_iter().map(|(name, t)| (name.as_str(), t.dtype, t.shape())).collect()
+        let mut list = Vec::new();
+        for (name, entry) in &self.tensors {
+            if let Entry::Tensor(t) = entry {
+                list.push((name.as_str(), t.dtype(), t.shape()));
+            }
+        }
+        list.sort_unstable_by_key(|(name, _, _)| *name);
+        list
     }
 
-    /// Bytes of all tensors.
+    /// Bytes of these tensors.
     pub fn total_bytes(&self) -> usize {
-        self.tensors.values().map(|t| t.range.len()).sum()
+        self.list().iter().map(|(_, dtype, shape)| shape.iter().product::<usize>() * dtype.size()).sum()
     }
 }
 
@@ -209,8 +149,12 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
     Ok(shards)
 }
 
-/// The files `model*.safetensors` in `dir`, sorted.
+/// `model.safetensors`, or else the files `model*.safetensors` in `dir`, sorted.
 fn list_shards(dir: &Path) -> Result<Vec<PathBuf>> {
+    let whole = dir.join("model.safetensors");
+    if whole.is_file() {
+        return Ok(vec![whole]);
+    }
     let mut shards = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
         let path = entry.map_err(Error::io(dir))?.path();
@@ -227,7 +171,7 @@ fn list_shards(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Maps one safetensors file and reads its header.
-fn map_file(path: &Path) -> Result<HashMap<String, Tensor>> {
+fn map_file(path: &Path) -> Result<HashMap<String, Entry>> {
     let file = File::open(path).map_err(Error::io(path))?;
     // SAFETY: a read-only mapping; the documentation of `Weights::open` forbids changing the file meanwhile.
     let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
@@ -244,17 +188,20 @@ fn map_file(path: &Path) -> Result<HashMap<String, Tensor>> {
             safetensors::Dtype::F16 => Dtype::F16,
             safetensors::Dtype::F32 => Dtype::F32,
             other => {
-                return Err(Error::Tensor {
-                    path: path.to_path_buf(),
-                    tensor: name,
-                    expected: "element type BF16, F16 or F32".into(),
-                    found: format!("{other:?}"),
-                });
+                tensors.insert(name, Entry::Foreign { path: path.to_path_buf(), dtype: format!("{other:?}") });
+                continue;
             }
         };
         let range = start + info.data_offsets.0..start + info.data_offsets.1;
         let shape = info.shape.clone();
-        tensors.insert(name, Tensor { storage: Arc::clone(&storage), range, dtype, shape });
+        let found = format!("{} bytes", range.len());
+        let tensor = Tensor::new(Arc::clone(&storage), range, dtype, shape).ok_or_else(|| Error::Tensor {
+            path: path.to_path_buf(),
+            tensor: name.clone(),
+            expected: format!("the bytes of {dtype:?} {:?}", info.shape),
+            found,
+        })?;
+        tensors.insert(name, Entry::Tensor(tensor));
     }
     Ok(tensors)
 }
@@ -278,16 +225,4 @@ fn read_header(bytes: &[u8]) -> Result<(Metadata, usize), String> {
         return Err(format!("expected {expected} bytes of tensors, found {found}"));
     }
     Ok((metadata, bytes.len() - found))
-}
-
-/// A tensor of the given values, rounded to `dtype`.
-#[cfg(test)]
-pub(crate) fn test_tensor(dtype: Dtype, shape: &[usize], values: &[f32]) -> Tensor {
-    let bytes: Vec<u8> = match dtype {
-        Dtype::Bf16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
-        Dtype::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
-        Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-    };
-    let range = 0..bytes.len();
-    Tensor { storage: Arc::new(Storage::Owned(bytes)), range, dtype, shape: shape.to_vec() }
 }

@@ -1,6 +1,6 @@
 //! Attention, written for reading: f64, one query row and head at a time.
 
-use crate::backend::{Heads, Span};
+use super::{Heads, Span};
 
 /// The same as [`crate::backend::cpu::attention::attention`], by definition.
 pub fn attention(qkv: &[f32], heads: Heads, spans: &[Span], cache: Option<(&[f32], &[f32])>, out: &mut [f32]) {

@@ -153,8 +153,8 @@ pub fn score_row(row: &mut [f32], unmask: &Unmask, step: usize, position: usize)
         row.iter_mut().filter(|l| **l < cut).for_each(|l| *l = f32::NEG_INFINITY);
     }
     let token = if unmask.temperature > 0.0 {
-        // A logit of minus infinity stays there whatever the noise: filtered tokens are never drawn.
-        let noised = row.iter().enumerate().map(|(token, l)| match is_mask(token) {
+        // A logit of minus infinity stays there whatever the noise: filtered tokens are never drawn, and need no number.
+        let noised = row.iter().enumerate().map(|(token, l)| match is_mask(token) || *l == f32::NEG_INFINITY {
             true => f64::NEG_INFINITY,
             false => *l as f64 + unmask.temperature * gumbel(unmask.seed, Purpose::Token, step, position, token),
         });
@@ -181,10 +181,13 @@ pub fn score_row(row: &mut [f32], unmask: &Unmask, step: usize, position: usize)
     Some((token as u32, confidence))
 }
 
+/// How far below the largest logit, in temperatures, others still count: e^-60 times 2^24 terms is below the rounding of a
+/// sum that holds e^0.
+const REACH: f64 = 60.0;
+
 /// The sum of e^((l - max) / scale), in f64 with the exponentials of the terms that can change its last bit.
 fn total(row: &[f32], max: f64, scale: f64) -> f64 {
-    // e^-45 times 2^24 terms is below the rounding of a sum that holds e^0.
-    let floor = (max - 45.0 * scale) as f32;
+    let floor = (max - REACH * scale) as f32;
     row.iter().filter(|l| **l >= floor).map(|l| ((*l as f64 - max) / scale).exp()).sum()
 }
 
@@ -200,27 +203,34 @@ fn argmax(values: impl Iterator<Item = f64>) -> Option<(usize, f64)> {
     best.map(|i| (i, max))
 }
 
-/// The least logit that top-p, then top-k, keep, for probabilities softmax(row / temperature).
+/// The least logit that top-p, then top-k, keep, for probabilities softmax(row / temperature); minus infinity keeps all.
 pub fn cut_logit(row: &[f32], temperature: f64, top_p: Option<f64>, top_k: Option<usize>) -> f32 {
-    let mut sorted: Vec<f32> = row.iter().copied().filter(|l| *l > f32::NEG_INFINITY).collect();
-    sorted.sort_unstable_by(|a, b| b.total_cmp(a));
-    let Some(max) = sorted.first().map(|l| *l as f64) else { return f32::NEG_INFINITY };
-    let mut kept = sorted.len();
+    let descending = |a: &f32, b: &f32| b.total_cmp(a);
+    let mut cut = f32::NEG_INFINITY;
     if let Some(top_p) = top_p.filter(|p| *p < 1.0) {
+        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
         let total = total(row, max, temperature);
+        // The others' probabilities are too small to change the sum.
+        let floor = (max - REACH * temperature) as f32;
+        let mut sorted: Vec<f32> = row.iter().copied().filter(|l| *l >= floor).collect();
+        sorted.sort_unstable_by(descending);
         let mut sum = 0.0;
-        // A token goes when those before it already sum to more than top_p.
-        let crossing = sorted.iter().position(|l| {
-            let gone = sum > top_p;
-            sum += ((*l as f64 - max) / temperature).exp() / total;
-            gone
-        });
-        kept = crossing.unwrap_or(kept);
+        for l in sorted {
+            sum += ((l as f64 - max) / temperature).exp() / total;
+            // A token goes when those before it already sum to more than top_p.
+            if sum > top_p {
+                cut = l;
+                break;
+            }
+        }
     }
     if let Some(top_k) = top_k {
-        kept = kept.min(top_k.max(1));
+        let mut kept: Vec<f32> = row.iter().copied().filter(|l| *l >= cut).collect();
+        if (1..kept.len()).contains(&top_k) {
+            cut = *kept.select_nth_unstable_by(top_k - 1, descending).1;
+        }
     }
-    sorted[kept - 1]
+    cut
 }
 
 /// What the candidates are ordered by: their confidences, or with `alg_temp` Gumbel-perturbed ones.

@@ -2,8 +2,8 @@
 //!
 //! The unit multiplies bf16 by bf16 into f32. Weights are bf16 as they are, and their rows are tiles as they lie in the
 //! file. An f32 activation is cut, exactly, into three bf16 of 8 significant bits each, x = hi + mid + lo, and the three
-//! products are summed in f32: the precision of f32 arithmetic for three bf16 products, which still is about five times
-//! the rate of AVX-512. Per step of 32 columns: 2 tiles of weights, 2 of activations three times, 12 products into 4
+//! products are summed in f32: the precision of f32 arithmetic for three bf16 products, about twice as fast as AVX-512
+//! from 32 rows on (`cargo bench --bench linear`, with and without `DLLM_CPU=avx512`). Per step of 32 columns: 2 tiles of weights, 2 of activations three times, 12 products into 4
 //! sums of 16 x 16. A sum runs through the columns in one fixed order whatever stands beside it.
 //!
 //! Bound: products from about 64 rows on, below that reading the weights.
@@ -12,9 +12,11 @@
 //! volume 2 (TILELOADD, TDPBF16PS); Linux Documentation/arch/x86/xstate.rst (permission).
 
 use super::linear::{Matrix, Out, SCRATCH, SCRATCH_BYTES, SUMS, SWEEP, packed_len};
+use super::simd::Limit;
 use super::transpose::transpose;
 use rayon::prelude::*;
 use std::arch::asm;
+use std::marker::PhantomData;
 use std::sync::OnceLock;
 
 /// Rows and columns of sums in a tile, and pairs of columns in a step.
@@ -30,7 +32,8 @@ const PACKED_BYTES: usize = PARTS * TILE_BYTES;
 /// Rows of weights that a kernel takes at a time.
 pub const BLOCK: usize = 2 * TILE;
 
-/// Whether this process may use the unit. Asks the kernel on the first call.
+/// Whether this process may use the unit. The first call asks the kernel, which grants it to the whole process (and makes
+/// its signal frames larger by the tiles' 8 KiB); `DLLM_CPU=avx512` keeps it from asking.
 pub fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
@@ -38,6 +41,9 @@ pub fn available() -> bool {
         const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
         /// The tiles' contents.
         const XTILEDATA: libc::c_long = 18;
+        if Limit::of_process() < Limit::Amx {
+            return false;
+        }
         let leaf = std::arch::x86_64::__cpuid_count(7, 0);
         let (bf16, tile) = (leaf.edx >> 22 & 1 == 1, leaf.edx >> 24 & 1 == 1);
         // SAFETY: this call reads no memory; kernels that do not know it return an error.
@@ -48,7 +54,7 @@ pub fn available() -> bool {
 }
 
 /// The unit, configured for 16 x 64 byte tiles on this thread for as long as this lives.
-struct Configured(());
+struct Configured(PhantomData<*const ()>); // of this thread only
 
 impl Configured {
     /// # Safety
@@ -64,7 +70,7 @@ impl Configured {
         }
         // SAFETY: the unit is there; the operand is 64 bytes.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &layout, options(nostack, readonly, preserves_flags)) };
-        Configured(())
+        Configured(PhantomData)
     }
 }
 
@@ -263,6 +269,7 @@ unsafe impl Sync for Packed {}
 /// The product of [`super::linear::linear`], for weights that fit ([`super::linear::Matrix`]'s `fits_amx`). Activations are packed `[DEPTH columns][one or two tiles of rows][step][part][tile]`.
 pub fn linear(x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, packed: &mut [f32]) {
     let (k, n) = (w.cols(), w.rows());
+    assert!(available() && w.fits_amx(), "not for this machine or these weights");
     assert!(x.len() >= rows * k && out.len() >= rows * n && packed.len() >= packed_len(rows, k), "buffer too short");
     for m0 in (0..rows).step_by(SWEEP) {
         let m = SWEEP.min(rows - m0);

@@ -13,8 +13,10 @@ use std::cell::RefCell;
 
 /// Keys copied beside each other at a time.
 const KEYS: usize = 64;
-/// Their stride: the widest head, and off the powers of two.
-const STRIDE: usize = 128 + 16;
+/// Widest head.
+const MAX_HEAD_DIM: usize = 128;
+/// Stride of copied keys: off the powers of two.
+const STRIDE: usize = MAX_HEAD_DIM + 16;
 /// Widest tile of query rows.
 const ROWS: usize = 64;
 
@@ -69,6 +71,12 @@ fn attention_on(isa: Isa, qkv: &[f32], heads: Heads, spans: &[Span], cache: Opti
     let (width, q_width, kv_width) = (heads.qkv_width(), num_heads * head_dim, num_kv_heads * head_dim);
     let total: usize = spans.iter().map(Span::rows).sum();
     assert!(qkv.len() >= total * width && out.len() >= total * q_width, "buffer too short");
+    assert!(head_dim <= MAX_HEAD_DIM && num_kv_heads > 0 && num_heads.is_multiple_of(num_kv_heads), "{heads:?}");
+    for span in spans {
+        let cached = (span.cache_base + span.len) * kv_width;
+        assert!(span.start <= span.end && span.end <= span.len, "{span:?}");
+        assert!(cache.is_none_or(|(k, v)| cached <= k.len() && cached <= v.len()), "cache too short for {span:?}");
+    }
     let mut tasks = Vec::new();
     let mut first = 0;
     for span in spans {

@@ -1,6 +1,6 @@
 //! `out = x W^T + bias` for f32 activations and weights that stay as the checkpoint has them (bf16, f16, f32).
 //!
-//! On AMX, bf16 weights go to [`super::amx`]. Everything else here: one kernel for any number of rows. A panel of weight rows is widened once into a scratch that stays in L2, read
+//! On AMX, bf16 weights go to `amx.rs`. Everything else here: one kernel for any number of rows. A panel of weight rows is widened once into a scratch that stays in L2, read
 //! row after row as it lies in memory, and then swept with register tiles (`tile.rs`) over activations packed
 //! lane by lane; meanwhile the next panel is prefetched. The weights are read once per 256 rows. Work is split over
 //! panels; no sum is ever split, so neither threads nor the number of rows change a bit. Bound: multiply-adds from 32
@@ -9,7 +9,7 @@
 use super::simd::{Isa, Simd, dispatch};
 use super::tile::{max_vectors, tile};
 use super::transpose::transpose;
-use crate::model::weights::{Dtype, Tensor};
+use crate::tensor::{Dtype, Tensor};
 use rayon::prelude::*;
 use std::cell::RefCell;
 
@@ -45,8 +45,9 @@ impl Matrix {
     /// # Panics
     /// When the shapes do not fit; the caller has checked them against the configuration.
     pub fn new(parts: Vec<Tensor>, bias: Vec<f32>) -> Matrix {
-        let cols = parts[0].shape()[1];
-        assert!(parts.iter().all(|p| p.shape().len() == 2 && p.shape()[1] == cols), "stacked matrices differ in width");
+        assert!(parts.iter().all(|p| p.shape().len() == 2), "not a matrix");
+        let cols = parts.first().map_or(0, |p| p.shape()[1]);
+        assert!(cols > 0 && parts.iter().all(|p| p.shape()[1] == cols), "stacked matrices differ in width");
         let rows = parts.iter().map(|p| p.shape()[0]).sum();
         assert!(bias.is_empty() || bias.len() == rows, "bias does not fit its matrix");
         Matrix { parts, rows, cols, bias: (!bias.is_empty()).then_some(bias) }
@@ -77,7 +78,7 @@ impl Matrix {
 
     /// Whether every tile of weights lies whole in one bf16 tensor.
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    fn fits_amx(&self) -> bool {
+    pub(super) fn fits_amx(&self) -> bool {
         use super::amx::{BLOCK, STEP};
         let fits = |part: &Tensor| part.dtype() == Dtype::Bf16 && part.shape()[0].is_multiple_of(BLOCK);
         self.cols.is_multiple_of(STEP) && self.parts.iter().all(fits)
@@ -304,7 +305,7 @@ unsafe fn widen<S: Simd>(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::weights::test_tensor;
+    use crate::tensor::test_tensor;
 
     fn noise(len: usize, seed: u32) -> Vec<f32> {
         let mut state = seed;

@@ -10,13 +10,15 @@ mod swiglu;
 mod tile;
 mod transpose;
 
-pub use simd::{Isa, fma_roof};
+pub use simd::Isa;
+#[doc(hidden)]
+pub use simd::fma_roof;
 
 use super::{Backend, Heads, Span};
 use crate::error::{Error, Result};
-use crate::model::weights::Tensor;
 use crate::oracle::unmask::{self, Group, Unmask, Verdict};
 use crate::oracle::{norm, rope};
+use crate::tensor::Tensor;
 use linear::{Matrix, packed_len};
 use rayon::prelude::*;
 
@@ -48,10 +50,8 @@ impl KvCache {
 fn zeroed(what: &str, sizes: &[usize]) -> Result<Vec<f32>> {
     let fail = || Error::Unavailable(format!("no memory for {what} of {sizes:?} f32"));
     let len = sizes.iter().try_fold(1usize, |a, b| a.checked_mul(*b)).ok_or_else(fail)?;
-    let mut vec = Vec::new();
-    vec.try_reserve_exact(len).map_err(|_| fail())?;
-    vec.resize(len, 0.0);
-    Ok(vec)
+    // Pages that are never written never take memory.
+    bytemuck::allocation::try_zeroed_vec(len).map_err(|()| fail())
 }
 
 /// Errs when the system says that it could not hand out `bytes` more. Allocating would tell later, or not at all: a

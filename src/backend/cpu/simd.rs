@@ -18,10 +18,18 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The best set of this machine.
+    /// The best set of this machine that [`Limit`] allows.
     pub fn detect() -> Isa {
         static BEST: OnceLock<Isa> = OnceLock::new();
-        *BEST.get_or_init(|| Isa::available()[0])
+        *BEST.get_or_init(|| {
+            let limit = Limit::of_process();
+            let allowed = |isa: &Isa| match isa {
+                Isa::Avx512 => limit >= Limit::Avx512,
+                Isa::Avx2 => limit >= Limit::Avx2,
+                Isa::Plain => true,
+            };
+            Isa::available().into_iter().find(allowed).unwrap_or(Isa::Plain)
+        })
     }
 
     /// Every set that this machine can run, best first.
@@ -38,6 +46,29 @@ impl Isa {
         }
         sets.push(Isa::Plain);
         sets
+    }
+}
+
+/// The best that `DLLM_CPU` allows: `plain`, `avx2`, `avx512` or (the default) `amx`. To reproduce on one machine what
+/// another computes, and to keep a host process from being granted the matrix unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Limit {
+    Plain,
+    Avx2,
+    Avx512,
+    Amx,
+}
+
+impl Limit {
+    /// Read once. A word that is none of the four allows everything.
+    pub fn of_process() -> Limit {
+        static LIMIT: OnceLock<Limit> = OnceLock::new();
+        *LIMIT.get_or_init(|| match std::env::var("DLLM_CPU").as_deref() {
+            Ok("plain") => Limit::Plain,
+            Ok("avx2") => Limit::Avx2,
+            Ok("avx512") => Limit::Avx512,
+            _ => Limit::Amx,
+        })
     }
 }
 

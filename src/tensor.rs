@@ -1,0 +1,119 @@
+//! Tensors that are read where they lie, in a mapped file.
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Element type of a stored tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// bfloat16, two bytes.
+    Bf16,
+    /// IEEE half precision, two bytes.
+    F16,
+    /// IEEE single precision, four bytes.
+    F32,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub const fn size(self) -> usize {
+        match self {
+            Dtype::Bf16 | Dtype::F16 => 2,
+            Dtype::F32 => 4,
+        }
+    }
+
+    /// `out.len()` little-endian elements of `bytes` as f32. Extra elements on either side are left alone.
+    pub fn widen(self, bytes: &[u8], out: &mut [f32]) {
+        match self {
+            Dtype::Bf16 => {
+                for (o, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *o = bf16::from_le_bytes(*b).to_f32();
+                }
+            }
+            Dtype::F16 => {
+                for (o, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *o = f16::from_le_bytes(*b).to_f32();
+                }
+            }
+            Dtype::F32 => {
+                for (o, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *o = f32::from_le_bytes(*b);
+                }
+            }
+        }
+    }
+}
+
+/// What the bytes of tensors lie in.
+#[derive(Debug)]
+pub(crate) enum Storage {
+    Mapped(Mmap),
+    /// Made up, for benchmarks without a checkpoint.
+    Owned(Vec<u8>),
+}
+
+impl Storage {
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Storage::Mapped(map) => map,
+            Storage::Owned(bytes) => bytes,
+        }
+    }
+}
+
+/// One tensor: row-major, contiguous, little-endian, shared with the file it is mapped from. Cloning copies no data.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    storage: Arc<Storage>,
+    range: Range<usize>,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+impl Tensor {
+    /// The tensor in these bytes of `storage`. None when they are not there, or not as many as shape and type call for:
+    /// kernels rely on it when they read whole rows.
+    pub(crate) fn new(storage: Arc<Storage>, range: Range<usize>, dtype: Dtype, shape: Vec<usize>) -> Option<Tensor> {
+        let bytes = shape.iter().try_fold(dtype.size(), |bytes, n| bytes.checked_mul(*n))?;
+        let fits = range.start <= range.end && range.end <= storage.bytes().len() && range.len() == bytes;
+        fits.then_some(Tensor { storage, range, dtype, shape })
+    }
+
+    /// The elements' bytes; alignment is not promised.
+    pub fn bytes(&self) -> &[u8] {
+        &self.storage.bytes()[self.range.clone()]
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Sizes, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// All elements as f32, copied: for vectors (norms, biases), not for matrices.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.shape.iter().product()];
+        self.dtype.widen(self.bytes(), &mut out);
+        out
+    }
+}
+
+/// A tensor of the given values, rounded to `dtype`.
+#[cfg(test)]
+pub(crate) fn test_tensor(dtype: Dtype, shape: &[usize], values: &[f32]) -> Tensor {
+    let bytes: Vec<u8> = match dtype {
+        Dtype::Bf16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+        Dtype::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
+        Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+    };
+    let range = 0..bytes.len();
+    Tensor::new(Arc::new(Storage::Owned(bytes)), range, dtype, shape.to_vec())
+        .expect("as many values as the shape says")
+}
