@@ -1,8 +1,9 @@
-//! The CPU's matrix product, `cargo bench --bench linear`: this crate's kernel on bf16 weights in place, and the `gemm`
+//! The CPU's matrix product, `cargo bench --bench linear`: this crate's kernels on bf16 weights in place, and the `gemm`
 //! crate on weights widened to f32 beforehand (which costs it nothing here, and twice the memory). One thread.
+//! `DLLM_CPU=avx512` (or `avx2`, `plain`) measures the kernels below AMX.
 //!
-//! Criterion's "elem/s" are floating-point operations per second; the first line is the roof, multiply-adds on
-//! registers.
+//! Criterion's "elem/s" are floating-point operations per second, counted as f32; the first line is the roof of
+//! everything but AMX, multiply-adds on registers.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use dllm_kernels::Config;
