@@ -241,6 +241,13 @@ fn wrong_calls_name_the_flag() {
         (2, "eval --setting cache=dual,colour=red", "error: --setting: "),
         (2, "eval --limit 2 --setting top-p=2", "error: --top-p: "),
         (2, "eval --limit 0", "--limit"),
+        (2, "eval --limit 1 --threads 4097", "--threads"),
+        (2, "inspect --shape mid --prompt-length 0", "--prompt-length"),
+        (2, "inspect --shape mid --threads 4097", "--threads"),
+        (2, "bench --prompt-length 0", "--prompt-length"),
+        (2, "bench --gen-length 100000", "error: --prompt-length: "),
+        (2, "bench --prompt-ids 99999", "error: --prompt-ids: "),
+        (2, "bench --threads 4097", "--threads"),
         (2, "no-such-command", "no-such-command"),
         (1, "generate --cache adaptive", "error: --cache adaptive"),
         (1, "eval --setting cache=adaptive", "error: --cache adaptive"),
@@ -387,6 +394,88 @@ fn a_trace_that_cannot_be_written_is_found_before_the_work() {
     assert_eq!(output.status.code(), Some(2));
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "old");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+/// A device without room, found only when the trace is written.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_trace_that_is_lost_does_not_cost_the_answer() {
+    let line = "generate --gen-length 64";
+    let output = dllm(words(line)).args(["--trace", "/dev/full"]).output().unwrap();
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("NFE ") && said.contains("error: /dev/full"), "{said}");
+    assert_eq!(output.stdout, done(dllm(words(line))).stdout);
+}
+
+#[test]
+fn a_panic_in_the_tokenizer_is_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(root().join("models/tiny-math").join(name), dir.path().join(name)).unwrap();
+    }
+    let file = dir.path().join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    tokenizer["pre_tokenizer"] = serde_json::json!({"type": "FixedLength", "length": 0});
+    std::fs::write(&file, tokenizer.to_string()).unwrap();
+    let output = dllm(["generate", "--prompt", "hello", "--model"]).arg(dir.path()).output().unwrap();
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let others: Vec<_> = said.lines().filter(|line| !line.starts_with("error: ")).collect();
+    assert!(said.contains("tokenizer.json: ") && said.contains("panicked"), "{said}");
+    assert!(others.is_empty(), "{others:?}");
+}
+
+/// Sends Ctrl-C to `bench` when the first `words` are on stderr; its output, and the rest of stderr.
+#[cfg(unix)]
+fn bench_interrupted(mut command: Command, words: &str) -> (Output, String) {
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains(words) {
+        line.clear();
+        assert!(stderr.read_line(&mut line).unwrap() > 0, "no {words:?}");
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let mut said = String::new();
+    stderr.read_to_string(&mut said).unwrap();
+    (child.wait_with_output().unwrap(), said)
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_bench_with_its_complete_rounds() {
+    let line = "bench --repeat 1000 --gen-length 32 --modes vanilla,dual-fixed --json";
+    let mut command = dllm(words(line));
+    command.env_remove("DLLM_ORIGINALS");
+    let (output, said) = bench_interrupted(command, "round 1 of");
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.contains("interrupted after round "), "{said}");
+    let results: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rounds: usize = numbers(&results["rounds"]);
+    assert!((1..1000).contains(&rounds), "{rounds}");
+    for mode in results["modes"].as_array().unwrap() {
+        assert_eq!(numbers::<Vec<f64>>(&mode["seconds"]).len(), rounds);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_the_originals_of_bench() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let python = dir.path().join("python");
+    std::fs::write(&python, "#!/bin/sh\nexec sleep 600\n").unwrap();
+    std::fs::set_permissions(&python, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = dllm(words("bench --gen-length 32 --modes vanilla --json"));
+    command.env("DLLM_ORIGINALS", dir.path()).env("DLLM_PYTHON", &python);
+    let start = std::time::Instant::now();
+    let (output, said) = bench_interrupted(command, "round 1 of");
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(start.elapsed().as_secs() < 300);
+    let results: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(results["rounds"], 1);
+    assert_eq!(results["originals"], "not measured: interrupted");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use minijinja::{AutoEscape, Environment, ErrorKind, Value, context};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use serde_json::Value as Json;
 
-use super::{TokenizerConfig, panic_message, read_optional, text_error, wrong_value};
+use super::{Shield, TokenizerConfig, panic_message, read_optional, text_error, wrong_value};
 use crate::Result;
 
 /// The file that newer checkpoints keep the template in; it wins over `tokenizer_config.json`.
@@ -66,7 +66,11 @@ impl ChatTemplate {
             return Err(text_error(&self.file, message));
         }
         let rendered = thread::scope(|scope| {
-            let worker = thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, || self.run(message));
+            let run = || {
+                let _shield = Shield::raise();
+                self.run(message)
+            };
+            let worker = thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, run);
             worker.map_err(|error| format!("cannot start a thread: {error}")).and_then(|worker| {
                 worker.join().unwrap_or_else(|payload| Err(format!("panic: {}", panic_message(payload.as_ref()))))
             })

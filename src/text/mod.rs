@@ -8,6 +8,7 @@ mod chat;
 mod qwen2;
 
 use std::any::Any;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
@@ -303,10 +304,39 @@ fn check_ids(tokenizer: &Tokenizer, path: &Path, vocab_size: usize) -> Result<()
     }
 }
 
+thread_local! {
+    static SHIELDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread is in code of others whose panics become errors, so that a panic hook need not report them.
+pub fn is_shielded() -> bool {
+    SHIELDED.try_with(Cell::get).unwrap_or(false)
+}
+
+/// As long as it lives, [`is_shielded`] holds in the thread that made it.
+struct Shield {
+    before: bool,
+}
+
+impl Shield {
+    fn raise() -> Self {
+        Self { before: SHIELDED.replace(true) }
+    }
+}
+
+impl Drop for Shield {
+    fn drop(&mut self) {
+        SHIELDED.set(self.before);
+    }
+}
+
 /// Runs a call into the tokenizers crate. It panics on some malformed files (a merge longer than every token, a
 /// pre-tokenizer that splits at length 0); that becomes an error like any other.
 fn shielded<T>(path: &Path, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
-    let message = match catch_unwind(AssertUnwindSafe(call)) {
+    let shield = Shield::raise();
+    let outcome = catch_unwind(AssertUnwindSafe(call));
+    drop(shield);
+    let message = match outcome {
         Ok(Ok(value)) => return Ok(value),
         Ok(Err(error)) => error.to_string(),
         Err(payload) => format!("the tokenizers crate panicked: {}", panic_message(payload.as_ref())),

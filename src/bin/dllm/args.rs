@@ -1,11 +1,27 @@
-//! Flags that `generate` and `eval` share, and what they mean to the library.
+//! Flags that commands share, and what they mean to the library.
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, ValueEnum};
 use dllm_kernels::{CacheMode, Confidence, Error, Options, Policy, Result};
 use std::path::{Path, PathBuf};
 
 /// The checkpoint that comes with the program.
 const SHIPPED: &str = "models/tiny-math";
+
+/// An argument that is out of its range.
+pub fn argument(name: &'static str, expected: impl Into<String>, found: impl ToString) -> Error {
+    Error::Argument { name, expected: expected.into(), found: found.to_string() }
+}
+
+/// What `--threads` takes.
+pub fn threads() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=4096)
+}
+
+/// What a length that cannot be 0 takes.
+pub fn length() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..)
+}
 
 /// What `--cache` takes.
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
@@ -109,7 +125,7 @@ pub struct Decoding {
     /// End of Dream's timesteps [default: 0.001]
     #[arg(long, value_name = "E", allow_negative_numbers = true, help_heading = "Sampling")]
     pub eps: Option<f64>,
-    /// Seed of every random number [default: 0]
+    /// Seed of every random number; equal prompts of a batch draw equal ones, so vary it for other answers [default: 0]
     #[arg(long, value_name = "N", help_heading = "Sampling")]
     pub seed: Option<u64>,
 
@@ -143,11 +159,8 @@ impl Decoding {
         parsed.try_update_from(flags).map_err(|error| {
             let message = error.to_string();
             let message = message.lines().next().unwrap_or_default().trim_start_matches("error: ");
-            Error::Argument {
-                name: "setting",
-                expected: "flags of generate as key=value, with commas between them".into(),
-                found: format!("{setting:?}: {message}"),
-            }
+            let expected = "flags of generate as key=value, with commas between them";
+            argument("setting", expected, format!("{setting:?}: {message}"))
         })?;
         Ok(parsed.decoding)
     }
@@ -225,8 +238,8 @@ pub struct Machine {
     #[arg(long, value_name = "DEVICE", value_parser = device)]
     device: Option<Device>,
     /// CPU threads [default: all]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
-    threads: Option<u16>,
+    #[arg(long, value_name = "N", value_parser = threads())]
+    threads: Option<usize>,
 }
 
 impl Machine {
@@ -237,7 +250,7 @@ impl Machine {
             return Err(Error::Unavailable(message.into()));
         }
         if let Some(threads) = self.threads {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
             pool.map_err(|e| Error::Unavailable(format!("--threads {threads}: {e}")))?;
         }
         Ok("cpu")
@@ -253,9 +266,8 @@ pub fn model_dir(given: Option<&Path>) -> Result<PathBuf> {
     let executable = std::env::current_exe().unwrap_or_default();
     let above = executable.ancestors().skip(1).filter(|dir| !dir.as_os_str().is_empty());
     let mut places = std::iter::once(Path::new("")).chain(above).map(|dir| dir.join(SHIPPED));
-    places.find(|dir| dir.is_dir()).ok_or_else(|| Error::Argument {
-        name: "model",
-        expected: format!("a checkpoint directory, as {SHIPPED} is neither here nor above the program"),
-        found: "no --model".into(),
+    places.find(|dir| dir.is_dir()).ok_or_else(|| {
+        let expected = format!("a checkpoint directory, as {SHIPPED} is neither here nor above the program");
+        argument("model", expected, "no --model")
     })
 }

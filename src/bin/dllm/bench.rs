@@ -4,9 +4,9 @@ mod originals;
 mod summary;
 mod timed;
 
-use crate::args::model_dir;
-use crate::output::{note, print, print_json};
-use crate::report::{Shape, argument};
+use crate::args::{argument, length, model_dir, threads};
+use crate::output::{INTERRUPT, catch_interrupts, interrupted, note, print, print_json};
+use crate::report::Shape;
 use clap::ValueEnum;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind};
@@ -31,7 +31,7 @@ pub struct Bench {
     #[arg(long, requires = "shape")]
     random_weights: bool,
     /// Random tokens of the prompt
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = length())]
     prompt_length: usize,
     /// The prompt as token ids, instead of random ones
     #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with = "prompt_length")]
@@ -49,8 +49,8 @@ pub struct Bench {
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=1000))]
     repeat: u64,
     /// Threads that decode, in the original too [default: all cores]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
-    threads: Option<u64>,
+    #[arg(long, value_name = "N", value_parser = threads())]
+    threads: Option<usize>,
     /// Seed of random weights and of a random prompt
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -143,7 +143,13 @@ pub fn run(args: &Bench) -> Result<()> {
     let setup = setup(args)?;
     let prompts = [setup.prompt.clone()];
     for mode in &setup.modes {
-        mode.options(&setup).validate(&setup.config, &prompts)?;
+        mode.options(&setup).validate(&setup.config, &prompts).map_err(|error| match error {
+            // Here the prompt has flags of its own.
+            Error::Argument { name: "prompt", expected, found } => {
+                argument(if args.prompt_ids.is_empty() { "prompt-length" } else { "prompt-ids" }, expected, found)
+            }
+            other => other,
+        })?;
     }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(setup.threads).build();
     let pool = pool.map_err(|e| Error::Unavailable(format!("{} threads: {e}", setup.threads)))?;
@@ -161,8 +167,11 @@ pub fn run(args: &Bench) -> Result<()> {
     let mut runs: Vec<Run> = setup.modes.iter().map(empty).collect();
     let mut originals = Originals::find(&setup);
     let mut answer = None;
+    catch_interrupts();
     for round in 1..=args.repeat {
-        pool.install(|| our_round(&subject, &setup, &prompts, &mut runs))?;
+        if interrupted() || !pool.install(|| our_round(&subject, &setup, &prompts, &mut runs))? {
+            break;
+        }
         let took: f64 = runs.iter().filter_map(|r| r.seconds.last()).sum();
         note(format_args!("round {round} of {}: ours {took:.1} s", args.repeat));
         // A process of its own each round, so that theirs and ours take turns on the same machine.
@@ -175,6 +184,12 @@ pub fn run(args: &Bench) -> Result<()> {
             Ok(Err(why)) => originals = Err(format!("not measured: {why}")),
             Err(_) => {}
         }
+    }
+    let rounds = runs.first().map_or(0, |r| r.seconds.len());
+    match interrupted() {
+        true if rounds == 0 => return Err(Error::Unavailable("interrupted before the end of the first round".into())),
+        true => note(format_args!("interrupted after round {rounds} of {}", args.repeat)),
+        false => {}
     }
     let summary = summary::Summary::new(&setup, &subject, &runs, answer, originals.err());
     if args.json { print_json(&summary) } else { print(&summary.text(&setup, &subject, &runs)) }
@@ -210,7 +225,7 @@ fn setup(args: &Bench) -> Result<Setup> {
         config,
         gen_length: args.gen_length,
         block_length: args.block_length.unwrap_or(args.gen_length.min(32)),
-        threads: args.threads.map_or_else(rayon::current_num_threads, |n| n as usize),
+        threads: args.threads.unwrap_or_else(rayon::current_num_threads),
         modes,
     })
 }
@@ -235,21 +250,27 @@ fn random_prompt(config: &Config, len: usize, seed: u64) -> Result<Vec<u32>> {
     Ok((0..len).map(|_| next()).collect())
 }
 
-/// Every mode once, after a forward that is not timed.
-fn our_round(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>], runs: &mut [Run]) -> Result<()> {
+/// Every mode once, after a forward that is not timed. False when it was interrupted; then nothing of it is kept.
+fn our_round(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>], runs: &mut [Run]) -> Result<bool> {
     warm_up(subject, setup, prompts)?;
-    for run in runs {
+    let mut results = Vec::new();
+    for run in &*runs {
         let options = run.mode.options(setup);
         let session = Session::new(subject.model.transformer(), Cpu::default(), options.sizes(&setup.config, prompts))?;
-        let limit = 4 * setup.gen_length + 64;
-        let mut network = Timed { session, cache: options.cache, timings: vec![], limit };
+        let mut network = Timed { session, cache: options.cache, timings: vec![] };
         let start = Instant::now();
-        let decoded = decode(&mut network, &setup.config, prompts, &options, None, &mut ())?;
-        run.seconds.push(start.elapsed().as_secs_f64());
-        run.nfe = decoded.nfe;
-        run.timings.append(&mut network.timings);
+        let decoded = decode(&mut network, &setup.config, prompts, &options, Some(&INTERRUPT), &mut ())?;
+        if decoded.interrupted {
+            return Ok(false);
+        }
+        results.push((start.elapsed().as_secs_f64(), decoded.nfe, network.timings));
     }
-    Ok(())
+    for (run, (seconds, nfe, timings)) in runs.iter_mut().zip(results) {
+        run.seconds.push(seconds);
+        run.nfe = nfe;
+        run.timings.extend(timings);
+    }
+    Ok(true)
 }
 
 /// One forward over everything, so that mapped weights are in memory and threads are awake.

@@ -135,6 +135,7 @@ pub fn run(args: &Eval) -> Result<()> {
         output::print(&line)?;
     }
     let mut rows = Vec::new();
+    output::catch_interrupts();
     for (name, options) in &settings {
         let score = score(&checkpoint, text, &problems, name, options)?;
         if score.problems > 0 {
@@ -220,7 +221,7 @@ fn bad_row(file: &Path, line: usize, message: &str) -> Error {
 }
 
 fn read_problems(file: &Path, text: &Text, limit: usize) -> Result<Vec<Problem>> {
-    let rows = std::fs::read_to_string(file).map_err(|source| Error::Io { path: file.to_path_buf(), source })?;
+    let rows = std::fs::read_to_string(file).map_err(output::io_error(file))?;
     let lines = rows.lines().enumerate().filter(|(_, row)| !row.trim().is_empty()).take(limit);
     let problems = lines.map(|(i, row)| read_problem(file, text, i + 1, row)).collect::<Result<Vec<_>>>()?;
     match problems.is_empty() {

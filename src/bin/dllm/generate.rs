@@ -1,7 +1,7 @@
 //! `dllm generate`: prompts in, answers out.
 
-use crate::args::{Decoding, Machine, model_dir};
-use crate::output::{self, INTERRUPT, Target};
+use crate::args::{Decoding, Machine, argument, model_dir};
+use crate::output::{self, INTERRUPT, Target, io_error};
 use crate::watch::Watch;
 use clap::{ArgGroup, Args};
 use dllm_kernels::decode::{Decoded, trace::Trace};
@@ -86,10 +86,9 @@ impl Generate {
         if !self.prompt_ids.is_empty() {
             return Ok(self.prompt_ids.iter().map(|ids| ids.0.clone()).collect());
         }
-        let text = text.ok_or_else(|| Error::Argument {
-            name: "prompt-ids",
-            expected: "token ids, as the model has no tokenizer".into(),
-            found: format!("no tokenizer.json or vocab.json in {}", dir.display()),
+        let text = text.ok_or_else(|| {
+            let found = format!("no tokenizer.json or vocab.json in {}", dir.display());
+            argument("prompt-ids", "token ids, as the model has no tokenizer", found)
         })?;
         let mut chat = self.chat;
         let prompts = match (&self.prompt_file, self.prompt.is_empty()) {
@@ -114,11 +113,6 @@ fn sample_question(dir: &Path) -> String {
     let row: Option<Value> = rows.lines().next().and_then(|line| serde_json::from_str(line).ok());
     let question = row.as_ref().and_then(|row| row["question"].as_str());
     question.unwrap_or(QUESTION).to_string()
-}
-
-fn io_error(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
-    let path = path.to_path_buf();
-    move |source| Error::Io { path, source }
 }
 
 /// A model with its tokenizer, and the tokens that end its texts.
@@ -170,16 +164,12 @@ pub fn run(args: &Generate) -> Result<()> {
     let mut answer = Answer::new(text.as_ref(), end_tokens, stream);
     let mut observers = Observers { watch: watch.as_mut(), trace: trace.as_mut(), answer: &mut answer };
     let generator = Generator::new(model).options(options.clone()).interrupt(&INTERRUPT);
+    output::catch_interrupts();
     let mut generation = generator.generate_observed(&prompts, &mut observers)?;
     generation.elapsed = generation.elapsed.saturating_sub(watch.as_ref().map_or(Duration::ZERO, Watch::paused));
     drop(watch);
 
-    if let (Some(trace), Some(file)) = (trace, trace_file) {
-        let name = checkpoint.dir.file_name().unwrap_or_default().to_string_lossy();
-        let Generation { tokens, nfe, interrupted, .. } = generation.clone();
-        let decoded = Decoded { tokens, nfe, interrupted };
-        file.write(&format!("{}\n", trace.finish(&name, config, &options, &prompts, &decoded)))?;
-    }
+    // The answer first: a disk that is full by now must not cost it.
     let printed = match args.json {
         true => print_json(&generation, config, text.as_ref(), device),
         false => print_answers(answer, &generation, config, text.as_ref()),
@@ -187,7 +177,18 @@ pub fn run(args: &Generate) -> Result<()> {
     if printed.is_ok() {
         summary(&generation, config, device);
     }
-    printed
+    let mut written = Ok(());
+    if let (Some(trace), Some(file)) = (trace, trace_file) {
+        let name = checkpoint.dir.file_name().unwrap_or_default().to_string_lossy();
+        let Generation { tokens, nfe, interrupted, .. } = generation;
+        let decoded = Decoded { tokens, nfe, interrupted };
+        written = file.write(&format!("{}\n", trace.finish(&name, config, &options, &prompts, &decoded)));
+    }
+    match printed {
+        // A reader that has left is no error, and hides none.
+        Err(error) if output::is_closed_pipe(&error) => written.and(Err(error)),
+        printed => printed.and(written),
+    }
 }
 
 /// The text of a finished sequence; `None` without a tokenizer.
@@ -222,7 +223,7 @@ fn print_answers(answer: Answer, generation: &Generation, config: &Config, text:
     }
     match &answers[..] {
         [only] => answer.finish(only),
-        all => output::print(&all.iter().map(|a| output::printable(a) + "\n").collect::<String>()),
+        all => output::print(&(all.join("\n") + "\n")),
     }
 }
 
@@ -284,7 +285,7 @@ impl<'a> Answer<'a> {
             return Ok(false);
         };
         if !new.is_empty() {
-            output::print(&output::printable(new))?;
+            output::print(new)?;
             self.printed = answer.to_string();
         }
         Ok(true)
@@ -297,7 +298,7 @@ impl<'a> Answer<'a> {
         }
         if !self.advance(answer)? {
             // A decoder that rewrites what stands before new tokens: better twice than wrong.
-            output::print(&format!("\n{}", output::printable(answer)))?;
+            output::print(&format!("\n{answer}"))?;
         }
         output::print("\n")
     }

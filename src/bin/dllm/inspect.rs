@@ -1,8 +1,8 @@
 //! `dllm inspect`: what a checkpoint (or a public shape) is, and what decoding with it takes.
 
-use crate::args::Cache;
+use crate::args::{Cache, argument, length, threads};
 use crate::output::{print, print_json};
-use crate::report::{Shape, argument, bytes, count, table};
+use crate::report::{Shape, bytes, count, table};
 use dllm_kernels::model::weights::Dtype;
 use dllm_kernels::model::{Config, Model, Weights};
 use dllm_kernels::{Options, Result};
@@ -20,7 +20,7 @@ pub struct Inspect {
     #[arg(long)]
     shape: Option<Shape>,
     /// Tokens of each prompt
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = length())]
     prompt_length: usize,
     /// Tokens to generate for each prompt
     #[arg(long, value_name = "N", default_value_t = 128)]
@@ -38,8 +38,8 @@ pub struct Inspect {
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     cfg_scale: f64,
     /// Threads that decode [default: all cores]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
-    threads: Option<u64>,
+    #[arg(long, value_name = "N", value_parser = threads())]
+    threads: Option<usize>,
     /// List every tensor
     #[arg(long)]
     tensors: bool,
@@ -155,7 +155,7 @@ fn answer(args: &Inspect, source: String, config: Config, tensors: Vec<TensorLin
     let mut sizes = options.sizes(&config, &prompts);
     sizes.prompt_lens = vec![args.prompt_length; batch];
     sizes.candidates *= batch;
-    let threads = args.threads.map_or_else(rayon::current_num_threads, |n| n as usize);
+    let threads = args.threads.unwrap_or_else(rayon::current_num_threads);
     let memory = sizes.memory(&config, threads);
     let dtypes: BTreeSet<_> = tensors.iter().map(|t| t.dtype).collect();
     Ok(Answer {

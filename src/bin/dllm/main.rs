@@ -13,7 +13,7 @@ mod screen;
 mod watch;
 
 use clap::{Parser, Subcommand};
-use dllm_kernels::{Error, Result};
+use dllm_kernels::{Error, Result, text};
 use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
@@ -48,6 +48,13 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        // Such a panic is caught, and told as an error.
+        if !text::is_shielded() {
+            report(info);
+        }
+    }));
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -71,7 +78,6 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Option<Command>) -> Result<()> {
-    output::catch_interrupts();
     match command {
         None => generate::run(&generate::Generate::demo()),
         Some(Command::Generate(args)) => generate::run(&args),

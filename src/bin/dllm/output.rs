@@ -1,5 +1,6 @@
 //! What leaves the program: stdout, notes on stderr, files that are whole or not there, and the reaction to Ctrl-C.
 
+use crate::screen::{self, tame};
 use dllm_kernels::{Error, Result};
 use std::fmt::Arguments;
 use std::io::{self, ErrorKind, IsTerminal, Write};
@@ -9,12 +10,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Set by Ctrl-C, and when nobody reads the answer any more. Decodes end before their next forward.
 pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
 
-/// The first Ctrl-C asks the decode to end, the second ends the process.
+/// From here on the first Ctrl-C asks the decode to end, and the second ends the process. To be called just before the
+/// work that looks at [`INTERRUPT`].
 pub fn catch_interrupts() {
     // Where no handler can be installed, Ctrl-C ends the process as it always does.
     let _ = ctrlc::set_handler(|| {
         if INTERRUPT.swap(true, Ordering::Relaxed) {
-            crate::screen::restore();
+            screen::restore();
             std::process::exit(130);
         }
     });
@@ -25,14 +27,17 @@ pub fn interrupted() -> bool {
     INTERRUPT.load(Ordering::Relaxed)
 }
 
-/// A line on stderr. That nobody reads it is no reason to stop.
+/// A line on stderr, tame on a terminal. That nobody reads it is no reason to stop.
 pub fn note(line: Arguments) {
-    let _ = writeln!(io::stderr(), "{line}");
+    let mut stderr = io::stderr().lock();
+    let line = shown(line.to_string(), stderr.is_terminal());
+    let _ = writeln!(stderr, "{line}");
 }
 
-/// Writes to stdout, at once.
+/// Writes to stdout, at once: as it is into a file or pipe, tame onto a terminal.
 pub fn print(text: &str) -> Result<()> {
     let mut stdout = io::stdout().lock();
+    let text = shown(text.into(), stdout.is_terminal());
     let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
     written.map_err(|source| Error::Io { path: PathBuf::from("stdout"), source })
 }
@@ -43,9 +48,9 @@ pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
     print(&format!("{text}\n"))
 }
 
-/// Text of a model for stdout: as it is into a file or pipe, without control characters onto a terminal.
-pub fn printable(text: &str) -> String {
-    if io::stdout().is_terminal() { crate::screen::tame(text) } else { text.to_string() }
+/// Models and their files are not trusted with the control characters of a terminal.
+fn shown(text: String, terminal: bool) -> String {
+    if terminal { tame(&text) } else { text }
 }
 
 /// Whether this only says that the reader of stdout has gone.
@@ -111,7 +116,8 @@ fn temporary(path: &Path) -> Result<tempfile::NamedTempFile> {
     builder.tempfile_in(dir).map_err(io_error(path))
 }
 
-fn io_error(path: &Path) -> impl FnOnce(io::Error) -> Error {
+/// What a failed access to `path` is as an error.
+pub fn io_error(path: &Path) -> impl FnOnce(io::Error) -> Error {
     let path = path.to_path_buf();
     move |source| Error::Io { path, source }
 }

@@ -1,7 +1,8 @@
 //! What the measuring commands share: numbers and tables for people, and the public shapes by name.
 
+use crate::args::argument;
 use clap::ValueEnum;
-use dllm_kernels::{Config, Error, Result};
+use dllm_kernels::{Config, Result};
 
 /// A shape that needs no checkpoint.
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -25,11 +26,6 @@ impl Shape {
     pub fn config(self) -> Result<Config> {
         Config::shape(self.name()).ok_or_else(|| argument("shape", "a public shape", self.name()))
     }
-}
-
-/// An argument that is out of its range.
-pub fn argument(name: &'static str, expected: impl Into<String>, found: impl ToString) -> Error {
-    Error::Argument { name, expected: expected.into(), found: found.to_string() }
 }
 
 /// Bytes in the binary unit that leaves a number below 1024.

@@ -1,8 +1,8 @@
 //! The original Fast-dLLM, timed by `benches/originals.py` in a Python of the user's.
 
 use super::{Setup, Source};
+use crate::output::interrupted;
 use dllm_kernels::Family;
-use dllm_kernels::cache::CacheMode;
 use dllm_kernels::decode::Policy;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -76,12 +76,7 @@ fn request(setup: &Setup, folder: &str) -> Value {
     let config = &setup.config;
     let modes = setup.modes.iter().map(|mode| {
         let options = mode.options(setup);
-        let cache = match options.cache {
-            CacheMode::None => "none",
-            CacheMode::Prefix => "prefix",
-            CacheMode::Dual => "dual",
-        };
-        let mut fields = json!({ "name": mode.name(), "cache": cache, "steps": options.steps() });
+        let mut fields = json!({ "name": mode.name(), "cache": options.cache.name(), "steps": options.steps() });
         fields["policy"] = match options.policy {
             Policy::Fixed => "fixed",
             Policy::Threshold(_) => "threshold",
@@ -177,11 +172,14 @@ fn wait(child: &mut Child, deadline: Instant) -> Result<std::process::ExitStatus
     loop {
         match child.try_wait() {
             Ok(Some(status)) => return Ok(status),
-            Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+            Ok(None) if Instant::now() < deadline && !interrupted() => std::thread::sleep(Duration::from_millis(20)),
             Ok(None) => {
                 let _ = child.kill();
                 let _ = child.wait();
-                return Err(format!("no answer within {} minutes", PATIENCE.as_secs() / 60));
+                return Err(match interrupted() {
+                    true => "interrupted".into(),
+                    false => format!("no answer within {} minutes", PATIENCE.as_secs() / 60),
+                });
             }
             Err(e) => {
                 let _ = child.kill();
