@@ -49,7 +49,7 @@ fn samplings(base: &Options) -> Vec<Options> {
         if confidence == Confidence::Entropy && !fixed {
             continue;
         }
-        let base = Options { confidence, seed: 5, ..base.clone() };
+        let base = Options { confidence: Some(confidence), seed: 5, ..base.clone() };
         list.extend([
             base.clone(),
             Options { temperature: 0.8, ..base.clone() },
@@ -142,8 +142,8 @@ fn masks_in_the_prompt() {
             for options in [
                 Options { steps, ..base.clone() },
                 Options { steps, temperature: 0.8, cfg_scale: 1.5, ..base.clone() },
-                Options { steps, confidence: Confidence::Margin, top_p: Some(0.7), ..base.clone() },
-                Options { steps, confidence: Confidence::Random, ..base.clone() },
+                Options { steps, confidence: Some(Confidence::Margin), top_p: Some(0.7), ..base.clone() },
+                Options { steps, confidence: Some(Confidence::Random), ..base.clone() },
             ] {
                 same_alone(&model, &options, &prompts);
             }

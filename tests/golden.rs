@@ -429,10 +429,11 @@ fn options(case: &Value) -> Options {
             _ => CacheMode::None,
         },
         policy,
-        confidence: match alg {
-            "topk_margin" => Confidence::Margin,
-            "entropy" => Confidence::Entropy,
-            _ => Confidence::Probability,
+        confidence: match (algorithm, alg) {
+            ("fast_dllm.dream_block", _) => None, // the rule's own default
+            (_, "topk_margin") => Some(Confidence::Margin),
+            (_, "entropy") => Some(Confidence::Entropy),
+            _ => None,
         },
         cfg_scale: params.get("cfg_scale").map_or(0.0, numbers),
         eps: params.get("eps").map_or(1e-3, numbers),

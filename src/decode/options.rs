@@ -30,8 +30,9 @@ pub struct Options {
     pub cache: CacheMode,
     /// Which tokens a step commits.
     pub policy: Policy,
-    /// What ranks them.
-    pub confidence: Confidence,
+    /// What ranks them. None: the probability, but the negative entropy for Dream in blocks with `Policy::Fixed`, as in
+    /// the original.
+    pub confidence: Option<Confidence>,
     /// 0: argmax. Above: sampling from softmax(logits / temperature).
     pub temperature: f64,
     /// Above 0, with `Policy::Fixed`: positions are drawn from softmax(confidence / alg_temp).
@@ -62,7 +63,7 @@ impl Default for Options {
             steps: None,
             cache: CacheMode::Dual,
             policy: Policy::Threshold(0.9),
-            confidence: Confidence::Probability,
+            confidence: None,
             temperature: 0.0,
             alg_temp: 0.0,
             top_p: None,
@@ -105,6 +106,14 @@ impl Options {
         self.steps.unwrap_or(self.gen_length)
     }
 
+    /// `confidence`, or the rule's default.
+    pub fn confidence(&self, rule: Rule) -> Confidence {
+        self.confidence.unwrap_or(match (rule, self.policy) {
+            (Rule::DreamBlock, Policy::Fixed) => Confidence::Entropy,
+            _ => Confidence::Probability,
+        })
+    }
+
     /// Which rule these options select for a family.
     pub fn rule(&self, family: Family) -> Rule {
         let whole = self.cache == CacheMode::None && self.block_length() == self.gen_length;
@@ -120,7 +129,7 @@ impl Options {
     /// How rows are scored under a rule; `mask` is never chosen.
     pub(super) fn unmask(&self, rule: Rule, mask: u32) -> Unmask {
         Unmask {
-            confidence: self.confidence,
+            confidence: self.confidence(rule),
             temperature: self.temperature,
             tempered_confidence: !matches!(rule, Rule::Llada | Rule::FastLlada),
             f32_confidence: rule != Rule::FastLlada,
@@ -143,7 +152,7 @@ impl Options {
         if self.policy == Policy::Fixed && in_blocks && !self.steps().is_multiple_of(blocks) {
             return Err(Error::argument("steps", format!("a multiple of the {blocks} blocks"), self.steps()));
         }
-        if self.confidence == Confidence::Entropy && self.policy != Policy::Fixed {
+        if self.confidence == Some(Confidence::Entropy) && self.policy != Policy::Fixed {
             let expected = "policy fixed: negative entropies lie below every threshold";
             return Err(Error::argument("confidence", expected, "entropy with another policy"));
         }

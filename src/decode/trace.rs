@@ -93,7 +93,7 @@ fn params(config: &Config, options: &Options, batch: usize) -> Value {
         Policy::Threshold(t) => (Some(t), None),
         Policy::Factor(f) => (None, Some(f)),
     };
-    let confidence = match options.confidence {
+    let confidence = match options.confidence(options.rule(config.family)) {
         Confidence::Probability => "probability",
         Confidence::Margin => "margin",
         Confidence::Entropy => "entropy",

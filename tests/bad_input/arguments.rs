@@ -161,7 +161,7 @@ fn no_memory() {
 fn combinations() {
     for family in FAMILIES {
         for policy in [Policy::Threshold(0.9), Policy::Factor(1.0)] {
-            let entropy = Options { confidence: Confidence::Entropy, policy, ..options() };
+            let entropy = Options { confidence: Some(Confidence::Entropy), policy, ..options() };
             refuses(family, &entropy, &[vec![1]], "confidence", &["policy fixed", "found entropy"]);
             let alg_temp = Options { alg_temp: 0.5, policy, ..options() };
             refuses(family, &alg_temp, &[vec![1]], "alg-temp", &["0 unless the policy is fixed", "found 0.5"]);

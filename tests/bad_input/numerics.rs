@@ -89,8 +89,8 @@ fn infinity_in_the_head() {
             options(),
             Options { temperature: 0.8, ..options() },
             Options { top_p: Some(0.9), top_k: Some(3), ..options() },
-            Options { confidence: Confidence::Margin, ..options() },
-            Options { confidence: Confidence::Entropy, policy: Policy::Fixed, ..options() },
+            Options { confidence: Some(Confidence::Margin), ..options() },
+            Options { confidence: Some(Confidence::Entropy), policy: Policy::Fixed, ..options() },
         ] {
             let tokens = generate(&model, &sampling, &[vec![1]]).unwrap().tokens.remove(0);
             assert_eq!(tokens, [7; 8]);

@@ -99,7 +99,8 @@ pub struct Decoding {
     /// Factor of policy factor, above 0: higher commits more [default: 1.0]
     #[arg(long, value_name = "F", allow_negative_numbers = true)]
     pub factor: Option<f64>,
-    /// What ranks tokens: probability, margin, entropy or random [default: probability]
+    /// What ranks tokens: probability, margin, entropy or random [default: probability; entropy for Dream in blocks with
+    /// policy fixed]
     #[arg(long, value_name = "KIND", hide_possible_values = true)]
     pub confidence: Option<ConfidenceName>,
     /// End a sequence at its first end-of-text token [default: off]
@@ -178,12 +179,12 @@ impl Decoding {
                 Some(PolicyName::Fixed) => Policy::Fixed,
                 Some(PolicyName::Factor) => Policy::Factor(self.factor.unwrap_or(1.0)),
             },
-            confidence: match self.confidence {
-                None | Some(ConfidenceName::Probability) => Confidence::Probability,
-                Some(ConfidenceName::Margin) => Confidence::Margin,
-                Some(ConfidenceName::Entropy) => Confidence::Entropy,
-                Some(ConfidenceName::Random) => Confidence::Random,
-            },
+            confidence: self.confidence.map(|name| match name {
+                ConfidenceName::Probability => Confidence::Probability,
+                ConfidenceName::Margin => Confidence::Margin,
+                ConfidenceName::Entropy => Confidence::Entropy,
+                ConfidenceName::Random => Confidence::Random,
+            }),
             temperature: self.temperature.unwrap_or(default.temperature),
             alg_temp: self.alg_temp.unwrap_or(default.alg_temp),
             top_p: self.top_p,
