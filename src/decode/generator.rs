@@ -27,6 +27,9 @@ pub struct Generation {
 
 impl Generation {
     /// Tokens of a sequence up to its first end-of-text token, which is not included.
+    ///
+    /// # Panics
+    /// When there is no such sequence.
     pub fn text_tokens(&self, sequence: usize) -> &[u32] {
         let tokens = &self.tokens[sequence];
         &tokens[..tokens.iter().position(|t| self.end_tokens.contains(t)).unwrap_or(tokens.len())]
