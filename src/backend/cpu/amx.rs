@@ -11,7 +11,7 @@
 //! Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1 chapter 18 (tile configuration) and
 //! volume 2 (TILELOADD, TDPBF16PS); Linux Documentation/arch/x86/xstate.rst (permission).
 
-use super::linear::{Matrix, Out, SCRATCH, SCRATCH_BYTES, SUMS, SWEEP, packed_len};
+use super::linear::{Matrix, Out, SCRATCH, SCRATCH_BYTES, SUMS, SWEEP, from_cache_line, packed_len};
 use super::simd::Limit;
 use super::transpose::transpose;
 use rayon::prelude::*;
@@ -274,15 +274,14 @@ pub fn linear(x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, packed: &mut 
     for m0 in (0..rows).step_by(SWEEP) {
         let m = SWEEP.min(rows - m0);
         let x = &x[m0 * k..(m0 + m) * k];
-        // A tile that lies across cache lines loads at a quarter of the rate.
-        let line = packed.as_ptr().align_offset(64);
-        let packed = Packed(packed[line..].as_mut_ptr().cast());
+        let packed = Packed(from_cache_line(packed).as_mut_ptr().cast());
         (0..k / STEP).into_par_iter().for_each(|step| pack_step(x, m, k, step, &packed));
         let out = Out(out[m0 * n..(m0 + m) * n].as_mut_ptr());
         (0..n.div_ceil(PANEL)).into_par_iter().for_each(|panel| {
             let (out, packed) = (&out, &packed);
             SCRATCH.with_borrow_mut(|scratch| {
                 scratch.resize(SCRATCH_BYTES / size_of::<f32>(), 0.0);
+                let scratch = from_cache_line(scratch);
                 // SAFETY: the unit is there; panels write disjoint columns of `out`, which holds m rows of n floats;
                 // `packed` holds m rows.
                 unsafe { panel_of(w, panel, packed.0, m, out, scratch) }

@@ -94,8 +94,8 @@ impl Matrix {
 /// Floats that [`linear`] needs for the packed activations of `rows` rows of width `cols`.
 pub fn packed_len(rows: usize, cols: usize) -> usize {
     let floats = rows.min(SWEEP).next_multiple_of(LANES) * cols;
-    // Three bf16 each, and room to begin at a cache line.
-    if has_amx() { floats.div_ceil(2) * 3 + LANES } else { floats }
+    // On AMX three bf16 each; and room to begin at a cache line.
+    LANES + if has_amx() { floats.div_ceil(2) * 3 } else { floats }
 }
 
 fn has_amx() -> bool {
@@ -106,10 +106,17 @@ fn has_amx() -> bool {
 }
 
 /// Bytes of scratch per thread.
-pub const SCRATCH_BYTES: usize = (PANEL * STRIDE + PANEL * SUMS) * size_of::<f32>();
+pub const SCRATCH_BYTES: usize = (PANEL * STRIDE + PANEL * SUMS + LANES) * size_of::<f32>();
 
 thread_local! {
     pub(super) static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The part of a buffer that begins at a cache line: a vector that lies across two loads at half the rate, a tile of AMX
+/// at a quarter.
+pub(super) fn from_cache_line(buffer: &mut [f32]) -> &mut [f32] {
+    let line = buffer.as_ptr().align_offset(64).min(buffer.len());
+    &mut buffer[line..]
 }
 
 /// `out[m][n] = sum over k of x[m][k] * w[n][k] (+ bias[n])` for m < rows. `x` is `[rows, w.cols()]` and `out`
@@ -132,7 +139,7 @@ fn linear_on(isa: Isa, x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, pack
         let m = SWEEP.min(rows - m0);
         let x = &x[m0 * k..(m0 + m) * k];
         let padded = m.next_multiple_of(LANES);
-        let packed = &mut packed[..padded * k];
+        let packed = &mut from_cache_line(packed)[..padded * k];
         packed.par_chunks_mut(padded * DEPTH).enumerate().for_each(|(block, packed)| {
             pack(isa, x, m, k, block * DEPTH, packed);
         });
@@ -141,7 +148,8 @@ fn linear_on(isa: Isa, x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, pack
         (0..n.div_ceil(PANEL)).into_par_iter().for_each(|panel| {
             let out = &out;
             SCRATCH.with_borrow_mut(|scratch| {
-                scratch.resize(PANEL * STRIDE + PANEL * SUMS, 0.0);
+                scratch.resize(SCRATCH_BYTES / size_of::<f32>(), 0.0);
+                let scratch = from_cache_line(scratch);
                 // SAFETY: `isa` was detected; panels write disjoint columns of `out`, which holds m rows of n floats.
                 unsafe {
                     dispatch!(isa, panel_of(
