@@ -18,7 +18,7 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The best set of this machine that [`Limit`] allows.
+    /// The best set of this machine that the environment variable `DLLM_CPU` (`plain`, `avx2`, `avx512`, `amx`) allows.
     pub fn detect() -> Isa {
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| {
