@@ -183,7 +183,8 @@ impl Options {
         let block = self.block_length();
         if block == 0 || !self.gen_length.is_multiple_of(block) {
             let expected = format!("a divisor of gen-length {}", self.gen_length);
-            return Err(Error::argument("block-length", expected, block));
+            let found = if self.block_length.is_some() { block.to_string() } else { format!("{block}, the default") };
+            return Err(Error::argument("block-length", expected, found));
         }
         if self.steps() == 0 {
             return Err(Error::argument("steps", "at least 1", 0));

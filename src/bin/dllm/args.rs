@@ -197,6 +197,11 @@ impl Decoding {
         })
     }
 
+    /// Whether a cache or policy was asked for.
+    pub fn chooses_mode(&self) -> bool {
+        self.cache.is_some() || self.policy.is_some() || self.threshold.is_some() || self.factor.is_some()
+    }
+
     /// Flags that were given but that the others leave without effect.
     pub fn idle_flags(&self) -> Vec<&'static str> {
         let policy = self.policy.unwrap_or(PolicyName::Threshold);
@@ -238,7 +243,7 @@ pub struct Machine {
     /// auto, cpu, cuda or cuda:N (CUDA is not in this version) [default: auto]
     #[arg(long, value_name = "DEVICE", value_parser = device)]
     device: Option<Device>,
-    /// CPU threads [default: all]
+    /// CPU threads [default: all]; DLLM_CPU=amx, avx512, avx2 or plain in the environment limits the instructions
     #[arg(long, value_name = "N", value_parser = threads())]
     threads: Option<usize>,
 }
@@ -249,6 +254,12 @@ impl Machine {
         if self.device == Some(Device::Cuda) {
             let message = "--device cuda: the CUDA backend is not part of this version; there are auto and cpu";
             return Err(Error::Unavailable(message.into()));
+        }
+        if let Some(limit) = std::env::var_os("DLLM_CPU")
+            && !["amx", "avx512", "avx2", "plain"].iter().any(|known| limit == *known)
+        {
+            let message = format!("DLLM_CPU: expected amx, avx512, avx2 or plain, found {limit:?}");
+            return Err(Error::Unavailable(message));
         }
         if let Some(threads) = self.threads {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();

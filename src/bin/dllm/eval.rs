@@ -5,7 +5,7 @@ use crate::generate::Checkpoint;
 use crate::output::{self, INTERRUPT};
 use clap::Args;
 use dllm_kernels::text::Text;
-use dllm_kernels::{Error, Generation, Generator, Options, Result};
+use dllm_kernels::{Error, Generation, Generator, Options, Policy, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -47,7 +47,8 @@ pub struct Eval {
     /// Stop after the first N problems [default: all]
     #[arg(long, value_name = "N", help_heading = "Evaluation", value_parser = clap::value_parser!(u64).range(1..))]
     limit: Option<u64>,
-    /// Flags below as key=value with commas between; again for each setting [default: 3 caches x 2 policies]
+    /// Flags below as key=value with commas between; again for each setting [default: the cache or policy flags given, or
+    /// 3 caches x 2 policies]
     #[arg(long, value_name = "K=V,K=V", help_heading = "Evaluation")]
     setting: Vec<String>,
     /// Print a JSON list: setting, problems, accuracy, nfe, tokens_per_second
@@ -165,10 +166,26 @@ fn table_row(name: &str, width: usize, score: &Score) -> String {
 /// Every setting, over the flags of the command line.
 fn settings(args: &Eval) -> Result<Vec<(String, Options)>> {
     let given: Vec<&str> = match args.setting.is_empty() {
+        // Flags that the six would overrule make a setting of their own.
+        true if args.decoding.chooses_mode() => vec![""],
         true => SETTINGS.to_vec(),
         false => args.setting.iter().map(String::as_str).collect(),
     };
-    given.into_iter().map(|s| Ok((s.to_string(), args.decoding.with_setting(s)?.options()?))).collect()
+    let setting = |s: &str| {
+        let options = args.decoding.with_setting(s)?.options()?;
+        Ok((if s.is_empty() { mode(&options) } else { s.to_string() }, options))
+    };
+    given.into_iter().map(setting).collect()
+}
+
+/// Cache and policy as a setting names them.
+fn mode(options: &Options) -> String {
+    let policy = match options.policy {
+        Policy::Fixed => "fixed".to_string(),
+        Policy::Threshold(threshold) => format!("threshold,threshold={threshold}"),
+        Policy::Factor(factor) => format!("factor,factor={factor}"),
+    };
+    format!("cache={},policy={policy}", options.cache.name())
 }
 
 /// Errs before the work when a setting, or a problem under it, does not fit the model.

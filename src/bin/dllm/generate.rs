@@ -9,7 +9,6 @@ use dllm_kernels::text::Text;
 use dllm_kernels::{Config, Error, Generation, Generator, Model, Observer, Result, Step};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -96,7 +95,9 @@ impl Generate {
             (None, false) => self.prompt.clone(),
             (None, true) => {
                 chat |= text.has_chat_template();
-                vec![sample_question(dir)]
+                let question = sample_question(dir);
+                output::note(format_args!("question: {question}"));
+                vec![question]
             }
         };
         let encode = |prompt: &String| match chat {
@@ -158,9 +159,8 @@ pub fn run(args: &Generate) -> Result<()> {
 
     let mut watch = args.watch.then(|| Watch::new(text.as_ref(), end_tokens, config, &options, &prompts));
     let mut trace = trace_file.is_some().then(Trace::default);
-    // A frame drawn in place and an answer growing on the same terminal would overwrite each other.
-    let shared = watch.as_ref().is_some_and(Watch::in_place) && std::io::stdout().is_terminal();
-    let stream = prompts.len() == 1 && !args.json && !shared;
+    // Frames or lines of steps and an answer growing between them would tear each other apart on one terminal.
+    let stream = prompts.len() == 1 && !args.json && !args.watch;
     let mut answer = Answer::new(text.as_ref(), end_tokens, stream);
     let mut observers = Observers { watch: watch.as_mut(), trace: trace.as_mut(), answer: &mut answer };
     let generator = Generator::new(model).options(options.clone()).interrupt(&INTERRUPT);

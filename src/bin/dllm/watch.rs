@@ -52,11 +52,6 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Whether it draws on a terminal.
-    pub fn in_place(&self) -> bool {
-        self.screen.is_some()
-    }
-
     /// Time that was spent on letting frames stand, which is not decoding.
     pub fn paused(&self) -> Duration {
         self.paused
