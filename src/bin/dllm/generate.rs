@@ -95,9 +95,7 @@ impl Generate {
             (None, false) => self.prompt.clone(),
             (None, true) => {
                 chat |= text.has_chat_template();
-                let question = sample_question(dir);
-                output::note(format_args!("question: {question}"));
-                vec![question]
+                vec![sample_question(dir)]
             }
         };
         let encode = |prompt: &String| match chat {
@@ -156,6 +154,9 @@ pub fn run(args: &Generate) -> Result<()> {
     let prompts = args.prompts(&checkpoint.dir, text.as_ref())?;
     options.end_tokens = end_tokens.clone();
     options.validate(config, &prompts)?;
+    if args.prompt.is_empty() && args.prompt_file.is_none() && args.prompt_ids.is_empty() {
+        output::note(format_args!("question: {}", sample_question(&checkpoint.dir)));
+    }
 
     let mut watch = args.watch.then(|| Watch::new(text.as_ref(), end_tokens, config, &options, &prompts));
     let mut trace = trace_file.is_some().then(Trace::default);
