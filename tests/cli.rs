@@ -498,6 +498,35 @@ fn eval_compares_settings() {
     assert!(lines[1].contains(" 32.0 "), "{lines:?}");
 }
 
+/// Mode flags without `--setting` are a setting, not something that the six usual ones overrule.
+#[test]
+fn eval_takes_mode_flags() {
+    let rows = json_of("eval --limit 1 --gen-length 64 --json --cache none --threshold 0.5");
+    assert_eq!(rows.as_array().unwrap().len(), 1);
+    assert_eq!(rows[0]["setting"], "cache=none,policy=threshold,threshold=0.5");
+}
+
+/// On one terminal or in one file, the lines of steps and the answer do not tear each other apart.
+#[test]
+fn the_answer_follows_the_steps() {
+    let log = tempfile::NamedTempFile::new().unwrap();
+    // As 2>&1 makes it; appending, so that neither overwrites the other.
+    let append = || std::fs::OpenOptions::new().append(true).open(log.path()).unwrap();
+    assert!(dllm([""; 0]).stdout(append()).stderr(append()).status().unwrap().success());
+    let said = std::fs::read_to_string(log.path()).unwrap();
+    let last_step = said.lines().filter(|l| l.starts_with("step")).count();
+    let answer = said.find("\nEva has").unwrap();
+    assert!(last_step > 2 && said[answer..].contains("#### 38\nNFE"), "{said}");
+    assert!(!said[answer..].contains("\nstep"), "{said}");
+}
+
+#[test]
+fn an_unknown_instruction_set_is_named() {
+    let output = dllm(["generate"]).env("DLLM_CPU", "scalar").output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("DLLM_CPU: expected amx, avx512, avx2 or plain, found \"scalar\""));
+}
+
 #[test]
 fn eval_names_the_bad_row() {
     let dir = tempfile::tempdir().unwrap();
