@@ -279,7 +279,8 @@ impl<'m, B: Backend> Session<'m, B> {
     /// rows), and then the final norm's output (rows of `index`).
     ///
     /// # Panics
-    /// When the pass is larger than the session's [`Sizes`], or a plan uses a cache that the session does not keep.
+    /// When the pass is larger than the session's [`Sizes`], a token is not in the vocabulary, or a plan uses a cache that
+    /// the session does not keep.
     pub fn forward(
         &mut self,
         tokens: &[Vec<u32>],

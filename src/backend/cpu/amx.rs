@@ -3,10 +3,9 @@
 //! The unit multiplies bf16 by bf16 into f32. Weights are bf16 as they are, and their rows are tiles as they lie in the
 //! file. An f32 activation is cut, exactly, into three bf16 of 8 significant bits each, x = hi + mid + lo, and the three
 //! products are summed in f32: the precision of f32 arithmetic for three bf16 products, about twice as fast as AVX-512
-//! from 32 rows on (`cargo bench --bench linear`, with and without `DLLM_CPU=avx512`). Per step of 32 columns: 2 tiles of weights, 2 of activations three times, 12 products into 4
-//! sums of 16 x 16. A sum runs through the columns in one fixed order whatever stands beside it.
-//!
-//! Bound: products from about 64 rows on, below that reading the weights.
+//! from 32 rows on (`cargo bench --bench linear`, with and without `DLLM_CPU=avx512`). Per step of 32 columns: 2 tiles of
+//! weights, 2 of activations three times, 12 products into 4 sums of 16 x 16. A sum runs through the columns in one fixed
+//! order whatever stands beside it.
 //!
 //! Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1 chapter 18 (tile configuration) and
 //! volume 2 (TILELOADD, TDPBF16PS); Linux Documentation/arch/x86/xstate.rst (permission).
@@ -266,7 +265,8 @@ struct Packed(*mut u8);
 // SAFETY: as said.
 unsafe impl Sync for Packed {}
 
-/// The product of [`super::linear::linear`], for weights that fit ([`super::linear::Matrix`]'s `fits_amx`). Activations are packed `[DEPTH columns][one or two tiles of rows][step][part][tile]`.
+/// The product of [`super::linear::linear`], for weights that fit ([`super::linear::Matrix`]'s `fits_amx`). Activations
+/// are packed `[DEPTH columns][one or two tiles of rows][step][part][tile]`.
 pub fn linear(x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, packed: &mut [f32]) {
     let (k, n) = (w.cols(), w.rows());
     assert!(available() && w.fits_amx(), "not for this machine or these weights");
@@ -308,12 +308,12 @@ fn pack_step(x: &[f32], m: usize, k: usize, step: usize, packed: &Packed) {
     for (first, tiles) in groups(m) {
         for tile in 0..tiles {
             let row = (first + tile) * TILE;
-            let at = offset(m, k, k0, first) + (step * tiles) * PACKED_BYTES + tile * (PACKED_BYTES / 3);
+            let at = offset(m, k, k0, first) + (step * tiles) * PACKED_BYTES + tile * TILE_BYTES;
             // SAFETY: AVX-512 comes with the unit; rows and columns inside x; a place of this step's own below
             // packed_len.
             unsafe {
                 let from = x.as_ptr().add(row * k + column);
-                pack(from, k, TILE.min(m - row), packed.0.add(at), tiles * (PACKED_BYTES / 3));
+                pack(from, k, TILE.min(m - row), packed.0.add(at), tiles * TILE_BYTES);
             }
         }
     }

@@ -1,10 +1,10 @@
 //! `out = x W^T + bias` for f32 activations and weights that stay as the checkpoint has them (bf16, f16, f32).
 //!
-//! On AMX, bf16 weights go to `amx.rs`. Everything else here: one kernel for any number of rows. A panel of weight rows is widened once into a scratch that stays in L2, read
-//! row after row as it lies in memory, and then swept with register tiles (`tile.rs`) over activations packed
-//! lane by lane; meanwhile the next panel is prefetched. The weights are read once per 256 rows. Work is split over
-//! panels; no sum is ever split, so neither threads nor the number of rows change a bit. Bound: multiply-adds from 32
-//! rows on, memory below (`cargo bench --bench linear` prints both beside their roofs).
+//! On AMX, bf16 weights go to `amx.rs`. Everything else here, with one kernel for any number of rows. A panel of weight
+//! rows is widened once into a scratch that stays in L2, read row after row as it lies in memory, and then swept with
+//! register tiles (`tile.rs`) over activations packed lane by lane; meanwhile the next panel is prefetched. The weights
+//! are read once per 256 rows. Work is split over panels; no sum is ever split, so neither threads nor the number of rows
+//! change a bit. Bound: multiply-adds from 32 rows on (`DLLM_CPU=avx512 cargo bench --bench linear` prints their roof).
 
 use super::simd::{Isa, Simd, dispatch};
 use super::tile::{max_vectors, tile};
@@ -18,7 +18,7 @@ const PANEL: usize = 48;
 /// Weight rows between two helpings of prefetches: a multiple of every tile's.
 const ROWS: usize = 24;
 /// Columns widened, packed and multiplied at a time: 2 KiB of a bf16 row, long enough for the hardware prefetcher.
-/// (Blocks of 128, whose activations stay in L1, were 8 to 20 % slower: the sums come and go too often.)
+/// (Blocks of 128, whose activations would stay in L1, were slower: the sums come and go too often.)
 const DEPTH: usize = 1024;
 /// Row stride of the widened panel: off the powers of two, which would all fall into the same cache sets.
 const STRIDE: usize = DEPTH + 16;
@@ -112,8 +112,7 @@ thread_local! {
     pub(super) static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The part of a buffer that begins at a cache line: a vector that lies across two loads at half the rate, a tile of AMX
-/// at a quarter.
+/// The part of a buffer that begins at a cache line: vectors, and tiles of AMX still more, load slowly across two.
 pub(super) fn from_cache_line(buffer: &mut [f32]) -> &mut [f32] {
     let line = buffer.as_ptr().align_offset(64).min(buffer.len());
     &mut buffer[line..]
@@ -141,7 +140,9 @@ fn linear_on(isa: Isa, x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, pack
         let padded = m.next_multiple_of(LANES);
         let packed = &mut from_cache_line(packed)[..padded * k];
         packed.par_chunks_mut(padded * DEPTH).enumerate().for_each(|(block, packed)| {
-            pack(isa, x, m, k, block * DEPTH, packed);
+            let k0 = block * DEPTH;
+            // SAFETY: `isa` was detected; the last chunk holds the columns that are left.
+            unsafe { dispatch!(isa, pack(x: &[f32], m: usize, k: usize, k0: usize, packed: &mut [f32])) };
         });
         let out = Out(out[m0 * n..(m0 + m) * n].as_mut_ptr());
         let packed = &*packed;
@@ -173,21 +174,20 @@ fn tiles<S: Simd>(padded: usize) -> impl Iterator<Item = (usize, usize)> {
 }
 
 /// Columns `k0..` of `x [m, k]` into `packed`: tile by tile, `[depth][tile rows]`; rows beyond `m` are zero.
-fn pack(isa: Isa, x: &[f32], m: usize, k: usize, k0: usize, packed: &mut [f32]) {
+///
+/// # Safety
+/// 1. The CPU has `S`. 2. `packed` has at most `k - k0` columns.
+#[inline(always)]
+unsafe fn pack<S: Simd>(x: &[f32], m: usize, k: usize, k0: usize, packed: &mut [f32]) {
     let padded = m.next_multiple_of(LANES);
     let depth = packed.len() / padded;
-    let width = match isa {
-        Isa::Avx512 => 64,
-        _ => 16,
-    };
-    for m0 in (0..padded).step_by(width) {
-        let lanes = width.min(padded - m0);
+    for (m0, lanes) in tiles::<S>(padded) {
         let tile = &mut packed[m0 * depth..(m0 + lanes) * depth];
-        let real = lanes.min(m.saturating_sub(m0));
         tile.fill(0.0);
-        // SAFETY: `real` rows of `depth` columns inside x; the tile is `[depth, lanes]`.
-        unsafe {
-            transpose(x.as_ptr().add(m0 * k + k0), k, tile.as_mut_ptr(), lanes, real, depth);
+        let real = lanes.min(m.saturating_sub(m0));
+        if real > 0 {
+            // SAFETY: `real` rows of `depth` columns inside x; the tile is `[depth, lanes]`.
+            unsafe { transpose(x.as_ptr().add(m0 * k + k0), k, tile.as_mut_ptr(), lanes, real, depth) };
         }
     }
 }
