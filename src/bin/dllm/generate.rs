@@ -154,6 +154,8 @@ pub fn run(args: &Generate) -> Result<()> {
     let prompts = args.prompts(&checkpoint.dir, text.as_ref())?;
     options.end_tokens = end_tokens.clone();
     options.validate(config, &prompts)?;
+    // Before the first line that says the work has begun.
+    output::catch_interrupts();
     if args.prompt.is_empty() && args.prompt_file.is_none() && args.prompt_ids.is_empty() {
         output::note(format_args!("question: {}", sample_question(&checkpoint.dir)));
     }
@@ -165,7 +167,6 @@ pub fn run(args: &Generate) -> Result<()> {
     let mut answer = Answer::new(text.as_ref(), end_tokens, stream);
     let mut observers = Observers { watch: watch.as_mut(), trace: trace.as_mut(), answer: &mut answer };
     let generator = Generator::new(model).options(options.clone()).interrupt(&INTERRUPT);
-    output::catch_interrupts();
     let mut generation = generator.generate_observed(&prompts, &mut observers)?;
     generation.elapsed = generation.elapsed.saturating_sub(watch.as_ref().map_or(Duration::ZERO, Watch::paused));
     drop(watch);

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub static INTERRUPT: AtomicBool = AtomicBool::new(false);
 
 /// From here on the first Ctrl-C asks the decode to end, and the second ends the process. To be called just before the
-/// work that looks at [`INTERRUPT`].
+/// work that looks at [`INTERRUPT`], and before anything is said of it.
 pub fn catch_interrupts() {
     // Where no handler can be installed, Ctrl-C ends the process as it always does.
     let _ = ctrlc::set_handler(|| {
