@@ -12,11 +12,17 @@
 
 #![warn(missing_docs, unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
+#[cfg(feature = "cuda")]
+pub mod abi;
 pub mod backend;
 pub mod cache;
 pub mod decode;
 pub mod error;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod model;
+#[cfg(feature = "cuda")]
+pub mod ops;
 pub mod oracle;
 mod tensor;
 #[cfg(feature = "cli")]
