@@ -45,6 +45,21 @@ unsafe fn launch<P: Copy>(
     unsafe { device.launch(stream, Launch { module, kernel, grid, block }, params) }
 }
 
+/// Scratch memory of an op that needs some. Every launch leaves it ready for the next one with the same parameters, so
+/// that a captured graph can be replayed.
+pub struct Workspace {
+    memory: Buffer<u8>,
+}
+
+impl Workspace {
+    /// Zeroed memory of the size that `plan` asks.
+    pub fn new(stream: &Stream, plan: &Plan) -> Result<Workspace> {
+        let bytes = usize::try_from(plan.workspace_bytes)
+            .map_err(|_| Error::argument("workspace_bytes", "a size that memory can have", plan.workspace_bytes))?;
+        Ok(Workspace { memory: stream.zeros(bytes)? })
+    }
+}
+
 /// An element type of activations and weights.
 pub trait Element: Pod {
     /// The type as a number of the ABI.
@@ -176,6 +191,12 @@ mod safe {
             true => Ok(buffer.address()),
             false => Err(Error::argument(name, format!("{len} elements"), buffer.len())),
         }
+    }
+
+    /// A workspace of this stream; its address and bytes.
+    pub fn workspace(workspace: &Workspace, stream: &Stream) -> Result<(u64, u64)> {
+        let address = buffer("workspace", &workspace.memory, 0, stream)?;
+        Ok((address, workspace.memory.len() as u64))
     }
 
     /// The same for one that may be missing.
