@@ -8,6 +8,7 @@
 //! All ops may be called from several threads. They know pointers and streams, no models.
 
 pub mod cut;
+pub mod roof;
 pub mod rows;
 pub mod unmask;
 
