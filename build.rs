@@ -1,0 +1,232 @@
+//! Puts the CUDA kernels, as PTX, into the library; without the feature `cuda` it does nothing.
+//!
+//! `ptx/` holds every module, built by one pinned compiler. While `ptx/SOURCE_HASH` matches `cuda/` and the flags below,
+//! those modules are taken, whatever compiler the machine has. When it does not match, nvcc compiles them; without nvcc
+//! that is an error, because nobody reads the warnings of a dependency. `UPDATE_PTX=1` compiles and rewrites `ptx/`:
+//! the only case in which anything is written outside `OUT_DIR`. See `docs/building.md`.
+
+use std::env;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, exit};
+
+/// The PTX ISA that every module is stamped with. nvcc writes its own, and a driver refuses what is newer than itself;
+/// the kernels need no more than this, which drivers from 525 on load.
+const PTX_ISA: &str = "8.0";
+const FLAGS: &[&str] = &["-std=c++17", "-O3", "-ptx", "-Icuda/common", "-Icuda/include"];
+/// Folder of `cuda/`, what its kernels are compiled for, and what follows the kernel's name in its module's file name.
+const TARGETS: &[(&str, &str, &str)] =
+    &[("any", "compute_80", ".ptx"), ("sm80", "compute_80", ".ptx"), ("sm90a", "compute_90a", ".sm90a.ptx")];
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    // Folders count with all that is in them, so that an added or removed kernel is seen.
+    println!("cargo::rerun-if-changed=cuda");
+    println!("cargo::rerun-if-changed=ptx");
+    for variable in ["UPDATE_PTX", "NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+    let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let update = env::var_os("UPDATE_PTX").is_some_and(|value| !value.is_empty() && value != "0");
+    if let Err(message) = build(&root, &out, update, find_nvcc(|name| env::var_os(name)).as_deref()) {
+        message.lines().for_each(|line| println!("cargo::error={line}"));
+        exit(1);
+    }
+}
+
+/// Puts every module and `modules.rs`, which lists them, into `out`.
+pub fn build(root: &Path, out: &Path, update: bool, nvcc: Option<&Path>) -> Result<(), String> {
+    let sources = sources(root)?;
+    let kernels = kernels(&sources)?;
+    let hash = source_hash(&sources);
+    let ptx = root.join("ptx");
+    let manifest = fs::read_to_string(ptx.join("SOURCE_HASH")).unwrap_or_default();
+    let recorded = manifest.lines().find_map(|line| line.strip_prefix("source ")).unwrap_or("nothing");
+    let complete = kernels.iter().all(|kernel| ptx.join(&kernel.file).is_file());
+
+    if recorded == hash && complete && !update {
+        for kernel in &kernels {
+            write(&out.join(&kernel.file), &read(&ptx.join(&kernel.file))?)?;
+        }
+    } else {
+        let nvcc = nvcc.ok_or_else(|| match update {
+            true => format!("UPDATE_PTX is set, but there is no nvcc.\n{WHERE_NVCC}"),
+            false => format!(
+                "ptx/ was not built from the kernels in cuda/ (cuda/ and build.rs hash to {hash}, ptx/SOURCE_HASH says \
+                 {recorded}), and there is no nvcc to compile them.\n{WHERE_NVCC}\nOr take back the change: \
+                 `git status cuda ptx build.rs` shows it. Whoever meant it rebuilds ptx/ with UPDATE_PTX=1."
+            ),
+        })?;
+        let version = compiler_version(nvcc)?;
+        for kernel in &kernels {
+            write(&out.join(&kernel.file), &compile(nvcc, root, kernel, out)?)?;
+        }
+        if update {
+            rewrite(&ptx, out, &kernels, &hash, &version)?;
+        } else {
+            println!("cargo::warning=ptx/ is not what cuda/ says: built with {version}; UPDATE_PTX=1 renews ptx/");
+        }
+    }
+    write(&out.join("modules.rs"), &module_list(&kernels))
+}
+
+const WHERE_NVCC: &str = "It is looked for in NVCC (the program itself; empty: none), CUDA_HOME/bin, CUDA_PATH/bin, \
+                          PATH and /usr/local/cuda/bin.\ndocs/building.md says how to install it with pip.";
+
+/// A `.cu` file and the module that it becomes.
+pub struct Kernel {
+    pub source: String,
+    pub name: String,
+    pub target: &'static str,
+    pub file: String,
+}
+
+/// The kernels among the sources, by name.
+pub fn kernels(sources: &[(String, String)]) -> Result<Vec<Kernel>, String> {
+    let mut kernels = Vec::<Kernel>::new();
+    for source in sources.iter().map(|(path, _)| path).filter(|path| path.ends_with(".cu")) {
+        let (folder, name) = source["cuda/".len()..source.len() - ".cu".len()].split_once('/').unwrap_or_default();
+        let (_, target, ending) = TARGETS
+            .iter()
+            .find(|(known, ..)| *known == folder && !name.contains('/'))
+            .ok_or_else(|| format!("{source}: kernels lie in cuda/any, cuda/sm80 or cuda/sm90a"))?;
+        let file = format!("{name}{ending}");
+        if let Some(other) = kernels.iter().find(|kernel| kernel.file == file) {
+            return Err(format!("{source} and {}: both would become ptx/{file}", other.source));
+        }
+        kernels.push(Kernel { source: source.clone(), name: name.into(), target, file });
+    }
+    kernels.sort_by(|a, b| (&a.name, a.target).cmp(&(&b.name, b.target)));
+    Ok(kernels)
+}
+
+/// Path from the root (with `/`) and text of every kernel and header below `cuda/`, sorted by path.
+pub fn sources(root: &Path) -> Result<Vec<(String, String)>, String> {
+    let (mut folders, mut found) = (vec!["cuda".to_string()], Vec::new());
+    while let Some(folder) = folders.pop() {
+        for path in list(&root.join(&folder))? {
+            let name = format!("{folder}/{}", path.file_name().unwrap_or_default().to_string_lossy());
+            if path.is_dir() {
+                folders.push(name);
+            } else if [".cu", ".cuh", ".h"].iter().any(|ending| name.ends_with(ending)) {
+                found.push((name, read(&path)?));
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// FNV-1a over paths, texts, flags and targets, the same wherever git turned line ends into CR LF. It guards against
+/// forgetting, not against malice.
+pub fn source_hash(sources: &[(String, String)]) -> String {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut add = |text: &str| {
+        // The zero keeps neighbours apart.
+        for byte in text.bytes().filter(|byte| *byte != b'\r').chain([0]) {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+    };
+    sources.iter().for_each(|(path, text)| [path, text].into_iter().for_each(|text| add(text)));
+    FLAGS.iter().for_each(|flag| add(flag));
+    TARGETS.iter().for_each(|(folder, target, ending)| [folder, target, ending].into_iter().for_each(|text| add(text)));
+    add(PTX_ISA);
+    format!("{hash:016x}")
+}
+
+/// The first nvcc that there is. A set `NVCC` is taken as it is: empty means none.
+pub fn find_nvcc(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    if let Some(nvcc) = variable("NVCC") {
+        return (!nvcc.is_empty()).then(|| nvcc.into());
+    }
+    let toolkits =
+        ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(&variable).map(|dir| PathBuf::from(dir).join("bin"));
+    let path = variable("PATH").unwrap_or_default();
+    toolkits
+        .chain(env::split_paths(&path))
+        .chain([PathBuf::from("/usr/local/cuda/bin")])
+        .map(|dir| dir.join(format!("nvcc{}", env::consts::EXE_SUFFIX)))
+        .find(|nvcc| nvcc.is_file())
+}
+
+/// The line of `nvcc --version` that holds the version.
+fn compiler_version(nvcc: &Path) -> Result<String, String> {
+    let output = Command::new(nvcc).arg("--version").output();
+    let output = output.map_err(|e| format!("{}: cannot be run: {e}\n{WHERE_NVCC}", nvcc.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().find(|line| line.contains("release "));
+    Ok(line.ok_or_else(|| format!("{}: --version names no release", nvcc.display()))?.trim().into())
+}
+
+/// The kernel's PTX, stamped. Paths are relative to `root`, so that the result is the same in every checkout.
+fn compile(nvcc: &Path, root: &Path, kernel: &Kernel, out: &Path) -> Result<String, String> {
+    let unstamped = out.join(format!("{}.nvcc", kernel.file));
+    let mut command = Command::new(nvcc);
+    command.current_dir(root).env_remove("NVCC_PREPEND_FLAGS").env_remove("NVCC_APPEND_FLAGS");
+    command.args(FLAGS).arg(format!("-arch={}", kernel.target)).arg(&kernel.source).arg("-o").arg(&unstamped);
+    let output = command.output().map_err(|e| format!("{}: cannot be run: {e}", nvcc.display()))?;
+    let messages = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        return Err(format!("{}: nvcc failed with {}\n{messages}", kernel.source, output.status));
+    }
+    messages.lines().filter(|line| !line.is_empty()).for_each(|line| println!("cargo::warning={line}"));
+    stamp(&read(&unstamped)?).ok_or_else(|| format!("{}: nvcc wrote no .version line", kernel.source))
+}
+
+/// Replaces nvcc's comment header and `.version` line by [`PTX_ISA`].
+pub fn stamp(ptx: &str) -> Option<String> {
+    let ptx = format!("\n{ptx}").replace('\r', "");
+    let (_version, body) = ptx.split_once("\n.version ")?.1.split_once('\n')?;
+    Some(format!(".version {PTX_ISA}\n{body}"))
+}
+
+/// Makes `ptx/` hold the modules in `out` and their manifest, and no module besides.
+fn rewrite(ptx: &Path, out: &Path, kernels: &[Kernel], hash: &str, version: &str) -> Result<(), String> {
+    fs::create_dir_all(ptx).map_err(at(ptx))?;
+    for path in list(ptx)?.into_iter().filter(|path| path.extension().is_some_and(|ending| ending == "ptx")) {
+        if !kernels.iter().any(|kernel| path.ends_with(&kernel.file)) {
+            fs::remove_file(&path).map_err(at(&path))?;
+        }
+    }
+    let mut manifest = format!("source {hash}\ncompiler {version}\nisa {PTX_ISA}\n");
+    for kernel in kernels {
+        write(&ptx.join(&kernel.file), &read(&out.join(&kernel.file))?)?;
+        manifest += &format!("{} {}\n", kernel.file, kernel.target);
+    }
+    write(&ptx.join("SOURCE_HASH"), &manifest)
+}
+
+/// The Rust file that the library includes.
+fn module_list(kernels: &[Kernel]) -> String {
+    let mut list = String::from("/// Every module, by name.\npub static MODULES: &[Module] = &[\n");
+    for Kernel { name, target, file, .. } in kernels {
+        list += &format!("    Module {{ name: {name:?}, target: {target:?}, ptx: include_str!({file:?}) }},\n");
+    }
+    list + "];\n"
+}
+
+fn list(folder: &Path) -> Result<Vec<PathBuf>, String> {
+    let entries = fs::read_dir(folder).map_err(at(folder))?;
+    entries.map(|entry| Ok(entry.map_err(at(folder))?.path())).collect()
+}
+
+fn read(path: &Path) -> Result<String, String> {
+    fs::read_to_string(path).map_err(at(path))
+}
+
+/// Leaves a file alone that already holds the text: its date would set off another build.
+fn write(path: &Path, text: &str) -> Result<(), String> {
+    if fs::read_to_string(path).is_ok_and(|old| old == text) {
+        return Ok(());
+    }
+    fs::write(path, text).map_err(at(path))
+}
+
+fn at(path: &Path) -> impl Fn(std::io::Error) -> String {
+    move |e| format!("{}: {e}", path.display())
+}
