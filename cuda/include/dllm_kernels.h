@@ -1,0 +1,274 @@
+/*
+ * The ABI of dllm-kernels: one plain struct of parameters per op.
+ *
+ * The same struct is what a C caller fills, what the launch layer checks and what the kernel receives by value. Plain C,
+ * no CUDA headers. Device pointers are 64-bit integers; 0 is none, allowed only where "or 0" is said. All matrices are
+ * row-major; strides count elements unless named _bytes. Element types are dllm_dtype; all arithmetic is f32 inside.
+ *
+ * Every pointer to elements is aligned to 16 bytes, and so is every row (its stride a multiple of 16 bytes), for kernels
+ * load 16 bytes at a time; pointers to int32, float or structs are aligned to their type. Ops neither allocate nor wait:
+ * each may be captured into a CUDA graph, and what varies from step to step (counts, indices, tokens) is read from
+ * device memory. Indices read from device memory are checked against the sizes given here, on the device.
+ */
+#ifndef DLLM_KERNELS_H
+#define DLLM_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/** Version of the structs below; changes with every change of a layout. */
+#define DLLM_ABI_VERSION 1
+
+/** Status of a call. */
+typedef enum dllm_status {
+  DLLM_OK = 0,               /**< Done, or launched. */
+  DLLM_INVALID_ARGUMENT = 1, /**< A field is out of range; nothing was launched. */
+  DLLM_NO_DEVICE = 2,        /**< No driver, no device, or one that is too old. */
+  DLLM_DRIVER = 3,           /**< The driver refused. */
+  DLLM_MODULE = 4            /**< A kernel module could not be loaded. */
+} dllm_status;
+
+/** Element types. */
+typedef enum dllm_dtype {
+  DLLM_BF16 = 0, /**< bfloat16 */
+  DLLM_F16 = 1,  /**< IEEE half */
+  DLLM_F32 = 2   /**< IEEE single */
+} dllm_dtype;
+
+/** What ranks a masked row. */
+typedef enum dllm_confidence {
+  DLLM_CONFIDENCE_PROBABILITY = 0, /**< Probability of the chosen token. */
+  DLLM_CONFIDENCE_MARGIN = 1,      /**< Difference of the two largest probabilities. */
+  DLLM_CONFIDENCE_ENTROPY = 2,     /**< Negative entropy, sum p ln p. */
+  DLLM_CONFIDENCE_RANDOM = 3       /**< A random number. */
+} dllm_confidence;
+
+/** Which masked rows of a sequence to commit. */
+typedef enum dllm_policy {
+  DLLM_POLICY_FIXED = 0,     /**< The best quota[s]. */
+  DLLM_POLICY_THRESHOLD = 1, /**< The best, and all others with at least this confidence. */
+  DLLM_POLICY_FACTOR = 2     /**< The best n as long as (n + 1) (1 - confidence_n) < factor. */
+} dllm_policy;
+
+/** What stands in `failed` when nothing failed. */
+#define DLLM_NONE_FAILED (-1)
+/** What stands in `failed` when an index read from device memory is out of range. */
+#define DLLM_INDEX_FAILED (-2)
+
+/** A row that unmask may commit. 16 bytes, loaded at once. */
+typedef struct dllm_unmask_row {
+  int32_t token;      /**< Index of its token in `tokens`. */
+  int32_t logits_row; /**< Row of `logits` that predicts it (Dream: that of the position before). */
+  int32_t position;   /**< Position in its sequence; keys the random numbers and breaks ties. */
+  int32_t sequence;   /**< Its sequence. */
+} dllm_unmask_row;
+
+/**
+ * unmask: from logits to committed tokens, in one launch.
+ *
+ * Rows whose token is not `mask_token` are skipped unread. The mask token is never chosen: where its logit is the largest
+ * it counts as minus infinity, elsewhere it keeps its share of the probabilities. NaN counts as minus infinity, plus
+ * infinity as the largest finite value. Ties go to the lowest token, then to the first row.
+ */
+typedef struct dllm_unmask_params {
+  uint64_t size;          /**< sizeof(dllm_unmask_params) */
+  uint64_t logits;        /**< [num_logits_rows, vocab_size] */
+  uint64_t uncond_logits; /**< Same layout, for guidance; or 0. */
+  uint64_t rows;          /**< [max_rows] dllm_unmask_row: rows of a sequence together, positions ascending. */
+  uint64_t cu_rows;       /**< [num_sequences + 1] int32, ascending from 0: sequence s owns rows cu_rows[s]..cu_rows[s+1]. */
+  uint64_t tokens;        /**< [num_tokens] int32, read and written. */
+  uint64_t quota;         /**< [num_sequences] int32. Fixed: how many to commit. Threshold: among how many of the best, or 0 for all. */
+  uint64_t commit_before; /**< [num_sequences] int32: positions from here on are scored but not committed; or 0. */
+  uint64_t steps;         /**< [num_sequences] int32: forwards the sequence has had, keys the random numbers; or 0 for none. */
+  uint64_t cut;           /**< [max_rows] f32 of dllm_cut_params: lower logits count as minus infinity; or 0. */
+  uint64_t masks_left;    /**< Out: [num_sequences] int32, rows that could be committed and still are masked. */
+  uint64_t committed;     /**< Out: [num_sequences] int32, rows committed. */
+  uint64_t failed;        /**< Out: [num_sequences] int32: position of the first row without a finite logit, when nothing of the sequence is committed; DLLM_NONE_FAILED; DLLM_INDEX_FAILED. */
+  uint64_t chosen;        /**< Out: [max_rows] int32, each masked row's token, -1 elsewhere; or 0. */
+  uint64_t confidence;    /**< Out: [max_rows] f32, each masked row's confidence, 0 elsewhere; or 0. */
+  uint64_t workspace;     /**< workspace_bytes, zeroed before the first use; every launch leaves it ready for the next. */
+  uint64_t workspace_bytes; /**< At least what the plan asks. */
+  uint64_t seed;            /**< Of every random number. */
+  int64_t logits_stride;    /**< Elements from row to row. */
+  int32_t max_rows;         /**< Rows the launch has room for; cu_rows says how many there are. */
+  int32_t num_sequences;
+  int32_t num_tokens;
+  int32_t num_logits_rows;
+  int32_t vocab_size;
+  int32_t mask_token;          /**< The token of a masked position. */
+  int32_t dtype;               /**< dllm_dtype of the logits. */
+  int32_t confidence_kind;     /**< dllm_confidence */
+  int32_t policy;              /**< dllm_policy */
+  int32_t tempered_confidence; /**< 1: confidences after the temperature (Dream). 0: from the plain logits (LLaDA). */
+  float temperature;           /**< 0: argmax. Above: Gumbel-max draws from softmax(logits / temperature). */
+  float cfg_scale;             /**< Guidance w: u + (w + 1) (c - u); only with uncond_logits. */
+  float alg_temp;              /**< Above 0, policy fixed: rows are drawn from softmax(confidence / alg_temp). */
+  float threshold;             /**< Policy threshold: least confidence. */
+  float factor;                /**< Policy factor. */
+  int32_t reserved;            /**< 0 */
+} dllm_unmask_params;
+
+/**
+ * cut: per masked row the least logit that top-p, then top-k, keep; unmask takes it as `cut`.
+ *
+ * Fields as in dllm_unmask_params. Rows that are not masked get minus infinity.
+ */
+typedef struct dllm_cut_params {
+  uint64_t size;          /**< sizeof(dllm_cut_params) */
+  uint64_t logits;        /**< [num_logits_rows, vocab_size] */
+  uint64_t uncond_logits; /**< Same layout, for guidance; or 0. */
+  uint64_t rows;          /**< [max_rows] dllm_unmask_row */
+  uint64_t count;         /**< [1] int32: rows there are, at most max_rows; or 0 for max_rows. */
+  uint64_t tokens;        /**< [num_tokens] int32 */
+  uint64_t cut;           /**< Out: [max_rows] f32 */
+  int64_t logits_stride;  /**< Elements from row to row. */
+  int32_t max_rows;
+  int32_t num_tokens;
+  int32_t num_logits_rows;
+  int32_t vocab_size;
+  int32_t mask_token;
+  int32_t dtype;     /**< dllm_dtype of the logits. */
+  int32_t top_k;     /**< Keep the k largest and those equal to the k-th; 0 keeps all. */
+  float top_p;       /**< Keep the shortest run of most probable tokens that sum to more than this; 1 keeps all. */
+  float temperature; /**< Of those probabilities; 0 counts as 1. */
+  float cfg_scale;   /**< As in unmask. */
+} dllm_cut_params;
+
+/**
+ * vverify: which rows of V turned most (dLLM-Cache, section 3.3).
+ *
+ * Per sequence the floor(n * ratio) of its n rows whose cosine with the cached row is lowest, ties to the first row.
+ */
+typedef struct dllm_vverify_params {
+  uint64_t size;       /**< sizeof(dllm_vverify_params) */
+  uint64_t fresh;      /**< [max_rows, width], rows of sequence s at cu_rows[s]..cu_rows[s+1]. */
+  uint64_t cached;     /**< [num_cached_rows, width], of the previous step. */
+  uint64_t cached_row; /**< [max_rows] int32: the cached row of each fresh row; or 0 when they are the same. */
+  uint64_t cu_rows;    /**< [num_sequences + 1] int32, ascending from 0. */
+  uint64_t indices;    /**< Out: [max_rows] int32: selected rows, sequence after sequence, ascending, nothing between. */
+  uint64_t cu_selected; /**< Out: [num_sequences + 1] int32: where each sequence's part of `indices` begins, and the count. */
+  uint64_t similarity;  /**< Out: [max_rows] f32, the cosines; or 0. */
+  uint64_t failed;      /**< Out: [1] int32: DLLM_NONE_FAILED or DLLM_INDEX_FAILED, when a row was left out. */
+  uint64_t workspace;   /**< workspace_bytes, zeroed before the first use; every launch leaves it ready for the next. */
+  uint64_t workspace_bytes; /**< At least what the plan asks. */
+  int64_t fresh_stride;     /**< Elements from row to row. */
+  int64_t cached_stride;    /**< Elements from row to row. */
+  double ratio;             /**< rho, 0 to 1. */
+  int32_t max_rows;         /**< Rows the launch has room for; cu_rows says how many there are. */
+  int32_t num_sequences;
+  int32_t num_cached_rows;
+  int32_t width;         /**< Elements of a row: all key/value heads. */
+  int32_t dtype;         /**< dllm_dtype: bf16 or f16. */
+  int32_t update_cached; /**< 1: the fresh rows are written over the cached ones, after the comparison. */
+} dllm_vverify_params;
+
+/** rows: gather, target[i] = source[index[i]]; scatter, target[index[i]] = source[i]. Bytes, whatever they mean. */
+typedef struct dllm_rows_params {
+  uint64_t size;   /**< sizeof(dllm_rows_params) */
+  uint64_t source; /**< Gather: [num_indexed_rows, row_bytes]; scatter: [max_rows, row_bytes]. */
+  uint64_t target; /**< Gather: [max_rows, row_bytes]; scatter: [num_indexed_rows, row_bytes], indices distinct. */
+  uint64_t index;  /**< [max_rows] int32 */
+  uint64_t count;  /**< [1] int32: rows to copy, at most max_rows; or 0 for max_rows. */
+  uint64_t failed; /**< In and out: [1] int32, set to DLLM_INDEX_FAILED when a row was left out, else untouched; or 0. */
+  int64_t source_stride_bytes; /**< From row to row; a multiple of 16. */
+  int64_t target_stride_bytes; /**< From row to row; a multiple of 16. */
+  int64_t row_bytes;           /**< A multiple of 16. */
+  int32_t max_rows;            /**< Rows the launch has room for. */
+  int32_t num_indexed_rows;    /**< Rows of the tensor that `index` points into. */
+} dllm_rows_params;
+
+/** embed: out[i] = table[tokens[index[i]]]. */
+typedef struct dllm_embed_params {
+  uint64_t size;              /**< sizeof(dllm_embed_params) */
+  uint64_t table;             /**< [vocab_size, row_bytes] */
+  uint64_t tokens;            /**< [num_tokens] int32 */
+  uint64_t index;             /**< [max_rows] int32 into tokens; or 0 for 0, 1, 2 ... */
+  uint64_t out;               /**< Out: [max_rows, row_bytes] */
+  uint64_t count;             /**< [1] int32: rows to embed, at most max_rows; or 0 for max_rows. */
+  uint64_t failed;            /**< In and out: [1] int32, set to DLLM_INDEX_FAILED when a row was left out; or 0. */
+  int64_t table_stride_bytes; /**< From row to row; a multiple of 16. */
+  int64_t out_stride_bytes;   /**< From row to row; a multiple of 16. */
+  int64_t row_bytes;          /**< A multiple of 16. */
+  int32_t max_rows;           /**< Rows the launch has room for. */
+  int32_t num_tokens;
+  int32_t vocab_size;
+  int32_t reserved; /**< 0 */
+} dllm_embed_params;
+
+/**
+ * norm: x += delta, rounded to dtype; then out = round(round(x / sqrt(mean(x^2) + eps)) * weight), both roundings to dtype:
+ * the order of the original models.
+ */
+typedef struct dllm_norm_params {
+  uint64_t size;        /**< sizeof(dllm_norm_params) */
+  uint64_t x;           /**< [max_rows, width], the residual stream; written when there is a delta. */
+  uint64_t delta;       /**< [max_rows, width]; or 0. */
+  uint64_t weight;      /**< [width] */
+  uint64_t out;         /**< Out: [max_rows, width]; may not overlap the others. */
+  uint64_t count;       /**< [1] int32: rows there are, at most max_rows; or 0 for max_rows. */
+  int64_t x_stride;     /**< Elements from row to row. */
+  int64_t delta_stride; /**< Elements from row to row. */
+  int64_t out_stride;   /**< Elements from row to row. */
+  int32_t max_rows;     /**< Rows the launch has room for. */
+  int32_t width;        /**< A multiple of 16 bytes, at most 8,192 elements. */
+  int32_t dtype;        /**< dllm_dtype of all. */
+  float eps;
+} dllm_norm_params;
+
+/**
+ * rope: rotates the queries and keys of qkv in place by their positions, half-split form (element i pairs with
+ * i + head_dim / 2), and leaves keys and values in the cache.
+ */
+typedef struct dllm_rope_params {
+  uint64_t size;        /**< sizeof(dllm_rope_params) */
+  uint64_t qkv;         /**< [max_rows, (num_heads + 2 num_kv_heads) * head_dim]: q, k, v. */
+  uint64_t positions;   /**< [max_rows] int32, below num_positions. */
+  uint64_t angles;      /**< [num_positions, head_dim / 2] pairs of f32: cosine, sine. */
+  uint64_t k_cache;     /**< Out: [num_cache_rows, num_kv_heads * head_dim], rotated keys; or 0 with v_cache. */
+  uint64_t v_cache;     /**< Out: [num_cache_rows, num_kv_heads * head_dim]; or 0. */
+  uint64_t cache_row;   /**< [max_rows] int32: where a row's key and value go, -1 nowhere; 0 without caches. */
+  uint64_t count;       /**< [1] int32: rows there are, at most max_rows; or 0 for max_rows. */
+  uint64_t failed;      /**< In and out: [1] int32, set to DLLM_INDEX_FAILED when a row was left out; or 0. */
+  int64_t qkv_stride;   /**< Elements from row to row. */
+  int64_t cache_stride; /**< Elements from row to row, of both caches. */
+  int32_t max_rows;     /**< Rows the launch has room for. */
+  int32_t num_positions;
+  int32_t num_cache_rows;
+  int32_t num_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim; /**< 32, 64 or 128 */
+  int32_t dtype;    /**< dllm_dtype of qkv and the caches: bf16 or f16. */
+  int32_t reserved; /**< 0 */
+} dllm_rope_params;
+
+/** swiglu: out = round(silu(gate)) * up, silu(x) = x / (1 + e^-x). */
+typedef struct dllm_swiglu_params {
+  uint64_t size;          /**< sizeof(dllm_swiglu_params) */
+  uint64_t gate_up;       /**< [max_rows, 2 * width]: gate, up. */
+  uint64_t out;           /**< Out: [max_rows, width]; may not overlap gate_up. */
+  uint64_t count;         /**< [1] int32: rows there are, at most max_rows; or 0 for max_rows. */
+  int64_t gate_up_stride; /**< Elements from row to row. */
+  int64_t out_stride;     /**< Elements from row to row. */
+  int32_t max_rows;       /**< Rows the launch has room for. */
+  int32_t width;          /**< A multiple of 16 bytes. */
+  int32_t dtype;          /**< dllm_dtype of both. */
+  int32_t reserved;       /**< 0 */
+} dllm_swiglu_params;
+
+/* A layout that differs between compilers must not compile. */
+#ifdef __cplusplus
+#define DLLM_ASSERT_SIZE(type, bytes) static_assert(sizeof(type) == (bytes), #type)
+#else
+#define DLLM_ASSERT_SIZE(type, bytes) _Static_assert(sizeof(type) == (bytes), #type)
+#endif
+DLLM_ASSERT_SIZE(dllm_unmask_row, 16);
+DLLM_ASSERT_SIZE(dllm_unmask_params, 216);
+DLLM_ASSERT_SIZE(dllm_cut_params, 104);
+DLLM_ASSERT_SIZE(dllm_vverify_params, 136);
+DLLM_ASSERT_SIZE(dllm_rows_params, 80);
+DLLM_ASSERT_SIZE(dllm_embed_params, 96);
+DLLM_ASSERT_SIZE(dllm_norm_params, 88);
+DLLM_ASSERT_SIZE(dllm_rope_params, 120);
+DLLM_ASSERT_SIZE(dllm_swiglu_params, 64);
+
+#endif
