@@ -12,6 +12,8 @@
 
 #![warn(missing_docs, unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
+#[cfg(feature = "cuda")]
+pub mod abi;
 pub mod backend;
 pub mod cache;
 pub mod decode;
