@@ -38,7 +38,7 @@ impl ParseCallbacks for Comments {
 fn bindings(header: &Path) -> String {
     let generated = Builder::default()
         .header(header.to_str().expect("the path is UTF-8"))
-        .clang_args(["-x", "c", "-std=c11", "-fparse-all-comments"])
+        .clang_args(["-x", "c", "-std=c11", "-fparse-all-comments", "-isystem", &compiler_headers()])
         .allowlist_file(".*/dllm_kernels\\.h")
         .parse_callbacks(Box::new(Comments))
         .disable_header_comment()
@@ -58,7 +58,29 @@ fn bindings(header: &Path) -> String {
         .formatter(Formatter::Prettyplease)
         .generate()
         .expect("bindgen reads the header");
-    rustfmt(&generated.to_string())
+    // bindgen takes the enums for unsigned; C's enumerators are int, and the structs hold them as int32_t.
+    rustfmt(&line_comments(&generated.to_string()).replace(" = u32;", " = i32;"))
+}
+
+/// A comment of several lines comes as one block; here each line gets its `///`.
+fn line_comments(text: &str) -> String {
+    let mut parts = text.split("/**");
+    let mut result = parts.next().unwrap_or_default().to_string();
+    for part in parts {
+        let (comment, code) = part.split_once("*/").expect("comments end");
+        comment
+            .trim()
+            .lines()
+            .for_each(|line| result += &format!("///{}{line}\n", if line.is_empty() { "" } else { " " }));
+        result += code.trim_start();
+    }
+    result
+}
+
+/// Where gcc keeps stddef.h: libclang as pip installs it comes without.
+fn compiler_headers() -> String {
+    let output = Command::new("gcc").arg("-print-file-name=include").output().expect("gcc is installed");
+    String::from_utf8(output.stdout).expect("the path is UTF-8").trim().to_string()
 }
 
 /// As `cargo fmt` would leave it.
