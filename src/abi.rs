@@ -70,9 +70,9 @@ const _: () = {
 };
 /// unmask: from logits to committed tokens, in one launch.
 ///
-///  Rows whose token is not `mask_token` are skipped unread. The mask token is never chosen: where its logit is the largest
-///  it counts as minus infinity, elsewhere it keeps its share of the probabilities. NaN counts as minus infinity, plus
-///  infinity as the largest finite value. Ties go to the lowest token, then to the first row.
+/// Rows whose token is not `mask_token` are skipped unread. The mask token is never chosen: where its logit is the largest
+/// it counts as minus infinity, elsewhere it keeps its share of the probabilities. NaN counts as minus infinity, plus
+/// infinity as the largest finite value. Ties go to the lowest token, then to the first row.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct dllm_unmask_params {
@@ -203,7 +203,7 @@ const _: () = {
 };
 /// cut: per masked row the least logit that top-p, then top-k, keep; unmask takes it as `cut`.
 ///
-///  Fields as in dllm_unmask_params. Rows that are not masked get minus infinity.
+/// Fields as in dllm_unmask_params. Rows that are not masked get minus infinity.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct dllm_cut_params {
@@ -267,7 +267,7 @@ const _: () = {
 };
 /// vverify: which rows of V turned most (dLLM-Cache, section 3.3).
 ///
-///  Per sequence the floor(n \* ratio) of its n rows whose cosine with the cached row is lowest, ties to the first row.
+/// Per sequence the floor(n \* ratio) of its n rows whose cosine with the cached row is lowest, ties to the first row.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct dllm_vverify_params {
@@ -447,7 +447,7 @@ const _: () = {
     ["Offset of field: dllm_embed_params::reserved"][::core::mem::offset_of!(dllm_embed_params, reserved) - 92usize];
 };
 /// norm: x += delta, rounded to dtype; then out = round(round(x / sqrt(mean(x^2) + eps)) \* weight), both roundings to dtype:
-///  the order of the original models.
+/// the order of the original models.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct dllm_norm_params {
@@ -497,7 +497,7 @@ const _: () = {
     ["Offset of field: dllm_norm_params::eps"][::core::mem::offset_of!(dllm_norm_params, eps) - 84usize];
 };
 /// rope: rotates the queries and keys of qkv in place by their positions, half-split form (element i pairs with
-///  i + head_dim / 2), and leaves keys and values in the cache.
+/// i + head_dim / 2), and leaves keys and values in the cache.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct dllm_rope_params {

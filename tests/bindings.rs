@@ -68,10 +68,10 @@ fn line_comments(text: &str) -> String {
     let mut result = parts.next().unwrap_or_default().to_string();
     for part in parts {
         let (comment, code) = part.split_once("*/").expect("comments end");
-        comment
-            .trim()
-            .lines()
-            .for_each(|line| result += &format!("///{}{line}\n", if line.is_empty() { "" } else { " " }));
+        for line in comment.trim().lines().map(str::trim) {
+            result += format!("/// {line}").trim_end();
+            result.push('\n');
+        }
         result += code.trim_start();
     }
     result
