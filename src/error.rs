@@ -80,6 +80,26 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
+    /// The CUDA driver refused a call, or reports that earlier work failed.
+    #[error("{call}: {name}: {message}")]
+    Driver {
+        /// The driver's function.
+        call: &'static str,
+        /// The driver's name of the error.
+        name: String,
+        /// The driver's word.
+        message: String,
+    },
+    /// The driver refused a kernel module.
+    #[error("kernel module {module}: {error}; the driver's log: {log}")]
+    Module {
+        /// Its name and what it was compiled for.
+        module: String,
+        /// The refused call.
+        error: String,
+        /// What the driver's compiler said.
+        log: String,
+    },
     /// The device or mode that was asked for is not there.
     #[error("{0}")]
     Unavailable(String),

@@ -18,7 +18,11 @@ pub mod backend;
 pub mod cache;
 pub mod decode;
 pub mod error;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod model;
+#[cfg(feature = "cuda")]
+pub mod ops;
 pub mod oracle;
 mod tensor;
 #[cfg(feature = "cli")]

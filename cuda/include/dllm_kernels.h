@@ -137,7 +137,8 @@ typedef struct dllm_cut_params {
 /**
  * vverify: which rows of V turned most (dLLM-Cache, section 3.3).
  *
- * Per sequence the floor(n * ratio) of its n rows whose cosine with the cached row is lowest, ties to the first row.
+ * Per sequence the floor(n * ratio) of its n rows whose cosine with the cached row is lowest, ties to the first row. A cosine
+ * that is not a number counts as the lowest.
  */
 typedef struct dllm_vverify_params {
   uint64_t size;       /**< sizeof(dllm_vverify_params) */
@@ -148,7 +149,7 @@ typedef struct dllm_vverify_params {
   uint64_t indices;    /**< Out: [max_rows] int32: selected rows, sequence after sequence, ascending, nothing between. */
   uint64_t cu_selected; /**< Out: [num_sequences + 1] int32: where each sequence's part of `indices` begins, and the count. */
   uint64_t similarity;  /**< Out: [max_rows] f32, the cosines; or 0. */
-  uint64_t failed;      /**< Out: [1] int32: DLLM_NONE_FAILED or DLLM_INDEX_FAILED, when a row was left out. */
+  uint64_t failed;      /**< In and out: [1] int32, set to DLLM_INDEX_FAILED when a cached_row is out of range, which counts as turned most; or 0. */
   uint64_t workspace;   /**< workspace_bytes, zeroed before the first use; every launch leaves it ready for the next. */
   uint64_t workspace_bytes; /**< At least what the plan asks. */
   int64_t fresh_stride;     /**< Elements from row to row. */
@@ -255,6 +256,14 @@ typedef struct dllm_swiglu_params {
   int32_t reserved;       /**< 0 */
 } dllm_swiglu_params;
 
+/** roof: reads memory and does nothing with it, which is the most that a kernel bound by reading can reach. */
+typedef struct dllm_roof_params {
+  uint64_t size;   /**< sizeof(dllm_roof_params) */
+  uint64_t source; /**< bytes */
+  uint64_t sink;   /**< Out: [1] uint32, written only so that the reading is not optimised away. */
+  uint64_t bytes;  /**< A multiple of 16. */
+} dllm_roof_params;
+
 /* A layout that differs between compilers must not compile. */
 #ifdef __cplusplus
 #define DLLM_ASSERT_SIZE(type, bytes) static_assert(sizeof(type) == (bytes), #type)
@@ -270,5 +279,6 @@ DLLM_ASSERT_SIZE(dllm_embed_params, 96);
 DLLM_ASSERT_SIZE(dllm_norm_params, 88);
 DLLM_ASSERT_SIZE(dllm_rope_params, 120);
 DLLM_ASSERT_SIZE(dllm_swiglu_params, 64);
+DLLM_ASSERT_SIZE(dllm_roof_params, 32);
 
 #endif

@@ -1,0 +1,27 @@
+// embed: the embedding rows of tokens that lie on the device; src/ops/embed.rs.
+//
+// grid   (max_rows). A block copies one row; blocks past the count return.
+// block  256 threads of 16 bytes each at a time
+// bytes  2 * row_bytes a row
+// bound  by memory bandwidth; at a block's 32 rows by three dependent loads (index, token, row)
+#include "memory.cuh"
+
+namespace {
+constexpr int kThreads = 256;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads) embed(DLLM_PARAMS dllm_embed_params p) {
+  const int row = blockIdx.x;
+  if (row >= num_rows(p.count, p.max_rows)) return;
+  const int index = p.index ? at<const int32_t>(p.index)[row] : row;
+  const bool known = index >= 0 && index < p.num_tokens;
+  const int token = known ? at<const int32_t>(p.tokens)[index] : -1;
+  if (token < 0 || token >= p.vocab_size) {
+    if (p.failed && threadIdx.x == 0) *at<int32_t>(p.failed) = DLLM_INDEX_FAILED;
+    return;
+  }
+  const uint4* from = at<const uint4>(p.table + token * p.table_stride_bytes);
+  uint4* to = at<uint4>(p.out + row * p.out_stride_bytes);
+  for (int v = threadIdx.x; v < int(p.row_bytes / 16); v += kThreads) to[v] = from[v];
+}
+SOFTGPU_KERNEL(embed)

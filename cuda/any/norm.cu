@@ -1,0 +1,63 @@
+// norm: residual add and RMSNorm, with the roundings of the original models; src/ops/norm.rs.
+//
+// grid   (max_rows). A block owns one row, whatever the number of rows: its bits depend on nothing else.
+// block  256 threads of at most 32 elements each, in registers from the first load to the last store
+// bytes  (2 + 2 with a delta) * width * sizeof(element) a row, and the weights once
+// bound  by memory bandwidth; at 32 rows by one load, one reduction and one store in a row
+#include "memory.cuh"
+#include "reduce.cuh"
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kPerThread = 32;
+
+template <class T>
+__device__ __forceinline__ void norm(const dllm_norm_params& p) {
+  constexpr int kVectors = kPerThread / kVector<T>;
+  const int64_t row = blockIdx.x;
+  if (row >= num_rows(p.count, p.max_rows)) return;
+  T* x = at<T>(p.x, row * p.x_stride);
+  const T* delta = at<const T>(p.delta, row * p.delta_stride);
+  T* out = at<T>(p.out, row * p.out_stride);
+  const auto element = [](int v) { return (v * kThreads + int(threadIdx.x)) * kVector<T>; };
+
+  Vector<T> values[kVectors];
+#pragma unroll
+  for (int v = 0; v < kVectors; v++) {
+    if (element(v) < p.width) values[v] = Vector<T>::load(x + element(v));
+  }
+  float sum = 0.f;
+#pragma unroll
+  for (int v = 0; v < kVectors; v++) {
+    if (element(v) >= p.width) break;
+    if (p.delta) {
+      const Vector<T> added = Vector<T>::load(delta + element(v));
+#pragma unroll
+      for (int j = 0; j < kVector<T>; j++) values[v].x[j] = rounded<T>(values[v].x[j] + added.x[j]);
+      values[v].store(x + element(v));
+    }
+#pragma unroll
+    for (int j = 0; j < kVector<T>; j++) sum += values[v].x[j] * values[v].x[j];
+  }
+  const float mean = block_reduce<kThreads>(sum, 0.f, Sum()) / float(p.width);
+  const float scale = 1.f / sqrtf(mean + p.eps);
+#pragma unroll
+  for (int v = 0; v < kVectors; v++) {
+    if (element(v) >= p.width) break;
+    const Vector<T> weight = Vector<T>::load(at<const T>(p.weight) + element(v));
+#pragma unroll
+    for (int j = 0; j < kVector<T>; j++) values[v].x[j] = rounded<T>(values[v].x[j] * scale) * weight.x[j];
+    values[v].store(out + element(v));
+  }
+}
+
+}  // namespace
+
+#define NORM(name, T)                                                                                              \
+  extern "C" __global__ void __launch_bounds__(kThreads) name(DLLM_PARAMS dllm_norm_params p) { norm<T>(p); }      \
+  SOFTGPU_KERNEL(name)
+
+NORM(norm_bf16, __nv_bfloat16)
+NORM(norm_f16, __half)
+NORM(norm_f32, float)

@@ -1,0 +1,66 @@
+// rope: rotary embedding of queries and keys in place, and keys and values into the cache; src/ops/rope.rs.
+//
+// grid   (max_rows). A block owns one row [q | k | v].
+// block  256 threads; a thread holds 16 bytes of the lower half of a head and the 16 bytes of the upper half that they pair
+//        with
+// bytes  2 * (num_heads + num_kv_heads) * head_dim * sizeof(element) a row; with caches num_kv_heads * head_dim *
+//        sizeof(element) more for keys, twice that for values; angles come from the L2 cache
+// bound  by memory bandwidth; at 32 rows by two dependent loads (position, angle)
+#include "memory.cuh"
+
+namespace {
+
+constexpr int kThreads = 256;
+
+template <class T>
+__device__ __forceinline__ void rope(const dllm_rope_params& p) {
+  constexpr int kVec = kVector<T>;
+  const int64_t row = blockIdx.x;
+  if (row >= num_rows(p.count, p.max_rows)) return;
+  const int position = at<const int32_t>(p.positions)[row];
+  const int cache_row = p.k_cache ? at<const int32_t>(p.cache_row)[row] : -1;
+  if (position < 0 || position >= p.num_positions || cache_row < -1 || cache_row >= p.num_cache_rows) {
+    if (p.failed && threadIdx.x == 0) *at<int32_t>(p.failed) = DLLM_INDEX_FAILED;
+    return;
+  }
+  const int half = p.head_dim / 2;
+  const float2* angles = at<const float2>(p.angles, int64_t(position) * half);
+  T* qkv = at<T>(p.qkv, row * p.qkv_stride);
+  T* cached_keys = at<T>(p.k_cache, cache_row * p.cache_stride);
+  T* cached_values = at<T>(p.v_cache, cache_row * p.cache_stride);
+
+  const int pairs_per_head = half / kVec;
+  const int pairs = (p.num_heads + p.num_kv_heads) * pairs_per_head;
+  for (int i = threadIdx.x; i < pairs; i += kThreads) {
+    const int head = i / pairs_per_head, first = i % pairs_per_head * kVec;
+    T* at_low = qkv + head * p.head_dim + first;
+    Vector<T> low = Vector<T>::load(at_low), high = Vector<T>::load(at_low + half);
+#pragma unroll
+    for (int j = 0; j < kVec; j++) {
+      const float2 angle = angles[first + j];
+      const float a = low.x[j], b = high.x[j];
+      low.x[j] = __fsub_rn(__fmul_rn(a, angle.x), __fmul_rn(b, angle.y));
+      high.x[j] = __fadd_rn(__fmul_rn(b, angle.x), __fmul_rn(a, angle.y));
+    }
+    low.store(at_low);
+    high.store(at_low + half);
+    if (cache_row >= 0 && head >= p.num_heads) {
+      T* key = cached_keys + (head - p.num_heads) * p.head_dim + first;
+      low.store(key);
+      high.store(key + half);
+    }
+  }
+  if (cache_row < 0) return;
+  const uint4* values = reinterpret_cast<const uint4*>(qkv + (p.num_heads + p.num_kv_heads) * p.head_dim);
+  uint4* to = reinterpret_cast<uint4*>(cached_values);
+  for (int i = threadIdx.x; i < p.num_kv_heads * p.head_dim / kVec; i += kThreads) to[i] = values[i];
+}
+
+}  // namespace
+
+#define ROPE(name, T)                                                                                         \
+  extern "C" __global__ void __launch_bounds__(kThreads) name(DLLM_PARAMS dllm_rope_params p) { rope<T>(p); } \
+  SOFTGPU_KERNEL(name)
+
+ROPE(rope_bf16, __nv_bfloat16)
+ROPE(rope_f16, __half)

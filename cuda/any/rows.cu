@@ -1,0 +1,48 @@
+// rows: gather and scatter of rows by an index list on the device. Bytes, whatever they mean; src/ops/rows.rs.
+//
+// grid   (max_rows). A block copies one row; blocks past the count return.
+// block  256 threads of 16 bytes each at a time, four loads under way a thread
+// bytes  2 * row_bytes a row
+// bound  by memory bandwidth
+#include "memory.cuh"
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kUnroll = 4;
+
+__device__ __forceinline__ void copy_row(const uint4* from, uint4* to, int vectors) {
+  for (int first = threadIdx.x; first < vectors; first += kThreads * kUnroll) {
+    uint4 bits[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      if (first + u * kThreads < vectors) bits[u] = from[first + u * kThreads];
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      if (first + u * kThreads < vectors) to[first + u * kThreads] = bits[u];
+    }
+  }
+}
+
+template <bool kGather>
+__device__ __forceinline__ void copy(const dllm_rows_params& p) {
+  const int row = blockIdx.x;
+  if (row >= num_rows(p.count, p.max_rows)) return;
+  const int indexed = at<const int32_t>(p.index)[row];
+  if (indexed < 0 || indexed >= p.num_indexed_rows) {
+    if (p.failed && threadIdx.x == 0) *at<int32_t>(p.failed) = DLLM_INDEX_FAILED;
+    return;
+  }
+  const int64_t from = kGather ? indexed : row, to = kGather ? row : indexed;
+  copy_row(at<const uint4>(p.source + from * p.source_stride_bytes), at<uint4>(p.target + to * p.target_stride_bytes),
+           int(p.row_bytes / 16));
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(kThreads) gather_rows(DLLM_PARAMS dllm_rows_params p) { copy<true>(p); }
+SOFTGPU_KERNEL(gather_rows)
+
+extern "C" __global__ void __launch_bounds__(kThreads) scatter_rows(DLLM_PARAMS dllm_rows_params p) { copy<false>(p); }
+SOFTGPU_KERNEL(scatter_rows)

@@ -1,0 +1,52 @@
+// Reductions over a block, in an order that depends on the block's size only, and the order of floats as integers.
+#pragma once
+#include "kernel.cuh"
+
+constexpr int kWarp = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// Orders floats as unsigned integers, minus infinity lowest; no NaN, please. Every result is above 0.
+__device__ __forceinline__ uint32_t ordered(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+__device__ __forceinline__ float unordered(uint32_t key) {
+  return __uint_as_float(key ^ (key >> 31 ? 0x80000000u : 0xffffffffu));
+}
+
+// Larger values first, then lower indices.
+__device__ __forceinline__ uint64_t ranked(float value, int index) {
+  return uint64_t(ordered(value)) << 32 | (0xffffffffu - uint32_t(index));
+}
+__device__ __forceinline__ float rank_value(uint64_t key) { return unordered(uint32_t(key >> 32)); }
+__device__ __forceinline__ int rank_index(uint64_t key) { return int(0xffffffffu - uint32_t(key)); }
+
+struct Sum {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const { return a + b; }
+};
+struct Max {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const { return a > b ? a : b; }
+};
+
+template <class T, class F>
+__device__ __forceinline__ T warp_reduce(T x, F f) {
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = f(x, __shfl_xor_sync(kAllLanes, x, lanes));
+  return x;
+}
+
+// The result in every thread. All threads of the block must call it together; `zero` changes nothing in f.
+template <int kThreads, class T, class F>
+__device__ __forceinline__ T block_reduce(T x, T zero, F f) {
+  constexpr int kWarps = kThreads / kWarp;
+  static_assert(kThreads % kWarp == 0 && kWarps <= kWarp, "one warp reduces the warps' results");
+  __shared__ T results[kWarps];
+  x = warp_reduce(x, f);
+  __syncthreads();  // the results of the call before have been read
+  if (threadIdx.x % kWarp == 0) results[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  const int lane = threadIdx.x % kWarp;
+  return warp_reduce(lane < kWarps ? results[lane] : zero, f);
+}

@@ -1,0 +1,61 @@
+// The k largest of n keys, by one block.
+#pragma once
+#include "memory.cuh"
+#include "reduce.cuh"
+
+// The digits of a radix selection: 8 bits.
+constexpr int kBuckets = 256;
+
+// Finds, from the largest bucket down, the one in which the k-th largest (k from 1) element lies, given how much each
+// bucket holds; `above` is what the buckets over it hold. All threads of the block (256 or more) must call it together,
+// the first 256 with the content of bucket threadIdx.x. Not all of the contents may be zero, nor their sum below k.
+template <class T>
+struct Bucket {
+  int digit;
+  T above, content;
+};
+template <class T>
+__device__ __forceinline__ Bucket<T> find_bucket(T content, T k) {
+  constexpr int kWarps = kBuckets / kWarp;
+  __shared__ T warp_total[kWarps];
+  __shared__ Bucket<T> found;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  // Contents of this bucket and of those above, within the warp.
+  T sum = content;
+#pragma unroll
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const T other = __shfl_down_sync(kAllLanes, sum, lanes);
+    if (lane + lanes < kWarp) sum += other;
+  }
+  __syncthreads();  // the result of the call before has been read
+  if (lane == 0 && warp < kWarps) warp_total[warp] = sum;
+  __syncthreads();
+  T above = sum - content;
+  for (int w = warp + 1; w < kWarps; w++) above += warp_total[w];
+  if (warp < kWarps && above < k && k <= above + content) found = {int(threadIdx.x), above, content};
+  __syncthreads();
+  return found;
+}
+
+// A bound that exactly k of the n keys reach, 1 <= k <= n, all keys different from each other (but for zeros, of which
+// there may be any number beyond the k). All threads of the block, which has
+// 256, must call it together; the same result in every one.
+__device__ __forceinline__ uint64_t kth_largest(const uint64_t* keys, int n, int k) {
+  __shared__ int histogram[kBuckets];
+  uint64_t prefix = 0;
+  for (int shift = 56; shift >= 0; shift -= 8) {
+    __syncthreads();
+    histogram[threadIdx.x] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < n; i += kBuckets) {
+      const uint64_t key = keys[i];
+      if (shift == 56 || key >> (shift + 8) == prefix) atomicAdd(&histogram[key >> shift & 255], 1);
+    }
+    __syncthreads();
+    const Bucket<int> bucket = find_bucket(histogram[threadIdx.x], k);
+    prefix = prefix << 8 | uint32_t(bucket.digit);
+    k -= bucket.above;
+    if (k == bucket.content) return prefix << shift;
+  }
+  return prefix;
+}

@@ -1,0 +1,90 @@
+use super::{DriverResult, Stream};
+use crate::error::{Error, Result};
+use bytemuck::Pod;
+use cudarc::driver::{CudaSlice, DevicePtr};
+use std::fmt;
+use std::marker::PhantomData;
+
+/// Memory on a device for elements of one type, aligned to 256 bytes. It belongs to the stream that made it: everything
+/// that is done with it is put into that stream, so nothing overtakes anything.
+pub struct Buffer<T> {
+    bytes: CudaSlice<u8>,
+    /// Elements; there are at least so many bytes.
+    len: usize,
+    stream: Stream,
+    elements: PhantomData<T>,
+}
+
+impl<T: Pod> Buffer<T> {
+    pub(super) fn alloc(stream: &Stream, len: usize) -> Result<Buffer<T>> {
+        let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| {
+            Error::argument("buffer", "a size that an address can hold", format!("{len} x {} bytes", size_of::<T>()))
+        })?;
+        // The driver allocates no empty memory, and ops want an address.
+        // SAFETY: bytes have no invalid values, and T is plain data: whatever the memory holds is a value.
+        let allocated = unsafe { stream.cudarc().alloc::<u8>(bytes.max(16)) }.of("cuMemAllocAsync");
+        let bytes = allocated.map_err(|error| match error {
+            Error::Driver { call, name, message } => {
+                Error::Driver { call, name, message: format!("{message} (asked for {bytes} bytes)") }
+            }
+            other => other,
+        })?;
+        Ok(Buffer { bytes, len, stream: stream.clone(), elements: PhantomData })
+    }
+
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The stream it belongs to.
+    pub fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    /// Its address on the device.
+    pub fn address(&self) -> u64 {
+        self.bytes.device_ptr(self.stream.cudarc()).0
+    }
+
+    /// Zeroes all of it.
+    pub fn fill_zero(&mut self) -> Result<()> {
+        self.stream.cudarc().memset_zeros(&mut self.bytes).of("cuMemsetD8Async")
+    }
+
+    /// Copies `data` to its first elements.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when there is not room for them.
+    pub fn write(&mut self, data: &[T]) -> Result<()> {
+        if data.len() > self.len() {
+            return Err(Error::argument("data", format!("at most {} elements", self.len()), data.len()));
+        }
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.stream.cudarc().memcpy_htod(bytemuck::cast_slice::<T, u8>(data), &mut self.bytes).of("cuMemcpyHtoDAsync")
+    }
+
+    /// Waits for the stream, and copies the contents to the host.
+    pub fn read(&self) -> Result<Vec<T>> {
+        let mut data = vec![T::zeroed(); self.len];
+        if let Some(bytes) = self.bytes.try_slice(0..self.len * size_of::<T>()).filter(|_| self.len > 0) {
+            let to = bytemuck::cast_slice_mut::<T, u8>(&mut data);
+            self.stream.cudarc().memcpy_dtoh(&bytes, to).of("cuMemcpyDtoHAsync")?;
+        }
+        self.stream.synchronize()?;
+        Ok(data)
+    }
+}
+
+impl<T> fmt::Debug for Buffer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.debug_struct("Buffer").field("bytes", &self.bytes.len()).finish_non_exhaustive()
+    }
+}

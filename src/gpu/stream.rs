@@ -1,0 +1,116 @@
+use super::{Buffer, Device, DriverResult};
+use crate::error::Result;
+use bytemuck::Pod;
+use cudarc::driver::{CudaGraph, CudaStream, sys};
+use std::ffi::c_void;
+use std::fmt;
+use std::sync::Arc;
+
+/// A queue of work on a device: what is put in runs in order, while the host goes on.
+///
+/// Clones are the same queue. Errors of kernels that run later are told by a later call.
+#[derive(Clone)]
+pub struct Stream {
+    device: Device,
+    stream: Arc<CudaStream>,
+}
+
+impl Stream {
+    pub(super) fn new(device: Device, stream: Arc<CudaStream>) -> Stream {
+        Stream { device, stream }
+    }
+
+    /// Its device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The driver's `CUstream`, valid as long as this stream or a clone is there.
+    pub fn raw(&self) -> *mut c_void {
+        self.stream.cu_stream().cast()
+    }
+
+    pub(super) fn cudarc(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Memory for `len` elements, with any contents.
+    pub fn alloc<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
+        Buffer::alloc(self, len)
+    }
+
+    /// Memory for `len` elements, zeroed.
+    pub fn zeros<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
+        let mut buffer = self.alloc(len)?;
+        buffer.fill_zero()?;
+        Ok(buffer)
+    }
+
+    /// A copy of `data` on the device.
+    pub fn upload<T: Pod>(&self, data: &[T]) -> Result<Buffer<T>> {
+        let mut buffer = self.alloc(data.len())?;
+        buffer.write(data)?;
+        Ok(buffer)
+    }
+
+    /// Waits until all work put in so far is done, and tells whether it failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().of("cuStreamSynchronize")
+    }
+
+    /// Milliseconds that the device takes for what `work` puts into this stream, by its own clock; waits for it.
+    pub fn time_ms(&self, work: impl FnOnce() -> Result<()>) -> Result<f32> {
+        let record = || self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).of("cuEventRecord");
+        let before = record()?;
+        work()?;
+        let after = record()?;
+        self.synchronize()?;
+        before.elapsed_ms(&after).of("cuEventElapsedTime")
+    }
+
+    /// Records what `work` puts into this stream, without running it. Modules must be loaded before
+    /// ([`Device::preload`]), and memory allocated.
+    ///
+    /// # Errors
+    /// That of `work`, or the driver's when the work cannot be recorded.
+    pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        use sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as MODE;
+        self.device.context().bind_to_thread().of("cuCtxSetCurrent")?;
+        self.stream.begin_capture(MODE).of("cuStreamBeginCapture")?;
+        let done = work();
+        // Ended whatever happened: a stream must not stay in capture.
+        let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0)).of("cuStreamEndCapture");
+        done?;
+        Ok(Graph { graph: graph?, stream: self.clone() })
+    }
+}
+
+impl PartialEq for Stream {
+    fn eq(&self, other: &Stream) -> bool {
+        Arc::ptr_eq(&self.stream, &other.stream)
+    }
+}
+
+impl fmt::Debug for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.debug_struct("Stream").field("device", &self.device).finish_non_exhaustive()
+    }
+}
+
+/// Work recorded by [`Stream::capture`].
+pub struct Graph {
+    /// None when nothing was recorded.
+    graph: Option<CudaGraph>,
+    stream: Stream,
+}
+
+impl Graph {
+    /// Puts the recorded work into the stream that it was recorded from.
+    ///
+    /// # Safety
+    /// Every buffer that the work uses is still there, and no other stream uses it meanwhile.
+    pub unsafe fn launch(&self) -> Result<()> {
+        self.stream.device.context().bind_to_thread().of("cuCtxSetCurrent")?;
+        self.graph.as_ref().map_or(Ok(()), |graph| graph.launch().of("cuGraphLaunch"))
+    }
+}

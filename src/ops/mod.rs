@@ -1,0 +1,241 @@
+//! The CUDA kernels, one op a file: parameters and their checks, the plan of a launch, and two ways to launch.
+//!
+//! - [`crate::abi`] has the structs of parameters, the same that C callers fill: device addresses, shapes, strides.
+//!   `validate` checks one, `plan` says what a launch of it takes (both pure), and the unsafe `launch_raw` launches it on a
+//!   caller's stream: nothing is allocated, nothing waits, and it may be captured into a CUDA graph.
+//! - The safe launch takes our own [`Buffer`]s and finds the rest in their lengths.
+//!
+//! All ops may be called from several threads. They know pointers and streams, no models.
+
+pub mod cut;
+pub mod roof;
+pub mod rows;
+pub mod unmask;
+
+use crate::error::{Error, Result};
+use crate::gpu::{Buffer, Launch, Stream};
+use crate::{abi, gpu::Device};
+use bytemuck::Pod;
+use half::{bf16, f16};
+use std::ffi::c_void;
+
+/// What a launch takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Name of the kernel.
+    pub kernel: &'static str,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: u32,
+    /// Bytes of workspace, zeroed before the first use; 0 for ops that need none.
+    pub workspace_bytes: u64,
+}
+
+/// Launches what was planned.
+///
+/// # Safety
+/// As the op's `launch_raw`.
+unsafe fn launch<P: Copy>(
+    device: &Device,
+    stream: *mut c_void,
+    module: &'static str,
+    plan: Plan,
+    params: &P,
+) -> Result<()> {
+    let Plan { kernel, grid, block, .. } = plan;
+    // SAFETY: as promised by the caller.
+    unsafe { device.launch(stream, Launch { module, kernel, grid, block }, params) }
+}
+
+/// Scratch memory of an op that needs some. Every launch leaves it ready for the next one with the same parameters, so
+/// that a captured graph can be replayed.
+pub struct Workspace {
+    memory: Buffer<u8>,
+}
+
+impl Workspace {
+    /// Zeroed memory of the size that `plan` asks.
+    pub fn new(stream: &Stream, plan: &Plan) -> Result<Workspace> {
+        let bytes = usize::try_from(plan.workspace_bytes)
+            .map_err(|_| Error::argument("workspace_bytes", "a size that memory can have", plan.workspace_bytes))?;
+        Ok(Workspace { memory: stream.zeros(bytes)? })
+    }
+}
+
+/// An element type of activations and weights.
+pub trait Element: Pod {
+    /// The type as a number of the ABI.
+    const DTYPE: abi::dllm_dtype;
+}
+impl Element for bf16 {
+    const DTYPE: abi::dllm_dtype = abi::DLLM_BF16;
+}
+impl Element for f16 {
+    const DTYPE: abi::dllm_dtype = abi::DLLM_F16;
+}
+impl Element for f32 {
+    const DTYPE: abi::dllm_dtype = abi::DLLM_F32;
+}
+
+/// Checks of the fields that every op has. `name` is the field's; messages say what was expected and what was found.
+mod check {
+    use super::*;
+
+    /// Bytes of an element of one of the types that an op takes.
+    pub fn dtype(dtype: i32, taken: &[abi::dllm_dtype]) -> Result<i64> {
+        let known = taken.iter().any(|t| *t as i64 == i64::from(dtype));
+        let names = ["bf16 (0)", "f16 (1)", "f32 (2)"];
+        let taken: Vec<_> = taken.iter().filter_map(|t| names.get(*t as usize)).copied().collect();
+        match dtype {
+            _ if !known => Err(Error::argument("dtype", taken.join(" or "), dtype)),
+            2 => Ok(4),
+            _ => Ok(2),
+        }
+    }
+
+    /// A size or count that is at least 1 and at most `most`.
+    pub fn within(name: &'static str, value: i64, least: i64, most: i64) -> Result<()> {
+        match (least..=most).contains(&value) {
+            true => Ok(()),
+            false => Err(Error::argument(name, format!("{least} to {most}"), value)),
+        }
+    }
+
+    /// A size that is at least 1.
+    pub fn size(name: &'static str, value: i32) -> Result<()> {
+        within(name, value.into(), 1, i32::MAX.into())
+    }
+
+    /// The size field.
+    pub fn struct_size<P>(size: u64) -> Result<()> {
+        match size == size_of::<P>() as u64 {
+            true => Ok(()),
+            false => Err(Error::argument("size", format!("{}, the size of this version's struct", size_of::<P>()), size)),
+        }
+    }
+
+    /// An address that must be there, aligned to `align` bytes.
+    pub fn address(name: &'static str, address: u64, align: u64) -> Result<()> {
+        match address {
+            0 => Err(Error::argument(name, "a device address", "0")),
+            _ => optional(name, address, align),
+        }
+    }
+
+    /// An address that may be 0.
+    pub fn optional(name: &'static str, address: u64, align: u64) -> Result<()> {
+        match address % align {
+            0 => Ok(()),
+            _ => Err(Error::argument(name, format!("an address aligned to {align} bytes"), format!("{address:#x}"))),
+        }
+    }
+
+    /// A stride in bytes between rows of `row_bytes`.
+    pub fn stride_bytes(name: &'static str, stride: i64, row_bytes: i64) -> Result<()> {
+        match stride >= row_bytes && stride % 16 == 0 {
+            true => Ok(()),
+            false => Err(Error::argument(name, format!("a multiple of 16 bytes, at least {row_bytes}"), stride)),
+        }
+    }
+
+    /// A stride in elements of `element_bytes` between rows of `width` elements.
+    pub fn stride(name: &'static str, stride: i64, width: i64, element_bytes: i64) -> Result<()> {
+        let unit = 16 / element_bytes;
+        match stride >= width && stride % unit == 0 {
+            true => Ok(()),
+            false => {
+                let expected = format!("a multiple of {unit} elements (16 bytes), at least the width, {width}");
+                Err(Error::argument(name, expected, stride))
+            }
+        }
+    }
+
+    /// A width in elements that 16-byte loads divide.
+    pub fn width(name: &'static str, width: i32, element_bytes: i64) -> Result<()> {
+        size(name, width)?;
+        let unit = 16 / element_bytes;
+        match i64::from(width) % unit {
+            0 => Ok(()),
+            _ => Err(Error::argument(name, format!("a multiple of {unit} elements (16 bytes)"), width)),
+        }
+    }
+
+    /// A number.
+    pub fn finite(name: &'static str, value: f32) -> Result<()> {
+        match value.is_finite() {
+            true => Ok(()),
+            false => Err(Error::argument(name, "a finite number", value)),
+        }
+    }
+
+    /// A temperature. Below the least, its reciprocal times a difference of logits is no longer a number.
+    pub fn temperature(name: &'static str, value: f32) -> Result<()> {
+        match value == 0.0 || (1e-6..=1e6).contains(&value) {
+            true => Ok(()),
+            false => Err(Error::argument(name, "0, or 1e-6 to 1e6", value)),
+        }
+    }
+
+    /// A flag.
+    pub fn flag(name: &'static str, value: i32) -> Result<()> {
+        within(name, value.into(), 0, 1)
+    }
+
+    /// Workspace of at least what the plan asks.
+    pub fn workspace(address: u64, bytes: u64, plan: &Plan) -> Result<()> {
+        self::address("workspace", address, 16)?;
+        match bytes >= plan.workspace_bytes {
+            true => Ok(()),
+            false => Err(Error::argument("workspace_bytes", format!("at least {}", plan.workspace_bytes), bytes)),
+        }
+    }
+}
+
+/// What the safe launches share: sizes found in buffers.
+mod safe {
+    use super::*;
+
+    /// A count as the ABI has it.
+    pub fn count(name: &'static str, value: usize) -> Result<i32> {
+        i32::try_from(value).map_err(|_| Error::argument(name, format!("at most {}", i32::MAX), value))
+    }
+
+    /// A buffer with room for `len` elements, on this stream; its address.
+    pub fn buffer<T: Pod>(name: &'static str, buffer: &Buffer<T>, len: usize, stream: &Stream) -> Result<u64> {
+        if buffer.stream() != stream {
+            return Err(Error::argument(name, "a buffer of the stream that the launch goes to", "one of another stream"));
+        }
+        match buffer.len() >= len {
+            true => Ok(buffer.address()),
+            false => Err(Error::argument(name, format!("{len} elements"), buffer.len())),
+        }
+    }
+
+    /// Whole rows of `width` elements that begin `stride` apart.
+    pub fn num_rows<T: Pod>(name: &'static str, buffer: &Buffer<T>, width: usize, stride: usize) -> Result<i32> {
+        if width == 0 || stride < width {
+            return Err(Error::argument("stride", format!("at least the width, {width}, which is at least 1"), stride));
+        }
+        match buffer.len() >= width {
+            true => count(name, (buffer.len() - width) / stride + 1),
+            false => Err(Error::argument(name, format!("at least one row of {width}"), buffer.len())),
+        }
+    }
+
+    /// A workspace of this stream; its address and bytes.
+    pub fn workspace(workspace: &Workspace, stream: &Stream) -> Result<(u64, u64)> {
+        let address = buffer("workspace", &workspace.memory, 0, stream)?;
+        Ok((address, workspace.memory.len() as u64))
+    }
+
+    /// The same for one that may be missing.
+    pub fn optional<T: Pod>(
+        name: &'static str,
+        given: Option<&Buffer<T>>,
+        len: usize,
+        stream: &Stream,
+    ) -> Result<u64> {
+        given.map_or(Ok(0), |given| buffer(name, given, len, stream))
+    }
+}

@@ -1,0 +1,152 @@
+//! Gather and scatter of rows by an index list on the device: the kernels of `cuda/any/rows.cu`.
+
+use super::{Plan, check, safe};
+use crate::abi::dllm_rows_params;
+use crate::error::Result;
+use crate::gpu::{Buffer, Device, Stream};
+use bytemuck::Pod;
+use std::ffi::c_void;
+
+/// Which of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copy {
+    /// `target[i] = source[index[i]]`
+    Gather,
+    /// `target[index[i]] = source[i]`
+    Scatter,
+}
+
+/// Checks every field but what the addresses point to.
+pub fn validate(params: &dllm_rows_params) -> Result<()> {
+    check::struct_size::<dllm_rows_params>(params.size)?;
+    check::address("source", params.source, 16)?;
+    check::address("target", params.target, 16)?;
+    check::address("index", params.index, 4)?;
+    check::optional("count", params.count, 4)?;
+    check::optional("failed", params.failed, 4)?;
+    check::within("row_bytes", params.row_bytes, 16, i32::MAX.into())?;
+    check::stride_bytes("row_bytes", params.row_bytes, 16)?;
+    check::stride_bytes("source_stride_bytes", params.source_stride_bytes, params.row_bytes)?;
+    check::stride_bytes("target_stride_bytes", params.target_stride_bytes, params.row_bytes)?;
+    check::size("max_rows", params.max_rows)?;
+    check::size("num_indexed_rows", params.num_indexed_rows)
+}
+
+/// What a launch takes: a block of 256 threads for each row.
+pub fn plan(params: &dllm_rows_params, copy: Copy) -> Plan {
+    let kernel = match copy {
+        Copy::Gather => "gather_rows",
+        Copy::Scatter => "scatter_rows",
+    };
+    Plan { kernel, grid: [params.max_rows.max(1) as u32, 1, 1], block: 256, workspace_bytes: 0 }
+}
+
+/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads.
+///
+/// # Errors
+/// As [`validate`]; the driver's.
+///
+/// # Safety
+/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream.
+/// 2. The addresses are of device memory of the sizes that [`dllm_rows_params`] gives, until the work is done.
+/// 3. `target` overlaps no other memory of the struct.
+pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_rows_params, copy: Copy) -> Result<()> {
+    validate(params)?;
+    // SAFETY: as promised by the caller.
+    unsafe { super::launch(device, stream, "rows", plan(params, copy), params) }
+}
+
+/// The rows that a safe launch copies. All matrices are packed: rows of `width` elements, one after the other.
+pub struct Rows<'a, T> {
+    /// `[max_rows]`: its length is the number of rows that the launch has room for.
+    pub index: &'a Buffer<i32>,
+    /// `[1]`: how many of them there are; all, if not given.
+    pub count: Option<&'a Buffer<i32>>,
+    /// Elements of a row; a multiple of 16 bytes.
+    pub width: usize,
+    /// Gather: `[any, width]`, which the indices point into. Scatter: `[max_rows, width]`.
+    pub source: &'a Buffer<T>,
+    /// Gather: `[max_rows, width]`. Scatter: `[any, width]`, which the indices point into.
+    pub target: &'a mut Buffer<T>,
+    /// `[1]`: set to -2 when an index was out of range and its row left out.
+    pub failed: Option<&'a mut Buffer<i32>>,
+}
+
+/// Launches on our buffers, and returns. When two indices of a scatter are equal, either row may be what stays.
+///
+/// # Errors
+/// [`crate::Error::Argument`] when a buffer is too short or belongs to another stream; the driver's.
+pub fn launch<T: Pod>(stream: &Stream, rows: Rows<T>, copy: Copy) -> Result<()> {
+    let Rows { index, count, width, source, target, failed } = rows;
+    check::within("width", width as i64, 1, i32::MAX.into())?;
+    let (packed, indexed) = match copy {
+        Copy::Gather => (&*target, source),
+        Copy::Scatter => (source, &*target),
+    };
+    safe::buffer(if copy == Copy::Gather { "target" } else { "source" }, packed, index.len() * width, stream)?;
+    let row_bytes = (width * size_of::<T>()) as i64;
+    let params = dllm_rows_params {
+        size: size_of::<dllm_rows_params>() as u64,
+        source: safe::buffer("source", source, 0, stream)?,
+        target: safe::buffer("target", target, 0, stream)?,
+        index: safe::buffer("index", index, 0, stream)?,
+        count: safe::optional("count", count, 1, stream)?,
+        failed: safe::optional("failed", failed.as_deref(), 1, stream)?,
+        source_stride_bytes: row_bytes,
+        target_stride_bytes: row_bytes,
+        row_bytes,
+        max_rows: safe::count("index", index.len())?,
+        num_indexed_rows: safe::count("rows", indexed.len() / width)?,
+    };
+    // SAFETY: addresses and sizes come from buffers of this stream; the kernel checks every index.
+    unsafe { launch_raw(stream.device(), stream.raw(), &params, copy) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params() -> dllm_rows_params {
+        dllm_rows_params {
+            size: size_of::<dllm_rows_params>() as u64,
+            source: 0x1000,
+            target: 0x2000,
+            index: 0x3000,
+            count: 0,
+            failed: 0,
+            source_stride_bytes: 64,
+            target_stride_bytes: 48,
+            row_bytes: 48,
+            max_rows: 5,
+            num_indexed_rows: 9,
+        }
+    }
+
+    #[test]
+    fn plans_a_block_for_each_row() {
+        assert!(validate(&params()).is_ok());
+        let want = Plan { kernel: "scatter_rows", grid: [5, 1, 1], block: 256, workspace_bytes: 0 };
+        assert_eq!(plan(&params(), Copy::Scatter), want);
+    }
+
+    #[test]
+    fn wrong_fields_are_named() {
+        let wrong = |change: fn(&mut dllm_rows_params), says: &str| {
+            let mut params = params();
+            change(&mut params);
+            let error = validate(&params).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        };
+        wrong(|p| p.size -= 8, "size: expected 80");
+        wrong(|p| p.source = 0, "source: expected a device address, found 0");
+        wrong(|p| p.target += 8, "target: expected an address aligned to 16 bytes, found 0x2008");
+        wrong(|p| p.index += 2, "index: expected an address aligned to 4");
+        wrong(|p| p.count = 7, "count");
+        wrong(|p| p.row_bytes = 40, "row_bytes: expected a multiple of 16");
+        wrong(|p| p.row_bytes = 0, "row_bytes: expected 16 to");
+        wrong(|p| p.source_stride_bytes = 32, "source_stride_bytes: expected a multiple of 16 bytes, at least 48, found 32");
+        wrong(|p| p.target_stride_bytes = 56, "target_stride_bytes");
+        wrong(|p| p.max_rows = 0, "max_rows: expected 1 to");
+        wrong(|p| p.num_indexed_rows = -1, "num_indexed_rows");
+    }
+}
