@@ -14,7 +14,7 @@ use dllm_kernels::ops::Element;
 use dllm_kernels::ops::cut::{self, Cut};
 use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, Rule};
 use dllm_kernels::oracle::philox::{Purpose, gumbel};
-use dllm_kernels::oracle::unmask::{Group, Selection, Unmask, cut_logit, score_row, select};
+use dllm_kernels::oracle::unmask::{Selection, Unmask, cut_logit, score_row, select};
 use half::{bf16, f16};
 
 /// Relative error of a probability or margin: sums of up to 152,064 terms in f32, a tree of at most 19 levels, and
@@ -124,8 +124,7 @@ fn random_logits<T: Float>(random: &mut Random, rows: usize, vocab: usize) -> Ve
 impl<T: Float> Case<T> {
     /// Sequences of these lengths, two of three positions masked.
     fn new(random: &mut Random, vocab: usize, lengths: &[usize]) -> Case<T> {
-        let masked: Vec<Vec<bool>> =
-            lengths.iter().map(|n| (0..*n).map(|_| random.below(3) > 0).collect()).collect();
+        let masked: Vec<Vec<bool>> = lengths.iter().map(|n| (0..*n).map(|_| random.below(3) > 0).collect()).collect();
         let rows = lengths.iter().sum();
         Case {
             vocab,
@@ -264,7 +263,9 @@ impl<T: Float> OnDevice<T> {
                 Policy::Threshold { threshold: *threshold as f32, among: Some(among) }
             }
             (Some(Selection::Factor(factor)), _) => Policy::Factor(*factor as f32),
-            (Some(Selection::Threshold(threshold)), _) => Policy::Threshold { threshold: *threshold as f32, among: None },
+            (Some(Selection::Threshold(threshold)), _) => {
+                Policy::Threshold { threshold: *threshold as f32, among: None }
+            }
             _ => Policy::Factor(1.0),
         };
         let args = op::Unmask {
@@ -368,7 +369,8 @@ fn check<T: Float>(case: &Case<T>, got: &Got, name: &str) {
                 let kind = case.unmask.confidence;
                 assert!(close(got.confidence[at], confidence, kind), "{name}: {} {confidence}", got.confidence[at]);
             } else {
-                let tie = case.unmask.temperature > 0.0 && draws_tie(&case.unmask, &logits, step, position, chosen, token as usize);
+                let tie = case.unmask.temperature > 0.0
+                    && draws_tie(&case.unmask, &logits, step, position, chosen, token as usize);
                 assert!(tie, "{name}: token {chosen}, expected {token}");
             }
             if position < before {
@@ -404,7 +406,11 @@ fn in_f32(selection: Selection) -> Selection {
     }
 }
 
-fn check_all_types(name: &str, make: impl Fn(&mut Random) -> (usize, Vec<usize>), change: impl Fn(&mut Any, &mut Random)) {
+fn check_all_types(
+    name: &str,
+    make: impl Fn(&mut Random) -> (usize, Vec<usize>),
+    change: impl Fn(&mut Any, &mut Random),
+) {
     fn one<T: Float>(
         name: &str,
         make: &impl Fn(&mut Random) -> (usize, Vec<usize>),
@@ -413,7 +419,13 @@ fn check_all_types(name: &str, make: impl Fn(&mut Random) -> (usize, Vec<usize>)
         let mut random = Random(0x9E37_79B9_7F4A_7C15 ^ name.len() as u64);
         let (vocab, lengths) = make(&mut random);
         let mut case = Case::<T>::new(&mut random, vocab, &lengths);
-        let mut any = Any { unmask: case.unmask.clone(), selection: case.selection.clone(), commit_before: None, guided: false, shift: false };
+        let mut any = Any {
+            unmask: case.unmask.clone(),
+            selection: case.selection.clone(),
+            commit_before: None,
+            guided: false,
+            shift: false,
+        };
         change(&mut any, &mut random);
         case.unmask = any.unmask;
         case.selection = any.selection;
@@ -608,7 +620,9 @@ fn equal_rows_are_taken_in_order() {
 /// Duplicates of the largest logit: in one vector, in one thread's vectors, between threads, between chunks.
 #[test]
 fn ties_go_to_the_lowest_token() {
-    for places in [vec![9, 8], vec![2048 + 5, 5], vec![9000, 40], vec![8191, 8192], vec![19_999, 0, 8192], vec![16_383, 16_384]] {
+    for places in
+        [vec![9, 8], vec![2048 + 5, 5], vec![9000, 40], vec![8191, 8192], vec![19_999, 0, 8192], vec![16_383, 16_384]]
+    {
         let mut case = Case::<bf16>::new(&mut Random(6), 20_000, &[4]);
         case.masked[0] = vec![true; 4];
         for row in case.logits.chunks_mut(20_000) {
@@ -855,7 +869,9 @@ fn selections_of_every_size() {
             let sure = if i % 2 == 0 { 8.0 } else { 12.0 * random.unit() };
             row.copy_from_slice(&[sure, 0.0, 0.0, 0.0]);
         }
-        for selection in [Selection::Factor(0.3 + 2.0 * random.unit() as f64), Selection::Factor(1e-3), Selection::Factor(1e3)] {
+        for selection in
+            [Selection::Factor(0.3 + 2.0 * random.unit() as f64), Selection::Factor(1e-3), Selection::Factor(1e3)]
+        {
             case.selection = vec![selection; 2];
             check(&case, &run(&case), &format!("{rows} rows, {selection:?}"));
         }
@@ -884,13 +900,16 @@ fn wrong_calls_name_the_field() {
     assert!(error(&|_, c| c.unmask.temperature = 1e-9).contains("temperature: expected 0, or 1e-6 to 1e6"));
     assert!(error(&|_, c| c.unmask.cfg_scale = 1.0).contains("cfg_scale: expected 0, as there are no uncond_logits"));
     assert!(error(&|_, c| c.unmask.alg_temp = 1.0).contains("alg_temp: expected 0, as the policy is not fixed"));
-    assert!(error(&|_, c| c.selection = vec![Selection::Threshold(f64::NAN)]).contains("threshold: expected a finite number"));
-    assert!(error(&|d, c| {
-        c.vocab = 9000;
-        c.stride = 9000;
-        d.logits = stream.zeros(36_000).unwrap();
-    })
-    .contains("workspace_bytes: expected at least"));
-    let group = Group { sequence: 0, step: 0, positions: vec![], commit_before: 0, selection: Selection::Quota(0) };
-    drop(group);
+    assert!(
+        error(&|_, c| c.selection = vec![Selection::Threshold(f64::NAN)])
+            .contains("threshold: expected a finite number")
+    );
+    assert!(
+        error(&|d, c| {
+            c.vocab = 9000;
+            c.stride = 9000;
+            d.logits = stream.zeros(36_000).unwrap();
+        })
+        .contains("workspace_bytes: expected at least")
+    );
 }
