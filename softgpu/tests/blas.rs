@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Gpu, assert_reported, gpu, noise};
-use cudarc::cublaslt::{Activation, CudaBlasLT, Matmul, MatmulConfig, MatmulShared};
+use cudarc::cublaslt::{Activation, CudaBlasLT, Matmul, MatmulConfig};
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use half::{bf16, f16};
 use std::time::Instant;
