@@ -1,5 +1,5 @@
 //! cp.async: what lands when, and what is forgotten.
-#![cfg(target_os = "linux")]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
 

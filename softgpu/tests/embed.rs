@@ -1,5 +1,5 @@
 //! With the feature `embed`, the libraries come out of the test binary and not from the build directory.
-#![cfg(all(target_os = "linux", feature = "embed"))]
+#![cfg(all(target_os = "linux", target_arch = "x86_64", feature = "embed"))]
 
 mod common;
 

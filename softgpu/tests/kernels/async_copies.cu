@@ -1,7 +1,15 @@
 // cp.async, with every way to forget something.
 #include "ptx.cuh"
 
-enum Mistake { kNone = 0, kNoWait = 1, kNoCommit = 2, kWaitTooShort = 3, kNoBarrier = 4, kNotShared = 5, kMisaligned = 6 };
+enum Mistake {
+    kNone = 0,
+    kNoWait = 1,
+    kNoCommit = 2,
+    kWaitTooShort = 3,
+    kNoBarrier = 4,
+    kNotShared = 5,
+    kMisaligned = 6,
+};
 
 // Each thread copies 16 bytes of x twice, in two groups, and writes what its neighbour copied.
 extern "C" __global__ void copy_two_groups(int mistake, const float* x, float* out) {
