@@ -81,3 +81,19 @@ fn zero_fill() {
     assert!(launch!(gpu, function, shape(1, 32), &17i32, &x, &out).is_err());
     assert_reported("cp.async of 16 bytes with a source of 17 bytes");
 }
+
+#[test]
+fn source_that_changes_in_flight() {
+    let gpu = gpu();
+    let function = gpu.function(entry("change_source", &[8, 8]));
+    let seen = |seed: i64| {
+        softgpu::set(Opt::Seed, seed);
+        let x = gpu.stream.clone_htod(&[1f32; 32]).unwrap();
+        let out = gpu.stream.alloc_zeros::<f32>(32).unwrap();
+        launch!(gpu, function, shape(1, 32), &x, &out).unwrap();
+        gpu.stream.clone_dtoh(&out).unwrap()
+    };
+    assert_eq!(seen(0), [2f32; 32], "without a seed the source is read late");
+    let mixed = seen(1);
+    assert!(mixed.contains(&1.0) && mixed.contains(&2.0), "with a seed, late or at once");
+}

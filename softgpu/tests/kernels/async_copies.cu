@@ -65,3 +65,14 @@ extern "C" __global__ void copy_with_zeros(int source_bytes, const unsigned* x, 
     if (threadIdx.x < 8 && threadIdx.x != 1) out[threadIdx.x] = values[threadIdx.x];
 }
 SOFTGPU_KERNEL(copy_with_zeros)
+
+// Stores to the source of a copy in flight: the copy may see the old values or the new.
+extern "C" __global__ void change_source(float* x, float* out) {
+    __shared__ float values[32];
+    const int thread = threadIdx.x;
+    cp_async_4(values + thread, x + thread);
+    x[thread] = 2.0f;
+    cp_async_wait_all();
+    out[thread] = values[thread];
+}
+SOFTGPU_KERNEL(change_source)
