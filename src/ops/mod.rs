@@ -8,6 +8,7 @@
 //! All ops may be called from several threads. They know pointers and streams, no models.
 
 pub mod rows;
+pub mod vverify;
 
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Launch, Stream};
@@ -27,6 +28,37 @@ pub struct Plan {
     pub block: u32,
     /// Bytes of workspace, zeroed before the first use; 0 for ops that need none.
     pub workspace_bytes: u64,
+}
+
+/// Memory that an op keeps from launch to launch, zeroed once: give the same one to every launch of an op on a stream.
+/// Empty at first.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    /// Whose it is, and the memory.
+    owned: Option<(&'static str, Buffer<u8>)>,
+}
+
+impl Workspace {
+    /// Makes sure that there are so many bytes, and tells their address. Growing allocates: not inside a graph capture,
+    /// and not when a captured graph uses what was there. A workspace is of the first op and stream that ask for it.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when another op or stream has it; the driver's.
+    pub(crate) fn ensure(&mut self, op: &'static str, stream: &Stream, bytes: u64) -> Result<u64> {
+        if let Some((owner, memory)) = &self.owned {
+            if *owner != op {
+                return Err(Error::argument("workspace", format!("one of {op}"), format!("one of {owner}")));
+            }
+            let address = safe::buffer("workspace", memory, 0, stream)?;
+            if memory.len() as u64 >= bytes {
+                return Ok(address);
+            }
+        }
+        let memory = stream.zeros::<u8>(bytes as usize)?;
+        let address = memory.address();
+        self.owned = Some((op, memory));
+        Ok(address)
+    }
 }
 
 /// Launches what was planned.
