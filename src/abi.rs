@@ -19,7 +19,7 @@ pub const DLLM_DRIVER: dllm_status = 3;
 /// A kernel module could not be loaded.
 pub const DLLM_MODULE: dllm_status = 4;
 /// Status of a call.
-pub type dllm_status = u32;
+pub type dllm_status = i32;
 /// bfloat16
 pub const DLLM_BF16: dllm_dtype = 0;
 /// IEEE half
@@ -27,7 +27,7 @@ pub const DLLM_F16: dllm_dtype = 1;
 /// IEEE single
 pub const DLLM_F32: dllm_dtype = 2;
 /// Element types.
-pub type dllm_dtype = u32;
+pub type dllm_dtype = i32;
 /// Probability of the chosen token.
 pub const DLLM_CONFIDENCE_PROBABILITY: dllm_confidence = 0;
 /// Difference of the two largest probabilities.
@@ -37,7 +37,7 @@ pub const DLLM_CONFIDENCE_ENTROPY: dllm_confidence = 2;
 /// A random number.
 pub const DLLM_CONFIDENCE_RANDOM: dllm_confidence = 3;
 /// What ranks a masked row.
-pub type dllm_confidence = u32;
+pub type dllm_confidence = i32;
 /// The best quota\[s\].
 pub const DLLM_POLICY_FIXED: dllm_policy = 0;
 /// The best, and all others with at least this confidence.
@@ -45,7 +45,7 @@ pub const DLLM_POLICY_THRESHOLD: dllm_policy = 1;
 /// The best n as long as (n + 1) (1 - confidence_n) < factor.
 pub const DLLM_POLICY_FACTOR: dllm_policy = 2;
 /// Which masked rows of a sequence to commit.
-pub type dllm_policy = u32;
+pub type dllm_policy = i32;
 /// A row that unmask may commit. 16 bytes, loaded at once.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -68,11 +68,11 @@ const _: () = {
     ["Offset of field: dllm_unmask_row::position"][::core::mem::offset_of!(dllm_unmask_row, position) - 8usize];
     ["Offset of field: dllm_unmask_row::sequence"][::core::mem::offset_of!(dllm_unmask_row, sequence) - 12usize];
 };
-/** unmask: from logits to committed tokens, in one launch.
-
-Rows whose token is not `mask_token` are skipped unread. The mask token is never chosen: where its logit is the largest
-it counts as minus infinity, elsewhere it keeps its share of the probabilities. NaN counts as minus infinity, plus
-infinity as the largest finite value. Ties go to the lowest token, then to the first row.*/
+/// unmask: from logits to committed tokens, in one launch.
+///
+/// Rows whose token is not `mask_token` are skipped unread. The mask token is never chosen: where its logit is the largest
+/// it counts as minus infinity, elsewhere it keeps its share of the probabilities. NaN counts as minus infinity, plus
+/// infinity as the largest finite value. Ties go to the lowest token, then to the first row.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct dllm_unmask_params {
@@ -201,9 +201,9 @@ const _: () = {
     ["Offset of field: dllm_unmask_params::factor"][::core::mem::offset_of!(dllm_unmask_params, factor) - 208usize];
     ["Offset of field: dllm_unmask_params::reserved"][::core::mem::offset_of!(dllm_unmask_params, reserved) - 212usize];
 };
-/** cut: per masked row the least logit that top-p, then top-k, keep; unmask takes it as `cut`.
-
-Fields as in dllm_unmask_params. Rows that are not masked get minus infinity.*/
+/// cut: per masked row the least logit that top-p, then top-k, keep; unmask takes it as `cut`.
+///
+/// Fields as in dllm_unmask_params. Rows that are not masked get minus infinity.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct dllm_cut_params {
@@ -265,9 +265,9 @@ const _: () = {
     ["Offset of field: dllm_cut_params::temperature"][::core::mem::offset_of!(dllm_cut_params, temperature) - 96usize];
     ["Offset of field: dllm_cut_params::cfg_scale"][::core::mem::offset_of!(dllm_cut_params, cfg_scale) - 100usize];
 };
-/** vverify: which rows of V turned most (dLLM-Cache, section 3.3).
-
-Per sequence the floor(n \* ratio) of its n rows whose cosine with the cached row is lowest, ties to the first row.*/
+/// vverify: which rows of V turned most (dLLM-Cache, section 3.3).
+///
+/// Per sequence the floor(n \* ratio) of its n rows whose cosine with the cached row is lowest, ties to the first row.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct dllm_vverify_params {
@@ -446,8 +446,8 @@ const _: () = {
         [::core::mem::offset_of!(dllm_embed_params, vocab_size) - 88usize];
     ["Offset of field: dllm_embed_params::reserved"][::core::mem::offset_of!(dllm_embed_params, reserved) - 92usize];
 };
-/** norm: x += delta, rounded to dtype; then out = round(round(x / sqrt(mean(x^2) + eps)) \* weight), both roundings to dtype:
-the order of the original models.*/
+/// norm: x += delta, rounded to dtype; then out = round(round(x / sqrt(mean(x^2) + eps)) \* weight), both roundings to dtype:
+/// the order of the original models.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct dllm_norm_params {
@@ -496,8 +496,8 @@ const _: () = {
     ["Offset of field: dllm_norm_params::dtype"][::core::mem::offset_of!(dllm_norm_params, dtype) - 80usize];
     ["Offset of field: dllm_norm_params::eps"][::core::mem::offset_of!(dllm_norm_params, eps) - 84usize];
 };
-/** rope: rotates the queries and keys of qkv in place by their positions, half-split form (element i pairs with
-i + head_dim / 2), and leaves keys and values in the cache.*/
+/// rope: rotates the queries and keys of qkv in place by their positions, half-split form (element i pairs with
+/// i + head_dim / 2), and leaves keys and values in the cache.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct dllm_rope_params {
@@ -606,3 +606,16 @@ const _: () = {
     ["Offset of field: dllm_swiglu_params::dtype"][::core::mem::offset_of!(dllm_swiglu_params, dtype) - 56usize];
     ["Offset of field: dllm_swiglu_params::reserved"][::core::mem::offset_of!(dllm_swiglu_params, reserved) - 60usize];
 };
+/// roof: reads memory and does nothing with it, which is the most that a kernel bound by reading can reach.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct dllm_roof_params {
+    /// sizeof(dllm_roof_params)
+    pub size: u64,
+    /// bytes
+    pub source: u64,
+    /// Out: \[1\] uint32, written only so that the reading is not optimised away.
+    pub sink: u64,
+    /// A multiple of 16.
+    pub bytes: u64,
+}

@@ -67,7 +67,7 @@ impl<T: Half> Case<T> {
         let rows = lengths.iter().sum::<usize>().max(1);
         let cached: Vec<f32> = (0..rows * width).map(|_| random.number()).collect();
         let turned = |row: &[f32]| {
-            let by = random.number().abs() * 1.5;
+            let by = 0.05 + random.number().abs() * 1.5;
             row.iter().map(|x| T::of(x + by * random.number())).collect::<Vec<_>>()
         };
         Case {
@@ -255,7 +255,9 @@ fn ratios() {
 
 #[test]
 fn sequences_of_any_length_and_none() {
-    for lengths in [&[5, 9, 1][..], &[0, 12], &[12, 0], &[7, 0, 0, 9], &[0], &[0, 0, 0, 0, 0], &[1; 40], &[300, 4, 1030, 90]] {
+    for lengths in
+        [&[5, 9, 1][..], &[0, 12], &[12, 0], &[7, 0, 0, 9], &[0], &[0, 0, 0, 0, 0], &[1; 40], &[300, 4, 1030, 90]]
+    {
         Case::<f16>::new(lengths, 40, 0.3).agrees();
     }
 }
@@ -479,7 +481,7 @@ impl<T: Half> Buffers<T> {
             cu_selected: stream.alloc(case.cu_rows.len()).unwrap(),
             similarity: stream.upload(&vec![UNTOUCHED as f32; case.rows()]).unwrap(),
             failed: stream.upload(&[-1]).unwrap(),
-            workspace: Workspace::default(),
+            workspace: vverify::workspace(stream, case.rows(), case.cu_rows.len() - 1).unwrap(),
         }
     }
 
@@ -590,6 +592,7 @@ fn wrong_buffers_are_named() {
     wrong(|b, stream| b.similarity = stream.alloc(8).unwrap(), "similarity: expected 9 elements");
     wrong(|b, stream| b.failed = stream.alloc(0).unwrap(), "failed: expected 1 elements");
     wrong(|b, _| b.indices = device().stream().unwrap().alloc(9).unwrap(), "indices: expected a buffer of the stream");
+    wrong(|b, stream| b.workspace = vverify::workspace(stream, 8, 2).unwrap(), "workspace_bytes: expected at least 72");
     let mut buffers = Buffers::new(&stream, &case);
     let error = buffers.launch(&stream, &Case { ratio: 1.01, ..case.clone() }).unwrap_err().to_string();
     assert!(error.contains("ratio: expected 0 to 1, found 1.01"), "{error}");

@@ -21,8 +21,8 @@ constexpr int kSharedKeys = 1024;
 constexpr float kEpsSquare = 1e-16f;  // a vector's square is at least this: guards the division for zero vectors
 static_assert(kThreads == kBuckets, "phase 2 selects with the whole block");
 
-// The workspace is an array of these, one for each row and one for each sequence. Counters are zero when a launch ends,
-// and lie in the same places whatever its shape, so that launches of all shapes may use the same workspace in turn.
+// The workspace is an array of these, as many as there are rows or sequences. Counters are zero when a launch ends, and lie
+// in the same places whatever its shape, so that launches of all shapes may use the same workspace in turn.
 struct Slot {
   uint32_t counter;  // of sequence i: its rows that have been compared
   float similarity;  // of row i; written before it is read
@@ -41,7 +41,8 @@ struct Sequence {
     first_selected += num_selected(p, rows);
     first += rows;
     index++;
-    rows = index < p.num_sequences ? max(0, min(at<const int32_t>(p.cu_rows)[index + 1], p.max_rows) - first) : 0;
+    const int end = index < p.num_sequences ? at<const int32_t>(p.cu_rows)[index + 1] : 0;
+    rows = max(first, min(end, p.max_rows)) - first;  // first is at most max_rows
   }
 };
 

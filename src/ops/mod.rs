@@ -7,7 +7,10 @@
 //!
 //! All ops may be called from several threads. They know pointers and streams, no models.
 
+pub mod cut;
+pub mod roof;
 pub mod rows;
+pub mod unmask;
 pub mod vverify;
 
 use crate::error::{Error, Result};
@@ -30,37 +33,6 @@ pub struct Plan {
     pub workspace_bytes: u64,
 }
 
-/// Memory that an op keeps from launch to launch, zeroed once: give the same one to every launch of an op on a stream.
-/// Empty at first.
-#[derive(Debug, Default)]
-pub struct Workspace {
-    /// Whose it is, and the memory.
-    owned: Option<(&'static str, Buffer<u8>)>,
-}
-
-impl Workspace {
-    /// Makes sure that there are so many bytes, and tells their address. Growing allocates: not inside a graph capture,
-    /// and not when a captured graph uses what was there. A workspace is of the first op and stream that ask for it.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] when another op or stream has it; the driver's.
-    pub(crate) fn ensure(&mut self, op: &'static str, stream: &Stream, bytes: u64) -> Result<u64> {
-        if let Some((owner, memory)) = &self.owned {
-            if *owner != op {
-                return Err(Error::argument("workspace", format!("one of {op}"), format!("one of {owner}")));
-            }
-            let address = safe::buffer("workspace", memory, 0, stream)?;
-            if memory.len() as u64 >= bytes {
-                return Ok(address);
-            }
-        }
-        let memory = stream.zeros::<u8>(bytes as usize)?;
-        let address = memory.address();
-        self.owned = Some((op, memory));
-        Ok(address)
-    }
-}
-
 /// Launches what was planned.
 ///
 /// # Safety
@@ -75,6 +47,21 @@ unsafe fn launch<P: Copy>(
     let Plan { kernel, grid, block, .. } = plan;
     // SAFETY: as promised by the caller.
     unsafe { device.launch(stream, Launch { module, kernel, grid, block }, params) }
+}
+
+/// Scratch memory of an op that needs some. Every launch leaves it ready for the next one with the same parameters, so
+/// that a captured graph can be replayed.
+pub struct Workspace {
+    memory: Buffer<u8>,
+}
+
+impl Workspace {
+    /// Zeroed memory of the size that `plan` asks.
+    pub fn new(stream: &Stream, plan: &Plan) -> Result<Workspace> {
+        let bytes = usize::try_from(plan.workspace_bytes)
+            .map_err(|_| Error::argument("workspace_bytes", "a size that memory can have", plan.workspace_bytes))?;
+        Ok(Workspace { memory: stream.zeros(bytes)? })
+    }
 }
 
 /// An element type of activations and weights.
@@ -125,7 +112,9 @@ mod check {
     pub fn struct_size<P>(size: u64) -> Result<()> {
         match size == size_of::<P>() as u64 {
             true => Ok(()),
-            false => Err(Error::argument("size", format!("{}, the size of this version's struct", size_of::<P>()), size)),
+            false => {
+                Err(Error::argument("size", format!("{}, the size of this version's struct", size_of::<P>()), size))
+            }
         }
     }
 
@@ -175,6 +164,22 @@ mod check {
         }
     }
 
+    /// A number.
+    pub fn finite(name: &'static str, value: f32) -> Result<()> {
+        match value.is_finite() {
+            true => Ok(()),
+            false => Err(Error::argument(name, "a finite number", value)),
+        }
+    }
+
+    /// A temperature. Below the least, its reciprocal times a difference of logits is no longer a number.
+    pub fn temperature(name: &'static str, value: f32) -> Result<()> {
+        match value == 0.0 || (1e-6..=1e6).contains(&value) {
+            true => Ok(()),
+            false => Err(Error::argument(name, "0, or 1e-6 to 1e6", value)),
+        }
+    }
+
     /// A flag.
     pub fn flag(name: &'static str, value: i32) -> Result<()> {
         within(name, value.into(), 0, 1)
@@ -202,7 +207,11 @@ mod safe {
     /// A buffer with room for `len` elements, on this stream; its address.
     pub fn buffer<T: Pod>(name: &'static str, buffer: &Buffer<T>, len: usize, stream: &Stream) -> Result<u64> {
         if buffer.stream() != stream {
-            return Err(Error::argument(name, "a buffer of the stream that the launch goes to", "one of another stream"));
+            return Err(Error::argument(
+                name,
+                "a buffer of the stream that the launch goes to",
+                "one of another stream",
+            ));
         }
         match buffer.len() >= len {
             true => Ok(buffer.address()),
@@ -210,13 +219,25 @@ mod safe {
         }
     }
 
+    /// Whole rows of `width` elements that begin `stride` apart.
+    pub fn num_rows<T: Pod>(name: &'static str, buffer: &Buffer<T>, width: usize, stride: usize) -> Result<i32> {
+        if width == 0 || stride < width {
+            return Err(Error::argument("stride", format!("at least the width, {width}, which is at least 1"), stride));
+        }
+        match buffer.len() >= width {
+            true => count(name, (buffer.len() - width) / stride + 1),
+            false => Err(Error::argument(name, format!("at least one row of {width}"), buffer.len())),
+        }
+    }
+
+    /// A workspace of this stream; its address and bytes.
+    pub fn workspace(workspace: &Workspace, stream: &Stream) -> Result<(u64, u64)> {
+        let address = buffer("workspace", &workspace.memory, 0, stream)?;
+        Ok((address, workspace.memory.len() as u64))
+    }
+
     /// The same for one that may be missing.
-    pub fn optional<T: Pod>(
-        name: &'static str,
-        given: Option<&Buffer<T>>,
-        len: usize,
-        stream: &Stream,
-    ) -> Result<u64> {
+    pub fn optional<T: Pod>(name: &'static str, given: Option<&Buffer<T>>, len: usize, stream: &Stream) -> Result<u64> {
         given.map_or(Ok(0), |given| buffer(name, given, len, stream))
     }
 }

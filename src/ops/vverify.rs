@@ -91,8 +91,14 @@ pub struct VVerify<'a, T> {
     pub similarity: Option<&'a mut Buffer<f32>>,
     /// `[1]`: set to -2 when a `cached_row` was out of range; its row counts as turned most.
     pub failed: Option<&'a mut Buffer<i32>>,
-    /// Grows where it is too small. A launch that is captured must find it large enough.
+    /// From [`workspace`], with room for these rows.
     pub workspace: &'a mut Workspace,
+}
+
+/// A workspace for launches with room for so many rows and sequences, or fewer. It is for this op only.
+pub fn workspace(stream: &Stream, max_rows: usize, num_sequences: usize) -> Result<Workspace> {
+    let slots = safe::count("max_rows", max_rows.max(num_sequences))?;
+    Workspace::new(stream, &plan(&dllm_vverify_params { max_rows: slots, ..Default::default() }))
 }
 
 /// Launches on our buffers, and returns. When two rows with `update_cached` have the same cached row, either may be what
@@ -104,7 +110,8 @@ pub fn launch<T: Element>(stream: &Stream, rows: VVerify<T>) -> Result<()> {
     let VVerify { width, ratio, fresh, cached, cached_row, update_cached, .. } = rows;
     check::within("width", width as i64, 1, i32::MAX.into())?;
     let max_rows = fresh.len() / width;
-    let mut params = dllm_vverify_params {
+    let (workspace, workspace_bytes) = safe::workspace(rows.workspace, stream)?;
+    let params = dllm_vverify_params {
         size: size_of::<dllm_vverify_params>() as u64,
         fresh: safe::buffer("fresh", fresh, width, stream)?,
         cached: safe::buffer("cached", cached, width, stream)?,
@@ -114,8 +121,8 @@ pub fn launch<T: Element>(stream: &Stream, rows: VVerify<T>) -> Result<()> {
         cu_selected: safe::buffer("cu_selected", rows.cu_selected, rows.cu_rows.len(), stream)?,
         similarity: safe::optional("similarity", rows.similarity.as_deref(), max_rows, stream)?,
         failed: safe::optional("failed", rows.failed.as_deref(), 1, stream)?,
-        workspace: 0,
-        workspace_bytes: 0,
+        workspace,
+        workspace_bytes,
         fresh_stride: width as i64,
         cached_stride: width as i64,
         ratio,
@@ -126,10 +133,8 @@ pub fn launch<T: Element>(stream: &Stream, rows: VVerify<T>) -> Result<()> {
         dtype: T::DTYPE as i32,
         update_cached: update_cached.into(),
     };
-    params.workspace_bytes = plan(&params).workspace_bytes;
-    params.workspace = rows.workspace.ensure("vverify", stream, params.workspace_bytes)?;
     // SAFETY: addresses and sizes come from buffers of this stream, each borrowed as it is used; the kernel checks every
-    // index; the workspace is this op's.
+    // index. With a workspace of another op or two equal cached rows the results are wrong, and still in their memory.
     unsafe { launch_raw(stream.device(), stream.raw(), &params) }
 }
 
@@ -193,7 +198,10 @@ mod tests {
         wrong(|p| p.failed = 2, "failed");
         wrong(|p| p.width = 20, "width: expected a multiple of 8");
         wrong(|p| p.width = 0, "width");
-        wrong(|p| p.fresh_stride = 28, "fresh_stride: expected a multiple of 8 elements (16 bytes), at least the width, 24");
+        wrong(
+            |p| p.fresh_stride = 28,
+            "fresh_stride: expected a multiple of 8 elements (16 bytes), at least the width, 24",
+        );
         wrong(|p| p.cached_stride = 16, "cached_stride");
         wrong(|p| p.max_rows = 0, "max_rows");
         wrong(|p| p.num_sequences = 0, "num_sequences");
