@@ -11,6 +11,7 @@ pub mod cut;
 pub mod roof;
 pub mod rows;
 pub mod unmask;
+pub mod vverify;
 
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Launch, Stream};
