@@ -1,0 +1,122 @@
+//! Builds three shared libraries: `cuda` (the driver), `cublasLt`, and `kernels` (every kernel file, for the host).
+
+use std::env;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+struct SharedLibrary<'a> {
+    name: &'a str,
+    sources: Vec<PathBuf>,
+    includes: Vec<PathBuf>,
+    flags: &'a [&'a str],
+    /// Libraries of this build that it needs, by file name.
+    needs: &'a [&'a str],
+}
+
+impl SharedLibrary<'_> {
+    /// `cc` knows the compiler and how to make objects; it only links archives, so the last step is ours.
+    fn build(&self, out: &Path) {
+        let mut build = cc::Build::new();
+        build
+            .cpp(true)
+            .std("c++17")
+            .warnings(false)
+            .pic(true)
+            .opt_level(2)
+            .debug(false)
+            .define("SOFTGPU", None)
+            .out_dir(out.join(self.name))
+            // Kernels read memory through pointers of other types, as CUDA allows.
+            .flag("-fno-strict-aliasing")
+            // Without this the compiler may fuse a * b + c, depending on the host.
+            .flag("-ffp-contract=off")
+            // A kernel that goes wrong is left by a jump to another stack, which these two take for an attack.
+            .flag("-U_FORTIFY_SOURCE")
+            .flag("-fno-stack-protector")
+            .files(&self.sources)
+            .includes(&self.includes);
+        for flag in self.flags {
+            build.flag(flag);
+        }
+        let objects = build.compile_intermediates();
+
+        let library = out.join(format!("lib{}.so", self.name));
+        let mut link = cc::Build::new().cpp(true).opt_level(2).get_compiler().to_command();
+        link.args(&objects).arg("-shared").arg(format!("-Wl,-soname,lib{}.so", self.name)).arg("-o").arg(&library);
+        link.args(self.needs.iter().map(|name| out.join(name))).arg("-lpthread");
+        let status = link.status().expect("the C++ compiler starts");
+        assert!(status.success(), "linking {} failed", library.display());
+    }
+}
+
+/// The files of a directory with this extension, sorted; none if there is no such directory.
+fn files_in(directory: &Path, extension: &str) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
+    let mut files: Vec<PathBuf> = entries
+        .map(|entry| entry.expect("a readable directory").path())
+        .filter(|path| path.extension() == Some(OsStr::new(extension)))
+        .collect();
+    files.sort();
+    files
+}
+
+fn is_supported_target() -> bool {
+    env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux")
+        && env::var("CARGO_CFG_TARGET_ARCH").as_deref() == Ok("x86_64")
+}
+
+fn main() {
+    println!("cargo:rustc-check-cfg=cfg(softgpu_supported)");
+    println!("cargo:rerun-if-changed=build.rs");
+    // Switching between the threads of a block is written in x86-64 assembly, and loading relies on ELF.
+    if !is_supported_target() {
+        return;
+    }
+    println!("cargo:rustc-cfg=softgpu_supported");
+
+    let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR").unwrap());
+    let out = PathBuf::from(env::var("OUT_DIR").unwrap());
+    let cpp = root.join("cpp");
+    let cuda = root.parent().expect("the crate lies in the workspace").join("cuda");
+    let test_kernels = root.join("tests/kernels");
+    // Of a directory cargo watches every file in it, headers too.
+    for directory in [&cpp, &cuda, &test_kernels] {
+        println!("cargo:rerun-if-changed={}", directory.display());
+    }
+
+    let include = cpp.join("include");
+    let mut driver = files_in(&cpp.join("driver"), "cpp");
+    driver.extend(files_in(&cpp.join("runner"), "cpp"));
+    SharedLibrary { name: "cuda", sources: driver, includes: vec![include.clone()], flags: &[], needs: &[] }
+        .build(&out);
+
+    SharedLibrary {
+        name: "cublasLt",
+        sources: files_in(&cpp.join("blaslt"), "cpp"),
+        includes: vec![include.clone()],
+        flags: &["-O3"],
+        needs: &["libcuda.so"],
+    }
+    .build(&out);
+
+    let mut kernels = vec![cpp.join("kernels_anchor.cpp")];
+    for directory in [cuda.join("any"), cuda.join("sm80"), test_kernels] {
+        kernels.extend(files_in(&directory, "cu"));
+    }
+    SharedLibrary {
+        name: "kernels",
+        sources: kernels,
+        includes: vec![include, cuda.join("common"), cuda.join("include")],
+        flags: &[
+            "-include",
+            "softgpu.h",
+            // The compiler does not know the extension .cu.
+            "-xc++",
+            // Each undefined operation calls a function, which the driver has; so linking is without this flag.
+            "-fsanitize=alignment,bounds,shift,integer-divide-by-zero",
+        ],
+        needs: &["libcuda.so"],
+    }
+    .build(&out);
+}
