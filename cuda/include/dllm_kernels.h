@@ -256,6 +256,14 @@ typedef struct dllm_swiglu_params {
   int32_t reserved;       /**< 0 */
 } dllm_swiglu_params;
 
+/** roof: reads memory and does nothing with it, which is the most that a kernel bound by reading can reach. */
+typedef struct dllm_roof_params {
+  uint64_t size;   /**< sizeof(dllm_roof_params) */
+  uint64_t source; /**< bytes */
+  uint64_t sink;   /**< Out: [1] uint32, written only so that the reading is not optimised away. */
+  uint64_t bytes;  /**< A multiple of 16. */
+} dllm_roof_params;
+
 /* A layout that differs between compilers must not compile. */
 #ifdef __cplusplus
 #define DLLM_ASSERT_SIZE(type, bytes) static_assert(sizeof(type) == (bytes), #type)
@@ -271,5 +279,6 @@ DLLM_ASSERT_SIZE(dllm_embed_params, 96);
 DLLM_ASSERT_SIZE(dllm_norm_params, 88);
 DLLM_ASSERT_SIZE(dllm_rope_params, 120);
 DLLM_ASSERT_SIZE(dllm_swiglu_params, 64);
+DLLM_ASSERT_SIZE(dllm_roof_params, 32);
 
 #endif

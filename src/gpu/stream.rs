@@ -58,6 +58,16 @@ impl Stream {
         self.stream.synchronize().of("cuStreamSynchronize")
     }
 
+    /// Milliseconds that the device takes for what `work` puts into this stream, by its own clock; waits for it.
+    pub fn time_ms(&self, work: impl FnOnce() -> Result<()>) -> Result<f32> {
+        let record = || self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).of("cuEventRecord");
+        let before = record()?;
+        work()?;
+        let after = record()?;
+        self.synchronize()?;
+        before.elapsed_ms(&after).of("cuEventElapsedTime")
+    }
+
     /// Records what `work` puts into this stream, without running it. Modules must be loaded before
     /// ([`Device::preload`]), and memory allocated.
     ///

@@ -7,11 +7,14 @@
 //!
 //! All ops may be called from several threads. They know pointers and streams, no models.
 
+pub mod cut;
 pub mod embed;
 pub mod norm;
+pub mod roof;
 pub mod rope;
 pub mod rows;
 pub mod swiglu;
+pub mod unmask;
 
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Launch, Stream};
@@ -162,6 +165,22 @@ mod check {
         }
     }
 
+    /// A number.
+    pub fn finite(name: &'static str, value: f32) -> Result<()> {
+        match value.is_finite() {
+            true => Ok(()),
+            false => Err(Error::argument(name, "a finite number", value)),
+        }
+    }
+
+    /// A temperature. Below the least, its reciprocal times a difference of logits is no longer a number.
+    pub fn temperature(name: &'static str, value: f32) -> Result<()> {
+        match value == 0.0 || (1e-6..=1e6).contains(&value) {
+            true => Ok(()),
+            false => Err(Error::argument(name, "0, or 1e-6 to 1e6", value)),
+        }
+    }
+
     /// A flag.
     pub fn flag(name: &'static str, value: i32) -> Result<()> {
         within(name, value.into(), 0, 1)
@@ -263,6 +282,17 @@ mod safe {
         match buffer.len() >= len {
             true => Ok(buffer.address()),
             false => Err(Error::argument(name, format!("{len} elements"), buffer.len())),
+        }
+    }
+
+    /// Whole rows of `width` elements that begin `stride` apart.
+    pub fn num_rows<T: Pod>(name: &'static str, buffer: &Buffer<T>, width: usize, stride: usize) -> Result<i32> {
+        if width == 0 || stride < width {
+            return Err(Error::argument("stride", format!("at least the width, {width}, which is at least 1"), stride));
+        }
+        match buffer.len() >= width {
+            true => count(name, (buffer.len() - width) / stride + 1),
+            false => Err(Error::argument(name, format!("at least one row of {width}"), buffer.len())),
         }
     }
 

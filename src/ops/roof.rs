@@ -1,0 +1,55 @@
+//! The bandwidth that reading can reach: the kernel of `cuda/any/roof.cu`. Not part of any model.
+
+use super::{Plan, check, safe};
+use crate::abi::dllm_roof_params;
+use crate::error::{Error, Result};
+use crate::gpu::{Buffer, Device, Stream};
+use std::ffi::c_void;
+
+/// Bytes that a block reads.
+const TILE: u64 = 64 << 10;
+
+/// Checks every field but what the addresses point to.
+pub fn validate(params: &dllm_roof_params) -> Result<()> {
+    check::struct_size::<dllm_roof_params>(params.size)?;
+    check::address("source", params.source, 16)?;
+    check::address("sink", params.sink, 4)?;
+    match params.bytes % 16 == 0 && (16..=TILE * i32::MAX as u64).contains(&params.bytes) {
+        true => Ok(()),
+        false => Err(Error::argument("bytes", "a multiple of 16, at least 16", params.bytes)),
+    }
+}
+
+/// What a launch takes: a block of 512 threads for each 64 KiB.
+pub fn plan(params: &dllm_roof_params) -> Plan {
+    Plan { kernel: "roof", grid: [params.bytes.div_ceil(TILE) as u32, 1, 1], block: 512, workspace_bytes: 0 }
+}
+
+/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads.
+///
+/// # Errors
+/// As [`validate`]; the driver's.
+///
+/// # Safety
+/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream.
+/// 2. The addresses are of device memory of the sizes that [`dllm_roof_params`] gives, until the work is done.
+pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_roof_params) -> Result<()> {
+    validate(params)?;
+    // SAFETY: as promised by the caller.
+    unsafe { super::launch(device, stream, "roof", plan(params), params) }
+}
+
+/// Reads all of `source`, and returns. `sink` has one element.
+///
+/// # Errors
+/// [`Error::Argument`] when a buffer belongs to another stream or `source` is no multiple of 16 bytes; the driver's.
+pub fn launch(stream: &Stream, source: &Buffer<u8>, sink: &mut Buffer<u32>) -> Result<()> {
+    let params = dllm_roof_params {
+        size: size_of::<dllm_roof_params>() as u64,
+        source: safe::buffer("source", source, 0, stream)?,
+        sink: safe::buffer("sink", sink, 1, stream)?,
+        bytes: source.len() as u64,
+    };
+    // SAFETY: addresses and sizes come from buffers of this stream.
+    unsafe { launch_raw(stream.device(), stream.raw(), &params) }
+}

@@ -1,0 +1,344 @@
+//! From logits to committed tokens: the kernel of `cuda/any/unmask.cu`.
+
+use super::{Element, Plan, Workspace, check, safe};
+use crate::abi::{self, dllm_unmask_params, dllm_unmask_row};
+use crate::error::{Error, Result};
+use crate::gpu::{Buffer, Device, Stream};
+use crate::oracle::unmask::Confidence;
+use std::ffi::c_void;
+
+/// Logits of a row that one block looks at; `kChunk` of the kernel.
+const CHUNK: u32 = 8192;
+
+/// Checks every field but what the addresses point to.
+pub fn validate(params: &dllm_unmask_params) -> Result<()> {
+    check::struct_size::<dllm_unmask_params>(params.size)?;
+    check::address("logits", params.logits, 16)?;
+    check::optional("uncond_logits", params.uncond_logits, 16)?;
+    check::address("rows", params.rows, 16)?;
+    for (name, address) in [
+        ("cu_rows", params.cu_rows),
+        ("tokens", params.tokens),
+        ("masks_left", params.masks_left),
+        ("committed", params.committed),
+        ("failed", params.failed),
+    ] {
+        check::address(name, address, 4)?;
+    }
+    for (name, address) in [
+        ("quota", params.quota),
+        ("commit_before", params.commit_before),
+        ("steps", params.steps),
+        ("cut", params.cut),
+        ("chosen", params.chosen),
+        ("confidence", params.confidence),
+    ] {
+        check::optional(name, address, 4)?;
+    }
+    check::within("max_rows", params.max_rows.into(), 1, 65_535)?;
+    check::size("num_sequences", params.num_sequences)?;
+    check::size("num_tokens", params.num_tokens)?;
+    check::size("num_logits_rows", params.num_logits_rows)?;
+    // Above, an index into a chunk could overflow.
+    check::within("vocab_size", params.vocab_size.into(), 1, 1 << 30)?;
+    check::within("mask_token", params.mask_token.into(), 0, i32::MAX.into())?;
+    let bytes = check::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16, abi::DLLM_F32])?;
+    check::stride("logits_stride", params.logits_stride, params.vocab_size.into(), bytes)?;
+    check::within("confidence_kind", params.confidence_kind.into(), 0, abi::DLLM_CONFIDENCE_RANDOM.into())?;
+    check::within("policy", params.policy.into(), 0, abi::DLLM_POLICY_FACTOR.into())?;
+    check::flag("tempered_confidence", params.tempered_confidence)?;
+    check::temperature("temperature", params.temperature)?;
+    check::temperature("alg_temp", params.alg_temp)?;
+    check::finite("cfg_scale", params.cfg_scale)?;
+    check::finite("threshold", params.threshold)?;
+    check::finite("factor", params.factor)?;
+    let fixed = params.policy as u32 == abi::DLLM_POLICY_FIXED;
+    if fixed && params.quota == 0 {
+        return Err(Error::argument("quota", "a device address, as the policy is fixed", 0));
+    }
+    if !fixed && params.alg_temp > 0.0 {
+        return Err(Error::argument("alg_temp", "0, as the policy is not fixed", params.alg_temp));
+    }
+    if params.cfg_scale != 0.0 && params.uncond_logits == 0 {
+        return Err(Error::argument("cfg_scale", "0, as there are no uncond_logits", params.cfg_scale));
+    }
+    check::workspace(params.workspace, params.workspace_bytes, &plan(params))
+}
+
+/// What a launch takes: a block of 256 threads for each 8,192 logits of each row.
+///
+/// Logits without guidance, cut, temperature and with probabilities as confidences take the plain form of the kernel.
+pub fn plan(params: &dllm_unmask_params) -> Plan {
+    let plain = params.uncond_logits == 0
+        && params.cut == 0
+        && params.temperature == 0.0
+        && params.confidence_kind as u32 == abi::DLLM_CONFIDENCE_PROBABILITY;
+    let kernel = match (params.dtype as u32, plain) {
+        (abi::DLLM_BF16, true) => "unmask_bf16",
+        (abi::DLLM_F16, true) => "unmask_f16",
+        (_, true) => "unmask_f32",
+        (abi::DLLM_BF16, false) => "unmask_general_bf16",
+        (abi::DLLM_F16, false) => "unmask_general_f16",
+        (_, false) => "unmask_general_f32",
+    };
+    let chunks = params.vocab_size.max(1).unsigned_abs().div_ceil(CHUNK);
+    let rows = params.max_rows.max(1) as u32;
+    let counters = (params.num_sequences.max(1) as u64 + rows as u64).next_multiple_of(4) * 4;
+    // A result and a key of 8 bytes, and a partial of 32 bytes for each chunk; rows rounded up to keep the alignment.
+    let workspace_bytes = counters + u64::from(rows.next_multiple_of(2)) * 16 + u64::from(rows) * u64::from(chunks) * 32;
+    Plan { kernel, grid: [chunks, rows, 1], block: 256, workspace_bytes }
+}
+
+/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads, with a
+/// workspace each.
+///
+/// # Errors
+/// As [`validate`]; the driver's. Rows without a finite logit are told in `failed`.
+///
+/// # Safety
+/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream.
+/// 2. The addresses are of device memory of the sizes that [`dllm_unmask_params`] gives, until the work is done.
+/// 3. What is written overlaps nothing else of the struct.
+/// 4. The workspace was zeroed before its first use, and is used by one launch at a time, with the same `max_rows`,
+///    `num_sequences` and `vocab_size`.
+pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_unmask_params) -> Result<()> {
+    validate(params)?;
+    // SAFETY: as promised by the caller.
+    unsafe { super::launch(device, stream, "unmask", plan(params), params) }
+}
+
+/// The rows of a batch that may be committed, on the device.
+pub struct RowTable {
+    rows: Buffer<dllm_unmask_row>,
+    cu_rows: Buffer<i32>,
+}
+
+/// A row of a [`RowTable`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Index of its token in the batch's tokens.
+    pub token: usize,
+    /// The row of logits that predicts it: with Dream, that of the position before.
+    pub logits_row: usize,
+    /// Its position in its sequence.
+    pub position: usize,
+}
+
+impl RowTable {
+    /// The rows of each sequence, positions ascending.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when positions do not ascend or a number does not fit 32 bits; the driver's.
+    pub fn new(stream: &Stream, sequences: &[Vec<Row>]) -> Result<RowTable> {
+        let mut rows = Vec::new();
+        let mut cu_rows = vec![0];
+        for (sequence, of_sequence) in sequences.iter().enumerate() {
+            if !of_sequence.is_sorted_by(|a, b| a.position < b.position) {
+                return Err(Error::argument("rows", "ascending positions", format!("others in sequence {sequence}")));
+            }
+            for row in of_sequence {
+                rows.push(dllm_unmask_row {
+                    token: safe::count("token", row.token)?,
+                    logits_row: safe::count("logits_row", row.logits_row)?,
+                    position: safe::count("position", row.position)?,
+                    sequence: safe::count("sequences", sequence)?,
+                });
+            }
+            cu_rows.push(safe::count("rows", rows.len())?);
+        }
+        Ok(RowTable { rows: stream.upload(&rows)?, cu_rows: stream.upload(&cu_rows)? })
+    }
+
+    /// Rows of all sequences.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Whether there is no row.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Sequences.
+    pub fn num_sequences(&self) -> usize {
+        self.cu_rows.len() - 1
+    }
+
+    pub(super) fn rows(&self) -> &Buffer<dllm_unmask_row> {
+        &self.rows
+    }
+}
+
+/// Which masked rows of a sequence to commit.
+#[derive(Clone, Copy, Debug)]
+pub enum Policy<'a> {
+    /// The best so many of each sequence: `[num_sequences]`.
+    Fixed(&'a Buffer<i32>),
+    /// The best, and all others with at least this confidence.
+    Threshold {
+        /// Least confidence.
+        threshold: f32,
+        /// Among how many of the best, `[num_sequences]`; among all, if not given.
+        among: Option<&'a Buffer<i32>>,
+    },
+    /// Fast-dLLM's factor.
+    Factor(f32),
+}
+
+/// How a row's token and confidence come about, and which rows are committed.
+#[derive(Clone, Copy, Debug)]
+pub struct Rule<'a> {
+    /// What ranks the rows.
+    pub confidence: Confidence,
+    /// Which are committed.
+    pub policy: Policy<'a>,
+    /// 0 takes the argmax; above, tokens are drawn from softmax(logits / temperature).
+    pub temperature: f32,
+    /// Whether confidences are taken after the temperature (Dream) or from the plain logits (LLaDA).
+    pub tempered_confidence: bool,
+    /// Guidance w; needs unconditional logits.
+    pub cfg_scale: f32,
+    /// Above 0, with [`Policy::Fixed`], rows are drawn from softmax(confidence / alg_temp).
+    pub alg_temp: f32,
+    /// Seed of every random number.
+    pub seed: u64,
+    /// The token of masked positions, which is never chosen.
+    pub mask_token: u32,
+}
+
+// SAFETY: four 32-bit integers, no padding; any bits are a value.
+unsafe impl bytemuck::Zeroable for dllm_unmask_row {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for dllm_unmask_row {}
+
+/// What a safe launch reads and writes.
+pub struct Unmask<'a, T> {
+    /// `[any, vocab_size]`
+    pub logits: &'a Buffer<T>,
+    /// The same, unconditional, for guidance.
+    pub uncond_logits: Option<&'a Buffer<T>>,
+    /// Width of a row.
+    pub vocab_size: usize,
+    /// Elements from row to row; a multiple of 16 bytes.
+    pub logits_stride: usize,
+    /// Which rows.
+    pub rows: &'a RowTable,
+    /// The batch's tokens, read and written.
+    pub tokens: &'a mut Buffer<i32>,
+    /// `[num_sequences]`: positions from here on are scored but not committed.
+    pub commit_before: Option<&'a Buffer<i32>>,
+    /// `[num_sequences]`: forwards that each sequence has had; keys the random numbers.
+    pub steps: Option<&'a Buffer<i32>>,
+    /// `[rows]`, from [`super::cut`].
+    pub cut: Option<&'a Buffer<f32>>,
+    /// What becomes of them.
+    pub outcome: &'a mut Outcome,
+    /// Of the size that [`plan`] asks for these rows and this vocabulary: see [`workspace`].
+    pub workspace: &'a mut Workspace,
+}
+
+/// What unmask tells, on the device.
+pub struct Outcome {
+    /// `[num_sequences]`: rows that could be committed and still are masked.
+    pub masks_left: Buffer<i32>,
+    /// `[num_sequences]`: rows committed.
+    pub committed: Buffer<i32>,
+    /// `[num_sequences]`: position of the first row without a finite logit, -1 when there is none; -2 when the row table
+    /// points outside the tokens or logits. A sequence that failed commits nothing.
+    pub failed: Buffer<i32>,
+    /// `[rows]`: each masked row's token, -1 elsewhere.
+    pub chosen: Buffer<i32>,
+    /// `[rows]`: each masked row's confidence, 0 elsewhere.
+    pub confidence: Buffer<f32>,
+}
+
+impl Outcome {
+    /// Room for what becomes of these rows.
+    pub fn new(stream: &Stream, rows: &RowTable) -> Result<Outcome> {
+        let (num_rows, num_sequences) = (rows.len(), rows.num_sequences());
+        Ok(Outcome {
+            masks_left: stream.alloc(num_sequences)?,
+            committed: stream.alloc(num_sequences)?,
+            failed: stream.alloc(num_sequences)?,
+            chosen: stream.alloc(num_rows)?,
+            confidence: stream.alloc(num_rows)?,
+        })
+    }
+}
+
+/// A workspace for launches over these rows and this vocabulary.
+pub fn workspace(stream: &Stream, rows: &RowTable, vocab_size: usize) -> Result<Workspace> {
+    let params = dllm_unmask_params {
+        max_rows: safe::count("rows", rows.len())?,
+        num_sequences: safe::count("sequences", rows.num_sequences())?,
+        vocab_size: safe::count("vocab_size", vocab_size)?,
+        ..Default::default()
+    };
+    Workspace::new(stream, &plan(&params))
+}
+
+/// Launches on our buffers, and returns. A table without sequences or rows launches nothing.
+///
+/// # Errors
+/// [`Error::Argument`] when a buffer is too short, belongs to another stream, or the rule is out of range; the driver's.
+pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, rule: &Rule) -> Result<()> {
+    let Unmask { logits, uncond_logits, vocab_size, logits_stride, rows, tokens, .. } = unmask;
+    let Unmask { commit_before, steps, cut, outcome, workspace, .. } = unmask;
+    let (num_rows, num_sequences) = (rows.len(), rows.num_sequences());
+    if num_sequences == 0 {
+        return Ok(());
+    }
+    let num_logits_rows = safe::num_rows("logits", logits, vocab_size, logits_stride)?;
+    let (policy, quota, threshold, factor) = match rule.policy {
+        Policy::Fixed(quota) => (abi::DLLM_POLICY_FIXED, Some(quota), 0.0, 0.0),
+        Policy::Threshold { threshold, among } => (abi::DLLM_POLICY_THRESHOLD, among, threshold, 0.0),
+        Policy::Factor(factor) => (abi::DLLM_POLICY_FACTOR, None, 0.0, factor),
+    };
+    let confidence_kind = match rule.confidence {
+        Confidence::Probability => abi::DLLM_CONFIDENCE_PROBABILITY,
+        Confidence::Margin => abi::DLLM_CONFIDENCE_MARGIN,
+        Confidence::Entropy => abi::DLLM_CONFIDENCE_ENTROPY,
+        Confidence::Random => abi::DLLM_CONFIDENCE_RANDOM,
+    };
+    let (workspace, workspace_bytes) = safe::workspace(workspace, stream)?;
+    let params = dllm_unmask_params {
+        size: size_of::<dllm_unmask_params>() as u64,
+        logits: safe::buffer("logits", logits, 0, stream)?,
+        uncond_logits: safe::optional("uncond_logits", uncond_logits, logits.len(), stream)?,
+        rows: safe::buffer("rows", &rows.rows, 0, stream)?,
+        cu_rows: safe::buffer("rows", &rows.cu_rows, 0, stream)?,
+        tokens: safe::buffer("tokens", tokens, 0, stream)?,
+        quota: safe::optional("quota", quota, num_sequences, stream)?,
+        commit_before: safe::optional("commit_before", commit_before, num_sequences, stream)?,
+        steps: safe::optional("steps", steps, num_sequences, stream)?,
+        cut: safe::optional("cut", cut, num_rows, stream)?,
+        masks_left: safe::buffer("masks_left", &outcome.masks_left, num_sequences, stream)?,
+        committed: safe::buffer("committed", &outcome.committed, num_sequences, stream)?,
+        failed: safe::buffer("failed", &outcome.failed, num_sequences, stream)?,
+        chosen: safe::buffer("chosen", &outcome.chosen, num_rows, stream)?,
+        confidence: safe::buffer("confidence", &outcome.confidence, num_rows, stream)?,
+        workspace,
+        workspace_bytes,
+        seed: rule.seed,
+        logits_stride: logits_stride as i64,
+        max_rows: safe::count("rows", num_rows.max(1))?,
+        num_sequences: safe::count("sequences", num_sequences)?,
+        num_tokens: safe::count("tokens", tokens.len())?,
+        num_logits_rows,
+        vocab_size: safe::count("vocab_size", vocab_size)?,
+        mask_token: safe::count("mask_token", rule.mask_token as usize)?,
+        dtype: T::DTYPE as i32,
+        confidence_kind: confidence_kind as i32,
+        policy: policy as i32,
+        tempered_confidence: rule.tempered_confidence.into(),
+        temperature: rule.temperature,
+        cfg_scale: rule.cfg_scale,
+        alg_temp: rule.alg_temp,
+        threshold,
+        factor,
+        reserved: 0,
+    };
+    // SAFETY: addresses and sizes come from buffers of this stream, which are distinct where they are written; the table
+    // was checked when it was made, and the kernel checks its indices.
+    unsafe { launch_raw(stream.device(), stream.raw(), &params) }
+}
