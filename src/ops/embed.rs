@@ -144,7 +144,10 @@ mod tests {
         wrong(|p| p.failed = 2, "failed");
         wrong(|p| p.row_bytes = 0, "row_bytes: expected 16 to");
         wrong(|p| p.row_bytes = 40, "row_bytes: expected a multiple of 16");
-        wrong(|p| p.table_stride_bytes = 32, "table_stride_bytes: expected a multiple of 16 bytes, at least 48, found 32");
+        wrong(
+            |p| p.table_stride_bytes = 32,
+            "table_stride_bytes: expected a multiple of 16 bytes, at least 48, found 32",
+        );
         wrong(|p| p.out_stride_bytes = 56, "out_stride_bytes");
         wrong(|p| p.max_rows = 0, "max_rows: expected 1 to");
         wrong(|p| p.num_tokens = 0, "num_tokens");

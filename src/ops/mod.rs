@@ -115,7 +115,9 @@ mod check {
     pub fn struct_size<P>(size: u64) -> Result<()> {
         match size == size_of::<P>() as u64 {
             true => Ok(()),
-            false => Err(Error::argument("size", format!("{}, the size of this version's struct", size_of::<P>()), size)),
+            false => {
+                Err(Error::argument("size", format!("{}, the size of this version's struct", size_of::<P>()), size))
+            }
         }
     }
 
@@ -224,7 +226,8 @@ mod check {
             match self.end() <= i128::from(u64::MAX) {
                 true => Ok(()),
                 false => {
-                    let found = format!("{} rows, {} bytes apart, from {:#x}", self.rows, self.stride_bytes, self.address);
+                    let found =
+                        format!("{} rows, {} bytes apart, from {:#x}", self.rows, self.stride_bytes, self.address);
                     Err(Error::argument(self.name, "rows within 64-bit addresses", found))
                 }
             }
@@ -277,7 +280,11 @@ mod safe {
     /// A buffer with room for `len` elements, on this stream; its address.
     pub fn buffer<T: Pod>(name: &'static str, buffer: &Buffer<T>, len: usize, stream: &Stream) -> Result<u64> {
         if buffer.stream() != stream {
-            return Err(Error::argument(name, "a buffer of the stream that the launch goes to", "one of another stream"));
+            return Err(Error::argument(
+                name,
+                "a buffer of the stream that the launch goes to",
+                "one of another stream",
+            ));
         }
         match buffer.len() >= len {
             true => Ok(buffer.address()),
@@ -303,12 +310,7 @@ mod safe {
     }
 
     /// The same for one that may be missing.
-    pub fn optional<T: Pod>(
-        name: &'static str,
-        given: Option<&Buffer<T>>,
-        len: usize,
-        stream: &Stream,
-    ) -> Result<u64> {
+    pub fn optional<T: Pod>(name: &'static str, given: Option<&Buffer<T>>, len: usize, stream: &Stream) -> Result<u64> {
         given.map_or(Ok(0), |given| buffer(name, given, len, stream))
     }
 }
@@ -319,7 +321,8 @@ mod tests {
 
     #[test]
     fn overlap_and_the_end_of_memory_are_seen() {
-        let place = |address, rows, stride_bytes, row_bytes| Place { name: "out", address, rows, stride_bytes, row_bytes };
+        let place =
+            |address, rows, stride_bytes, row_bytes| Place { name: "out", address, rows, stride_bytes, row_bytes };
         let apart = |a: Place, b: Place| (a.apart_from(b).is_ok(), b.apart_from(a).is_ok());
         let rows = place(1000, 3, 64, 48);
         assert_eq!(apart(rows, place(1000, 3, 64, 48)), (false, false));

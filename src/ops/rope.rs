@@ -23,8 +23,7 @@ pub fn validate(params: &dllm_rope_params) -> Result<()> {
     }
     check::size("num_heads", params.num_heads)?;
     check::size("num_kv_heads", params.num_kv_heads)?;
-    let [head_dim, num_heads, num_kv_heads] =
-        [params.head_dim, params.num_heads, params.num_kv_heads].map(i64::from);
+    let [head_dim, num_heads, num_kv_heads] = [params.head_dim, params.num_heads, params.num_kv_heads].map(i64::from);
     let (kv_width, qkv_width) = (num_kv_heads * head_dim, (num_heads + 2 * num_kv_heads) * head_dim);
     // The kernel counts a row's elements in 32 bits.
     check::within("num_heads + 2 num_kv_heads", qkv_width / head_dim, 1, i64::from(i32::MAX) / head_dim)?;
@@ -231,7 +230,10 @@ mod tests {
         wrong(|p| p.num_heads = 0, "num_heads: expected 1 to");
         wrong(|p| p.num_kv_heads = -2, "num_kv_heads: expected 1 to");
         wrong(|p| p.num_heads = i32::MAX, "num_heads + 2 num_kv_heads: expected 1 to 67108863, found 2147483651");
-        wrong(|p| p.qkv_stride = 248, "qkv_stride: expected a multiple of 8 elements (16 bytes), at least the width, 256");
+        wrong(
+            |p| p.qkv_stride = 248,
+            "qkv_stride: expected a multiple of 8 elements (16 bytes), at least the width, 256",
+        );
         wrong(|p| p.cache_stride = 56, "cache_stride");
         wrong(|p| p.reserved = 1, "reserved: expected 0, found 1");
         wrong(|p| p.qkv_stride = i64::MAX - 7, "qkv: expected rows within 64-bit addresses");

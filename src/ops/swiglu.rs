@@ -27,9 +27,8 @@ pub fn validate(params: &dllm_swiglu_params) -> Result<()> {
     check::size("max_rows", params.max_rows)?;
     check::reserved(params.reserved)?;
 
-    let place = |name, address, stride, width| {
-        check::Place::new(name, address, params.max_rows, stride, width, element_bytes)
-    };
+    let place =
+        |name, address, stride, width| check::Place::new(name, address, params.max_rows, stride, width, element_bytes);
     let gate_up = place("gate_up", params.gate_up, params.gate_up_stride, 2 * width);
     let out = place("out", params.out, params.out_stride, width);
     gate_up.in_memory()?;
@@ -123,8 +122,14 @@ mod tests {
             for (width, tiles) in [(8, 1), (tile, 1), (tile + 8, 2), (3 * tile, 3)] {
                 let stride = i64::from(2 * width);
                 let gate_up = 0x100_0000;
-                let params =
-                    dllm_swiglu_params { dtype, width, gate_up, gate_up_stride: stride, out_stride: stride, ..params() };
+                let params = dllm_swiglu_params {
+                    dtype,
+                    width,
+                    gate_up,
+                    gate_up_stride: stride,
+                    out_stride: stride,
+                    ..params()
+                };
                 assert!(validate(&params).is_ok());
                 assert_eq!(plan(&params), Plan { kernel, grid: [5, tiles, 1], block: 256, workspace_bytes: 0 });
             }
