@@ -163,7 +163,7 @@ fn compiler_version(nvcc: &Path) -> Result<String, String> {
     Ok(line.ok_or_else(|| format!("{}: --version names no release", nvcc.display()))?.trim().into())
 }
 
-/// The kernel's PTX, stamped. Paths are relative to `root`, so that the result is the same in every checkout.
+/// The kernel's PTX, stamped: the same in every checkout.
 fn compile(nvcc: &Path, root: &Path, kernel: &Kernel, out: &Path) -> Result<String, String> {
     let unstamped = out.join(format!("{}.nvcc", kernel.file));
     let mut command = Command::new(nvcc);
@@ -178,10 +178,18 @@ fn compile(nvcc: &Path, root: &Path, kernel: &Kernel, out: &Path) -> Result<Stri
     stamp(&read(&unstamped)?).ok_or_else(|| format!("{}: nvcc wrote no .version line", kernel.source))
 }
 
-/// Replaces nvcc's comment header and `.version` line by [`PTX_ISA`].
+/// Replaces nvcc's comment header and `.version` line by [`PTX_ISA`], and what depends on where the checkout lies: nvcc
+/// names anonymous namespaces after a hash of the file's absolute path.
 pub fn stamp(ptx: &str) -> Option<String> {
     let ptx = format!("\n{ptx}").replace('\r', "");
     let (_version, body) = ptx.split_once("\n.version ")?.1.split_once('\n')?;
+    let mut body = body.to_string();
+    for mark in ["_INTERNAL_", "_GLOBAL__N__"] {
+        let hash = body.split_once(mark).and_then(|(_, rest)| rest.split_once('_')).map(|(hash, _)| hash.to_string());
+        if let Some(hash) = hash.filter(|hash| hash.len() == 8 && hash.bytes().all(|byte| byte.is_ascii_hexdigit())) {
+            body = body.replace(&format!("_{hash}_"), "_00000000_");
+        }
+    }
     Some(format!(".version {PTX_ISA}\n{body}"))
 }
 

@@ -757,12 +757,12 @@ fn the_same_bits_in_every_order() {
         let want = run(&case);
         for seed in 1..6 {
             if softgpu::active() {
-                softgpu::set(softgpu::Setting::Seed, seed);
+                softgpu::set(softgpu::Opt::Seed, seed);
             }
             assert_eq!(run(&case).bits(), want.bits(), "seed {seed}");
         }
         if softgpu::active() {
-            softgpu::set(softgpu::Setting::Seed, 0);
+            softgpu::set(softgpu::Opt::Seed, 0);
         }
     }
 }

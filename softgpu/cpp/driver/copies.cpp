@@ -1,4 +1,5 @@
 // Allocation, copies and fills, as the driver's calls.
+#include <algorithm>
 #include <cstring>
 
 #include "memory.h"
@@ -42,8 +43,7 @@ template <class T> Result fill(DevicePtr destination, T value, size_t count, voi
     if (Result error = check_range(destination, count * sizeof(T), "memset")) return error;
     return submit(stream, NodeType::Set, [=] {
         if (Result error = check_range(destination, count * sizeof(T), "memset")) return error;
-        T* values = reinterpret_cast<T*>(destination);
-        for (size_t i = 0; i < count; i++) values[i] = value;
+        std::fill_n(reinterpret_cast<T*>(destination), count, value);
         return kSuccess;
     });
 }

@@ -142,6 +142,7 @@ static bool complete_warp_operations(RunnerState& state, Warp& warp) {
 
 void run_warp(RunnerState& state, Warp& warp) {
     state.warp = &warp;
+    state.block.existing_lanes = warp.exists;
     do {
         if (warp.ready != 0) {
             Fiber& first = take_next_lane(state, warp);

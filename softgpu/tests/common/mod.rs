@@ -85,9 +85,10 @@ macro_rules! launch {
     ($gpu:expr, $function:expr, $shape:expr $(, $argument:expr)*) => {{
         use cudarc::driver::PushKernelArg;
         let mut builder = $gpu.stream.launch_builder(&$function);
-        $(builder.arg($argument);)*
         // SAFETY: the software device checks arguments and memory.
-        unsafe { builder.launch($shape) }.map(|_| ())
+        #[allow(unused_unsafe)] // some callers are inside an unsafe block
+        let launched = unsafe { builder$(.arg($argument))*.launch($shape) };
+        launched.map(|_| ())
     }};
 }
 

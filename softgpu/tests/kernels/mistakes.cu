@@ -53,9 +53,8 @@ SOFTGPU_KERNEL(unwritten_shared)
 
 __device__ __noinline__ int recurse(int depth, volatile int* sink) {
     volatile int frame[64];
-    frame[0] = depth;
-    *sink = depth;
-    return depth == 0 ? 0 : frame[0] + recurse(depth - 1, sink);
+    frame[0] = *sink = depth;
+    return depth == 0 ? 0 : frame[0] + recurse(depth - 1, frame);
 }
 
 extern "C" __global__ void deep_recursion(int depth, int* out) { out[0] = recurse(depth, out); }

@@ -66,7 +66,7 @@ extern "C" __global__ void wrong_mask(int kind, int* out) {
     const int lane = threadIdx.x;
     int value = lane;
     if (kind == 0) value = __shfl_sync(0x0000ffffu, lane, 0);                          // does not name the caller
-    if (kind == 1) value = __shfl_xor_sync(lane < 16 ? kAll : 0xffff0000u, lane, 1);   // differs among its lanes
+    if (kind == 1) value = __shfl_xor_sync(lane < 16 ? kAll : 0xffff8000u, lane, 1);   // differs among its lanes
     if (kind == 2) value = lane < 16 ? __shfl_xor_sync(0x0000ffffu, lane, 16) : lane;  // reads outside of it
     if (kind == 3) value = lane < 16 ? __shfl_xor_sync(kAll, lane, 1) : int(__ballot_sync(kAll, 1));
     out[lane] = value;

@@ -52,6 +52,7 @@ struct Block {
     uint3 block_index;
     dim3 block_dim, grid_dim;
     unsigned char* dynamic_shared;
+    unsigned existing_lanes;  // of the warp that runs
 };
 
 // Small enough for the static thread-local reserve of a library that is opened late; the __shared__ arrays are not, and
@@ -63,6 +64,9 @@ void wait_for_block();
 void wait_for_warp(WarpOp operation, unsigned mask, Combine combine = nullptr);
 // Ends the launch with an error and this report.
 [[noreturn]] void kernel_error(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// The lanes that the warp of the calling thread has.
+inline unsigned existing_lanes() { return block->existing_lanes; }
 
 // The value that another lane published in the operation that just completed.
 template <class T> inline T published_by(int lane) {

@@ -15,6 +15,7 @@ template <class T> inline void exchange(WarpOp operation, unsigned mask, T value
 // The result of reading from a lane outside the mask is undefined on a GPU; here it is an error.
 template <class T> inline T read_lane(unsigned mask, int source) {
     if (!(mask >> source & 1)) kernel_error("shuffle reads lane %d, which is not in the mask %#x", source, mask);
+    if (!(existing_lanes() >> source & 1)) kernel_error("shuffle reads lane %d, which the block does not have", source);
     return published_by<T>(source);
 }
 
@@ -25,21 +26,24 @@ template <class T> inline T shuffle(unsigned mask, T value, int source) {
 
 inline int segment_start(int width) { return lane_id() & ~(width - 1); }
 
+// Lanes of the mask that the block has: its last warp may be short.
+inline unsigned present(unsigned mask) { return mask & existing_lanes(); }
+
 inline unsigned ballot(unsigned mask, bool predicate) {
     exchange(WarpOp::Vote, mask, predicate);
     unsigned votes = 0;
     for (int lane = 0; lane < kWarpSize; lane++) {
-        if ((mask >> lane & 1) && published_by<bool>(lane)) votes |= 1u << lane;
+        if ((present(mask) >> lane & 1) && published_by<bool>(lane)) votes |= 1u << lane;
     }
     return votes;
 }
 
 template <class T, class Function> inline T reduce(unsigned mask, T value, Function function) {
     exchange(WarpOp::Reduce, mask, value);
-    const int first = __builtin_ctz(mask);
+    const int first = __builtin_ctz(mask);  // it exists: the calling lane is in the mask, and missing ones come last
     T result = published_by<T>(first);
     for (int lane = first + 1; lane < kWarpSize; lane++) {
-        if (mask >> lane & 1) result = function(result, published_by<T>(lane));
+        if (present(mask) >> lane & 1) result = function(result, published_by<T>(lane));
     }
     return result;
 }
