@@ -15,6 +15,7 @@ pub mod rope;
 pub mod rows;
 pub mod swiglu;
 pub mod unmask;
+pub mod vverify;
 
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Launch, Stream};
