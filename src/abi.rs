@@ -278,7 +278,7 @@ pub struct dllm_vverify_params {
     pub fresh: u64,
     /// \[num_cached_rows, width\], of the previous step.
     pub cached: u64,
-    /// \[max_rows\] int32: the cached row of each fresh row; or 0 when they are the same.
+    /// \[max_rows\] int32: the cached row of each fresh row, distinct with update_cached; or 0 when they are the same.
     pub cached_row: u64,
     /// \[num_sequences + 1\] int32, ascending from 0.
     pub cu_rows: u64,
@@ -290,7 +290,7 @@ pub struct dllm_vverify_params {
     pub similarity: u64,
     /// In and out: \[1\] int32, set to DLLM_INDEX_FAILED when a cached_row is out of range, which counts as turned most; or 0.
     pub failed: u64,
-    /// workspace_bytes, zeroed before the first use; every launch leaves it ready for the next.
+    /// workspace_bytes, zeroed before the first use; every launch leaves it ready for the next, whatever its shape.
     pub workspace: u64,
     /// At least what the plan asks.
     pub workspace_bytes: u64,

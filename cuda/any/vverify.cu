@@ -4,7 +4,7 @@
 // block   256 threads
 // phases  1. each block: cosine of its fresh and its cached row            -> similarity, in the workspace
 //         2. the last row of a sequence selects the floor(n * ratio) lowest and writes their indices in order
-// shared  8 KiB of keys for phase 2, and the reductions' few hundred bytes
+// shared  8 KiB of keys for phase 2, and the reductions' 1 KiB
 // bytes   2 * width * sizeof(element) a row, 3 with update_cached
 // bound   by memory bandwidth
 //
@@ -18,43 +18,33 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kSharedKeys = 1024;
-constexpr float kEps = 1e-8f;  // guards the division for zero vectors
+constexpr float kEpsSquare = 1e-16f;  // a vector's square is at least this: guards the division for zero vectors
 static_assert(kThreads == kBuckets, "phase 2 selects with the whole block");
 
-struct Workspace {
-  uint32_t* sequence_counter;  // [num_sequences]; the rest is written before it is read
-  float* similarity;           // [max_rows]
-  uint64_t* keys;              // [max_rows], for sequences of more rows than shared memory has room for
-
-  __device__ explicit Workspace(const dllm_vverify_params& p) {
-    sequence_counter = at<uint32_t>(p.workspace);
-    similarity = at<float>(p.workspace) + p.num_sequences;
-    keys = at<uint64_t>(p.workspace) + (int64_t(p.num_sequences) + p.max_rows + 1) / 2;
-  }
+// The workspace is an array of these, as many as there are rows or sequences. Counters are zero when a launch ends, and lie
+// in the same places whatever its shape, so that launches of all shapes may use the same workspace in turn.
+struct Slot {
+  uint32_t counter;  // of sequence i: its rows that have been compared
+  float similarity;  // of row i; written before it is read
 };
 
-__device__ __forceinline__ int num_selected(const dllm_vverify_params& p, int rows) {
-  return rows > 0 ? max(0, min(int(double(rows) * p.ratio), rows)) : 0;
-}
+__device__ __forceinline__ int num_selected(const dllm_vverify_params& p, int rows) { return int(double(rows) * p.ratio); }
 
-// Where the selected rows of a sequence begin.
-__device__ __forceinline__ int first_selected(const dllm_vverify_params& p, const int32_t* cu_rows, int sequence) {
-  int first = 0;
-  for (int s = 0; s < sequence; s++) first += num_selected(p, cu_rows[s + 1] - cu_rows[s]);
-  return first;
-}
+// A sequence: its rows first .. first + rows, and where its selected ones begin in `indices`. Its end is brought to between
+// its beginning and max_rows: so, whatever stands in cu_rows, no row has two sequences and all selected rows have room.
+struct Sequence {
+  int index = -1, first = 0, rows = 0, first_selected = 0;
 
-// The sequence that owns a row, -1 if none does; the same in all threads.
-__device__ __forceinline__ int sequence_of(const dllm_vverify_params& p, const int32_t* cu_rows, int row) {
-  __shared__ int sequence;
-  if (threadIdx.x == 0) sequence = -1;
-  __syncthreads();
-  for (int s = threadIdx.x; s < p.num_sequences; s += kThreads) {
-    if (cu_rows[s] <= row && row < cu_rows[s + 1]) sequence = s;
+  __device__ __forceinline__ explicit Sequence(const dllm_vverify_params& p) { next(p); }
+
+  __device__ __forceinline__ void next(const dllm_vverify_params& p) {
+    first_selected += num_selected(p, rows);
+    first += rows;
+    index++;
+    const int end = index < p.num_sequences ? at<const int32_t>(p.cu_rows)[index + 1] : 0;
+    rows = max(first, min(end, p.max_rows)) - first;  // first is at most max_rows
   }
-  __syncthreads();
-  return sequence;
-}
+};
 
 template <class T>
 __device__ __forceinline__ float cosine(const T* fresh, T* cached, int width, bool update_cached) {
@@ -71,18 +61,33 @@ __device__ __forceinline__ float cosine(const T* fresh, T* cached, int width, bo
     }
   }
   dot = block_reduce<kThreads>(dot, 0.f, Sum());
-  fresh_square = block_reduce<kThreads>(fresh_square, 0.f, Sum());
-  cached_square = block_reduce<kThreads>(cached_square, 0.f, Sum());
-  const float cosine = dot / (fmaxf(sqrtf(fresh_square), kEps) * fmaxf(sqrtf(cached_square), kEps));
+  fresh_square = fmaxf(block_reduce<kThreads>(fresh_square, 0.f, Sum()), kEpsSquare);
+  cached_square = fmaxf(block_reduce<kThreads>(cached_square, 0.f, Sum()), kEpsSquare);
+  // Not over the product of two roots: that is not always 1 for equal rows, and then rounding would select among them.
+  const float cosine = dot / fresh_square * sqrtf(fresh_square / cached_square);
   return cosine == cosine ? cosine : -INFINITY;
 }
 
-// Phase 2, the whole block: of the rows first .. first + rows, those with the `count` lowest similarities, in order.
-__device__ void select(const dllm_vverify_params& p, const Workspace& workspace, int first, int rows, int count, int32_t* indices) {
+// The rows of a sequence, those that turned most largest; in shared memory as far as there is room.
+struct Keys {
+  const Slot* slots;
+  uint64_t* shared;
+  int rows;
+
+  // 0 - x, for -x would tell 0 from -0.
+  __device__ __forceinline__ uint64_t ranked_row(int i) const {
+    return ranked(0.f - load_shared_by_blocks(&slots[i].similarity), i);
+  }
+  __device__ __forceinline__ uint64_t operator[](int i) const { return rows <= kSharedKeys ? shared[i] : ranked_row(i); }
+};
+
+// Phase 2, the whole block: of a sequence's rows those with the `count` lowest similarities, in order.
+__device__ void select(const Slot* slots, const Sequence& sequence, int count, int32_t* indices) {
   __shared__ uint64_t shared_keys[kSharedKeys];
   __shared__ int warp_total[kThreads / kWarp];
-  uint64_t* keys = rows <= kSharedKeys ? shared_keys : workspace.keys + first;
-  for (int i = threadIdx.x; i < rows; i += kThreads) keys[i] = ranked(-load_shared_by_blocks(workspace.similarity + first + i), i);
+  const int rows = sequence.rows;
+  const Keys keys{slots + sequence.first, shared_keys, rows};
+  for (int i = threadIdx.x; i < min(rows, kSharedKeys); i += kThreads) shared_keys[i] = keys.ranked_row(i);
   __syncthreads();
   const uint64_t bound = kth_largest(keys, rows, count);
 
@@ -100,26 +105,24 @@ __device__ void select(const dllm_vverify_params& p, const Workspace& workspace,
       if (w < warp) before += warp_total[w];
       written += warp_total[w];
     }
-    if (selected) indices[before] = first + i;
+    if (selected) indices[before] = sequence.first + i;
   }
 }
 
 template <class T>
 __device__ __forceinline__ void vverify(const dllm_vverify_params& p) {
-  const int32_t* cu_rows = at<const int32_t>(p.cu_rows);
   const int row = blockIdx.x;
-  if (row == 0) {
-    for (int s = threadIdx.x; s <= p.num_sequences; s += kThreads) {
-      at<int32_t>(p.cu_selected)[s] = first_selected(p, cu_rows, s);
-    }
+  if (row == 0 && threadIdx.x == 0) {
+    int32_t* cu_selected = at<int32_t>(p.cu_selected);
+    Sequence s(p);
+    for (; s.index < p.num_sequences; s.next(p)) cu_selected[s.index] = s.first_selected;
+    cu_selected[p.num_sequences] = s.first_selected;
   }
-  if (row >= cu_rows[p.num_sequences]) return;
-  const int sequence = sequence_of(p, cu_rows, row);
-  if (sequence < 0) return;
-  const int first = max(0, cu_rows[sequence]);
-  const int rows = min(cu_rows[sequence + 1], p.max_rows) - first;
+  Sequence sequence(p);
+  while (sequence.index < p.num_sequences && row >= sequence.first + sequence.rows) sequence.next(p);
+  if (sequence.index == p.num_sequences) return;
 
-  const Workspace workspace(p);
+  Slot* slots = at<Slot>(p.workspace);
   const int cached_row = p.cached_row ? at<const int32_t>(p.cached_row)[row] : row;
   float similarity = -INFINITY;
   if (cached_row >= 0 && cached_row < p.num_cached_rows) {
@@ -129,13 +132,12 @@ __device__ __forceinline__ void vverify(const dllm_vverify_params& p) {
     *at<int32_t>(p.failed) = DLLM_INDEX_FAILED;
   }
   if (threadIdx.x == 0) {
-    workspace.similarity[row] = similarity;
+    slots[row].similarity = similarity;
     if (p.similarity) at<float>(p.similarity)[row] = similarity;
   }
-  if (!is_last(workspace.sequence_counter + sequence, rows)) return;
-  const int count = num_selected(p, rows);
-  int32_t* indices = at<int32_t>(p.indices) + first_selected(p, cu_rows, sequence);
-  if (count > 0) select(p, workspace, first, rows, count, indices);
+  if (!is_last(&slots[sequence.index].counter, sequence.rows)) return;
+  const int count = num_selected(p, sequence.rows);
+  if (count > 0) select(slots, sequence, count, at<int32_t>(p.indices) + sequence.first_selected);
 }
 
 }  // namespace

@@ -38,9 +38,10 @@ __device__ __forceinline__ Bucket<T> find_bucket(T content, T k) {
 }
 
 // A bound that exactly k of the n keys reach, 1 <= k <= n, all keys different from each other (but for zeros, of which
-// there may be any number beyond the k). All threads of the block, which has
-// 256, must call it together; the same result in every one.
-__device__ __forceinline__ uint64_t kth_largest(const uint64_t* keys, int n, int k) {
+// there may be any number beyond the k). All threads of the block, which has 256, must call it together; the same result
+// in every one. `keys[i]` is a uint64_t: an array, or something that makes them when they are asked for.
+template <class Keys>
+__device__ __forceinline__ uint64_t kth_largest(const Keys& keys, int n, int k) {
   __shared__ int histogram[kBuckets];
   uint64_t prefix = 0;
   for (int shift = 56; shift >= 0; shift -= 8) {

@@ -144,13 +144,13 @@ typedef struct dllm_vverify_params {
   uint64_t size;       /**< sizeof(dllm_vverify_params) */
   uint64_t fresh;      /**< [max_rows, width], rows of sequence s at cu_rows[s]..cu_rows[s+1]. */
   uint64_t cached;     /**< [num_cached_rows, width], of the previous step. */
-  uint64_t cached_row; /**< [max_rows] int32: the cached row of each fresh row; or 0 when they are the same. */
+  uint64_t cached_row; /**< [max_rows] int32: the cached row of each fresh row, distinct with update_cached; or 0 when they are the same. */
   uint64_t cu_rows;    /**< [num_sequences + 1] int32, ascending from 0. */
   uint64_t indices;    /**< Out: [max_rows] int32: selected rows, sequence after sequence, ascending, nothing between. */
   uint64_t cu_selected; /**< Out: [num_sequences + 1] int32: where each sequence's part of `indices` begins, and the count. */
   uint64_t similarity;  /**< Out: [max_rows] f32, the cosines; or 0. */
   uint64_t failed;      /**< In and out: [1] int32, set to DLLM_INDEX_FAILED when a cached_row is out of range, which counts as turned most; or 0. */
-  uint64_t workspace;   /**< workspace_bytes, zeroed before the first use; every launch leaves it ready for the next. */
+  uint64_t workspace;   /**< workspace_bytes, zeroed before the first use; every launch leaves it ready for the next, whatever its shape. */
   uint64_t workspace_bytes; /**< At least what the plan asks. */
   int64_t fresh_stride;     /**< Elements from row to row. */
   int64_t cached_stride;    /**< Elements from row to row. */

@@ -15,6 +15,7 @@ pub mod rope;
 pub mod rows;
 pub mod swiglu;
 pub mod unmask;
+pub mod vverify;
 
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Launch, Stream};
@@ -297,10 +298,7 @@ mod safe {
         if width == 0 || stride < width {
             return Err(Error::argument("stride", format!("at least the width, {width}, which is at least 1"), stride));
         }
-        match buffer.len() >= width {
-            true => count(name, (buffer.len() - width) / stride + 1),
-            false => Err(Error::argument(name, format!("at least one row of {width}"), buffer.len())),
-        }
+        buffer.len().checked_sub(width).map_or(Ok(0), |rest| count(name, rest / stride + 1))
     }
 
     /// A workspace of this stream; its address and bytes.

@@ -70,6 +70,18 @@ pub fn in_every_order<R: PartialEq + Debug>(mut work: impl FnMut() -> R) -> R {
     result
 }
 
+/// As [`in_every_order`], for work that checks its results itself.
+pub fn in_several_orders(mut work: impl FnMut()) {
+    in_every_order(&mut work);
+}
+
+/// That the software device has seen nothing wrong in this thread's calls.
+pub fn assert_nothing_reported() {
+    if softgpu::active() {
+        assert_eq!(softgpu::report(), "");
+    }
+}
+
 /// An element type, made from f32 (rounded to nearest, ties to even) and widened to it.
 pub trait Float: Element + Zeroable + PartialEq + Debug {
     const NAME: &str;
@@ -136,6 +148,10 @@ impl Random {
     pub fn normal(&mut self) -> f32 {
         let unit = |random: &mut Random| (random.bits() >> 40) as f32 / (1u64 << 24) as f32;
         ((0..12).map(|_| unit(self)).sum::<f32>() - 6.0).clamp(-4.0, 4.0)
+    }
+    /// From -1 to 1, evenly.
+    pub fn number(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
     }
     /// `len` normal numbers.
     pub fn floats<T: Float>(&mut self, len: usize) -> Vec<T> {

@@ -1,0 +1,599 @@
+//! The kernel of vverify against its oracle.
+//!
+//! Cosines must lie within 1e-6 of the oracle's, which are f64. What is selected must be what the oracle selects from the
+//! kernel's own cosines, and what it selects from its own, except rows whose cosine lies within 1e-6 of the boundary:
+//! [`Case::check`] counts the sequences with such rows, and tests whose cosines are well apart demand that there are none.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use common::{Random, assert_nothing_reported, device, in_several_orders};
+use dllm_kernels::abi::{dllm_rows_params, dllm_vverify_params};
+use dllm_kernels::gpu::{Buffer, Stream};
+use dllm_kernels::ops::{Element, Workspace, rows, vverify};
+use dllm_kernels::oracle::vverify::{cosine, lowest};
+use half::{bf16, f16};
+use std::fmt::Debug;
+
+const NEAR: f64 = 1e-6;
+/// What outputs hold before a launch.
+const UNTOUCHED: i32 = -7;
+
+trait Half: Element + Into<f32> + Debug {
+    fn of(x: f32) -> Self;
+}
+impl Half for bf16 {
+    fn of(x: f32) -> bf16 {
+        bf16::from_f32(x)
+    }
+}
+impl Half for f16 {
+    fn of(x: f32) -> f16 {
+        f16::from_f32(x)
+    }
+}
+
+#[derive(Clone)]
+struct Case<T> {
+    width: usize,
+    ratio: f64,
+    cu_rows: Vec<i32>,
+    fresh: Vec<T>,
+    cached: Vec<T>,
+    cached_row: Option<Vec<i32>>,
+    update_cached: bool,
+    /// NaNs between the rows of either matrix.
+    pad: [usize; 2],
+    /// Whether to ask for the cosines and for `failed`.
+    optional_outputs: bool,
+}
+
+#[derive(Debug)]
+struct Outcome {
+    indices: Vec<i32>,
+    cu_selected: Vec<i32>,
+    similarity: Vec<f32>,
+    failed: i32,
+    /// Bits.
+    cached: Vec<u16>,
+}
+
+impl<T: Half> Case<T> {
+    /// Sequences of these lengths; every row is its cached row, turned by more or less.
+    fn new(lengths: &[usize], width: usize, ratio: f64) -> Case<T> {
+        let mut random = Random(width as u64);
+        let mut cu_rows = vec![0];
+        lengths.iter().for_each(|length| cu_rows.push(cu_rows.last().unwrap() + *length as i32));
+        let rows = lengths.iter().sum::<usize>().max(1);
+        let cached: Vec<f32> = (0..rows * width).map(|_| random.number()).collect();
+        let turned = |row: &[f32]| {
+            let by = 0.05 + random.number().abs() * 1.5;
+            row.iter().map(|x| T::of(x + by * random.number())).collect::<Vec<_>>()
+        };
+        Case {
+            width,
+            ratio,
+            cu_rows,
+            fresh: cached.chunks(width).flat_map(turned).collect(),
+            cached: cached.iter().map(|x| T::of(*x)).collect(),
+            cached_row: None,
+            update_cached: false,
+            pad: [0; 2],
+            optional_outputs: true,
+        }
+    }
+
+    fn rows(&self) -> usize {
+        self.fresh.len() / self.width
+    }
+
+    fn set_fresh(&mut self, row: usize, x: impl Fn(usize) -> f32) {
+        (0..self.width).for_each(|i| self.fresh[row * self.width + i] = T::of(x(i)));
+    }
+
+    fn set_cached(&mut self, row: usize, x: impl Fn(usize) -> f32) {
+        (0..self.width).for_each(|i| self.cached[row * self.width + i] = T::of(x(i)));
+    }
+
+    /// Runs it in a workspace of just the size that it needs.
+    fn run(&self) -> Outcome {
+        let stream = device().stream().unwrap();
+        let mut workspace = stream.zeros(8 * self.rows().max(self.cu_rows.len() - 1)).unwrap();
+        self.run_in(&stream, &mut workspace)
+    }
+
+    fn run_in(&self, stream: &Stream, workspace: &mut Buffer<u8>) -> Outcome {
+        let padded = |rows: &[T], pad| {
+            let row = |row: &[T]| [row, &vec![T::of(f32::NAN); pad]].concat();
+            rows.chunks(self.width).flat_map(row).collect::<Vec<_>>()
+        };
+        let fresh = stream.upload(&padded(&self.fresh, self.pad[0])).unwrap();
+        let before = padded(&self.cached, self.pad[1]);
+        let cached = stream.upload(&before).unwrap();
+        let cached_row = self.cached_row.as_ref().map(|map| stream.upload(map).unwrap());
+        let cu_rows = stream.upload(&self.cu_rows).unwrap();
+        let indices = stream.upload(&vec![UNTOUCHED; self.rows()]).unwrap();
+        let cu_selected = stream.upload(&vec![UNTOUCHED; self.cu_rows.len()]).unwrap();
+        let similarity = stream.upload(&vec![UNTOUCHED as f32; self.rows()]).unwrap();
+        let failed = stream.upload(&[-1]).unwrap();
+        let params = dllm_vverify_params {
+            size: size_of::<dllm_vverify_params>() as u64,
+            fresh: fresh.address(),
+            cached: cached.address(),
+            cached_row: cached_row.as_ref().map_or(0, Buffer::address),
+            cu_rows: cu_rows.address(),
+            indices: indices.address(),
+            cu_selected: cu_selected.address(),
+            similarity: if self.optional_outputs { similarity.address() } else { 0 },
+            failed: if self.optional_outputs { failed.address() } else { 0 },
+            workspace: workspace.address(),
+            workspace_bytes: workspace.len() as u64,
+            fresh_stride: (self.width + self.pad[0]) as i64,
+            cached_stride: (self.width + self.pad[1]) as i64,
+            ratio: self.ratio,
+            max_rows: self.rows() as i32,
+            num_sequences: self.cu_rows.len() as i32 - 1,
+            num_cached_rows: (self.cached.len() / self.width) as i32,
+            width: self.width as i32,
+            dtype: T::DTYPE as i32,
+            update_cached: self.update_cached.into(),
+        };
+        // SAFETY: the buffers live until they are read below; no two rows of a case have the same cached row.
+        unsafe { vverify::launch_raw(stream.device(), stream.raw(), &params) }.unwrap();
+
+        let after = cached.read().unwrap();
+        let (before, after): (&[u16], &[u16]) = (bytemuck::cast_slice(&before), bytemuck::cast_slice(&after));
+        let rows = || before.chunks(self.width + self.pad[1]).zip(after.chunks(self.width + self.pad[1]));
+        assert!(rows().all(|(before, after)| before[self.width..] == after[self.width..]), "written between rows");
+        let counters: Vec<u8> = workspace.read().unwrap().chunks(8).flat_map(|slot| slot[..4].to_vec()).collect();
+        assert!(counters.iter().all(|byte| *byte == 0), "a counter was left");
+        assert_nothing_reported();
+        Outcome {
+            indices: indices.read().unwrap(),
+            cu_selected: cu_selected.read().unwrap(),
+            similarity: similarity.read().unwrap(),
+            failed: failed.read().unwrap()[0],
+            cached: rows().flat_map(|(_, after)| &after[..self.width]).copied().collect(),
+        }
+    }
+
+    /// Compares with the oracle; in how many sequences the selections differ, by rows near the boundary.
+    #[track_caller]
+    fn check(&self, got: &Outcome) -> usize {
+        let floats = |rows: &[T], row: usize| -> Vec<f32> {
+            rows[row * self.width..(row + 1) * self.width].iter().map(|x| (*x).into()).collect()
+        };
+        let mut cached: Vec<u16> = bytemuck::cast_slice(&self.cached).to_vec();
+        let mut similarity = vec![f64::from(UNTOUCHED); self.rows()];
+        let mut failed = -1;
+        for row in 0..*self.cu_rows.last().unwrap() as usize {
+            let cached_row = self.cached_row.as_ref().map_or(row, |map| map[row] as usize);
+            if cached_row * self.width >= self.cached.len() {
+                (similarity[row], failed) = (f64::NAN, -2);
+                continue;
+            }
+            similarity[row] = cosine(&floats(&self.fresh, row), &floats(&self.cached, cached_row));
+            if self.update_cached {
+                let fresh = bytemuck::cast_slice(&self.fresh[row * self.width..(row + 1) * self.width]);
+                cached[cached_row * self.width..(cached_row + 1) * self.width].copy_from_slice(fresh);
+            }
+        }
+        assert!(got.cached == cached, "the cached rows differ");
+        if self.optional_outputs {
+            assert_eq!(got.failed, failed);
+            for (row, (got, want)) in got.similarity.iter().zip(&similarity).enumerate() {
+                match want.is_nan() {
+                    true => assert_eq!(*got, f32::NEG_INFINITY, "row {row}"),
+                    false => assert!((f64::from(*got) - want).abs() <= NEAR, "row {row}: {got}, expected {want}"),
+                }
+            }
+        }
+
+        let (mut near, mut selected) = (0, 0);
+        for (s, rows) in self.cu_rows.windows(2).enumerate() {
+            let (first, rows) = (rows[0] as usize, rows[0] as usize..rows[1] as usize);
+            let want = lowest(&similarity[rows.clone()], self.ratio);
+            assert_eq!(got.cu_selected[s] as usize, selected, "where sequence {s} begins");
+            let taken: Vec<usize> =
+                got.indices[selected..selected + want.len()].iter().map(|i| *i as usize - first).collect();
+            selected += want.len();
+            if self.optional_outputs {
+                let own: Vec<f64> = got.similarity[rows.clone()].iter().map(|x| f64::from(*x)).collect();
+                assert_eq!(taken, lowest(&own, self.ratio), "sequence {s}, by the kernel's cosines");
+            }
+            if taken != want {
+                let cosines = &similarity[rows];
+                let boundary = want.iter().map(|i| cosines[*i]).fold(f64::NEG_INFINITY, f64::max);
+                let apart = |i: &usize| (cosines[*i] - boundary).abs() > NEAR;
+                let differ = |a: &[usize], b: &[usize]| a.iter().any(|i| !b.contains(i) && apart(i));
+                assert!(!differ(&taken, &want) && !differ(&want, &taken), "sequence {s}: {taken:?}, expected {want:?}");
+                near += 1;
+            }
+        }
+        assert_eq!(*got.cu_selected.last().unwrap() as usize, selected);
+        assert!(got.indices[selected..].iter().all(|i| *i == UNTOUCHED), "written behind the selected rows");
+        near
+    }
+
+    /// Runs and compares where cosines are well apart.
+    #[track_caller]
+    fn agrees(&self) {
+        assert_eq!(self.check(&self.run()), 0, "sequences with rows near the boundary");
+    }
+}
+
+fn widths_and_lengths<T: Half>() {
+    for width in [8, 16, 248, 1000, 2040, 2048, 2056, 4096] {
+        for rows in [1, 2, 7, 33, 70] {
+            Case::<T>::new(&[rows], width, 0.25).agrees();
+        }
+    }
+    // Above 256 rows the selection goes in tiles, above 1,024 its keys have no room in shared memory.
+    for rows in [255, 257, 1023, 1024, 1025, 2000] {
+        Case::<T>::new(&[rows], 64, 0.25).agrees();
+    }
+}
+
+#[test]
+fn agrees_with_the_oracle_bf16() {
+    widths_and_lengths::<bf16>();
+}
+
+#[test]
+fn agrees_with_the_oracle_f16() {
+    widths_and_lengths::<f16>();
+}
+
+#[test]
+fn ratios() {
+    for ratio in [0.0, 1e-9, 0.01, 0.25, 0.5, 1.0 - 1e-12, 1.0] {
+        for rows in [1, 40, 1100] {
+            Case::<bf16>::new(&[rows], 32, ratio).agrees();
+        }
+    }
+}
+
+#[test]
+fn sequences_of_any_length_and_none() {
+    for lengths in
+        [&[5, 9, 1][..], &[0, 12], &[12, 0], &[7, 0, 0, 9], &[0], &[0, 0, 0, 0, 0], &[1; 40], &[300, 4, 1030, 90]]
+    {
+        Case::<f16>::new(lengths, 40, 0.3).agrees();
+    }
+}
+
+#[test]
+fn room_for_more_rows_than_there_are() {
+    let mut case = Case::<bf16>::new(&[20, 30], 64, 0.25);
+    case.cu_rows = vec![0, 11, 17];
+    case.update_cached = true;
+    case.agrees();
+}
+
+#[test]
+fn ties_go_to_the_lower_row() {
+    // Three kinds of rows, far apart: all rows of a kind have the same bits.
+    for rows in [50, 1500] {
+        for ratio in [0.1, 0.4, 0.75] {
+            let mut case = Case::<bf16>::new(&[rows], 136, ratio);
+            for row in 0..rows {
+                case.set_cached(row, |i| 0.1 * (i as f32 + 1.0));
+                case.set_fresh(row, |i| if i % 4 < row * 7 % 3 { -1.0 } else { 0.3 * i as f32 });
+            }
+            case.agrees();
+        }
+    }
+}
+
+#[test]
+fn equal_rows_have_cosine_one_and_zero_vectors_zero() {
+    fn equal<T: Half>() {
+        for width in [8, 1000, 4096] {
+            let mut case = Case::<T>::new(&[60, 1], width, 0.5);
+            case.cached = case.fresh.clone();
+            let got = case.run();
+            assert!(got.similarity.iter().all(|x| *x == 1.0), "{:?}", got.similarity);
+            assert_eq!(got.indices[..30], (0..30).collect::<Vec<_>>());
+            assert_eq!(case.check(&got), 0);
+        }
+    }
+    equal::<bf16>();
+    equal::<f16>();
+
+    let mut case = Case::<bf16>::new(&[9], 64, 0.5);
+    (0..3).for_each(|row| case.set_fresh(row, |_| 0.0));
+    (2..5).for_each(|row| case.set_cached(row, |_| if row == 4 { -0.0 } else { 0.0 }));
+    // Among zeros a sign counts for nothing: -0 arises where all products are negative and too small for f32.
+    case.set_fresh(5, |i| if i == 0 { 1e-30 } else { 0.0 });
+    case.set_cached(5, |i| if i == 0 { -1e-30 } else { 0.0 });
+    let got = case.run();
+    assert!(got.similarity[..6].iter().all(|x| *x == 0.0), "{:?}", got.similarity);
+    assert_eq!(got.indices[..4], [0, 1, 2, 3]);
+}
+
+#[test]
+fn what_is_not_a_number_counts_as_turned_most() {
+    for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut case = Case::<f16>::new(&[30], 520, 0.2);
+        case.fresh[7 * 520 + 519] = f16::of(value);
+        case.cached[20 * 520] = f16::of(value);
+        case.cached[21 * 520 + 8] = f16::of(value);
+        case.fresh[21 * 520 + 8] = f16::of(value);
+        case.set_fresh(3, |_| 0.0);
+        case.cached[3 * 520 + 100] = f16::of(value);
+        case.update_cached = true;
+        let got = case.run();
+        assert_eq!(case.check(&got), 0);
+        assert!([3, 7, 20, 21].iter().all(|row| got.indices.contains(row)), "{:?}", got.indices);
+    }
+}
+
+#[test]
+fn cached_rows_by_a_map() {
+    let mut case = Case::<bf16>::new(&[13, 24], 72, 0.3);
+    case.cached.extend(vec![bf16::ONE; 72 * 10]);
+    let map: Vec<i32> = (0..37).map(|row| row * 11 % 47).collect();
+    let cached = case.cached.clone();
+    for (row, to) in map.iter().enumerate() {
+        let to = *to as usize * 72;
+        case.cached[to..to + 72].copy_from_slice(&cached[row * 72..(row + 1) * 72]);
+    }
+    case.cached_row = Some(map);
+    case.agrees();
+    case.update_cached = true;
+    case.agrees();
+
+    // Out of range: told, taken for the lowest, nothing read or written there.
+    let map = case.cached_row.as_mut().unwrap();
+    (map[2], map[9], map[30]) = (47, i32::MIN, i32::MAX);
+    let got = case.run();
+    assert_eq!((case.check(&got), got.failed), (0, -2));
+    assert!([2, 9, 30].iter().all(|row| got.indices.contains(row)));
+    // Without a map, fresh rows beyond the cached ones.
+    let mut case = Case::<bf16>::new(&[6], 16, 0.5);
+    case.cached.truncate(4 * 16);
+    let got = case.run();
+    assert_eq!((case.check(&got), got.failed), (0, -2));
+    assert!(got.indices.contains(&4) && got.indices.contains(&5));
+}
+
+#[test]
+fn strides_and_optional_outputs() {
+    for (pad, update_cached, optional_outputs) in
+        [([8, 24], true, true), ([24, 0], false, true), ([0, 8], true, false), ([0, 0], false, false)]
+    {
+        let case = Case::<f16>::new(&[19, 0, 30], 264, 0.25);
+        let case = Case { pad, update_cached, optional_outputs, ..case };
+        case.agrees();
+        // Neither strides nor the update change what is found.
+        let plain = Case { pad: [0; 2], update_cached: false, ..case.clone() };
+        assert_eq!(plain.run().indices, case.run().indices);
+    }
+}
+
+#[test]
+fn same_bits_in_any_order_alone_and_in_a_batch() {
+    let batch = Case::<bf16>::new(&[40, 0, 1100, 3], 520, 0.25);
+    let mut first: Option<Outcome> = None;
+    in_several_orders(|| {
+        let got = batch.run();
+        if let Some(first) = &first {
+            assert_eq!((&got.indices, &got.cu_selected), (&first.indices, &first.cu_selected));
+            assert!(got.similarity.iter().zip(&first.similarity).all(|(a, b)| a.to_bits() == b.to_bits()));
+        }
+        first.get_or_insert(got);
+    });
+    let together = first.unwrap();
+    for (s, rows) in batch.cu_rows.windows(2).enumerate().filter(|(_, rows)| rows[0] < rows[1]) {
+        let range = |rows: std::ops::Range<i32>| rows.start as usize * 520..rows.end as usize * 520;
+        let mut alone = batch.clone();
+        alone.fresh = batch.fresh[range(rows[0]..rows[1])].to_vec();
+        alone.cached = batch.cached[range(rows[0]..rows[1])].to_vec();
+        alone.cu_rows = vec![0, rows[1] - rows[0]];
+        let got = alone.run();
+        assert_eq!(got.similarity, together.similarity[rows[0] as usize..rows[1] as usize]);
+        let part = together.cu_selected[s] as usize..together.cu_selected[s + 1] as usize;
+        let want: Vec<i32> = together.indices[part].iter().map(|row| row - rows[0]).collect();
+        assert_eq!(got.indices[..want.len()], want);
+    }
+}
+
+#[test]
+fn golden_cases() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let json = std::fs::read_to_string(folder.join("sampler_vverify.json")).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let bytes = std::fs::read(folder.join("sampler_vverify.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    for golden in json["cases"].as_array().unwrap() {
+        let tensor = |name| tensors.tensor(&format!("{}.{name}", golden["name"].as_str().unwrap())).unwrap();
+        // Recorded in f32; f16 moves a cosine by up to 1e-4.
+        let half = |name| -> Vec<f16> {
+            let bytes = tensor(name).data().chunks_exact(4).map(|x| f32::from_le_bytes(x.try_into().unwrap()));
+            bytes.map(f16::from_f32).collect()
+        };
+        let want = tensor("indices").data().chunks_exact(8).map(|x| i64::from_le_bytes(x.try_into().unwrap()) as i32);
+        let [batch, rows, width] = tensor("v_new").shape().try_into().unwrap();
+        let case = Case {
+            fresh: half("v_new"),
+            cached: half("v_cached"),
+            ..Case::new(&vec![rows; batch], width, golden["transfer_ratio"].as_f64().unwrap())
+        };
+        let got = case.run();
+        assert_eq!(case.check(&got), 0, "{golden}");
+        let selected = golden["num_replace"].as_u64().unwrap() as usize;
+        let mut want: Vec<i32> = want.enumerate().map(|(i, row)| (i / selected * rows) as i32 + row).collect();
+        want.sort_unstable();
+        assert_eq!(got.indices[..batch * selected], want, "{golden}");
+    }
+}
+
+/// Whatever stands in cu_rows, the kernel stays in its memory and leaves the workspace ready; ends count in order.
+#[test]
+fn lies_in_cu_rows_do_no_harm() {
+    let stream = device().stream().unwrap();
+    let honest = Case::<bf16>::new(&[10, 10, 10], 24, 0.5);
+    let mut workspace = stream.zeros(8 * 30).unwrap();
+    for (lie, counts_as) in [
+        ([0, 10, 20, 1000], [0, 10, 20, 30]),
+        ([0, i32::MAX, i32::MIN, i32::MAX], [0, 30, 30, 30]),
+        ([0, 20, 5, 25], [0, 20, 20, 25]),
+        ([9, 4, -3, 8], [0, 4, 4, 8]),
+        ([-5, -4, -3, -2], [0, 0, 0, 0]),
+        ([1, 1, 1, 1], [0, 1, 1, 1]),
+    ] {
+        let told = Case { cu_rows: lie.to_vec(), ..honest.clone() };
+        let meant = Case { cu_rows: counts_as.to_vec(), ..honest.clone() };
+        assert_eq!(meant.check(&told.run_in(&stream, &mut workspace)), 0, "{lie:?}");
+        assert_eq!(honest.check(&honest.run_in(&stream, &mut workspace)), 0, "after {lie:?}");
+    }
+}
+
+#[test]
+fn one_workspace_for_launches_of_any_shape() {
+    let stream = device().stream().unwrap();
+    let mut workspace = stream.zeros(8 * 1300).unwrap();
+    for lengths in [&[60][..], &[1300], &[5; 50], &[0; 70], &[1; 200], &[2, 1040]] {
+        let case = Case::<bf16>::new(lengths, 16, 0.25);
+        assert_eq!(case.check(&case.run_in(&stream, &mut workspace)), 0, "{lengths:?}");
+    }
+}
+
+/// The buffers of a safe launch of `case`.
+struct Buffers<T> {
+    fresh: Buffer<T>,
+    cached: Buffer<T>,
+    cu_rows: Buffer<i32>,
+    indices: Buffer<i32>,
+    cu_selected: Buffer<i32>,
+    similarity: Buffer<f32>,
+    failed: Buffer<i32>,
+    workspace: Workspace,
+}
+
+impl<T: Half> Buffers<T> {
+    fn new(stream: &Stream, case: &Case<T>) -> Buffers<T> {
+        Buffers {
+            fresh: stream.upload(&case.fresh).unwrap(),
+            cached: stream.upload(&case.cached).unwrap(),
+            cu_rows: stream.upload(&case.cu_rows).unwrap(),
+            indices: stream.upload(&vec![UNTOUCHED; case.rows()]).unwrap(),
+            cu_selected: stream.alloc(case.cu_rows.len()).unwrap(),
+            similarity: stream.upload(&vec![UNTOUCHED as f32; case.rows()]).unwrap(),
+            failed: stream.upload(&[-1]).unwrap(),
+            workspace: vverify::workspace(stream, case.rows(), case.cu_rows.len() - 1).unwrap(),
+        }
+    }
+
+    fn launch(&mut self, stream: &Stream, case: &Case<T>) -> dllm_kernels::Result<()> {
+        let rows = vverify::VVerify {
+            width: case.width,
+            ratio: case.ratio,
+            fresh: &self.fresh,
+            cached: &mut self.cached,
+            cached_row: None,
+            update_cached: case.update_cached,
+            cu_rows: &self.cu_rows,
+            indices: &mut self.indices,
+            cu_selected: &mut self.cu_selected,
+            similarity: Some(&mut self.similarity),
+            failed: Some(&mut self.failed),
+            workspace: &mut self.workspace,
+        };
+        vverify::launch(stream, rows)
+    }
+
+    fn outcome(&self) -> Outcome {
+        Outcome {
+            indices: self.indices.read().unwrap(),
+            cu_selected: self.cu_selected.read().unwrap(),
+            similarity: self.similarity.read().unwrap(),
+            failed: self.failed.read().unwrap()[0],
+            cached: bytemuck::cast_slice(&self.cached.read().unwrap()).to_vec(),
+        }
+    }
+}
+
+/// The same graph, while rows, cached rows and the lengths of the sequences change on the device.
+#[test]
+fn a_captured_launch_follows_the_device() {
+    let stream = device().stream().unwrap();
+    let mut case = Case::<bf16>::new(&[25, 0, 40], 80, 0.25);
+    case.update_cached = true;
+    let mut buffers = Buffers::new(&stream, &case);
+    buffers.launch(&stream, &case).unwrap();
+    assert_eq!(case.check(&buffers.outcome()), 0);
+
+    let graph = stream.capture(|| buffers.launch(&stream, &case)).unwrap();
+    for (seed, cu_rows) in [[0, 25, 25, 65], [0, 1, 60, 65], [0, 0, 0, 0], [0, 30, 30, 41]].into_iter().enumerate() {
+        let mut random = Random(seed as u64);
+        case.cached = bytemuck::cast_slice(&buffers.outcome().cached).to_vec();
+        case.fresh.iter_mut().for_each(|x| *x = bf16::of(random.number()));
+        case.cu_rows = cu_rows.to_vec();
+        buffers.fresh.write(&case.fresh).unwrap();
+        buffers.cu_rows.write(&case.cu_rows).unwrap();
+        buffers.indices.write(&[UNTOUCHED; 65]).unwrap();
+        buffers.similarity.write(&[UNTOUCHED as f32; 65]).unwrap();
+        // SAFETY: the buffers are there, and no other stream uses them.
+        unsafe { graph.launch() }.unwrap();
+        assert_eq!(case.check(&buffers.outcome()), 0, "{cu_rows:?}");
+    }
+    assert_nothing_reported();
+}
+
+/// What vverify writes is what gather reads, the count included; the host learns nothing in between.
+#[test]
+fn gather_takes_the_selected_rows() {
+    let stream = device().stream().unwrap();
+    let case = Case::<bf16>::new(&[30, 0, 23], 48, 0.3);
+    let mut buffers = Buffers::new(&stream, &case);
+    buffers.launch(&stream, &case).unwrap();
+    let row_bytes = 2 * case.width;
+    let target = stream.zeros::<bf16>(case.fresh.len()).unwrap();
+    let params = dllm_rows_params {
+        size: size_of::<dllm_rows_params>() as u64,
+        source: buffers.fresh.address(),
+        target: target.address(),
+        index: buffers.indices.address(),
+        count: buffers.cu_selected.address() + 4 * 3,
+        failed: buffers.failed.address(),
+        source_stride_bytes: row_bytes as i64,
+        target_stride_bytes: row_bytes as i64,
+        row_bytes: row_bytes as i64,
+        max_rows: case.rows() as i32,
+        num_indexed_rows: case.rows() as i32,
+    };
+    // SAFETY: the buffers are of these sizes, and live until they are read below.
+    unsafe { rows::launch_raw(stream.device(), stream.raw(), &params, rows::Copy::Gather) }.unwrap();
+
+    let got = buffers.outcome();
+    assert_eq!((case.check(&got), got.failed, *got.cu_selected.last().unwrap()), (0, -1, 9 + 6));
+    let selected = got.indices[..15].iter().flat_map(|row| case.fresh.chunks(48).nth(*row as usize).unwrap());
+    let zeros = std::iter::repeat_n(&bf16::ZERO, (case.rows() - 15) * 48);
+    assert!(target.read().unwrap().iter().eq(selected.chain(zeros)));
+    assert_nothing_reported();
+}
+
+#[test]
+fn wrong_buffers_are_named() {
+    let stream = device().stream().unwrap();
+    let case = Case::<f16>::new(&[5, 4], 16, 0.5);
+    let wrong = |change: fn(&mut Buffers<f16>, &Stream), says: &str| {
+        let mut buffers = Buffers::new(&stream, &case);
+        change(&mut buffers, &stream);
+        let error = buffers.launch(&stream, &case).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    };
+    wrong(|b, stream| b.fresh = stream.alloc(15).unwrap(), "fresh: expected 16 elements, found 15");
+    wrong(|b, stream| b.cached = stream.alloc(15).unwrap(), "cached: expected 16 elements");
+    wrong(|b, stream| b.cu_rows = stream.alloc(1).unwrap(), "cu_rows: expected 2 elements");
+    wrong(|b, stream| b.indices = stream.alloc(8).unwrap(), "indices: expected 9 elements");
+    wrong(|b, stream| b.cu_selected = stream.alloc(2).unwrap(), "cu_selected: expected 3 elements");
+    wrong(|b, stream| b.similarity = stream.alloc(8).unwrap(), "similarity: expected 9 elements");
+    wrong(|b, stream| b.failed = stream.alloc(0).unwrap(), "failed: expected 1 elements");
+    wrong(|b, _| b.indices = device().stream().unwrap().alloc(9).unwrap(), "indices: expected a buffer of the stream");
+    wrong(|b, stream| b.workspace = vverify::workspace(stream, 8, 2).unwrap(), "workspace_bytes: expected at least 72");
+    let mut buffers = Buffers::new(&stream, &case);
+    let error = buffers.launch(&stream, &Case { ratio: 1.01, ..case.clone() }).unwrap_err().to_string();
+    assert!(error.contains("ratio: expected 0 to 1, found 1.01"), "{error}");
+}
