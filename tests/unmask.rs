@@ -6,15 +6,13 @@
 
 mod common;
 
-use bytemuck::Zeroable;
-use common::device;
+use common::{Float, Random, device, in_every_order};
 use dllm_kernels::Confidence;
 use dllm_kernels::gpu::{Buffer, Stream};
-use dllm_kernels::ops::Element;
 use dllm_kernels::ops::cut::{self, Cut};
 use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, Rule};
 use dllm_kernels::oracle::philox::{Purpose, gumbel};
-use dllm_kernels::oracle::unmask::{Group, Selection, Unmask, cut_logit, score_row, select};
+use dllm_kernels::oracle::unmask::{Selection, Unmask, cut_logit, score_row, select};
 use half::{bf16, f16};
 
 /// Relative error of a probability or margin: sums of up to 152,064 terms in f32, a tree of at most 19 levels, and
@@ -23,55 +21,14 @@ const RELATIVE: f64 = 4e-6;
 /// Absolute error of an entropy: what the kernel leaves out of p ln(p + 1e-10) is at most 152,064 * 1e-10.
 const ENTROPY: f64 = 2e-5;
 
-trait Float: Element + Zeroable {
-    fn of(x: f32) -> Self;
-    fn f32(self) -> f32;
-}
-impl Float for bf16 {
-    fn of(x: f32) -> bf16 {
-        bf16::from_f32(x)
-    }
-    fn f32(self) -> f32 {
-        self.to_f32()
-    }
-}
-impl Float for f16 {
-    fn of(x: f32) -> f16 {
-        f16::from_f32(x)
-    }
-    fn f32(self) -> f32 {
-        self.to_f32()
-    }
-}
-impl Float for f32 {
-    fn of(x: f32) -> f32 {
-        x
-    }
-    fn f32(self) -> f32 {
-        self
-    }
+/// Mostly tame, with an outlier now and then: softmax of anything tamer is nearly uniform.
+fn logit(random: &mut Random) -> f32 {
+    let scale = if random.below(100) == 0 { 6.0 } else { 1.5 };
+    random.normal() * scale
 }
 
-/// xorshift64*
-struct Random(u64);
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
-    }
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() >> 33) as usize % n
-    }
-    fn unit(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u64 << 24) as f32
-    }
-    /// Roughly normal, with an outlier now and then: softmax of anything tamer is nearly uniform.
-    fn logit(&mut self) -> f32 {
-        let normal = (0..6).map(|_| self.unit()).sum::<f32>() - 3.0;
-        if self.below(100) == 0 { normal * 8.0 } else { normal * 2.0 }
-    }
+fn unit(random: &mut Random) -> f32 {
+    random.number() / 2.0 + 0.5
 }
 
 const MASK: i32 = 3;
@@ -117,15 +74,14 @@ fn stride_of<T>(vocab: usize) -> usize {
 /// Random logits; what lies between the rows is NaN, and must not be looked at.
 fn random_logits<T: Float>(random: &mut Random, rows: usize, vocab: usize) -> Vec<T> {
     let stride = stride_of::<T>(vocab);
-    let logit = |i: usize, random: &mut Random| if i % stride < vocab { random.logit() } else { f32::NAN };
+    let logit = |i: usize, random: &mut Random| if i % stride < vocab { logit(random) } else { f32::NAN };
     (0..rows * stride).map(|i| T::of(logit(i, random))).collect()
 }
 
 impl<T: Float> Case<T> {
     /// Sequences of these lengths, two of three positions masked.
     fn new(random: &mut Random, vocab: usize, lengths: &[usize]) -> Case<T> {
-        let masked: Vec<Vec<bool>> =
-            lengths.iter().map(|n| (0..*n).map(|_| random.below(3) > 0).collect()).collect();
+        let masked: Vec<Vec<bool>> = lengths.iter().map(|n| (0..*n).map(|_| random.below(3) > 0).collect()).collect();
         let rows = lengths.iter().sum();
         Case {
             vocab,
@@ -264,7 +220,9 @@ impl<T: Float> OnDevice<T> {
                 Policy::Threshold { threshold: *threshold as f32, among: Some(among) }
             }
             (Some(Selection::Factor(factor)), _) => Policy::Factor(*factor as f32),
-            (Some(Selection::Threshold(threshold)), _) => Policy::Threshold { threshold: *threshold as f32, among: None },
+            (Some(Selection::Threshold(threshold)), _) => {
+                Policy::Threshold { threshold: *threshold as f32, among: None }
+            }
             _ => Policy::Factor(1.0),
         };
         let args = op::Unmask {
@@ -368,7 +326,8 @@ fn check<T: Float>(case: &Case<T>, got: &Got, name: &str) {
                 let kind = case.unmask.confidence;
                 assert!(close(got.confidence[at], confidence, kind), "{name}: {} {confidence}", got.confidence[at]);
             } else {
-                let tie = case.unmask.temperature > 0.0 && draws_tie(&case.unmask, &logits, step, position, chosen, token as usize);
+                let tie = case.unmask.temperature > 0.0
+                    && draws_tie(&case.unmask, &logits, step, position, chosen, token as usize);
                 assert!(tie, "{name}: token {chosen}, expected {token}");
             }
             if position < before {
@@ -404,7 +363,11 @@ fn in_f32(selection: Selection) -> Selection {
     }
 }
 
-fn check_all_types(name: &str, make: impl Fn(&mut Random) -> (usize, Vec<usize>), change: impl Fn(&mut Any, &mut Random)) {
+fn check_all_types(
+    name: &str,
+    make: impl Fn(&mut Random) -> (usize, Vec<usize>),
+    change: impl Fn(&mut Any, &mut Random),
+) {
     fn one<T: Float>(
         name: &str,
         make: &impl Fn(&mut Random) -> (usize, Vec<usize>),
@@ -413,7 +376,13 @@ fn check_all_types(name: &str, make: impl Fn(&mut Random) -> (usize, Vec<usize>)
         let mut random = Random(0x9E37_79B9_7F4A_7C15 ^ name.len() as u64);
         let (vocab, lengths) = make(&mut random);
         let mut case = Case::<T>::new(&mut random, vocab, &lengths);
-        let mut any = Any { unmask: case.unmask.clone(), selection: case.selection.clone(), commit_before: None, guided: false, shift: false };
+        let mut any = Any {
+            unmask: case.unmask.clone(),
+            selection: case.selection.clone(),
+            commit_before: None,
+            guided: false,
+            shift: false,
+        };
         change(&mut any, &mut random);
         case.unmask = any.unmask;
         case.selection = any.selection;
@@ -608,7 +577,9 @@ fn equal_rows_are_taken_in_order() {
 /// Duplicates of the largest logit: in one vector, in one thread's vectors, between threads, between chunks.
 #[test]
 fn ties_go_to_the_lowest_token() {
-    for places in [vec![9, 8], vec![2048 + 5, 5], vec![9000, 40], vec![8191, 8192], vec![19_999, 0, 8192], vec![16_383, 16_384]] {
+    for places in
+        [vec![9, 8], vec![2048 + 5, 5], vec![9000, 40], vec![8191, 8192], vec![19_999, 0, 8192], vec![16_383, 16_384]]
+    {
         let mut case = Case::<bf16>::new(&mut Random(6), 20_000, &[4]);
         case.masked[0] = vec![true; 4];
         for row in case.logits.chunks_mut(20_000) {
@@ -721,7 +692,7 @@ fn cuts() {
     for case_number in 0..40 {
         let vocab = [8, 500, 9000, 30_000][case_number % 4];
         let case = Case::<bf16>::new(&mut random, vocab, &[4]);
-        let (top_p, top_k) = (random.unit() as f64, random.below(2 * vocab) + 1);
+        let (top_p, top_k) = (unit(&mut random) as f64, random.below(2 * vocab) + 1);
         let temperature = [0.3, 1.0, 2.0][random.below(3)];
         let case = Case { unmask: Unmask { top_p: Some(top_p), top_k: Some(top_k), temperature, ..plain() }, ..case };
         let mut on_device = OnDevice::new(&stream, &case);
@@ -754,16 +725,7 @@ fn the_same_bits_in_every_order() {
     for (i, confidence) in [Confidence::Probability, Confidence::Entropy].into_iter().enumerate() {
         let mut case = Case::<bf16>::new(&mut Random(15), 30_000, &[8, 3]);
         case.unmask = Unmask { confidence, temperature: i as f64, top_p: (i == 1).then_some(0.9), ..plain() };
-        let want = run(&case);
-        for seed in 1..6 {
-            if softgpu::active() {
-                softgpu::set(softgpu::Opt::Seed, seed);
-            }
-            assert_eq!(run(&case).bits(), want.bits(), "seed {seed}");
-        }
-        if softgpu::active() {
-            softgpu::set(softgpu::Opt::Seed, 0);
-        }
+        in_every_order(|| run(&case).bits());
     }
 }
 
@@ -852,10 +814,12 @@ fn selections_of_every_size() {
         case.unmask.mask_token = None;
         for (i, row) in case.logits.chunks_mut(4).enumerate() {
             // From sure to unsure, so that factors cut everywhere.
-            let sure = if i % 2 == 0 { 8.0 } else { 12.0 * random.unit() };
+            let sure = if i % 2 == 0 { 8.0 } else { 12.0 * unit(&mut random) };
             row.copy_from_slice(&[sure, 0.0, 0.0, 0.0]);
         }
-        for selection in [Selection::Factor(0.3 + 2.0 * random.unit() as f64), Selection::Factor(1e-3), Selection::Factor(1e3)] {
+        for selection in
+            [Selection::Factor(0.3 + 2.0 * unit(&mut random) as f64), Selection::Factor(1e-3), Selection::Factor(1e3)]
+        {
             case.selection = vec![selection; 2];
             check(&case, &run(&case), &format!("{rows} rows, {selection:?}"));
         }
@@ -884,13 +848,16 @@ fn wrong_calls_name_the_field() {
     assert!(error(&|_, c| c.unmask.temperature = 1e-9).contains("temperature: expected 0, or 1e-6 to 1e6"));
     assert!(error(&|_, c| c.unmask.cfg_scale = 1.0).contains("cfg_scale: expected 0, as there are no uncond_logits"));
     assert!(error(&|_, c| c.unmask.alg_temp = 1.0).contains("alg_temp: expected 0, as the policy is not fixed"));
-    assert!(error(&|_, c| c.selection = vec![Selection::Threshold(f64::NAN)]).contains("threshold: expected a finite number"));
-    assert!(error(&|d, c| {
-        c.vocab = 9000;
-        c.stride = 9000;
-        d.logits = stream.zeros(36_000).unwrap();
-    })
-    .contains("workspace_bytes: expected at least"));
-    let group = Group { sequence: 0, step: 0, positions: vec![], commit_before: 0, selection: Selection::Quota(0) };
-    drop(group);
+    assert!(
+        error(&|_, c| c.selection = vec![Selection::Threshold(f64::NAN)])
+            .contains("threshold: expected a finite number")
+    );
+    assert!(
+        error(&|d, c| {
+            c.vocab = 9000;
+            c.stride = 9000;
+            d.logits = stream.zeros(36_000).unwrap();
+        })
+        .contains("workspace_bytes: expected at least")
+    );
 }

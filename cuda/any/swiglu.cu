@@ -1,6 +1,7 @@
 // swiglu: the gate of the feed-forward layer, with the rounding of the original models; src/ops/swiglu.rs.
 //
-// grid   (tiles, max_rows), a tile being 1,024 vectors of 16 bytes of the output row
+// grid   (max_rows, tiles), a tile being 1,024 vectors of 16 bytes of the output row. Rows come first: only the first
+//        dimension holds more than 65,535 blocks.
 // block  256 threads of four vectors each; all loads are under way before the first is used
 // bytes  3 * width * sizeof(element) a row
 // bound  by memory bandwidth
@@ -13,12 +14,12 @@ constexpr int kVectors = 4;
 
 template <class T>
 __device__ __forceinline__ void swiglu(const dllm_swiglu_params& p) {
-  const int64_t row = blockIdx.y;
+  const int64_t row = blockIdx.x;
   if (row >= num_rows(p.count, p.max_rows)) return;
   const T* gate = at<const T>(p.gate_up, row * p.gate_up_stride);
   const T* up = gate + p.width;
   T* out = at<T>(p.out, row * p.out_stride);
-  const auto element = [](int v) { return ((int(blockIdx.x) * kVectors + v) * kThreads + int(threadIdx.x)) * kVector<T>; };
+  const auto element = [](int v) { return ((int(blockIdx.y) * kVectors + v) * kThreads + int(threadIdx.x)) * kVector<T>; };
 
   uint4 gates[kVectors], ups[kVectors];
 #pragma unroll

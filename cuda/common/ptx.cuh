@@ -84,15 +84,18 @@ __device__ __forceinline__ void cp_async_wait_all() {
 
 // ---- ldmatrix: 8 x 8 matrices of 16-bit elements from shared memory
 //
-// Lane 8 * m + r passes the address of row r of matrix m, 16 bytes at a multiple of 16; addresses of lanes past the last
-// matrix are not used. Register m then holds, of matrix m, row lane / 4 and columns lane % 4 * 2 and the next; with
-// _trans, of its transpose. All 32 lanes take part.
+// Lane 8 * m + r passes the address of row r of matrix m, 16 bytes at a multiple of 16; addresses of lanes past the
+// last matrix are not used. Register m then holds, of matrix m, row lane / 4 and columns lane % 4 * 2 and the next;
+// with _trans, of its transpose. All 32 lanes take part.
 
 __device__ __forceinline__ void ldmatrix_x1(uint32_t (&r)[1], const void* row) {
 #ifdef SOFTGPU
     softgpu::ldmatrix(r, 1, false, row);
 #else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(shared_address(row)) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                 : "=r"(r[0])
+                 : "r"(shared_address(row))
+                 : "memory");
 #endif
 }
 

@@ -1,5 +1,5 @@
 //! Atomics, conversions and intrinsics.
-#![cfg(target_os = "linux")]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! cp.async: what lands when, and what is forgotten.
-#![cfg(target_os = "linux")]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
 
@@ -80,4 +80,20 @@ fn zero_fill() {
     let out = gpu.stream.alloc_zeros::<u32>(8).unwrap();
     assert!(launch!(gpu, function, shape(1, 32), &17i32, &x, &out).is_err());
     assert_reported("cp.async of 16 bytes with a source of 17 bytes");
+}
+
+#[test]
+fn source_that_changes_in_flight() {
+    let gpu = gpu();
+    let function = gpu.function(entry("change_source", &[8, 8]));
+    let seen = |seed: i64| {
+        softgpu::set(Opt::Seed, seed);
+        let x = gpu.stream.clone_htod(&[1f32; 32]).unwrap();
+        let out = gpu.stream.alloc_zeros::<f32>(32).unwrap();
+        launch!(gpu, function, shape(1, 32), &x, &out).unwrap();
+        gpu.stream.clone_dtoh(&out).unwrap()
+    };
+    assert_eq!(seen(0), [2f32; 32], "without a seed the source is read late");
+    let mixed = seen(1);
+    assert!(mixed.contains(&1.0) && mixed.contains(&2.0), "with a seed, late or at once");
 }

@@ -1,10 +1,10 @@
 //! cuBLASLt through cudarc, against plain products.
-#![cfg(target_os = "linux")]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
 
 use common::{Gpu, assert_reported, gpu, noise};
-use cudarc::cublaslt::{Activation, CudaBlasLT, Matmul, MatmulConfig, MatmulShared};
+use cudarc::cublaslt::{Activation, CudaBlasLT, Matmul, MatmulConfig};
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use half::{bf16, f16};
 use std::time::Instant;

@@ -1,5 +1,5 @@
 //! Other devices than the usual one. In a file, and so a process, of its own: they are settings of the process.
-#![cfg(target_os = "linux")]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! What a caller sees of a device that works: properties, copies, launches, graphs, events.
-#![cfg(target_os = "linux")]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
 

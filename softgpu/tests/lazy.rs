@@ -1,5 +1,5 @@
 //! Work that is put off until somebody waits for it. In a file, and so a process, of its own: the mode is for all streams.
-#![cfg(target_os = "linux")]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
 

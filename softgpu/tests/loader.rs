@@ -1,5 +1,5 @@
 //! What the driver reads in a PTX text, and what it refuses.
-#![cfg(target_os = "linux")]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
 

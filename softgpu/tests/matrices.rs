@@ -1,5 +1,5 @@
 //! ldmatrix and mma against plain products.
-#![cfg(target_os = "linux")]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! Each check of the device, by a caller or a kernel that does the wrong thing.
-#![cfg(target_os = "linux")]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
 
@@ -14,6 +14,7 @@ const TWO_POINTERS: &[u32] = &[8, 8];
 #[test]
 fn store_past_the_end() {
     let gpu = gpu();
+    softgpu::set(Opt::Seed, 0); // the report names the thread that comes first
     let (good, bad) = (gpu.function(entry("saxpy", SAXPY)), gpu.function(entry("saxpy_unbounded", SAXPY)));
     let n = 1000i32;
     let x = gpu.stream.clone_htod(&[1f32; 1000]).unwrap();
@@ -159,6 +160,15 @@ fn launch_limits() {
     assert_eq!(launch(deep), CUresult::CUDA_ERROR_INVALID_VALUE);
     assert_eq!(launch(shape_with_shared(1, 1, 48 * 1024)), CUresult::CUDA_SUCCESS);
     assert_eq!(launch(shape_with_shared(1, 1, 48 * 1024 + 1)), CUresult::CUDA_ERROR_INVALID_VALUE);
+    softgpu::report();
+
+    // Static and dynamic shared memory together are held to 48 KiB.
+    let mut with_static = entry("saxpy", SAXPY);
+    with_static.shared_bytes = 1024;
+    let with_static = gpu.function(with_static);
+    let launch = |bytes| code(launch!(gpu, with_static, shape_with_shared(1, 1, bytes), &1i32, &1f32, &y, &y));
+    assert_eq!(launch(47 * 1024), CUresult::CUDA_SUCCESS);
+    assert_eq!(launch(47 * 1024 + 1), CUresult::CUDA_ERROR_INVALID_VALUE);
     softgpu::report();
 
     let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;

@@ -1,5 +1,5 @@
 //! cudarc's own tracking of events, which the other tests switch off, and what it does to a capture.
-#![cfg(target_os = "linux")]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
 

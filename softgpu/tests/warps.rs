@@ -1,5 +1,5 @@
 //! Warp operations and barriers, right and wrong.
-#![cfg(target_os = "linux")]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
 

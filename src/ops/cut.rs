@@ -18,8 +18,8 @@ pub fn validate(params: &dllm_cut_params) -> Result<()> {
     check::address("tokens", params.tokens, 4)?;
     check::address("cut", params.cut, 4)?;
     check::size("max_rows", params.max_rows)?;
-    check::size("num_tokens", params.num_tokens)?;
-    check::size("num_logits_rows", params.num_logits_rows)?;
+    check::within("num_tokens", params.num_tokens.into(), 0, i32::MAX.into())?;
+    check::within("num_logits_rows", params.num_logits_rows.into(), 0, i32::MAX.into())?;
     // Above, an index into a row could overflow.
     check::within("vocab_size", params.vocab_size.into(), 1, 1 << 30)?;
     check::within("mask_token", params.mask_token.into(), 0, i32::MAX.into())?;

@@ -8,8 +8,12 @@
 //! All ops may be called from several threads. They know pointers and streams, no models.
 
 pub mod cut;
+pub mod embed;
+pub mod norm;
 pub mod roof;
+pub mod rope;
 pub mod rows;
+pub mod swiglu;
 pub mod unmask;
 pub mod vverify;
 
@@ -112,7 +116,9 @@ mod check {
     pub fn struct_size<P>(size: u64) -> Result<()> {
         match size == size_of::<P>() as u64 {
             true => Ok(()),
-            false => Err(Error::argument("size", format!("{}, the size of this version's struct", size_of::<P>()), size)),
+            false => {
+                Err(Error::argument("size", format!("{}, the size of this version's struct", size_of::<P>()), size))
+            }
         }
     }
 
@@ -183,6 +189,71 @@ mod check {
         within(name, value.into(), 0, 1)
     }
 
+    /// A field that this version does not use.
+    pub fn reserved(value: i32) -> Result<()> {
+        match value {
+            0 => Ok(()),
+            _ => Err(Error::argument("reserved", "0", value)),
+        }
+    }
+
+    /// Where the rows of a matrix lie; its fields have been checked one by one.
+    #[derive(Clone, Copy)]
+    pub struct Place {
+        pub name: &'static str,
+        pub address: u64,
+        pub rows: i32,
+        pub stride_bytes: i64,
+        pub row_bytes: i64,
+    }
+
+    impl Place {
+        /// Of rows of `width` elements, `stride` elements from one to the next.
+        pub fn new(name: &'static str, address: u64, rows: i32, stride: i64, width: i64, element_bytes: i64) -> Place {
+            // Past i64 there is no memory either; `in_memory` says so.
+            let stride_bytes = stride.saturating_mul(element_bytes);
+            Place { name, address, rows, stride_bytes, row_bytes: width * element_bytes }
+        }
+
+        /// One past the last byte of the last row.
+        fn end(self) -> i128 {
+            i128::from(self.address)
+                + i128::from(self.rows - 1) * i128::from(self.stride_bytes)
+                + i128::from(self.row_bytes)
+        }
+
+        /// That no row is so far away that its address wraps around.
+        pub fn in_memory(self) -> Result<()> {
+            match self.end() <= i128::from(u64::MAX) {
+                true => Ok(()),
+                false => {
+                    let found =
+                        format!("{} rows, {} bytes apart, from {:#x}", self.rows, self.stride_bytes, self.address);
+                    Err(Error::argument(self.name, "rows within 64-bit addresses", found))
+                }
+            }
+        }
+
+        /// That no row overlaps one of `other`. Columns of one matrix, with its stride, may stand side by side; with
+        /// different strides not even the gaps may hold the other's rows.
+        pub fn apart_from(self, other: Place) -> Result<()> {
+            let (begin, other_begin) = (i128::from(self.address), i128::from(other.address));
+            let disjoint = self.end() <= other_begin || other.end() <= begin;
+            let stride = i128::from(self.stride_bytes);
+            let column = (other_begin - begin).rem_euclid(stride);
+            let side_by_side = self.stride_bytes == other.stride_bytes
+                && column >= i128::from(self.row_bytes)
+                && column + i128::from(other.row_bytes) <= stride;
+            match disjoint || side_by_side {
+                true => Ok(()),
+                false => {
+                    let found = format!("{:#x}, {} at {:#x}", self.address, other.name, other.address);
+                    Err(Error::argument(self.name, format!("memory that does not overlap {}", other.name), found))
+                }
+            }
+        }
+    }
+
     /// Workspace of at least what the plan asks.
     pub fn workspace(address: u64, bytes: u64, plan: &Plan) -> Result<()> {
         self::address("workspace", address, 16)?;
@@ -202,10 +273,19 @@ mod safe {
         i32::try_from(value).map_err(|_| Error::argument(name, format!("at most {}", i32::MAX), value))
     }
 
+    /// Elements of `rows` rows of `width`; what no buffer can hold counts as the most that there can be.
+    pub fn elements(rows: usize, width: usize) -> usize {
+        rows.saturating_mul(width)
+    }
+
     /// A buffer with room for `len` elements, on this stream; its address.
     pub fn buffer<T: Pod>(name: &'static str, buffer: &Buffer<T>, len: usize, stream: &Stream) -> Result<u64> {
         if buffer.stream() != stream {
-            return Err(Error::argument(name, "a buffer of the stream that the launch goes to", "one of another stream"));
+            return Err(Error::argument(
+                name,
+                "a buffer of the stream that the launch goes to",
+                "one of another stream",
+            ));
         }
         match buffer.len() >= len {
             true => Ok(buffer.address()),
@@ -218,10 +298,7 @@ mod safe {
         if width == 0 || stride < width {
             return Err(Error::argument("stride", format!("at least the width, {width}, which is at least 1"), stride));
         }
-        match buffer.len() >= width {
-            true => count(name, (buffer.len() - width) / stride + 1),
-            false => Err(Error::argument(name, format!("at least one row of {width}"), buffer.len())),
-        }
+        buffer.len().checked_sub(width).map_or(Ok(0), |rest| count(name, rest / stride + 1))
     }
 
     /// A workspace of this stream; its address and bytes.
@@ -231,12 +308,30 @@ mod safe {
     }
 
     /// The same for one that may be missing.
-    pub fn optional<T: Pod>(
-        name: &'static str,
-        given: Option<&Buffer<T>>,
-        len: usize,
-        stream: &Stream,
-    ) -> Result<u64> {
+    pub fn optional<T: Pod>(name: &'static str, given: Option<&Buffer<T>>, len: usize, stream: &Stream) -> Result<u64> {
         given.map_or(Ok(0), |given| buffer(name, given, len, stream))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check::Place;
+
+    #[test]
+    fn overlap_and_the_end_of_memory_are_seen() {
+        let place =
+            |address, rows, stride_bytes, row_bytes| Place { name: "out", address, rows, stride_bytes, row_bytes };
+        let apart = |a: Place, b: Place| (a.apart_from(b).is_ok(), b.apart_from(a).is_ok());
+        let rows = place(1000, 3, 64, 48);
+        assert_eq!(apart(rows, place(1000, 3, 64, 48)), (false, false));
+        assert_eq!(apart(rows, place(1176, 3, 64, 48)), (true, true), "behind the last row, before its stride ends");
+        assert_eq!(apart(rows, place(1160, 1, 16, 16)), (false, false));
+        assert_eq!(apart(rows, place(1048, 3, 64, 16)), (true, true), "side by side");
+        assert_eq!(apart(rows, place(1032, 3, 64, 16)), (false, false));
+        assert_eq!(apart(rows, place(1048, 9, 32, 16)), (false, false), "other strides");
+        assert!(place(u64::MAX - 100, 2, 64, 16).in_memory().is_ok());
+        assert!(place(u64::MAX - 100, 3, 64, 16).in_memory().is_err());
+        let far = Place::new("out", 16, i32::MAX, i64::MAX, 8, 4).in_memory().unwrap_err().to_string();
+        assert!(far.contains("out: expected rows within 64-bit addresses"), "{far}");
     }
 }

@@ -29,7 +29,12 @@ pub fn validate(params: &dllm_rows_params) -> Result<()> {
     check::stride_bytes("source_stride_bytes", params.source_stride_bytes, params.row_bytes)?;
     check::stride_bytes("target_stride_bytes", params.target_stride_bytes, params.row_bytes)?;
     check::size("max_rows", params.max_rows)?;
-    check::size("num_indexed_rows", params.num_indexed_rows)
+    check::size("num_indexed_rows", params.num_indexed_rows)?;
+    // Which of the two matrices the indices point into, only the launch knows.
+    let (rows, row_bytes) = (params.max_rows.max(params.num_indexed_rows), params.row_bytes);
+    let place = |name, address, stride_bytes| check::Place { name, address, rows, stride_bytes, row_bytes };
+    place("source", params.source, params.source_stride_bytes).in_memory()?;
+    place("target", params.target, params.target_stride_bytes).in_memory()
 }
 
 /// What a launch takes: a block of 256 threads for each row.
@@ -83,7 +88,12 @@ pub fn launch<T: Pod>(stream: &Stream, rows: Rows<T>, copy: Copy) -> Result<()> 
         Copy::Gather => (&*target, source),
         Copy::Scatter => (source, &*target),
     };
-    safe::buffer(if copy == Copy::Gather { "target" } else { "source" }, packed, index.len() * width, stream)?;
+    safe::buffer(
+        if copy == Copy::Gather { "target" } else { "source" },
+        packed,
+        safe::elements(index.len(), width),
+        stream,
+    )?;
     let row_bytes = (width * size_of::<T>()) as i64;
     let params = dllm_rows_params {
         size: size_of::<dllm_rows_params>() as u64,
@@ -144,9 +154,14 @@ mod tests {
         wrong(|p| p.count = 7, "count");
         wrong(|p| p.row_bytes = 40, "row_bytes: expected a multiple of 16");
         wrong(|p| p.row_bytes = 0, "row_bytes: expected 16 to");
-        wrong(|p| p.source_stride_bytes = 32, "source_stride_bytes: expected a multiple of 16 bytes, at least 48, found 32");
+        wrong(
+            |p| p.source_stride_bytes = 32,
+            "source_stride_bytes: expected a multiple of 16 bytes, at least 48, found 32",
+        );
         wrong(|p| p.target_stride_bytes = 56, "target_stride_bytes");
         wrong(|p| p.max_rows = 0, "max_rows: expected 1 to");
         wrong(|p| p.num_indexed_rows = -1, "num_indexed_rows");
+        wrong(|p| p.source_stride_bytes = i64::MAX - 15, "source: expected rows within 64-bit addresses");
+        wrong(|p| p.target_stride_bytes = i64::MAX - 15, "target: expected rows within 64-bit addresses");
     }
 }

@@ -37,8 +37,8 @@ pub fn validate(params: &dllm_unmask_params) -> Result<()> {
     }
     check::within("max_rows", params.max_rows.into(), 1, 65_535)?;
     check::size("num_sequences", params.num_sequences)?;
-    check::size("num_tokens", params.num_tokens)?;
-    check::size("num_logits_rows", params.num_logits_rows)?;
+    check::within("num_tokens", params.num_tokens.into(), 0, i32::MAX.into())?;
+    check::within("num_logits_rows", params.num_logits_rows.into(), 0, i32::MAX.into())?;
     // Above, an index into a chunk could overflow.
     check::within("vocab_size", params.vocab_size.into(), 1, 1 << 30)?;
     check::within("mask_token", params.mask_token.into(), 0, i32::MAX.into())?;
@@ -85,7 +85,8 @@ pub fn plan(params: &dllm_unmask_params) -> Plan {
     let rows = params.max_rows.max(1) as u32;
     let counters = (params.num_sequences.max(1) as u64 + rows as u64).next_multiple_of(4) * 4;
     // A result and a key of 8 bytes, and a partial of 32 bytes for each chunk; rows rounded up to keep the alignment.
-    let workspace_bytes = counters + u64::from(rows.next_multiple_of(2)) * 16 + u64::from(rows) * u64::from(chunks) * 32;
+    let workspace_bytes =
+        counters + u64::from(rows.next_multiple_of(2)) * 16 + u64::from(rows) * u64::from(chunks) * 32;
     Plan { kernel, grid: [chunks, rows, 1], block: 256, workspace_bytes }
 }
 

@@ -1,12 +1,15 @@
 //! One file per op: what it computes, on the CPU, written for reading.
 //!
-//! The CPU backend runs these where speed does not matter, and is tested against them where it does; so will the CUDA
-//! kernels be.
+//! The CPU backend runs these where speed does not matter, and is tested against them where it does; so are the CUDA
+//! kernels. What rounds where is part of what the kernels compute, so some functions here take a rounding: they work in
+//! f64 and round where the kernel's results, in f32 or in the type of the tensors, are rounded.
 
 pub mod attention;
+pub mod embed;
 pub mod norm;
 pub mod philox;
 pub mod rope;
+pub mod rows;
 pub mod swiglu;
 pub mod unmask;
 pub mod vverify;

@@ -27,9 +27,41 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     }
 }
 
+/// `x += delta`, rounded.
+pub fn add_rounded(x: &mut [f64], delta: &[f64], round: impl Fn(f64) -> f64) {
+    for (x, d) in x.iter_mut().zip(delta) {
+        *x = round(*x + d);
+    }
+}
+
+/// `1 / sqrt(mean(x^2) + eps)` of one row.
+pub fn rms_scale(x: &[f64], eps: f64) -> f64 {
+    let mean = x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64;
+    1.0 / (mean + eps).sqrt()
+}
+
+/// One row normalised: `round(round(x * scale) * weight)`, the order of the originals, with the row's [`rms_scale`].
+pub fn rms_norm_rounded(x: &[f64], weight: &[f64], scale: f64, round: impl Fn(f64) -> f64) -> Vec<f64> {
+    x.iter().zip(weight).map(|(x, weight)| round(round(x * scale) * weight)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use half::bf16;
+
+    #[test]
+    fn rounds_before_the_weight_and_after() {
+        let round = |x: f64| f64::from(bf16::from_f64(x));
+        let mut x = [256.0, 3.0];
+        add_rounded(&mut x, &[1.0, 4.0], round);
+        assert_eq!(x, [256.0, 7.0], "257 lies between 256 and 258, and goes to the even one");
+        assert_eq!(rms_scale(&[3.0, 4.0, 0.0, 0.0], 0.0), 0.4);
+        // 1.001 becomes 1; times 1.5 that is 1.5, where 1.0049 * 1.5 would have become 1.5078.
+        assert_eq!(rms_norm_rounded(&[1.0025], &[1.5], 1.0, round), [1.5]);
+        assert_eq!(round(1.0038 * 1.5), 1.5078125);
+        assert_eq!(rms_norm_rounded(&[1.0038], &[1.5], 1.0, round), [1.5]);
+    }
 
     #[test]
     fn equals_f64() {

@@ -43,9 +43,34 @@ pub fn rotate(row: &mut [f32], head_dim: usize, angles: &[(f32, f32)]) {
     }
 }
 
+/// [`rotate`] with the roundings said: every product and every sum is rounded to f32, the results by `round`.
+pub fn rotate_rounded(row: &mut [f64], head_dim: usize, angles: &[(f32, f32)], round: impl Fn(f64) -> f64) {
+    let f32 = |x: f64| f64::from(x as f32);
+    for head in row.chunks_exact_mut(head_dim) {
+        let (low, high) = head.split_at_mut(head_dim / 2);
+        for ((low, high), (cos, sin)) in low.iter_mut().zip(high).zip(angles) {
+            let (a, b, cos, sin) = (*low, *high, f64::from(*cos), f64::from(*sin));
+            *low = round(f32(f32(a * cos) - f32(b * sin)));
+            *high = round(f32(f32(b * cos) + f32(a * sin)));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Where nothing more is rounded, both are the same.
+    #[test]
+    fn rounded_is_rotate_in_f32() {
+        let mut angles = Angles::default();
+        angles.extend(500_000.0, 64, 9);
+        let mut row: Vec<f32> = (0..128).map(|i| (i as f32 * 0.7).sin() * 3.0).collect();
+        let mut rounded: Vec<f64> = row.iter().map(|x| f64::from(*x)).collect();
+        rotate(&mut row, 64, angles.at(8));
+        rotate_rounded(&mut rounded, 64, angles.at(8), |x| x);
+        assert_eq!(rounded, row.iter().map(|x| f64::from(*x)).collect::<Vec<_>>());
+    }
 
     /// Rotation keeps lengths, leaves position 0 alone, and makes dot products depend on the distance only.
     #[test]

@@ -25,17 +25,18 @@ static Result check_device(int device) {
     return device == 0 ? kSuccess : fail(kInvalidDevice, "there is no device %d", device);
 }
 
-static bool is_server_class() {
-    const int64_t capability = process_options.compute_capability;
-    return capability % 10 == 0 && capability >= 80;
-}
-
+// From the table "technical specifications per compute capability" of the programming guide.
 int shared_memory_opt_in_limit() {
-    const int64_t capability = process_options.compute_capability;
-    if (capability >= 90 && is_server_class()) return 227 << 10;
-    if (capability == 80 || capability == 87) return 163 << 10;
-    if (capability == 75) return 64 << 10;
-    return 99 << 10;
+    switch (process_options.compute_capability) {
+        case 75: return 64 << 10;
+        case 80:
+        case 87: return 163 << 10;
+        case 90:
+        case 100:
+        case 103:
+        case 110: return 227 << 10;
+        default: return 99 << 10;
+    }
 }
 
 // Attributes that do not depend on an option. The numbers are CUdevice_attribute.

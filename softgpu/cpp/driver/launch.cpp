@@ -65,12 +65,6 @@ Result check_limits(const Function& function, const LaunchShape& shape) {
         return fail(kInvalidValue, "%s: %zu bytes of dynamic shared memory, and the limit is set to %d", name,
                     shape.dynamic_shared_bytes, function.max_dynamic_shared);
     }
-    const size_t shared_bytes = shape.dynamic_shared_bytes + function.ptx.static_shared_bytes;
-    const int shared_limit = std::max(kDefaultSharedLimit, function.max_dynamic_shared +
-                                                               int(function.ptx.static_shared_bytes));
-    if (shared_bytes > size_t(std::min(shared_limit, shared_memory_opt_in_limit()))) {
-        return fail(kInvalidValue, "%s: %zu bytes of shared memory, static and dynamic", name, shared_bytes);
-    }
     return kSuccess;
 }
 
@@ -186,9 +180,10 @@ DRIVER_API Result cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* bloc
                                                                        size_t dynamic_shared_bytes, unsigned) {
     const auto& function = *static_cast<const Function*>(handle);
     if (block_size <= 0) return fail(kInvalidValue, "occupancy of blocks of %d threads", block_size);
-    const size_t shared_bytes = dynamic_shared_bytes + function.ptx.static_shared_bytes + 1024;  // 1 KiB is the system's
+    constexpr size_t kSystemBytes = 1024;  // of shared memory, for each block
+    const size_t shared_bytes = dynamic_shared_bytes + function.ptx.static_shared_bytes + kSystemBytes;
     const int by_threads = block_size > int(function.ptx.max_threads) ? 0 : 2048 / block_size;
-    const int by_shared = int(size_t(shared_memory_opt_in_limit() + 1024) / shared_bytes);
+    const int by_shared = int((size_t(shared_memory_opt_in_limit()) + kSystemBytes) / shared_bytes);
     *blocks = std::min({by_threads, by_shared, 32});
     return kSuccess;
 }

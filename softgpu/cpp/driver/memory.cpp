@@ -1,5 +1,6 @@
-// One reserved range of addresses, none of them used twice. Each allocation has pages of its own and ends at a page that
-// faults; freeing it takes the pages away. So most wrong accesses fault, and an address names its allocation for ever.
+// One reserved range of addresses, none of them used twice. Each allocation has pages of its own and ends at a page
+// that faults; freeing it takes the pages away. So most wrong accesses fault, and an address names its allocation for
+// ever.
 #include "memory.h"
 
 #include <sys/mman.h>
@@ -201,7 +202,8 @@ bool is_dangling(DevicePtr word, std::string* what) {
 std::string describe_address(const void* address) {
     std::lock_guard<std::mutex> guard(arena.lock);
     DevicePtr start;
-    const Allocation* allocation = arena.contains(address) ? arena.allocation_before(DevicePtr(address), &start) : nullptr;
+    if (!arena.contains(address)) return "no device memory";
+    const Allocation* allocation = arena.allocation_before(DevicePtr(address), &start);
     if (allocation == nullptr) return "no device memory";
     char text[160];
     snprintf(text, sizeof text, "%ld bytes past the start of %sallocation %d of %zu bytes",

@@ -64,6 +64,11 @@ Result load_module(void** out, const char* image) {
             auto function = std::make_unique<Function>();
             function->host_kernel = find_host_kernel(kernel.name);
             function->ptx = std::move(kernel);
+            function->max_dynamic_shared = kDefaultSharedLimit - int(function->ptx.static_shared_bytes);
+            if (function->max_dynamic_shared < 0) {
+                return fail(kInvalidPtx, "%s: %u bytes of static shared memory, of which there may be %d",
+                            function->ptx.name.c_str(), function->ptx.static_shared_bytes, kDefaultSharedLimit);
+            }
             module->functions[function->ptx.name] = std::move(function);
         }
     }

@@ -14,7 +14,7 @@ namespace softgpu {
 struct Function {
     PtxKernel ptx;
     const Kernel* host_kernel = nullptr;  // null if the kernel was not built for the host
-    int max_dynamic_shared = kDefaultSharedLimit;
+    int max_dynamic_shared = kDefaultSharedLimit;  // at the start, what the static arrays leave of it
 };
 
 }  // namespace softgpu

@@ -113,7 +113,9 @@ DRIVER_API Result cuStreamCreate(void** stream, unsigned) {
     return kSuccess;
 }
 
-DRIVER_API Result cuStreamCreateWithPriority(void** stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
+DRIVER_API Result cuStreamCreateWithPriority(void** stream, unsigned flags, int) {
+    return cuStreamCreate(stream, flags);
+}
 
 DRIVER_API Result cuStreamDestroy_v2(void* handle) {
     if (is_default_handle(handle)) return fail(kInvalidHandle, "the default stream cannot be destroyed");

@@ -1,4 +1,5 @@
-// IEEE half precision on the host, in integer arithmetic: the same on every host, whatever its compiler knows of halves.
+// IEEE half precision on the host, in integer arithmetic: the same on every host, whatever its compiler knows of
+// halves.
 #pragma once
 #include <math.h>
 #include <stdint.h>

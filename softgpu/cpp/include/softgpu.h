@@ -22,8 +22,9 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 
-// All threads of a block run on one host thread, and each host thread that launches runs blocks of its own. Thread-local
-// storage is therefore exactly what a block shares; the device finds it all in one place and refills it for every block.
+// All threads of a block run on one host thread, and each host thread that launches runs blocks of its own. Thread-
+// local storage is therefore exactly what a block shares; the device finds it all in one place and refills it for
+// every block.
 #define __shared__ static __thread
 
 #include "vector_types.h"

@@ -36,7 +36,8 @@ void cp_async(void* destination, const void* source, int bytes, int source_bytes
     RunnerState& state = *runner_state;
     check(state, destination, source, bytes, source_bytes);
     AsyncCopies& copies = copies_of_current();
-    copies.pending.push_back({destination, source, uint8_t(bytes), uint8_t(source_bytes), false, copies.open_group, {}});
+    const unsigned group = copies.open_group;
+    copies.pending.push_back({destination, source, uint8_t(bytes), uint8_t(source_bytes), false, group, {}});
     // A GPU may read the source at once or late. Without a seed: late.
     if (state.seed != 0 && (state.random() & 1)) read_source(copies.pending.back());
     if (state.poison) memset(destination, 0xff, size_t(bytes));

@@ -32,7 +32,8 @@ void ldmatrix(uint32_t* registers, int count, bool transposed, const void* row) 
     Fiber& self = *block->current;
     if (self.lane < count * kMatrixRows) {
         if (uintptr_t(row) % kRowBytes != 0) stop_kernel(Problem::Misaligned, "ldmatrix from %p: misaligned row", row);
-        if (!runner_state->shared.contains(row, kRowBytes)) kernel_error("ldmatrix from %p, which is not shared memory", row);
+        const bool is_shared = runner_state->shared.contains(row, kRowBytes);
+        if (!is_shared) kernel_error("ldmatrix from %p, which is not shared memory", row);
         memcpy(self.to_publish(), row, kRowBytes);
     }
     wait_for_warp(WarpOp::LoadMatrix, kFullMask);

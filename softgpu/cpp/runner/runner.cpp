@@ -13,8 +13,8 @@ namespace softgpu {
 __thread Block* block __attribute__((tls_model("initial-exec")));
 __thread RunnerState* runner_state __attribute__((tls_model("initial-exec")));
 
-// Behind a pointer: with the two variables above, all thread-local data of this library is in the initial-exec model, of
-// which a library that is opened late gets a few hundred bytes.
+// Behind a pointer: with the two variables above, all thread-local data of this library is in the initial-exec model,
+// of which a library that is opened late gets a few hundred bytes.
 static RunnerState& thread_state() {
     static thread_local std::unique_ptr<RunnerState> state;
     if (state == nullptr) {

@@ -1,5 +1,5 @@
-// The turns of the lanes of a warp. A lane runs until it has to wait and hands over to the next one; when no lane can go
-// on, the scheduler looks which warp operations are complete.
+// The turns of the lanes of a warp. A lane runs until it has to wait and hands over to the next one; when no lane can
+// go on, the scheduler looks which warp operations are complete.
 #include <cstdio>
 
 #include "fiber.h"
@@ -136,8 +136,8 @@ static bool complete_warp_operations(RunnerState& state, Warp& warp) {
         kernel_error("lanes %#x of the warp are at %s with the mask %#x, others at __syncthreads: %#x", lanes,
                      operation_name(first.operation), first.mask, missing & warp.at_block);
     }
-    kernel_error("lanes %#x of the warp are at %s with the mask %#x, others in an operation with another mask: %#x", lanes,
-                 operation_name(first.operation), first.mask, missing);
+    kernel_error("lanes %#x of the warp are at %s with the mask %#x, others in an operation with another mask: %#x",
+                 lanes, operation_name(first.operation), first.mask, missing);
 }
 
 void run_warp(RunnerState& state, Warp& warp) {

@@ -58,7 +58,8 @@ void SharedMemory::prepare(size_t dynamic_bytes) {
     if (mapping_ == nullptr || rounded > mapping_bytes_) {
         if (mapping_ != nullptr) munmap(mapping_, mapping_bytes_ + kPage);
         mapping_bytes_ = (rounded + kPage) / kPage * kPage;
-        void* mapping = mmap(nullptr, mapping_bytes_ + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        const int access = PROT_READ | PROT_WRITE, flags = MAP_PRIVATE | MAP_ANONYMOUS;
+        void* mapping = mmap(nullptr, mapping_bytes_ + kPage, access, flags, -1, 0);
         if (mapping == MAP_FAILED) {
             fprintf(stderr, "softgpu: no memory for the shared memory of a block\n");
             abort();

@@ -85,8 +85,9 @@ macro_rules! launch {
     ($gpu:expr, $function:expr, $shape:expr $(, $argument:expr)*) => {{
         use cudarc::driver::PushKernelArg;
         let mut builder = $gpu.stream.launch_builder(&$function);
+        // The arguments are places of the tests, and some tests are inside an unsafe block already.
+        #[allow(unused_unsafe, clippy::macro_metavars_in_unsafe)]
         // SAFETY: the software device checks arguments and memory.
-        #[allow(unused_unsafe)] // some callers are inside an unsafe block
         let launched = unsafe { builder$(.arg($argument))*.launch($shape) };
         launched.map(|_| ())
     }};

@@ -1,7 +1,15 @@
 // cp.async, with every way to forget something.
 #include "ptx.cuh"
 
-enum Mistake { kNone = 0, kNoWait = 1, kNoCommit = 2, kWaitTooShort = 3, kNoBarrier = 4, kNotShared = 5, kMisaligned = 6 };
+enum Mistake {
+    kNone = 0,
+    kNoWait = 1,
+    kNoCommit = 2,
+    kWaitTooShort = 3,
+    kNoBarrier = 4,
+    kNotShared = 5,
+    kMisaligned = 6,
+};
 
 // Each thread copies 16 bytes of x twice, in two groups, and writes what its neighbour copied.
 extern "C" __global__ void copy_two_groups(int mistake, const float* x, float* out) {
@@ -57,3 +65,14 @@ extern "C" __global__ void copy_with_zeros(int source_bytes, const unsigned* x, 
     if (threadIdx.x < 8 && threadIdx.x != 1) out[threadIdx.x] = values[threadIdx.x];
 }
 SOFTGPU_KERNEL(copy_with_zeros)
+
+// Stores to the source of a copy in flight: the copy may see the old values or the new.
+extern "C" __global__ void change_source(float* x, float* out) {
+    __shared__ float values[32];
+    const int thread = threadIdx.x;
+    cp_async_4(values + thread, x + thread);
+    x[thread] = 2.0f;
+    cp_async_wait_all();
+    out[thread] = values[thread];
+}
+SOFTGPU_KERNEL(change_source)

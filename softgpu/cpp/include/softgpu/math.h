@@ -1,5 +1,5 @@
-// Arithmetic intrinsics. The correctly rounded ones are exact; the fast ones are the host's accurate functions, so their
-// last bits differ from a GPU's.
+// Arithmetic intrinsics. The correctly rounded ones are exact; the fast ones are the host's accurate functions, so
+// their last bits differ from a GPU's.
 #pragma once
 #include <math.h>
 #include <stdint.h>

@@ -1,4 +1,5 @@
-// Warp operations. Each publishes the lane's value, waits for the lanes of the mask, and reads what the others published.
+// Warp operations. Each publishes the lane's value, waits for the lanes of the mask, and reads what the others
+// published.
 #pragma once
 #include "softgpu/runtime.h"
 

@@ -1,0 +1,188 @@
+//! Residual add and RMSNorm: the kernels of `cuda/any/norm.cu`.
+
+use super::{Element, Plan, check, safe};
+use crate::abi::{self, dllm_norm_params};
+use crate::error::{Error, Result};
+use crate::gpu::{Buffer, Device, Stream};
+use std::ffi::c_void;
+
+/// Elements that a block holds in its registers.
+const MOST_WIDTH: i64 = 8192;
+
+/// Checks every field but what the addresses point to. Memory that may not overlap is compared by addresses: columns of
+/// one matrix, with its stride, may stand side by side.
+pub fn validate(params: &dllm_norm_params) -> Result<()> {
+    check::struct_size::<dllm_norm_params>(params.size)?;
+    let element_bytes = check::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16, abi::DLLM_F32])?;
+    check::address("x", params.x, 16)?;
+    check::optional("delta", params.delta, 16)?;
+    check::address("weight", params.weight, 16)?;
+    check::address("out", params.out, 16)?;
+    check::optional("count", params.count, 4)?;
+    check::width("width", params.width, element_bytes)?;
+    let width = i64::from(params.width);
+    check::within("width", width, 1, MOST_WIDTH)?;
+    check::stride("x_stride", params.x_stride, width, element_bytes)?;
+    check::stride("out_stride", params.out_stride, width, element_bytes)?;
+    if params.delta != 0 {
+        check::stride("delta_stride", params.delta_stride, width, element_bytes)?;
+    }
+    check::size("max_rows", params.max_rows)?;
+    if !(params.eps >= 0.0 && params.eps.is_finite()) {
+        return Err(Error::argument("eps", "a finite number, at least 0", params.eps));
+    }
+
+    let place = |name, address, stride| check::Place::new(name, address, params.max_rows, stride, width, element_bytes);
+    let x = place("x", params.x, params.x_stride);
+    let out = place("out", params.out, params.out_stride);
+    let weight = check::Place::new("weight", params.weight, 1, width, width, element_bytes);
+    [x, out, weight].into_iter().try_for_each(check::Place::in_memory)?;
+    [x, weight].into_iter().try_for_each(|other| out.apart_from(other))?;
+    if params.delta != 0 {
+        let delta = place("delta", params.delta, params.delta_stride);
+        delta.in_memory()?;
+        out.apart_from(delta)?;
+    }
+    Ok(())
+}
+
+/// What a launch takes: a block of 256 threads for each row.
+pub fn plan(params: &dllm_norm_params) -> Plan {
+    let kernel = match params.dtype as abi::dllm_dtype {
+        abi::DLLM_BF16 => "norm_bf16",
+        abi::DLLM_F16 => "norm_f16",
+        _ => "norm_f32",
+    };
+    Plan { kernel, grid: [params.max_rows.max(1) as u32, 1, 1], block: 256, workspace_bytes: 0 }
+}
+
+/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads.
+///
+/// # Errors
+/// As [`validate`]; the driver's.
+///
+/// # Safety
+/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream.
+/// 2. The addresses are of device memory of the sizes that [`dllm_norm_params`] gives, until the work is done.
+/// 3. With a `delta`, `x` overlaps no other memory of the struct.
+pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_norm_params) -> Result<()> {
+    validate(params)?;
+    // SAFETY: as promised by the caller; `out` was checked.
+    unsafe { super::launch(device, stream, "norm", plan(params), params) }
+}
+
+/// The rows that a safe launch normalises. All matrices are packed: rows of as many elements as `weight` has, one after
+/// the other.
+pub struct Norm<'a, T> {
+    /// Rows that the launch has room for.
+    pub max_rows: usize,
+    /// `[1]`: how many of them there are; all, if not given.
+    pub count: Option<&'a Buffer<i32>>,
+    /// `[max_rows, width]`, the residual stream; written when there is a delta.
+    pub x: &'a mut Buffer<T>,
+    /// `[max_rows, width]`, added to `x` first.
+    pub delta: Option<&'a Buffer<T>>,
+    /// `[width]`: its length is the width, a multiple of 16 bytes and at most 8,192 elements.
+    pub weight: &'a Buffer<T>,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// `[max_rows, width]`
+    pub out: &'a mut Buffer<T>,
+}
+
+/// Launches on our buffers, and returns.
+///
+/// # Errors
+/// [`crate::Error::Argument`] when a buffer is too short or belongs to another stream, or as [`validate`]; the driver's.
+pub fn launch<T: Element>(stream: &Stream, norm: Norm<T>) -> Result<()> {
+    let Norm { max_rows, count, x, delta, weight, eps, out } = norm;
+    let width = weight.len();
+    let elements = safe::elements(max_rows, width);
+    let params = dllm_norm_params {
+        size: size_of::<dllm_norm_params>() as u64,
+        x: safe::buffer("x", x, elements, stream)?,
+        delta: safe::optional("delta", delta, elements, stream)?,
+        weight: safe::buffer("weight", weight, 1, stream)?,
+        out: safe::buffer("out", out, elements, stream)?,
+        count: safe::optional("count", count, 1, stream)?,
+        x_stride: width as i64,
+        delta_stride: width as i64,
+        out_stride: width as i64,
+        max_rows: safe::count("max_rows", max_rows)?,
+        width: safe::count("weight", width)?,
+        dtype: T::DTYPE as i32,
+        eps,
+    };
+    // SAFETY: addresses and sizes come from buffers of this stream; `x` and `out` are borrowed alone.
+    unsafe { launch_raw(stream.device(), stream.raw(), &params) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params() -> dllm_norm_params {
+        dllm_norm_params {
+            size: size_of::<dllm_norm_params>() as u64,
+            x: 0x1000,
+            delta: 0x2000,
+            weight: 0x3000,
+            out: 0x4000,
+            count: 0,
+            x_stride: 32,
+            delta_stride: 24,
+            out_stride: 40,
+            max_rows: 5,
+            width: 24,
+            dtype: abi::DLLM_BF16 as i32,
+            eps: 1e-5,
+        }
+    }
+
+    #[test]
+    fn plans_a_block_for_each_row() {
+        for (dtype, kernel) in [(0, "norm_bf16"), (1, "norm_f16"), (2, "norm_f32")] {
+            let params = dllm_norm_params { dtype, ..params() };
+            assert!(validate(&params).is_ok());
+            assert_eq!(plan(&params), Plan { kernel, grid: [5, 1, 1], block: 256, workspace_bytes: 0 });
+        }
+    }
+
+    #[test]
+    fn wrong_fields_are_named() {
+        let wrong = |change: fn(&mut dllm_norm_params), says: &str| {
+            let mut params = params();
+            change(&mut params);
+            let error = validate(&params).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        };
+        wrong(|p| p.size = 0, "size: expected 88");
+        wrong(|p| p.dtype = 3, "dtype: expected bf16 (0) or f16 (1) or f32 (2), found 3");
+        wrong(|p| p.x = 0, "x: expected a device address, found 0");
+        wrong(|p| p.delta = 8, "delta: expected an address aligned to 16 bytes, found 0x8");
+        wrong(|p| p.weight = 0, "weight: expected a device address");
+        wrong(|p| p.out += 2, "out: expected an address aligned to 16");
+        wrong(|p| p.count = 2, "count");
+        wrong(|p| p.width = 0, "width: expected 1 to");
+        wrong(|p| p.width = 20, "width: expected a multiple of 8 elements (16 bytes), found 20");
+        wrong(|p| p.width = 8200, "width: expected 1 to 8192, found 8200");
+        wrong(|p| p.x_stride = 16, "x_stride: expected a multiple of 8 elements (16 bytes), at least the width, 24");
+        wrong(|p| p.delta_stride = 28, "delta_stride");
+        wrong(|p| p.out_stride = -24, "out_stride");
+        wrong(|p| p.max_rows = 0, "max_rows: expected 1 to");
+        wrong(|p| p.eps = -1e-6, "eps: expected a finite number, at least 0, found -0.000001");
+        wrong(|p| p.eps = f32::NAN, "eps");
+        wrong(|p| p.eps = f32::INFINITY, "eps");
+        wrong(|p| p.x_stride = i64::MAX - 7, "x: expected rows within 64-bit addresses");
+        wrong(|p| p.delta_stride = i64::MAX - 7, "delta: expected rows within 64-bit addresses");
+        wrong(|p| p.out_stride = i64::MAX - 7, "out: expected rows within 64-bit addresses");
+        wrong(|p| p.out = p.x, "out: expected memory that does not overlap x");
+        wrong(|p| p.out = p.delta + 16, "out: expected memory that does not overlap delta");
+        wrong(|p| p.out = p.weight - 320, "out: expected memory that does not overlap weight");
+    }
+
+    #[test]
+    fn without_delta_its_stride_is_free() {
+        assert!(validate(&dllm_norm_params { delta: 0, delta_stride: -1, ..params() }).is_ok());
+    }
+}

@@ -1,0 +1,242 @@
+//! Rotary embedding of queries and keys, and keys and values into the cache: the kernels of `cuda/any/rope.cu`.
+
+use super::{Element, Plan, check, safe};
+use crate::abi::{self, dllm_rope_params};
+use crate::error::{Error, Result};
+use crate::gpu::{Buffer, Device, Stream};
+use crate::oracle::{Heads, rope::Angles};
+use std::ffi::c_void;
+
+/// Checks every field but what the addresses point to.
+pub fn validate(params: &dllm_rope_params) -> Result<()> {
+    check::struct_size::<dllm_rope_params>(params.size)?;
+    let element_bytes = check::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16])?;
+    check::address("qkv", params.qkv, 16)?;
+    check::address("positions", params.positions, 4)?;
+    check::address("angles", params.angles, 8)?;
+    check::optional("count", params.count, 4)?;
+    check::optional("failed", params.failed, 4)?;
+    check::size("max_rows", params.max_rows)?;
+    check::size("num_positions", params.num_positions)?;
+    if ![32, 64, 128].contains(&params.head_dim) {
+        return Err(Error::argument("head_dim", "32, 64 or 128", params.head_dim));
+    }
+    check::size("num_heads", params.num_heads)?;
+    check::size("num_kv_heads", params.num_kv_heads)?;
+    let [head_dim, num_heads, num_kv_heads] = [params.head_dim, params.num_heads, params.num_kv_heads].map(i64::from);
+    let (kv_width, qkv_width) = (num_kv_heads * head_dim, (num_heads + 2 * num_kv_heads) * head_dim);
+    // The kernel counts a row's elements in 32 bits.
+    check::within("num_heads + 2 num_kv_heads", qkv_width / head_dim, 1, i64::from(i32::MAX) / head_dim)?;
+    check::stride("qkv_stride", params.qkv_stride, qkv_width, element_bytes)?;
+    check::reserved(params.reserved)?;
+    check::Place::new("qkv", params.qkv, params.max_rows, params.qkv_stride, qkv_width, element_bytes).in_memory()?;
+
+    if params.k_cache == 0 {
+        return match params.v_cache {
+            0 => Ok(()),
+            _ => Err(Error::argument("k_cache", "a device address, as there is a v_cache", "0")),
+        };
+    }
+    check::address("k_cache", params.k_cache, 16)?;
+    check::address("v_cache", params.v_cache, 16)?;
+    check::address("cache_row", params.cache_row, 4)?;
+    check::size("num_cache_rows", params.num_cache_rows)?;
+    check::stride("cache_stride", params.cache_stride, kv_width, element_bytes)?;
+    [("k_cache", params.k_cache), ("v_cache", params.v_cache)].into_iter().try_for_each(|(name, address)| {
+        let (rows, stride) = (params.num_cache_rows, params.cache_stride);
+        check::Place::new(name, address, rows, stride, kv_width, element_bytes).in_memory()
+    })
+}
+
+/// What a launch takes: a block of 256 threads for each row.
+pub fn plan(params: &dllm_rope_params) -> Plan {
+    let kernel = match params.dtype as abi::dllm_dtype {
+        abi::DLLM_BF16 => "rope_bf16",
+        _ => "rope_f16",
+    };
+    Plan { kernel, grid: [params.max_rows.max(1) as u32, 1, 1], block: 256, workspace_bytes: 0 }
+}
+
+/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads.
+///
+/// # Errors
+/// As [`validate`]; the driver's.
+///
+/// # Safety
+/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream.
+/// 2. The addresses are of device memory of the sizes that [`dllm_rope_params`] gives, until the work is done.
+/// 3. `qkv`, `k_cache` and `v_cache` overlap neither one another nor other memory of the struct.
+/// 4. No two rows have the same `cache_row`, but for -1.
+pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_rope_params) -> Result<()> {
+    validate(params)?;
+    // SAFETY: as promised by the caller.
+    unsafe { super::launch(device, stream, "rope", plan(params), params) }
+}
+
+/// The table of angles: `[num_positions, head_dim / 2]` pairs of cosine and sine, as the originals form them.
+pub fn angles(stream: &Stream, theta: f32, head_dim: usize, num_positions: usize) -> Result<Buffer<[f32; 2]>> {
+    let mut angles = Angles::default();
+    angles.extend(theta, head_dim, num_positions);
+    let pairs = (0..num_positions).flat_map(|position| angles.at(position)).map(|(cos, sin)| [*cos, *sin]);
+    stream.upload(&pairs.collect::<Vec<_>>())
+}
+
+/// Where a safe launch leaves keys and values. Rows are packed: `num_kv_heads * head_dim` elements, one after the other.
+pub struct Caches<'a, T> {
+    /// `[any, num_kv_heads * head_dim]`, rotated keys.
+    pub k: &'a mut Buffer<T>,
+    /// The same for values.
+    pub v: &'a mut Buffer<T>,
+    /// `[max_rows]`: where a row's key and value go, -1 nowhere.
+    pub row: &'a Buffer<i32>,
+}
+
+/// The rows that a safe launch rotates. Rows are packed: `[q | k | v]`, one after the other.
+pub struct Rope<'a, T> {
+    /// Head counts and widths. A head is 32, 64 or 128 wide.
+    pub heads: Heads,
+    /// `[max_rows, (num_heads + 2 num_kv_heads) * head_dim]`
+    pub qkv: &'a mut Buffer<T>,
+    /// `[max_rows]`: its length is the number of rows that the launch has room for.
+    pub positions: &'a Buffer<i32>,
+    /// `[1]`: how many of them there are; all, if not given.
+    pub count: Option<&'a Buffer<i32>>,
+    /// Of [`angles`], for the same width of a head; positions must be below its rows.
+    pub angles: &'a Buffer<[f32; 2]>,
+    /// Where keys and values go; nowhere, if not given.
+    pub caches: Option<Caches<'a, T>>,
+    /// `[1]`: set to -2 when a position or cache row was out of range and its row left out.
+    pub failed: Option<&'a mut Buffer<i32>>,
+}
+
+/// Launches on our buffers, and returns. When two rows go to the same row of the cache, either may be what stays, or a
+/// mixture.
+///
+/// # Errors
+/// [`Error::Argument`] when a buffer is too short or belongs to another stream, or as [`validate`]; the driver's.
+pub fn launch<T: Element>(stream: &Stream, rope: Rope<T>) -> Result<()> {
+    let Rope { heads, qkv, positions, count, angles, caches, failed } = rope;
+    let Heads { num_heads, num_kv_heads, head_dim } = heads;
+    let max_rows = positions.len();
+    // Counts as 32 bits first: their products fit into 128, and no width below is 0.
+    let [heads_i32, kv_heads_i32, head_dim_i32] = [
+        safe::count("num_heads", num_heads)?,
+        safe::count("num_kv_heads", num_kv_heads)?,
+        safe::count("head_dim", head_dim)?,
+    ];
+    check::size("num_kv_heads", kv_heads_i32)?;
+    check::within("head_dim", head_dim as i64, 2, i32::MAX.into())?;
+    let kv_width = num_kv_heads.saturating_mul(head_dim);
+    let qkv_width = num_heads.saturating_add(2 * num_kv_heads).saturating_mul(head_dim);
+    let mut params = dllm_rope_params {
+        size: size_of::<dllm_rope_params>() as u64,
+        qkv: safe::buffer("qkv", qkv, safe::elements(max_rows, qkv_width), stream)?,
+        positions: safe::buffer("positions", positions, 1, stream)?,
+        angles: safe::buffer("angles", angles, head_dim / 2, stream)?,
+        k_cache: 0,
+        v_cache: 0,
+        cache_row: 0,
+        count: safe::optional("count", count, 1, stream)?,
+        failed: safe::optional("failed", failed.as_deref(), 1, stream)?,
+        qkv_stride: qkv_width as i64,
+        cache_stride: kv_width as i64,
+        max_rows: safe::count("positions", max_rows)?,
+        num_positions: safe::count("angles", angles.len() / (head_dim / 2))?,
+        num_cache_rows: 0,
+        num_heads: heads_i32,
+        num_kv_heads: kv_heads_i32,
+        head_dim: head_dim_i32,
+        dtype: T::DTYPE as i32,
+        reserved: 0,
+    };
+    if let Some(Caches { k, v, row }) = &caches {
+        params.k_cache = safe::buffer("caches.k", k, kv_width, stream)?;
+        params.v_cache = safe::buffer("caches.v", v, kv_width, stream)?;
+        params.cache_row = safe::buffer("caches.row", row, max_rows, stream)?;
+        params.num_cache_rows = safe::count("caches", k.len().min(v.len()) / kv_width)?;
+    }
+    // SAFETY: addresses and sizes come from buffers of this stream, what is written is borrowed alone, and the kernel
+    // checks every position and cache row. Two rows for one row of the cache mix their elements, no more.
+    unsafe { launch_raw(stream.device(), stream.raw(), &params) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params() -> dllm_rope_params {
+        dllm_rope_params {
+            size: size_of::<dllm_rope_params>() as u64,
+            qkv: 0x1000,
+            positions: 0x2000,
+            angles: 0x3008,
+            k_cache: 0x4000,
+            v_cache: 0x5000,
+            cache_row: 0x6000,
+            count: 0,
+            failed: 0,
+            qkv_stride: 264,
+            cache_stride: 64,
+            max_rows: 5,
+            num_positions: 9,
+            num_cache_rows: 7,
+            num_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 32,
+            dtype: abi::DLLM_BF16 as i32,
+            reserved: 0,
+        }
+    }
+
+    #[test]
+    fn plans_a_block_for_each_row() {
+        for (dtype, kernel) in [(0, "rope_bf16"), (1, "rope_f16")] {
+            let params = dllm_rope_params { dtype, ..params() };
+            assert!(validate(&params).is_ok());
+            assert_eq!(plan(&params), Plan { kernel, grid: [5, 1, 1], block: 256, workspace_bytes: 0 });
+        }
+    }
+
+    #[test]
+    fn caches_may_be_missing() {
+        let without =
+            dllm_rope_params { k_cache: 0, v_cache: 0, cache_row: 0, num_cache_rows: 0, cache_stride: 0, ..params() };
+        assert!(validate(&without).is_ok());
+    }
+
+    #[test]
+    fn wrong_fields_are_named() {
+        let wrong = |change: fn(&mut dllm_rope_params), says: &str| {
+            let mut params = params();
+            change(&mut params);
+            let error = validate(&params).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        };
+        wrong(|p| p.size = 8, "size: expected 120");
+        wrong(|p| p.dtype = abi::DLLM_F32 as i32, "dtype: expected bf16 (0) or f16 (1), found 2");
+        wrong(|p| p.qkv = 0, "qkv: expected a device address, found 0");
+        wrong(|p| p.positions = 2, "positions: expected an address aligned to 4");
+        wrong(|p| p.angles = 0x3004, "angles: expected an address aligned to 8 bytes, found 0x3004");
+        wrong(|p| p.count = 2, "count");
+        wrong(|p| p.failed = 2, "failed");
+        wrong(|p| p.k_cache = 0, "k_cache: expected a device address, as there is a v_cache");
+        wrong(|p| p.v_cache = 0, "v_cache: expected a device address");
+        wrong(|p| p.k_cache = 8, "k_cache: expected an address aligned to 16");
+        wrong(|p| p.cache_row = 0, "cache_row: expected a device address");
+        wrong(|p| p.max_rows = 0, "max_rows: expected 1 to");
+        wrong(|p| p.num_positions = 0, "num_positions");
+        wrong(|p| p.num_cache_rows = 0, "num_cache_rows");
+        wrong(|p| p.head_dim = 96, "head_dim: expected 32, 64 or 128, found 96");
+        wrong(|p| p.num_heads = 0, "num_heads: expected 1 to");
+        wrong(|p| p.num_kv_heads = -2, "num_kv_heads: expected 1 to");
+        wrong(|p| p.num_heads = i32::MAX, "num_heads + 2 num_kv_heads: expected 1 to 67108863, found 2147483651");
+        wrong(
+            |p| p.qkv_stride = 248,
+            "qkv_stride: expected a multiple of 8 elements (16 bytes), at least the width, 256",
+        );
+        wrong(|p| p.cache_stride = 56, "cache_stride");
+        wrong(|p| p.reserved = 1, "reserved: expected 0, found 1");
+        wrong(|p| p.qkv_stride = i64::MAX - 7, "qkv: expected rows within 64-bit addresses");
+        wrong(|p| p.cache_stride = i64::MAX - 7, "k_cache: expected rows within 64-bit addresses");
+    }
+}

@@ -1,0 +1,164 @@
+//! The gate of the feed-forward layer: the kernels of `cuda/any/swiglu.cu`.
+
+use super::{Element, Plan, check, safe};
+use crate::abi::{self, dllm_swiglu_params};
+use crate::error::Result;
+use crate::gpu::{Buffer, Device, Stream};
+use std::ffi::c_void;
+
+/// Vectors of 16 bytes of the output row that a block owns.
+const TILE_VECTORS: i64 = 1024;
+/// Blocks in the second dimension of a grid.
+const MOST_TILES: i64 = 65_535;
+
+/// Checks every field but what the addresses point to. Memory that may not overlap is compared by addresses: columns of
+/// one matrix, with its stride, may stand side by side.
+pub fn validate(params: &dllm_swiglu_params) -> Result<()> {
+    check::struct_size::<dllm_swiglu_params>(params.size)?;
+    let element_bytes = check::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16, abi::DLLM_F32])?;
+    check::address("gate_up", params.gate_up, 16)?;
+    check::address("out", params.out, 16)?;
+    check::optional("count", params.count, 4)?;
+    check::width("width", params.width, element_bytes)?;
+    let width = i64::from(params.width);
+    check::within("width", width, 1, MOST_TILES * TILE_VECTORS * 16 / element_bytes)?;
+    check::stride("gate_up_stride", params.gate_up_stride, 2 * width, element_bytes)?;
+    check::stride("out_stride", params.out_stride, width, element_bytes)?;
+    check::size("max_rows", params.max_rows)?;
+    check::reserved(params.reserved)?;
+
+    let place =
+        |name, address, stride, width| check::Place::new(name, address, params.max_rows, stride, width, element_bytes);
+    let gate_up = place("gate_up", params.gate_up, params.gate_up_stride, 2 * width);
+    let out = place("out", params.out, params.out_stride, width);
+    gate_up.in_memory()?;
+    out.in_memory()?;
+    out.apart_from(gate_up)
+}
+
+/// What a launch takes: a block of 256 threads for each row and each 16 KiB of it.
+pub fn plan(params: &dllm_swiglu_params) -> Plan {
+    let (kernel, element_bytes) = match params.dtype as abi::dllm_dtype {
+        abi::DLLM_BF16 => ("swiglu_bf16", 2),
+        abi::DLLM_F16 => ("swiglu_f16", 2),
+        _ => ("swiglu_f32", 4),
+    };
+    let tiles = (params.width.max(1) as u32).div_ceil((TILE_VECTORS * 16) as u32 / element_bytes);
+    Plan { kernel, grid: [params.max_rows.max(1) as u32, tiles, 1], block: 256, workspace_bytes: 0 }
+}
+
+/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads.
+///
+/// # Errors
+/// As [`validate`]; the driver's.
+///
+/// # Safety
+/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream.
+/// 2. The addresses are of device memory of the sizes that [`dllm_swiglu_params`] gives, until the work is done.
+pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_swiglu_params) -> Result<()> {
+    validate(params)?;
+    // SAFETY: as promised by the caller; overlap was checked.
+    unsafe { super::launch(device, stream, "swiglu", plan(params), params) }
+}
+
+/// The rows that a safe launch computes. Both matrices are packed: rows one after the other.
+pub struct Swiglu<'a, T> {
+    /// Rows that the launch has room for.
+    pub max_rows: usize,
+    /// `[1]`: how many of them there are; all, if not given.
+    pub count: Option<&'a Buffer<i32>>,
+    /// Elements of a row of `out`; a multiple of 16 bytes.
+    pub width: usize,
+    /// `[max_rows, 2 * width]`: gate, up.
+    pub gate_up: &'a Buffer<T>,
+    /// `[max_rows, width]`
+    pub out: &'a mut Buffer<T>,
+}
+
+/// Launches on our buffers, and returns.
+///
+/// # Errors
+/// [`crate::Error::Argument`] when a buffer is too short or belongs to another stream, or as [`validate`]; the driver's.
+pub fn launch<T: Element>(stream: &Stream, swiglu: Swiglu<T>) -> Result<()> {
+    let Swiglu { max_rows, count, width, gate_up, out } = swiglu;
+    let params = dllm_swiglu_params {
+        size: size_of::<dllm_swiglu_params>() as u64,
+        gate_up: safe::buffer("gate_up", gate_up, safe::elements(max_rows, width.saturating_mul(2)), stream)?,
+        out: safe::buffer("out", out, safe::elements(max_rows, width), stream)?,
+        count: safe::optional("count", count, 1, stream)?,
+        gate_up_stride: width.saturating_mul(2) as i64,
+        out_stride: width as i64,
+        max_rows: safe::count("max_rows", max_rows)?,
+        width: safe::count("width", width)?,
+        dtype: T::DTYPE as i32,
+        reserved: 0,
+    };
+    // SAFETY: addresses and sizes come from buffers of this stream, and `out` is borrowed alone.
+    unsafe { launch_raw(stream.device(), stream.raw(), &params) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params() -> dllm_swiglu_params {
+        dllm_swiglu_params {
+            size: size_of::<dllm_swiglu_params>() as u64,
+            gate_up: 0x1000,
+            out: 0x4000,
+            count: 0,
+            gate_up_stride: 48,
+            out_stride: 32,
+            max_rows: 5,
+            width: 24,
+            dtype: abi::DLLM_BF16 as i32,
+            reserved: 0,
+        }
+    }
+
+    #[test]
+    fn plans_a_block_for_each_tile_of_a_row() {
+        for (dtype, kernel, tile) in [(0, "swiglu_bf16", 8192), (1, "swiglu_f16", 8192), (2, "swiglu_f32", 4096)] {
+            for (width, tiles) in [(8, 1), (tile, 1), (tile + 8, 2), (3 * tile, 3)] {
+                let stride = i64::from(2 * width);
+                let gate_up = 0x100_0000;
+                let params = dllm_swiglu_params {
+                    dtype,
+                    width,
+                    gate_up,
+                    gate_up_stride: stride,
+                    out_stride: stride,
+                    ..params()
+                };
+                assert!(validate(&params).is_ok());
+                assert_eq!(plan(&params), Plan { kernel, grid: [5, tiles, 1], block: 256, workspace_bytes: 0 });
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_fields_are_named() {
+        let wrong = |change: fn(&mut dllm_swiglu_params), says: &str| {
+            let mut params = params();
+            change(&mut params);
+            let error = validate(&params).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        };
+        wrong(|p| p.size = 1, "size: expected 64");
+        wrong(|p| p.dtype = -1, "dtype: expected bf16 (0) or f16 (1) or f32 (2), found -1");
+        wrong(|p| p.gate_up = 0, "gate_up: expected a device address, found 0");
+        wrong(|p| p.out = 24, "out: expected an address aligned to 16 bytes, found 0x18");
+        wrong(|p| p.count = 2, "count");
+        wrong(|p| p.width = -8, "width: expected 1 to");
+        wrong(|p| p.width = 12, "width: expected a multiple of 8 elements (16 bytes), found 12");
+        wrong(|p| p.width = i32::MAX - 7, "width: expected 1 to 536862720");
+        wrong(|p| p.gate_up_stride = 40, "gate_up_stride: expected a multiple of 8 elements (16 bytes), at least");
+        wrong(|p| p.out_stride = 28, "out_stride");
+        wrong(|p| p.max_rows = 0, "max_rows: expected 1 to");
+        wrong(|p| p.reserved = -1, "reserved: expected 0, found -1");
+        wrong(|p| p.gate_up_stride = i64::MAX - 7, "gate_up: expected rows within 64-bit addresses");
+        wrong(|p| p.out_stride = i64::MAX - 7, "out: expected rows within 64-bit addresses");
+        wrong(|p| p.out = p.gate_up, "out: expected memory that does not overlap gate_up");
+        wrong(|p| p.out = p.gate_up + 16, "out: expected memory that does not overlap gate_up");
+    }
+}

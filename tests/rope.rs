@@ -1,0 +1,329 @@
+//! Rotary embedding and the writes to the cache against the oracle, through the launch code that ships. The oracle says
+//! every rounding, so all must be bit-equal: the rotated rows, the cache, and what nobody may touch.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use common::{Float, Random, device, in_every_order, narrowed, on_device, poison, same_bits, spread, stream, widened};
+use dllm_kernels::abi::{DLLM_INDEX_FAILED, DLLM_NONE_FAILED, dllm_rope_params};
+use dllm_kernels::ops::rope::{self, Caches, Rope};
+use dllm_kernels::oracle::Heads;
+use dllm_kernels::oracle::rope::{Angles, rotate_rounded};
+use half::{bf16, f16};
+
+on_device! {
+    equals_the_oracle,
+    counts_on_the_device,
+    leaves_out_rows_out_of_range,
+    rows_may_stay_out_of_the_cache,
+    rotates_without_caches,
+    same_bits_whatever_else_runs,
+    passes_on_what_is_not_finite,
+    replays,
+    wrong_sizes_are_errors,
+}
+
+const THETA: f32 = 500_000.0;
+const NUM_POSITIONS: usize = 50;
+
+fn heads(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> Heads {
+    Heads { num_heads, num_kv_heads, head_dim }
+}
+
+#[derive(Clone)]
+struct Case<T> {
+    heads: Heads,
+    qkv: Vec<T>,
+    positions: Vec<i32>,
+    num_cache_rows: usize,
+    cache_row: Vec<i32>,
+    count: Option<i32>,
+}
+
+/// What a launch leaves, with what lies between rows: qkv, keys, values.
+type Left<T> = [Vec<T>; 3];
+
+impl<T: Float> Case<T> {
+    fn new(random: &mut Random, rows: usize, heads: Heads) -> Case<T> {
+        let positions = (0..rows).map(|_| random.below(NUM_POSITIONS) as i32).collect();
+        let num_cache_rows = rows + 3;
+        let cache_row = random.distinct(rows, num_cache_rows);
+        Case { heads, qkv: random.floats(rows * heads.qkv_width()), positions, num_cache_rows, cache_row, count: None }
+    }
+
+    fn kv_width(&self) -> usize {
+        self.heads.num_kv_heads * self.heads.head_dim
+    }
+
+    /// Of rows of qkv and of the caches.
+    fn strides(&self) -> [usize; 2] {
+        [self.heads.qkv_width() + 8, self.kv_width() + 16]
+    }
+
+    /// What a launch leaves, and what it tells of failures.
+    fn run(&self) -> (Left<T>, i32) {
+        let [qkv_stride, cache_stride] = self.strides();
+        let stream = stream();
+        let qkv = stream.upload(&spread(&self.qkv, self.heads.qkv_width(), qkv_stride)).unwrap();
+        let [k, v] = [(); 2].map(|_| stream.upload(&vec![poison::<T>(); self.num_cache_rows * cache_stride]).unwrap());
+        let positions = stream.upload(&self.positions).unwrap();
+        let cache_row = stream.upload(&self.cache_row).unwrap();
+        let angles = rope::angles(&stream, THETA, self.heads.head_dim, NUM_POSITIONS).unwrap();
+        let count = self.count.map(|count| stream.upload(&[count]).unwrap());
+        let failed = stream.upload(&[DLLM_NONE_FAILED]).unwrap();
+        let params = dllm_rope_params {
+            size: size_of::<dllm_rope_params>() as u64,
+            qkv: qkv.address(),
+            positions: positions.address(),
+            angles: angles.address(),
+            k_cache: k.address(),
+            v_cache: v.address(),
+            cache_row: cache_row.address(),
+            count: count.as_ref().map_or(0, |count| count.address()),
+            failed: failed.address(),
+            qkv_stride: qkv_stride as i64,
+            cache_stride: cache_stride as i64,
+            max_rows: self.positions.len() as i32,
+            num_positions: NUM_POSITIONS as i32,
+            num_cache_rows: self.num_cache_rows as i32,
+            num_heads: self.heads.num_heads as i32,
+            num_kv_heads: self.heads.num_kv_heads as i32,
+            head_dim: self.heads.head_dim as i32,
+            dtype: T::DTYPE as i32,
+            reserved: 0,
+        };
+        // SAFETY: the buffers are as large as the struct says, and stay until the stream has been waited for.
+        unsafe { rope::launch_raw(stream.device(), stream.raw(), &params) }.unwrap();
+        ([qkv, k, v].map(|buffer| buffer.read().unwrap()), failed.read().unwrap()[0])
+    }
+
+    /// The same from the oracle.
+    fn want(&self) -> (Left<T>, i32) {
+        let (width, kv_width) = (self.heads.qkv_width(), self.kv_width());
+        let mut angles = Angles::default();
+        angles.extend(THETA, self.heads.head_dim, NUM_POSITIONS);
+        let mut qkv = self.qkv.clone();
+        let [mut k, mut v] = [(); 2].map(|_| vec![poison::<T>(); self.num_cache_rows * kv_width]);
+        let mut failed = DLLM_NONE_FAILED;
+        let counted = self.count.map_or(self.positions.len(), |count| count.max(0) as usize);
+        for (i, row) in qkv.chunks_exact_mut(width).enumerate().take(counted) {
+            let (position, to) = (self.positions[i], self.cache_row[i]);
+            if !(0..NUM_POSITIONS as i32).contains(&position) || !(-1..self.num_cache_rows as i32).contains(&to) {
+                failed = DLLM_INDEX_FAILED;
+                continue;
+            }
+            let (turned, values) = row.split_at_mut(width - kv_width);
+            let mut wide = widened(turned);
+            rotate_rounded(&mut wide, self.heads.head_dim, angles.at(position as usize), T::round);
+            turned.copy_from_slice(&narrowed::<T>(&wide));
+            if let Ok(to) = usize::try_from(to) {
+                k[to * kv_width..][..kv_width].copy_from_slice(&turned[turned.len() - kv_width..]);
+                v[to * kv_width..][..kv_width].copy_from_slice(values);
+            }
+        }
+        let [qkv_stride, cache_stride] = self.strides();
+        let [k, v] = [k, v].map(|cache| spread(&cache, kv_width, cache_stride));
+        ([spread(&qkv, width, qkv_stride), k, v], failed)
+    }
+
+    fn check(&self, what: &str) {
+        let ((got, failed), (want, want_failed)) = (self.run(), self.want());
+        let what = format!("{what}: {} rows, count {:?}, {:?}", self.positions.len(), self.count, self.heads);
+        for (name, got, want) in
+            [("qkv", &got[0], &want[0]), ("keys", &got[1], &want[1]), ("values", &got[2], &want[2])]
+        {
+            same_bits(&format!("{name}, {what}"), got, want);
+        }
+        assert_eq!(failed, want_failed, "{what}");
+    }
+}
+
+/// All widths of a head; one head, groups, and the shapes of the models.
+fn equals_the_oracle() {
+    fn check<T: Float>() {
+        let random = &mut Random(1);
+        for (num_heads, num_kv_heads, head_dim) in
+            [(1, 1, 32), (4, 2, 32), (3, 1, 64), (14, 2, 64), (28, 4, 128), (32, 32, 128)]
+        {
+            for rows in [1, 5] {
+                Case::<T>::new(random, rows, heads(num_heads, num_kv_heads, head_dim)).check("random");
+            }
+        }
+    }
+    check::<bf16>();
+    check::<f16>();
+}
+
+fn counts_on_the_device() {
+    let case = Case::<bf16>::new(&mut Random(2), 5, heads(4, 2, 32));
+    for count in [0, 1, 4, 5, 6, i32::MAX, -1, i32::MIN] {
+        Case { count: Some(count), ..case.clone() }.check("counted");
+    }
+}
+
+fn leaves_out_rows_out_of_range() {
+    let case = Case::<f16>::new(&mut Random(3), 5, heads(4, 2, 32));
+    for place in [0, 4] {
+        for wrong in [-1, NUM_POSITIONS as i32, i32::MAX, i32::MIN] {
+            let mut case = case.clone();
+            case.positions[place] = wrong;
+            case.check("position");
+            case.count = Some(4); // past the count nobody looks at it
+            case.check("position");
+        }
+        for wrong in [-2, 8, i32::MAX, i32::MIN] {
+            let mut case = case.clone();
+            case.cache_row[place] = wrong;
+            case.check("cache row");
+        }
+    }
+}
+
+fn rows_may_stay_out_of_the_cache() {
+    let mut case = Case::<bf16>::new(&mut Random(4), 5, heads(4, 2, 64));
+    case.cache_row[1] = -1;
+    case.cache_row[4] = -1;
+    case.check("some");
+    Case { cache_row: vec![-1; 5], ..case }.check("all");
+}
+
+/// The safe launch, where there are no caches; and with them.
+fn rotates_without_caches() {
+    let case = Case::<bf16>::new(&mut Random(5), 5, heads(28, 4, 128));
+    let (width, kv_width, [qkv_stride, cache_stride]) = (case.heads.qkv_width(), case.kv_width(), case.strides());
+    let packed = |rows: &[bf16], width: usize, stride: usize| -> Vec<bf16> {
+        rows.chunks_exact(stride).flat_map(|row| &row[..width]).copied().collect()
+    };
+    let (want, _) = case.want();
+    let stream = stream();
+    let angles = rope::angles(&stream, THETA, 128, NUM_POSITIONS).unwrap();
+    let positions = stream.upload(&case.positions).unwrap();
+    let row = stream.upload(&case.cache_row).unwrap();
+    for with_caches in [false, true] {
+        let mut qkv = stream.upload(&case.qkv).unwrap();
+        let [mut k, mut v] =
+            [(); 2].map(|_| stream.upload(&vec![poison::<bf16>(); case.num_cache_rows * kv_width]).unwrap());
+        let caches = with_caches.then_some(Caches { k: &mut k, v: &mut v, row: &row });
+        let (heads, positions, angles) = (case.heads, &positions, &angles);
+        let rows = Rope { heads, qkv: &mut qkv, positions, count: None, angles, caches, failed: None };
+        rope::launch(&stream, rows).unwrap();
+        same_bits("qkv", &qkv.read().unwrap(), &packed(&want[0], width, qkv_stride));
+        for (cache, want) in [(k, &want[1]), (v, &want[2])] {
+            let want = if with_caches { packed(want, kv_width, cache_stride) } else { vec![poison(); cache.len()] };
+            same_bits("cache", &cache.read().unwrap(), &want);
+        }
+    }
+}
+
+/// A row's bits are its own: they depend neither on the order of threads nor on the other rows.
+fn same_bits_whatever_else_runs() {
+    let case = Case::<bf16>::new(&mut Random(6), 4, heads(14, 2, 64));
+    let bits = |left: Left<bf16>| left.map(|buffer| buffer.into_iter().map(bf16::to_bits).collect::<Vec<_>>());
+    let [qkv, k, v] = in_every_order(|| bits(case.run().0));
+    let [qkv_stride, cache_stride] = case.strides();
+    for (i, row) in case.qkv.chunks_exact(case.heads.qkv_width()).enumerate() {
+        let (positions, cache_row) = (vec![case.positions[i]], vec![case.cache_row[i]]);
+        let alone = Case { qkv: row.to_vec(), positions, cache_row, ..case.clone() };
+        let [alone_qkv, alone_k, alone_v] = bits(alone.run().0);
+        assert_eq!(alone_qkv, qkv[i * qkv_stride..][..qkv_stride]);
+        let to = case.cache_row[i] as usize * cache_stride..(case.cache_row[i] as usize + 1) * cache_stride;
+        assert_eq!([&alone_k[to.clone()], &alone_v[to.clone()]], [&k[to.clone()], &v[to]]);
+    }
+}
+
+fn passes_on_what_is_not_finite() {
+    fn check<T: Float>() {
+        let random = &mut Random(7);
+        let mut case = Case::<T>::new(random, 40, heads(2, 1, 32));
+        let edge = [f32::NAN, f32::INFINITY, -f32::INFINITY, 0.0, -0.0, 1.0];
+        let edge = edge.into_iter().chain([T::LARGEST, -T::LARGEST, T::SMALLEST, -T::SMALLEST]);
+        let edge: Vec<_> = edge.map(T::of).collect();
+        for value in &mut case.qkv {
+            *value = edge[random.below(edge.len())];
+        }
+        case.positions = (0..40).collect(); // 0 turns nothing
+        case.check("edges");
+    }
+    check::<bf16>();
+    check::<f16>();
+}
+
+/// One capture of the safe launch; positions, cache rows and count change on the device, and each replay follows them.
+fn replays() {
+    device().preload().unwrap();
+    let (random, stream, shape) = (&mut Random(8), stream(), heads(4, 2, 32));
+    let first = Case::<f16>::new(random, 5, shape);
+    let mut qkv = stream.upload(&first.qkv).unwrap();
+    let [mut k, mut v] = [(); 2].map(|_| stream.zeros::<f16>(first.num_cache_rows * first.kv_width()).unwrap());
+    let angles = rope::angles(&stream, THETA, 32, NUM_POSITIONS).unwrap();
+    let mut positions = stream.upload(&first.positions).unwrap();
+    let mut row = stream.upload(&first.cache_row).unwrap();
+    let mut count = stream.upload(&[5]).unwrap();
+    let mut failed = stream.upload(&[DLLM_NONE_FAILED]).unwrap();
+    let graph = stream.capture(|| {
+        let caches = Some(Caches { k: &mut k, v: &mut v, row: &row });
+        let (count, failed) = (Some(&count), Some(&mut failed));
+        let positions = &positions;
+        rope::launch(&stream, Rope { heads: shape, qkv: &mut qkv, positions, count, angles: &angles, caches, failed })
+    });
+    let graph = graph.unwrap();
+    for counted in [3, 5, 0] {
+        let case = Case { count: Some(counted), ..Case::<f16>::new(random, 5, shape) };
+        positions.write(&case.positions).unwrap();
+        row.write(&case.cache_row).unwrap();
+        count.write(&[counted]).unwrap();
+        let (want, _) = case.want();
+        for _ in 0..2 {
+            qkv.write(&case.qkv).unwrap();
+            [&mut k, &mut v].map(|cache| cache.write(&vec![poison(); cache.len()]).unwrap());
+            // SAFETY: the buffers are still there, and of this stream.
+            unsafe { graph.launch() }.unwrap();
+            let [qkv_stride, cache_stride] = case.strides();
+            let spread = |packed: Vec<f16>, width, stride| spread(&packed, width, stride);
+            same_bits("qkv", &spread(qkv.read().unwrap(), shape.qkv_width(), qkv_stride), &want[0]);
+            same_bits("keys", &spread(k.read().unwrap(), case.kv_width(), cache_stride), &want[1]);
+            same_bits("values", &spread(v.read().unwrap(), case.kv_width(), cache_stride), &want[2]);
+        }
+    }
+    assert_eq!(failed.read().unwrap(), [DLLM_NONE_FAILED]);
+}
+
+fn wrong_sizes_are_errors() {
+    let (stream, other) = (stream(), stream());
+    let shape = heads(4, 2, 32);
+    let mut qkv = stream.zeros::<bf16>(3 * 256).unwrap();
+    let [mut k, mut v] = [(); 2].map(|_| stream.zeros::<bf16>(7 * 64).unwrap());
+    let positions = stream.zeros::<i32>(3).unwrap();
+    let long = stream.zeros::<i32>(4).unwrap();
+    let short = stream.zeros::<i32>(2).unwrap();
+    let none = stream.zeros::<i32>(0).unwrap();
+    let angles = rope::angles(&stream, THETA, 32, 9).unwrap();
+    let few = stream.zeros::<[f32; 2]>(15).unwrap();
+    let foreign = rope::angles(&other, THETA, 32, 9).unwrap();
+    let mut launch = |change: &dyn Fn(&mut Rope<bf16>), says: &str| {
+        let caches = Some(Caches { k: &mut k, v: &mut v, row: &positions });
+        let (qkv, positions, angles) = (&mut qkv, &positions, &angles);
+        let mut rope = Rope { heads: shape, qkv, positions, count: None, angles, caches, failed: None };
+        change(&mut rope);
+        let error = rope::launch(&stream, rope).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    };
+    launch(&|r| r.positions = &long, "qkv: expected 1024 elements, found 768");
+    launch(&|r| r.positions = &none, "positions: expected 1 elements, found 0");
+    launch(&|r| r.angles = &few, "angles: expected 16 elements, found 15");
+    launch(&|r| r.angles = &foreign, "angles: expected a buffer of the stream");
+    launch(&|r| r.caches.as_mut().unwrap().row = &short, "caches.row: expected 3 elements, found 2");
+    launch(&|r| r.count = Some(&none), "count: expected 1 elements, found 0");
+    launch(&|r| r.heads.num_heads = 5, "qkv: expected 864 elements, found 768");
+    launch(&|r| r.heads.num_heads = usize::MAX, "num_heads: expected at most");
+    launch(&|r| r.heads.num_heads = 0, "num_heads: expected 1 to");
+    launch(&|r| r.heads.num_kv_heads = 0, "num_kv_heads: expected 1 to");
+    launch(&|r| r.heads.head_dim = 0, "head_dim: expected 2 to");
+    launch(&|r| r.heads.head_dim = 1, "head_dim: expected 2 to");
+    launch(&|r| r.heads.head_dim = 16, "head_dim: expected 32, 64 or 128, found 16");
+    let mut thin = stream.zeros::<bf16>(63).unwrap();
+    let caches = Some(Caches { k: &mut k, v: &mut thin, row: &positions });
+    let (qkv, positions, angles) = (&mut qkv, &positions, &angles);
+    let rope = Rope { heads: shape, qkv, positions, count: None, angles, caches, failed: None };
+    assert!(rope::launch(&stream, rope).unwrap_err().to_string().contains("caches.v: expected 64 elements, found 63"));
+}
