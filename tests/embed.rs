@@ -174,20 +174,19 @@ fn wrong_sizes_are_errors() {
     let none = stream.zeros::<i32>(0).unwrap();
     let table = stream.zeros::<f32>(10 * 8).unwrap();
     let mut out = stream.zeros::<f32>(4 * 8).unwrap();
-    let mut short = stream.zeros::<f32>(4 * 8 - 1).unwrap();
-    let mut foreign = other.zeros::<f32>(4 * 8).unwrap();
-    let launch = |embed: Embed<f32>, says: &str| {
-        let error = embed::launch(&stream, embed).unwrap_err().to_string();
-        assert!(error.contains(says), "{error}");
-    };
-    let embed =
-        |out, width| Embed { table: &table, width, tokens: &tokens, index: None, count: None, out, failed: None };
-    launch(embed(&mut short, 8), "out: expected 32 elements, found 31");
-    launch(embed(&mut foreign, 8), "out: expected a buffer of the stream");
-    launch(embed(&mut out, 0), "width: expected 1 to");
-    launch(embed(&mut out, 6), "row_bytes: expected a multiple of 16");
-    launch(Embed { tokens: &none, ..embed(&mut out, 8) }, "tokens: expected 1 elements, found 0");
-    launch(Embed { index: Some(&none), ..embed(&mut out, 8) }, "index: expected 1 elements, found 0");
-    launch(Embed { count: Some(&none), ..embed(&mut out, 8) }, "count: expected 1 elements, found 0");
-    launch(Embed { table: &stream.zeros(7).unwrap(), ..embed(&mut out, 8) }, "table: expected 8 elements, found 7");
+    macro_rules! refused {
+        ($says:literal, $($field:ident: $value:expr),+) => {{
+            let fits = Embed { table: &table, width: 8, tokens: &tokens, index: None, count: None, out: &mut out, failed: None };
+            let error = embed::launch(&stream, Embed { $($field: $value,)+ ..fits }).unwrap_err().to_string();
+            assert!(error.contains($says), "{error}");
+        }};
+    }
+    refused!("out: expected 32 elements, found 31", out: &mut stream.zeros(4 * 8 - 1).unwrap());
+    refused!("out: expected a buffer of the stream", out: &mut other.zeros(4 * 8).unwrap());
+    refused!("width: expected 1 to", width: 0);
+    refused!("row_bytes: expected a multiple of 16", width: 6);
+    refused!("tokens: expected 1 elements, found 0", tokens: &none);
+    refused!("index: expected 1 elements, found 0", index: Some(&none));
+    refused!("count: expected 1 elements, found 0", count: Some(&none));
+    refused!("table: expected 8 elements, found 7", table: &stream.zeros(7).unwrap());
 }

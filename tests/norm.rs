@@ -254,27 +254,24 @@ fn wrong_sizes_are_errors() {
     let (stream, other) = (stream(), stream());
     let [mut x, mut out] = [(); 2].map(|_| stream.zeros::<f32>(4 * 8).unwrap());
     let weight = stream.zeros::<f32>(8).unwrap();
-    let short = stream.zeros::<f32>(4 * 8 - 1).unwrap();
-    let none = stream.zeros::<i32>(0).unwrap();
-    let mut foreign = other.zeros::<f32>(4 * 8).unwrap();
-    let mut launch = |change: &dyn Fn(&mut Norm<f32>), says: &str| {
-        let (x, out) = (&mut x, &mut out);
-        let mut norm = Norm { max_rows: 4, count: None, x, delta: None, weight: &weight, eps: 1e-5, out };
-        change(&mut norm);
-        let error = norm::launch(&stream, norm).unwrap_err().to_string();
-        assert!(error.contains(says), "{error}");
-    };
-    launch(&|n| n.max_rows = 5, "x: expected 40 elements, found 32");
-    launch(&|n| n.max_rows = usize::MAX, "x: expected");
-    launch(&|n| n.max_rows = 0, "max_rows: expected 1 to");
-    launch(&|n| n.weight = &short, "x: expected 124 elements, found 32");
-    launch(&|n| n.delta = Some(&short), "delta: expected 32 elements, found 31");
-    launch(&|n| n.count = Some(&none), "count: expected 1 elements, found 0");
-    launch(&|n| n.eps = -1.0, "eps: expected a finite number");
-    let empty = stream.zeros::<f32>(0).unwrap();
-    launch(&|n| n.weight = &empty, "weight: expected 1 elements, found 0");
-    let odd = stream.zeros::<f32>(6).unwrap();
-    launch(&|n| n.weight = &odd, "width: expected a multiple of 4 elements (16 bytes), found 6");
-    let norm = Norm { max_rows: 4, count: None, x: &mut x, delta: None, weight: &weight, eps: 0.0, out: &mut foreign };
-    assert!(norm::launch(&stream, norm).unwrap_err().to_string().contains("out: expected a buffer of the stream"));
+    let zeros = |len| stream.zeros::<f32>(len).unwrap();
+    macro_rules! refused {
+        ($says:literal, $($field:ident: $value:expr),+) => {{
+            let fits = Norm { max_rows: 4, count: None, x: &mut x, delta: None, weight: &weight, eps: 1e-5, out: &mut out };
+            let error = norm::launch(&stream, Norm { $($field: $value,)+ ..fits }).unwrap_err().to_string();
+            assert!(error.contains($says), "{error}");
+        }};
+    }
+    refused!("x: expected 40 elements, found 32", max_rows: 5);
+    refused!("x: expected", max_rows: usize::MAX);
+    refused!("max_rows: expected 1 to", max_rows: 0);
+    refused!("x: expected 32 elements, found 31", x: &mut zeros(31));
+    refused!("x: expected 124 elements, found 32", weight: &zeros(31));
+    refused!("weight: expected 1 elements, found 0", weight: &zeros(0));
+    refused!("width: expected a multiple of 4 elements (16 bytes), found 6", weight: &zeros(6));
+    refused!("delta: expected 32 elements, found 31", delta: Some(&zeros(31)));
+    refused!("out: expected 32 elements, found 31", out: &mut zeros(31));
+    refused!("out: expected a buffer of the stream", out: &mut other.zeros(32).unwrap());
+    refused!("count: expected 1 elements, found 0", count: Some(&stream.zeros(0).unwrap()));
+    refused!("eps: expected a finite number", eps: -1.0);
 }

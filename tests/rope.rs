@@ -275,7 +275,9 @@ fn replays() {
         let (want, _) = case.want();
         for _ in 0..2 {
             qkv.write(&case.qkv).unwrap();
-            [&mut k, &mut v].map(|cache| cache.write(&vec![poison(); cache.len()]).unwrap());
+            for cache in [&mut k, &mut v] {
+                cache.write(&vec![poison(); cache.len()]).unwrap();
+            }
             // SAFETY: the buffers are still there, and of this stream.
             unsafe { graph.launch() }.unwrap();
             let [qkv_stride, cache_stride] = case.strides();
@@ -290,40 +292,37 @@ fn replays() {
 
 fn wrong_sizes_are_errors() {
     let (stream, other) = (stream(), stream());
-    let shape = heads(4, 2, 32);
     let mut qkv = stream.zeros::<bf16>(3 * 256).unwrap();
     let [mut k, mut v] = [(); 2].map(|_| stream.zeros::<bf16>(7 * 64).unwrap());
     let positions = stream.zeros::<i32>(3).unwrap();
-    let long = stream.zeros::<i32>(4).unwrap();
-    let short = stream.zeros::<i32>(2).unwrap();
-    let none = stream.zeros::<i32>(0).unwrap();
     let angles = rope::angles(&stream, THETA, 32, 9).unwrap();
-    let few = stream.zeros::<[f32; 2]>(15).unwrap();
-    let foreign = rope::angles(&other, THETA, 32, 9).unwrap();
-    let mut launch = |change: &dyn Fn(&mut Rope<bf16>), says: &str| {
-        let caches = Some(Caches { k: &mut k, v: &mut v, row: &positions });
-        let (qkv, positions, angles) = (&mut qkv, &positions, &angles);
-        let mut rope = Rope { heads: shape, qkv, positions, count: None, angles, caches, failed: None };
-        change(&mut rope);
-        let error = rope::launch(&stream, rope).unwrap_err().to_string();
-        assert!(error.contains(says), "{error}");
-    };
-    launch(&|r| r.positions = &long, "qkv: expected 1024 elements, found 768");
-    launch(&|r| r.positions = &none, "positions: expected 1 elements, found 0");
-    launch(&|r| r.angles = &few, "angles: expected 16 elements, found 15");
-    launch(&|r| r.angles = &foreign, "angles: expected a buffer of the stream");
-    launch(&|r| r.caches.as_mut().unwrap().row = &short, "caches.row: expected 3 elements, found 2");
-    launch(&|r| r.count = Some(&none), "count: expected 1 elements, found 0");
-    launch(&|r| r.heads.num_heads = 5, "qkv: expected 864 elements, found 768");
-    launch(&|r| r.heads.num_heads = usize::MAX, "num_heads: expected at most");
-    launch(&|r| r.heads.num_heads = 0, "num_heads: expected 1 to");
-    launch(&|r| r.heads.num_kv_heads = 0, "num_kv_heads: expected 1 to");
-    launch(&|r| r.heads.head_dim = 0, "head_dim: expected 2 to");
-    launch(&|r| r.heads.head_dim = 1, "head_dim: expected 2 to");
-    launch(&|r| r.heads.head_dim = 16, "head_dim: expected 32, 64 or 128, found 16");
-    let mut thin = stream.zeros::<bf16>(63).unwrap();
-    let caches = Some(Caches { k: &mut k, v: &mut thin, row: &positions });
-    let (qkv, positions, angles) = (&mut qkv, &positions, &angles);
-    let rope = Rope { heads: shape, qkv, positions, count: None, angles, caches, failed: None };
-    assert!(rope::launch(&stream, rope).unwrap_err().to_string().contains("caches.v: expected 64 elements, found 63"));
+    macro_rules! refused {
+        ($says:literal, $($field:ident: $value:expr),+) => {{
+            let fits = {
+                let caches = Some(Caches { k: &mut k, v: &mut v, row: &positions });
+                let (heads, qkv, positions, angles) = (heads(4, 2, 32), &mut qkv, &positions, &angles);
+                Rope { heads, qkv, positions, count: None, angles, caches, failed: None }
+            };
+            let error = rope::launch(&stream, Rope { $($field: $value,)+ ..fits }).unwrap_err().to_string();
+            assert!(error.contains($says), "{error}");
+        }};
+    }
+    let ints = |len| stream.zeros::<i32>(len).unwrap();
+    refused!("qkv: expected 1024 elements, found 768", positions: &ints(4));
+    refused!("positions: expected 1 elements, found 0", positions: &ints(0));
+    refused!("angles: expected 16 elements, found 15", angles: &stream.zeros(15).unwrap());
+    refused!("angles: expected a buffer of the stream", angles: &rope::angles(&other, THETA, 32, 9).unwrap());
+    refused!("count: expected 1 elements, found 0", count: Some(&ints(0)));
+    refused!("qkv: expected 864 elements, found 768", heads: heads(5, 2, 32), caches: None);
+    refused!("num_heads: expected at most", heads: heads(usize::MAX, 2, 32));
+    refused!("num_heads: expected 1 to", heads: heads(0, 2, 32));
+    refused!("num_kv_heads: expected 1 to", heads: heads(4, 0, 32));
+    refused!("head_dim: expected 2 to", heads: heads(4, 2, 0));
+    refused!("head_dim: expected 2 to", heads: heads(4, 2, 1));
+    refused!("head_dim: expected 32, 64 or 128, found 16", heads: heads(4, 2, 16));
+    let [mut one, mut two, mut short] = [64, 64, 63].map(|len| stream.zeros::<bf16>(len).unwrap());
+    let (k, row) = (&mut one, &positions);
+    refused!("caches.v: expected 64 elements, found 63", caches: Some(Caches { k, v: &mut short, row }));
+    let (k, v) = (&mut one, &mut two);
+    refused!("caches.row: expected 3 elements, found 2", caches: Some(Caches { k, v, row: &ints(2) }));
 }

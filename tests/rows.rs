@@ -183,22 +183,22 @@ fn replays() {
 fn wrong_sizes_are_errors() {
     let (stream, other) = (stream(), stream());
     let index = stream.zeros::<i32>(4).unwrap();
-    let no_index = stream.zeros::<i32>(0).unwrap();
+    let none = stream.zeros::<i32>(0).unwrap();
     let source = stream.zeros::<f32>(10 * 8).unwrap();
     let mut target = stream.zeros::<f32>(4 * 8).unwrap();
-    let mut short = stream.zeros::<f32>(4 * 8 - 1).unwrap();
-    let mut foreign = other.zeros::<f32>(4 * 8).unwrap();
-    let mut launch = |rows: Rows<f32>, says: &str| {
-        let error = rows::launch(&stream, rows, Copy::Gather).unwrap_err().to_string();
-        assert!(error.contains(says), "{error}");
-    };
-    let rows = |target, width| Rows { index: &index, count: None, width, source: &source, target, failed: None };
-    launch(rows(&mut short, 8), "target: expected 32 elements, found 31");
-    launch(rows(&mut foreign, 8), "target: expected a buffer of the stream");
-    launch(rows(&mut target, 0), "width: expected 1 to");
-    launch(rows(&mut target, usize::MAX / 2), "width: expected 1 to");
-    launch(rows(&mut target, 6), "row_bytes: expected a multiple of 16");
-    launch(Rows { index: &no_index, ..rows(&mut target, 8) }, "max_rows: expected 1 to");
-    launch(Rows { source: &stream.zeros(7).unwrap(), ..rows(&mut target, 8) }, "num_indexed_rows: expected 1 to");
-    launch(Rows { count: Some(&no_index), ..rows(&mut target, 8) }, "count: expected 1 elements, found 0");
+    macro_rules! refused {
+        ($says:literal, $($field:ident: $value:expr),+) => {{
+            let fits = Rows { index: &index, count: None, width: 8, source: &source, target: &mut target, failed: None };
+            let error = rows::launch(&stream, Rows { $($field: $value,)+ ..fits }, Copy::Gather).unwrap_err().to_string();
+            assert!(error.contains($says), "{error}");
+        }};
+    }
+    refused!("target: expected 32 elements, found 31", target: &mut stream.zeros(4 * 8 - 1).unwrap());
+    refused!("target: expected a buffer of the stream", target: &mut other.zeros(4 * 8).unwrap());
+    refused!("width: expected 1 to", width: 0);
+    refused!("width: expected 1 to", width: usize::MAX / 2);
+    refused!("row_bytes: expected a multiple of 16", width: 6);
+    refused!("max_rows: expected 1 to", index: &none);
+    refused!("num_indexed_rows: expected 1 to", source: &stream.zeros(7).unwrap());
+    refused!("count: expected 1 elements, found 0", count: Some(&none));
 }

@@ -87,7 +87,12 @@ impl<T: Float> Case<T> {
             let rows = self.gate_up.chunks_exact(2 * width).zip(end.chunks_exact_mut(width)).take(counted);
             for (row, end) in rows {
                 for (i, end) in end.iter_mut().enumerate() {
-                    let silu = silu(row[i].f64()) * (1.0 + error);
+                    let gate = row[i].f64();
+                    let silu = match silu(gate) {
+                        silu if silu.is_nan() => silu,
+                        // The divisor is at least 1: an error does not lift silu above its gate, nor to infinity.
+                        silu => (silu * (1.0 + error)).min(gate.abs()).max(-gate.abs()),
+                    };
                     *end = T::of(swiglu_rounded(silu, row[width + i].f64(), T::round) as f32);
                 }
             }
@@ -193,26 +198,22 @@ fn wrong_sizes_are_errors() {
     let (stream, other) = (stream(), stream());
     let gate_up = stream.zeros::<f32>(4 * 16).unwrap();
     let mut out = stream.zeros::<f32>(4 * 8).unwrap();
-    let short = stream.zeros::<f32>(4 * 16 - 1).unwrap();
-    let none = stream.zeros::<i32>(0).unwrap();
-    let foreign = other.zeros::<f32>(4 * 16).unwrap();
-    let mut launch = |change: &dyn Fn(&mut Swiglu<f32>), says: &str| {
-        let mut swiglu = Swiglu { max_rows: 4, count: None, width: 8, gate_up: &gate_up, out: &mut out };
-        change(&mut swiglu);
-        let error = swiglu::launch(&stream, swiglu).unwrap_err().to_string();
-        assert!(error.contains(says), "{error}");
-    };
-    launch(&|s| s.max_rows = 5, "gate_up: expected 80 elements, found 64");
-    launch(&|s| s.max_rows = usize::MAX, "gate_up: expected");
-    launch(&|s| s.max_rows = 0, "max_rows: expected 1 to");
-    launch(&|s| s.gate_up = &short, "gate_up: expected 64 elements, found 63");
-    launch(&|s| s.gate_up = &foreign, "gate_up: expected a buffer of the stream");
-    launch(&|s| s.width = 0, "width: expected 1 to");
-    launch(&|s| s.width = 6, "width: expected a multiple of 4 elements (16 bytes), found 6");
-    launch(&|s| (s.max_rows, s.width) = (1, usize::MAX), "gate_up: expected");
-    launch(&|s| (s.max_rows, s.width) = (0, usize::MAX), "width: expected at most");
-    launch(&|s| s.count = Some(&none), "count: expected 1 elements, found 0");
-    let mut short = stream.zeros::<f32>(4 * 8 - 1).unwrap();
-    let swiglu = Swiglu { max_rows: 4, count: None, width: 8, gate_up: &gate_up, out: &mut short };
-    assert!(swiglu::launch(&stream, swiglu).unwrap_err().to_string().contains("out: expected 32 elements, found 31"));
+    macro_rules! refused {
+        ($says:literal, $($field:ident: $value:expr),+) => {{
+            let fits = Swiglu { max_rows: 4, count: None, width: 8, gate_up: &gate_up, out: &mut out };
+            let error = swiglu::launch(&stream, Swiglu { $($field: $value,)+ ..fits }).unwrap_err().to_string();
+            assert!(error.contains($says), "{error}");
+        }};
+    }
+    refused!("gate_up: expected 80 elements, found 64", max_rows: 5);
+    refused!("gate_up: expected", max_rows: usize::MAX);
+    refused!("max_rows: expected 1 to", max_rows: 0);
+    refused!("gate_up: expected 64 elements, found 63", gate_up: &stream.zeros(63).unwrap());
+    refused!("gate_up: expected a buffer of the stream", gate_up: &other.zeros(64).unwrap());
+    refused!("out: expected 32 elements, found 31", out: &mut stream.zeros(31).unwrap());
+    refused!("width: expected 1 to", width: 0);
+    refused!("width: expected a multiple of 4 elements (16 bytes), found 6", width: 6);
+    refused!("gate_up: expected", width: usize::MAX);
+    refused!("width: expected at most", max_rows: 0, width: usize::MAX);
+    refused!("count: expected 1 elements, found 0", count: Some(&stream.zeros(0).unwrap()));
 }

@@ -1,10 +1,11 @@
 // Logits as unmask and cut read them: guided, without NaN, in pieces of 16 bytes.
 #pragma once
 #include "memory.cuh"
+#include "ptx.cuh"
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-__device__ __forceinline__ float exp_of(float x) { return exp2f(x * kLog2e); }
+__device__ __forceinline__ float exp_of(float x) { return ex2_approx(x * kLog2e); }
 
 // NaN counts as minus infinity, plus infinity as the largest finite value.
 __device__ __forceinline__ float sanitized(float logit) { return logit == logit ? fminf(logit, FLT_MAX) : -INFINITY; }

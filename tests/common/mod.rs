@@ -70,20 +70,12 @@ pub fn in_every_order<R: PartialEq + Debug>(mut work: impl FnMut() -> R) -> R {
     result
 }
 
-/// Runs `work` under several orders of blocks and threads where the device lets us choose, and as often where not.
+/// As [`in_every_order`], for work that checks its results itself.
 pub fn in_several_orders(mut work: impl FnMut()) {
-    for seed in 0..4 {
-        if softgpu::active() {
-            softgpu::set(softgpu::Opt::Seed, seed);
-        }
-        work();
-    }
-    if softgpu::active() {
-        softgpu::set(softgpu::Opt::Seed, 0);
-    }
+    in_every_order(&mut work);
 }
 
-/// The software device has seen nothing wrong in this thread's calls.
+/// That the software device has seen nothing wrong in this thread's calls.
 pub fn assert_nothing_reported() {
     if softgpu::active() {
         assert_eq!(softgpu::report(), "");
@@ -140,26 +132,26 @@ impl Float for f32 {
     }
 }
 
-/// Random numbers, the same for the same seed: SplitMix64.
+/// Random numbers, the same for the same seed: xorshift64*.
 pub struct Random(pub u64);
 impl Random {
     pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
     }
     pub fn below(&mut self, n: usize) -> usize {
         (self.bits() >> 33) as usize % n
-    }
-    /// From -1 to 1.
-    pub fn number(&mut self) -> f32 {
-        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
     }
     /// Roughly normal, with variance 1.
     pub fn normal(&mut self) -> f32 {
         let unit = |random: &mut Random| (random.bits() >> 40) as f32 / (1u64 << 24) as f32;
         ((0..12).map(|_| unit(self)).sum::<f32>() - 6.0).clamp(-4.0, 4.0)
+    }
+    /// From -1 to 1, evenly.
+    pub fn number(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
     }
     /// `len` normal numbers.
     pub fn floats<T: Float>(&mut self, len: usize) -> Vec<T> {
