@@ -867,7 +867,6 @@ mod golden {
     use super::*;
     use safetensors::SafeTensors;
     use serde_json::Value;
-    use std::path::{Path, PathBuf};
 
     struct Golden {
         cases: Vec<Value>,
@@ -876,8 +875,7 @@ mod golden {
 
     impl Golden {
         fn open(name: &str) -> Golden {
-            let dir = std::env::var_os("DLLM_GOLDEN_DIR").map(PathBuf::from);
-            let dir = dir.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"));
+            let dir = common::golden_dir();
             let read = |end: &str| std::fs::read(dir.join(format!("{name}.{end}"))).unwrap();
             let json: Value = serde_json::from_slice(&read("json")).unwrap();
             Golden { cases: json["cases"].as_array().unwrap().clone(), tensors: read("safetensors") }
