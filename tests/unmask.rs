@@ -858,7 +858,7 @@ fn wrong_calls_name_the_field() {
             c.stride = 9000;
             d.logits = stream.zeros(36_000).unwrap();
         })
-        .contains("workspace_bytes: expected at least")
+        .contains("workspace: expected one made for unmask of [1, 4, 9000], found one made for unmask of [1, 4, 64]")
     );
 }
 

@@ -264,21 +264,23 @@ typedef struct dllm_roof_params {
   uint64_t bytes;  /**< A multiple of 16. */
 } dllm_roof_params;
 
-/* A layout that differs between compilers must not compile. */
+/* A layout that differs between compilers must not compile: size, and where the last field lies, of each struct. */
 #ifdef __cplusplus
-#define DLLM_ASSERT_SIZE(type, bytes) static_assert(sizeof(type) == (bytes), #type)
+#define DLLM_ASSERT_LAYOUT(type, last, offset, bytes) \
+  static_assert(sizeof(type) == (bytes) && offsetof(type, last) == (offset), #type)
 #else
-#define DLLM_ASSERT_SIZE(type, bytes) _Static_assert(sizeof(type) == (bytes), #type)
+#define DLLM_ASSERT_LAYOUT(type, last, offset, bytes) \
+  _Static_assert(sizeof(type) == (bytes) && offsetof(type, last) == (offset), #type)
 #endif
-DLLM_ASSERT_SIZE(dllm_unmask_row, 16);
-DLLM_ASSERT_SIZE(dllm_unmask_params, 216);
-DLLM_ASSERT_SIZE(dllm_cut_params, 104);
-DLLM_ASSERT_SIZE(dllm_vverify_params, 136);
-DLLM_ASSERT_SIZE(dllm_rows_params, 80);
-DLLM_ASSERT_SIZE(dllm_embed_params, 96);
-DLLM_ASSERT_SIZE(dllm_norm_params, 88);
-DLLM_ASSERT_SIZE(dllm_rope_params, 120);
-DLLM_ASSERT_SIZE(dllm_swiglu_params, 64);
-DLLM_ASSERT_SIZE(dllm_roof_params, 32);
+DLLM_ASSERT_LAYOUT(dllm_unmask_row, sequence, 12, 16);
+DLLM_ASSERT_LAYOUT(dllm_unmask_params, reserved, 212, 216);
+DLLM_ASSERT_LAYOUT(dllm_cut_params, cfg_scale, 100, 104);
+DLLM_ASSERT_LAYOUT(dllm_vverify_params, update_cached, 132, 136);
+DLLM_ASSERT_LAYOUT(dllm_rows_params, num_indexed_rows, 76, 80);
+DLLM_ASSERT_LAYOUT(dllm_embed_params, reserved, 92, 96);
+DLLM_ASSERT_LAYOUT(dllm_norm_params, eps, 84, 88);
+DLLM_ASSERT_LAYOUT(dllm_rope_params, reserved, 116, 120);
+DLLM_ASSERT_LAYOUT(dllm_swiglu_params, reserved, 60, 64);
+DLLM_ASSERT_LAYOUT(dllm_roof_params, bytes, 24, 32);
 
 #endif

@@ -14,7 +14,7 @@ pub fn validate(params: &dllm_roof_params) -> Result<()> {
     check::struct_size::<dllm_roof_params>(params.size)?;
     check::address("source", params.source, 16)?;
     check::address("sink", params.sink, 4)?;
-    match params.bytes % 16 == 0 && (16..=TILE * i32::MAX as u64).contains(&params.bytes) {
+    match params.bytes.is_multiple_of(16) && (16..=TILE * i32::MAX as u64).contains(&params.bytes) {
         true => Ok(()),
         false => Err(Error::argument("bytes", "a multiple of 16, at least 16", params.bytes)),
     }

@@ -1,6 +1,6 @@
 //! From logits to committed tokens: the kernel of `cuda/any/unmask.cu`.
 
-use super::{Element, Plan, Workspace, check, safe};
+use super::{Element, Layout, Plan, Workspace, check, safe};
 use crate::abi::{self, dllm_unmask_params, dllm_unmask_row};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
@@ -277,12 +277,17 @@ impl Outcome {
 /// A workspace for launches over these rows and this vocabulary.
 pub fn workspace(stream: &Stream, rows: &RowTable, vocab_size: usize) -> Result<Workspace> {
     let params = dllm_unmask_params {
-        max_rows: safe::count("rows", rows.len())?,
+        max_rows: safe::count("rows", rows.len().max(1))?,
         num_sequences: safe::count("sequences", rows.num_sequences())?,
         vocab_size: safe::count("vocab_size", vocab_size)?,
         ..Default::default()
     };
-    Workspace::new(stream, &plan(&params))
+    Workspace::new(stream, &plan(&params), layout(&params))
+}
+
+/// What the places of the workspace's counters depend on.
+fn layout(params: &dllm_unmask_params) -> Layout {
+    Layout("unmask", [params.num_sequences, params.max_rows, params.vocab_size])
 }
 
 /// Launches on our buffers, and returns. A table without sequences or rows launches nothing.
@@ -308,7 +313,6 @@ pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, rule: &Rule) -> Re
         Confidence::Entropy => abi::DLLM_CONFIDENCE_ENTROPY,
         Confidence::Random => abi::DLLM_CONFIDENCE_RANDOM,
     };
-    let (workspace, workspace_bytes) = safe::workspace(workspace, stream)?;
     let params = dllm_unmask_params {
         size: size_of::<dllm_unmask_params>() as u64,
         logits: safe::buffer("logits", logits, 0, stream)?,
@@ -325,8 +329,8 @@ pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, rule: &Rule) -> Re
         failed: safe::buffer("failed", &outcome.failed, num_sequences, stream)?,
         chosen: safe::buffer("chosen", &outcome.chosen, num_rows, stream)?,
         confidence: safe::buffer("confidence", &outcome.confidence, num_rows, stream)?,
-        workspace,
-        workspace_bytes,
+        workspace: 0,
+        workspace_bytes: 0,
         seed: rule.seed,
         logits_stride: logits_stride as i64,
         max_rows: safe::count("rows", num_rows.max(1))?,
@@ -346,6 +350,8 @@ pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, rule: &Rule) -> Re
         factor,
         reserved: 0,
     };
+    let (workspace, workspace_bytes) = safe::workspace(workspace, layout(&params), stream)?;
+    let params = dllm_unmask_params { workspace, workspace_bytes, ..params };
     // SAFETY: addresses and sizes come from buffers of this stream, which are distinct where they are written; the table
     // was checked when it was made, and the kernel checks its indices.
     unsafe { launch_raw(stream.device(), stream.raw(), &params) }

@@ -1,7 +1,7 @@
 //! V-verify: which rows of V turned most since the previous step. The kernels of `cuda/any/vverify.cu`; dLLM-Cache,
 //! section 3.3.
 
-use super::{Element, Plan, Workspace, check, safe};
+use super::{Element, Layout, Plan, Workspace, check, safe};
 use crate::abi::{DLLM_BF16, DLLM_F16, dllm_vverify_params};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
@@ -95,10 +95,13 @@ pub struct VVerify<'a, T> {
     pub workspace: &'a mut Workspace,
 }
 
+/// Counters have the same places whatever the shape.
+const LAYOUT: Layout = Layout("vverify", [0; 3]);
+
 /// A workspace for launches with room for so many rows and sequences, or fewer. It is for this op only.
 pub fn workspace(stream: &Stream, max_rows: usize, num_sequences: usize) -> Result<Workspace> {
     let slots = safe::count("max_rows", max_rows.max(num_sequences))?;
-    Workspace::new(stream, &plan(&dllm_vverify_params { max_rows: slots, ..Default::default() }))
+    Workspace::new(stream, &plan(&dllm_vverify_params { max_rows: slots, ..Default::default() }), LAYOUT)
 }
 
 /// Launches on our buffers, and returns. When two rows with `update_cached` have the same cached row, either may be what
@@ -110,7 +113,7 @@ pub fn launch<T: Element>(stream: &Stream, rows: VVerify<T>) -> Result<()> {
     let VVerify { width, ratio, fresh, cached, cached_row, update_cached, .. } = rows;
     check::within("width", width as i64, 1, i32::MAX.into())?;
     let max_rows = fresh.len() / width;
-    let (workspace, workspace_bytes) = safe::workspace(rows.workspace, stream)?;
+    let (workspace, workspace_bytes) = safe::workspace(rows.workspace, LAYOUT, stream)?;
     let params = dllm_vverify_params {
         size: size_of::<dllm_vverify_params>() as u64,
         fresh: safe::buffer("fresh", fresh, width, stream)?,
