@@ -148,9 +148,9 @@ struct Got {
 }
 
 impl Got {
-    fn bits(&self) -> (Vec<i32>, Vec<i32>, Vec<i32>, Vec<i32>, Vec<u32>) {
+    fn bits(&self) -> ([Vec<i32>; 4], Vec<u32>) {
         let confidence = self.confidence.iter().map(|c| c.to_bits()).collect();
-        (self.tokens.clone(), self.masks_left.clone(), self.failed.clone(), self.chosen.clone(), confidence)
+        ([&self.tokens, &self.masks_left, &self.failed, &self.chosen].map(Vec::clone), confidence)
     }
 }
 
