@@ -189,6 +189,16 @@ mod check {
         }
     }
 
+    /// Guidance: above 0 with unconditional logits, 0 without.
+    pub fn guidance(cfg_scale: f32, uncond_logits: u64) -> Result<()> {
+        match (cfg_scale, uncond_logits) {
+            (0.0, 0) => Ok(()),
+            (w, 0) => Err(Error::argument("cfg_scale", "0, as there are no uncond_logits", w)),
+            (w, _) if w > 0.0 && w.is_finite() => Ok(()),
+            (w, _) => Err(Error::argument("cfg_scale", "a number above 0, as there are uncond_logits", w)),
+        }
+    }
+
     /// A flag.
     pub fn flag(name: &'static str, value: i32) -> Result<()> {
         within(name, value.into(), 0, 1)

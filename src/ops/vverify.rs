@@ -23,6 +23,11 @@ pub fn validate(params: &dllm_vverify_params) -> Result<()> {
     check::stride("fresh_stride", params.fresh_stride, params.width.into(), element_bytes)?;
     check::stride("cached_stride", params.cached_stride, params.width.into(), element_bytes)?;
     check::size("max_rows", params.max_rows)?;
+    let place = |name, address, rows, stride| {
+        check::Place::new(name, address, rows, stride, params.width.into(), element_bytes)
+    };
+    place("fresh", params.fresh, params.max_rows, params.fresh_stride).in_memory()?;
+    place("cached", params.cached, params.num_cached_rows.max(1), params.cached_stride).in_memory()?;
     check::size("num_sequences", params.num_sequences)?;
     check::size("num_cached_rows", params.num_cached_rows)?;
     check::flag("update_cached", params.update_cached)?;
@@ -54,7 +59,8 @@ pub fn plan(params: &dllm_vverify_params) -> Plan {
 /// As [`validate`]; the driver's.
 ///
 /// # Safety
-/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream.
+/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
+///    is there until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_vverify_params`] gives, until the work is done.
 /// 3. What the launch writes (`indices`, `cu_selected`, `similarity`, `failed`, the workspace, and `cached` with
 ///    `update_cached`) overlaps no other memory of the struct, and nothing else uses it meanwhile.
