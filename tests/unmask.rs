@@ -861,3 +861,120 @@ fn wrong_calls_name_the_field() {
         .contains("workspace_bytes: expected at least")
     );
 }
+
+/// The recorded samplers of the original implementations (`tests/golden/README.md`), through the kernels.
+mod golden {
+    use super::*;
+    use safetensors::SafeTensors;
+    use serde_json::Value;
+    use std::path::{Path, PathBuf};
+
+    struct Golden {
+        cases: Vec<Value>,
+        tensors: Vec<u8>,
+    }
+
+    impl Golden {
+        fn open(name: &str) -> Golden {
+            let dir = std::env::var_os("DLLM_GOLDEN_DIR").map(PathBuf::from);
+            let dir = dir.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"));
+            let read = |end: &str| std::fs::read(dir.join(format!("{name}.{end}"))).unwrap();
+            let json: Value = serde_json::from_slice(&read("json")).unwrap();
+            Golden { cases: json["cases"].as_array().unwrap().clone(), tensors: read("safetensors") }
+        }
+
+        fn of<U: bytemuck::Pod>(&self, name: &str) -> Vec<U> {
+            bytemuck::pod_collect_to_vec(SafeTensors::deserialize(&self.tensors).unwrap().tensor(name).unwrap().data())
+        }
+    }
+
+    /// Outside every recorded vocabulary: what is masked there is told by a mask of its own.
+    const OUTSIDE: i32 = 1 << 20;
+
+    #[test]
+    fn llada() {
+        let golden = Golden::open("sampler_llada");
+        for recorded in &golden.cases {
+            let name = recorded["name"].as_str().unwrap();
+            let size = |key: &str| recorded[key].as_u64().unwrap() as usize;
+            let (batch, length, vocab) = (size("batch"), size("length"), size("vocab"));
+            let masked: Vec<u8> = golden.of(&format!("{name}.mask_index"));
+            let selection = |row: usize| match (&recorded["threshold"], &recorded["factor"]) {
+                (Value::Null, Value::Null) => {
+                    Selection::Quota(recorded["num_transfer"][row].as_u64().unwrap() as usize)
+                }
+                (threshold, Value::Null) => Selection::Threshold(threshold.as_f64().unwrap()),
+                (_, factor) => Selection::Factor(factor.as_f64().unwrap()),
+            };
+            let mut case = Case::<f32>::new(&mut Random(1), vocab, &vec![length; batch]);
+            case.mask_token = OUTSIDE;
+            case.unmask.mask_token = None;
+            case.masked = masked.chunks(length).map(|row| row.iter().map(|m| *m == 1).collect()).collect();
+            let logits: Vec<f32> = golden.of(&format!("{name}.logits"));
+            for (to, from) in case.logits.chunks_mut(case.stride).zip(logits.chunks(vocab)) {
+                to[..vocab].copy_from_slice(from);
+            }
+            case.selection = (0..batch).map(selection).collect();
+            let got = run(&case);
+            check(&case, &got, name);
+            let (x0, confidence) =
+                (golden.of::<i64>(&format!("{name}.x0")), golden.of::<f64>(&format!("{name}.confidence")));
+            let transfer: Vec<u8> = golden.of(&format!("{name}.transfer_index"));
+            for at in (0..batch * length).filter(|at| masked[*at] == 1) {
+                assert_eq!(got.chosen[at] as i64, x0[at], "{name} at {at}");
+                assert!(close(got.confidence[at], confidence[at], Confidence::Probability), "{name} at {at}");
+                assert_eq!(got.tokens[at] != OUTSIDE, transfer[at] == 1, "{name} at {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn dream() {
+        let golden = Golden::open("sampler_dream");
+        let mut cases = 0;
+        for recorded in golden.cases.iter().filter(|case| case["alg"] != "probs") {
+            let name = recorded["name"].as_str().unwrap();
+            let (x0, confidence) =
+                (golden.of::<i64>(&format!("{name}.x0")), golden.of::<f32>(&format!("{name}.confidence")));
+            let (logits, kept) =
+                (golden.of::<f32>(&format!("{name}.logits")), golden.of::<u8>(&format!("{name}.kept")));
+            let (rows, vocab) = (x0.len(), logits.len() / x0.len());
+            let mut case = Case::<f32>::new(&mut Random(1), vocab, &[rows]);
+            case.mask_token = OUTSIDE;
+            case.masked = vec![vec![true; rows]];
+            case.unmask = Unmask {
+                confidence: match recorded["alg"].as_str().unwrap() {
+                    "topk_margin" => Confidence::Margin,
+                    "entropy" => Confidence::Entropy,
+                    _ => Confidence::Probability,
+                },
+                temperature: recorded["temperature"].as_f64().unwrap(),
+                tempered_confidence: true,
+                top_p: recorded["top_p"].as_f64(),
+                top_k: recorded["top_k"].as_u64().map(|k| k as usize),
+                mask_token: None,
+                ..plain()
+            };
+            for (to, from) in case.logits.chunks_mut(case.stride).zip(logits.chunks(vocab)) {
+                to[..vocab].copy_from_slice(from);
+            }
+            let stream = device().stream().unwrap();
+            let mut on_device = OnDevice::new(&stream, &case);
+            on_device.launch(&stream, &case).unwrap();
+            let got = on_device.read();
+            for row in 0..rows {
+                assert_eq!(got.chosen[row] as i64, x0[row], "{name} row {row}");
+                let (got, want) = (got.confidence[row], confidence[row]);
+                assert!((got - want).abs() < 1e-5, "{name} row {row}: {got} {want}");
+            }
+            if let Some(cut) = &on_device.cut {
+                for (row, cut) in cut.read().unwrap().iter().enumerate() {
+                    let got: Vec<u8> = logits[row * vocab..][..vocab].iter().map(|l| (*l >= *cut) as u8).collect();
+                    assert_eq!(got, kept[row * vocab..][..vocab], "{name} row {row}");
+                }
+            }
+            cases += 1;
+        }
+        assert!(cases > 0);
+    }
+}

@@ -388,8 +388,8 @@ __device__ __forceinline__ void unmask(const dllm_unmask_params& p) {
   const int row_index = blockIdx.y, chunk = blockIdx.x;
   const int32_t* cu_rows = at<const int32_t>(p.cu_rows);
   if (row_index == 0 && chunk == 0) clear_empty_sequences(p);
+  const dllm_unmask_row row = at<const dllm_unmask_row>(p.rows)[row_index];  // under way while cu_rows is
   if (row_index >= cu_rows[p.num_sequences]) return;
-  const dllm_unmask_row row = at<const dllm_unmask_row>(p.rows)[row_index];
   if (row.sequence < 0 || row.sequence >= p.num_sequences) return;
   const int first = max(0, cu_rows[row.sequence]);
   const int rows = min(cu_rows[row.sequence + 1], p.max_rows) - first;

@@ -60,7 +60,7 @@ typedef struct dllm_unmask_row {
   int32_t token;      /**< Index of its token in `tokens`. */
   int32_t logits_row; /**< Row of `logits` that predicts it (Dream: that of the position before). */
   int32_t position;   /**< Position in its sequence; keys the random numbers and breaks ties. */
-  int32_t sequence;   /**< Its sequence. */
+  int32_t sequence;   /**< Its sequence, the one that owns it by `cu_rows`. */
 } dllm_unmask_row;
 
 /**
@@ -74,7 +74,7 @@ typedef struct dllm_unmask_params {
   uint64_t size;          /**< sizeof(dllm_unmask_params) */
   uint64_t logits;        /**< [num_logits_rows, vocab_size] */
   uint64_t uncond_logits; /**< Same layout, for guidance; or 0. */
-  uint64_t rows;          /**< [max_rows] dllm_unmask_row: rows of a sequence together, positions ascending. */
+  uint64_t rows;          /**< [max_rows] dllm_unmask_row, all of them initialised: rows of a sequence together, positions ascending. */
   uint64_t cu_rows;       /**< [num_sequences + 1] int32, ascending from 0: sequence s owns rows cu_rows[s]..cu_rows[s+1]. */
   uint64_t tokens;        /**< [num_tokens] int32, read and written. */
   uint64_t quota;         /**< [num_sequences] int32. Fixed: how many to commit. Threshold: among how many of the best, or 0 for all. */

@@ -38,8 +38,10 @@ impl Module {
         const LOG_BYTES: usize = 8192;
         let image = CString::new(self.ptx).map_err(|e| self.refused("cuModuleLoadDataEx", e.to_string()))?;
         let mut log = vec![0u8; LOG_BYTES];
-        let mut options =
-            [sys::CUjit_option_enum::CU_JIT_ERROR_LOG_BUFFER, sys::CUjit_option_enum::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+        let mut options = [
+            sys::CUjit_option_enum::CU_JIT_ERROR_LOG_BUFFER,
+            sys::CUjit_option_enum::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES,
+        ];
         let mut values = [log.as_mut_ptr().cast::<c_void>(), LOG_BYTES as *mut c_void];
         let mut module = std::ptr::null_mut();
         // SAFETY: the image ends in a zero byte; there are as many values as options; the log outlives the call.

@@ -116,7 +116,9 @@ mod check {
     pub fn struct_size<P>(size: u64) -> Result<()> {
         match size == size_of::<P>() as u64 {
             true => Ok(()),
-            false => Err(Error::argument("size", format!("{}, the size of this version's struct", size_of::<P>()), size)),
+            false => {
+                Err(Error::argument("size", format!("{}, the size of this version's struct", size_of::<P>()), size))
+            }
         }
     }
 
@@ -279,7 +281,11 @@ mod safe {
     /// A buffer with room for `len` elements, on this stream; its address.
     pub fn buffer<T: Pod>(name: &'static str, buffer: &Buffer<T>, len: usize, stream: &Stream) -> Result<u64> {
         if buffer.stream() != stream {
-            return Err(Error::argument(name, "a buffer of the stream that the launch goes to", "one of another stream"));
+            return Err(Error::argument(
+                name,
+                "a buffer of the stream that the launch goes to",
+                "one of another stream",
+            ));
         }
         match buffer.len() >= len {
             true => Ok(buffer.address()),
@@ -302,12 +308,7 @@ mod safe {
     }
 
     /// The same for one that may be missing.
-    pub fn optional<T: Pod>(
-        name: &'static str,
-        given: Option<&Buffer<T>>,
-        len: usize,
-        stream: &Stream,
-    ) -> Result<u64> {
+    pub fn optional<T: Pod>(name: &'static str, given: Option<&Buffer<T>>, len: usize, stream: &Stream) -> Result<u64> {
         given.map_or(Ok(0), |given| buffer(name, given, len, stream))
     }
 }

@@ -154,7 +154,10 @@ mod tests {
         wrong(|p| p.count = 7, "count");
         wrong(|p| p.row_bytes = 40, "row_bytes: expected a multiple of 16");
         wrong(|p| p.row_bytes = 0, "row_bytes: expected 16 to");
-        wrong(|p| p.source_stride_bytes = 32, "source_stride_bytes: expected a multiple of 16 bytes, at least 48, found 32");
+        wrong(
+            |p| p.source_stride_bytes = 32,
+            "source_stride_bytes: expected a multiple of 16 bytes, at least 48, found 32",
+        );
         wrong(|p| p.target_stride_bytes = 56, "target_stride_bytes");
         wrong(|p| p.max_rows = 0, "max_rows: expected 1 to");
         wrong(|p| p.num_indexed_rows = -1, "num_indexed_rows");

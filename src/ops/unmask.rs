@@ -100,7 +100,9 @@ pub fn plan(params: &dllm_unmask_params) -> Plan {
 /// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream.
 /// 2. The addresses are of device memory of the sizes that [`dllm_unmask_params`] gives, until the work is done.
 /// 3. What is written overlaps nothing else of the struct.
-/// 4. The workspace was zeroed before its first use, and is used by one launch at a time, with the same `max_rows`,
+/// 4. `cu_rows` ascends from 0, and each row's `sequence` is the one that owns it there. Otherwise no sequence may be
+///    finished, and the workspace must be zeroed again.
+/// 5. The workspace was zeroed before its first use, and is used by one launch at a time, with the same `max_rows`,
 ///    `num_sequences` and `vocab_size`.
 pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_unmask_params) -> Result<()> {
     validate(params)?;
@@ -110,7 +112,9 @@ pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_unm
 
 /// The rows of a batch that may be committed, on the device.
 pub struct RowTable {
+    /// One at least.
     rows: Buffer<dllm_unmask_row>,
+    len: usize,
     cu_rows: Buffer<i32>,
 }
 
@@ -147,17 +151,20 @@ impl RowTable {
             }
             cu_rows.push(safe::count("rows", rows.len())?);
         }
-        Ok(RowTable { rows: stream.upload(&rows)?, cu_rows: stream.upload(&cu_rows)? })
+        let len = rows.len();
+        // The kernel loads a row before it knows that there is none.
+        rows.resize(len.max(1), dllm_unmask_row::default());
+        Ok(RowTable { rows: stream.upload(&rows)?, len, cu_rows: stream.upload(&cu_rows)? })
     }
 
     /// Rows of all sequences.
     pub fn len(&self) -> usize {
-        self.rows.len()
+        self.len
     }
 
     /// Whether there is no row.
     pub fn is_empty(&self) -> bool {
-        self.rows.is_empty()
+        self.len == 0
     }
 
     /// Sequences.

@@ -1,0 +1,176 @@
+//! Devices, modules and memory: what is refused, and how. The tests that set what the software device is have this file's
+//! process to themselves, and take turns.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use common::device;
+use dllm_kernels::Error;
+use dllm_kernels::gpu::{Device, Module};
+use dllm_kernels::ops::rows::{self, Copy, Rows};
+use std::sync::Mutex;
+
+static TURN: Mutex<()> = Mutex::new(());
+
+/// Runs `work` on a software device of this kind; says so where there is another.
+fn with(option: softgpu::Opt, value: i64, work: impl FnOnce()) {
+    device();
+    if !softgpu::active() {
+        eprintln!("not run: {option:?} can be set on the software device only");
+        return;
+    }
+    let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
+    let before = softgpu::get(option);
+    softgpu::set(softgpu::Opt::Quiet, 1);
+    softgpu::set(option, value);
+    work();
+    softgpu::set(option, before);
+    softgpu::report();
+}
+
+fn gather(device: &Device) -> dllm_kernels::Result<Vec<f32>> {
+    let stream = device.stream()?;
+    let source = stream.upload(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])?;
+    let index = stream.upload(&[1, 0])?;
+    let mut target = stream.zeros(8)?;
+    let rows = Rows { index: &index, count: None, width: 4, source: &source, target: &mut target, failed: None };
+    rows::launch(&stream, rows, Copy::Gather)?;
+    target.read()
+}
+
+#[test]
+fn what_a_device_tells() {
+    let device = device();
+    assert!(Device::count().unwrap() >= 1);
+    assert!(device.capability() >= (8, 0));
+    assert!(!device.name().unwrap().is_empty());
+    let (free, total) = device.memory_bytes().unwrap();
+    assert!(0 < free && free <= total);
+    assert!(format!("{device:?}").contains("ordinal: 0"));
+}
+
+#[test]
+fn a_device_that_is_not_there() {
+    device();
+    let error = Device::open(1000).unwrap_err();
+    assert!(matches!(error, Error::Unavailable(_)) && error.to_string().contains("no CUDA device 1000"), "{error}");
+}
+
+#[test]
+fn every_module_has_its_kernels() {
+    device().preload().unwrap();
+    for module in Module::all() {
+        assert!(module.ptx.starts_with(".version 8.0\n"), "{}", module.name);
+        assert!(
+            module.ptx.contains(&format!(".target {}\n", module.target.replace("compute", "sm"))),
+            "{}",
+            module.name
+        );
+        assert!(module.ptx.contains(".visible .entry"), "{}", module.name);
+    }
+}
+
+#[test]
+fn the_most_special_module_is_chosen() {
+    assert_eq!(Module::choose("unmask", (8, 0)).unwrap().target, "compute_80");
+    assert_eq!(Module::choose("unmask", (12, 0)).unwrap().target, "compute_80");
+    assert!(Module::choose("unmask", (7, 5)).is_none());
+    assert!(Module::choose("nothing", (9, 0)).is_none());
+}
+
+#[test]
+fn an_old_device_is_refused() {
+    with(softgpu::Opt::ComputeCapability, 75, || {
+        let error = Device::open(0).unwrap_err().to_string();
+        assert!(error.contains("compute capability 7.5; the kernels need 8.0"), "{error}");
+    });
+}
+
+#[test]
+fn an_ampere_device_runs_the_kernels() {
+    with(softgpu::Opt::ComputeCapability, 80, || {
+        let device = Device::open(0).unwrap();
+        assert_eq!(device.capability(), (8, 0));
+        assert_eq!(gather(&device).unwrap(), [5.0, 6.0, 7.0, 8.0, 1.0, 2.0, 3.0, 4.0]);
+    });
+}
+
+/// A driver older than the modules: the error names the module, the call, and repeats the driver's log.
+#[test]
+fn an_old_driver_is_refused() {
+    with(softgpu::Opt::MaxPtx, 74, || {
+        let device = Device::open(0).unwrap();
+        let error = gather(&device).unwrap_err();
+        assert!(matches!(error, Error::Module { .. }), "{error}");
+        let error = error.to_string();
+        for part in ["rows (compute_80)", "cuModuleLoadDataEx", "UNSUPPORTED_PTX", "8.0"] {
+            assert!(error.contains(part), "{part}: {error}");
+        }
+        assert!(!error.contains("no log"), "{error}");
+        // Nothing is kept of the failure.
+        softgpu::set(softgpu::Opt::MaxPtx, 90);
+        assert!(gather(&device).is_ok());
+    });
+}
+
+/// Whichever allocation fails, the error says what was asked for, nothing is lost, and the device goes on.
+#[test]
+fn out_of_memory_is_an_error() {
+    for nth in 0..3 {
+        with(softgpu::Opt::FailAlloc, nth, || {
+            let before = softgpu::get(softgpu::Opt::LiveAllocations);
+            let error = gather(&device()).unwrap_err().to_string();
+            assert!(error.contains("CUDA_ERROR_OUT_OF_MEMORY") && error.contains("bytes)"), "{error}");
+            softgpu::set(softgpu::Opt::FailAlloc, -1);
+            assert!(gather(&device()).is_ok());
+            assert_eq!(softgpu::get(softgpu::Opt::LiveAllocations), before);
+        });
+    }
+    let error = device().stream().unwrap().alloc::<u64>(usize::MAX / 4).unwrap_err();
+    assert!(matches!(error, Error::Argument { .. }), "{error}");
+}
+
+#[test]
+fn buffers() {
+    let stream = device().stream().unwrap();
+    let mut buffer = stream.upload(&[1u32, 2, 3]).unwrap();
+    assert_eq!((buffer.len(), buffer.is_empty(), buffer.address() % 16), (3, false, 0));
+    buffer.write(&[7]).unwrap();
+    assert_eq!(buffer.read().unwrap(), [7, 2, 3]);
+    buffer.fill_zero().unwrap();
+    assert_eq!(buffer.read().unwrap(), [0, 0, 0]);
+    let error = buffer.write(&[0; 4]).unwrap_err().to_string();
+    assert!(error.contains("data: expected at most 3 elements, found 4"), "{error}");
+    let mut empty = stream.alloc::<f32>(0).unwrap();
+    empty.write(&[]).unwrap();
+    assert!(empty.is_empty() && empty.read().unwrap().is_empty());
+}
+
+/// A capture that fails leaves the stream usable; one of nothing is a graph of nothing.
+#[test]
+fn captures() {
+    let stream = device().stream().unwrap();
+    let graph = stream.capture(|| Ok(())).unwrap();
+    // SAFETY: it uses no buffers.
+    unsafe { graph.launch() }.unwrap();
+    let error = stream.capture(|| Err(Error::Unavailable("no".into()))).err().unwrap();
+    assert_eq!(error.to_string(), "no");
+    if softgpu::active() {
+        softgpu::set(softgpu::Opt::Quiet, 1);
+    }
+    assert!(stream.capture(|| stream.synchronize()).is_err());
+    assert!(stream.zeros::<u8>(64).unwrap().read().unwrap().iter().all(|b| *b == 0));
+    if softgpu::active() {
+        softgpu::report();
+    }
+}
+
+#[test]
+fn threads_have_streams_of_their_own() {
+    let device = device();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| (0..20).for_each(|_| assert_eq!(gather(&device).unwrap()[0], 5.0)));
+        }
+    });
+}
