@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{Float, Random, device, in_every_order};
+use common::{Float, Random, assert_nothing_reported, device, in_every_order};
 use dllm_kernels::Confidence;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::cut::{self, Cut};
@@ -267,7 +267,10 @@ fn run<T: Float>(case: &Case<T>) -> Got {
     let stream = device().stream().unwrap();
     let mut on_device = OnDevice::new(&stream, case);
     on_device.launch(&stream, case).unwrap();
-    on_device.read()
+    let got = on_device.read();
+    drop(on_device); // buffers are looked at when they are freed
+    assert_nothing_reported();
+    got
 }
 
 /// The row as the oracle takes it: guided, in f32.
@@ -487,6 +490,35 @@ fn guidance() {
             },
         );
     }
+}
+
+/// Guided logits that differ by their roundings only: those decide as the oracle's do.
+#[test]
+fn guidance_rounds_as_the_originals() {
+    let mut random = Random(21);
+    let mut case = Case::<f32>::new(&mut random, 64, &[12]);
+    let uncond: Vec<f32> = random_logits(&mut random, 12, 64);
+    case.unmask.cfg_scale = 1.5;
+    case.logits = uncond.iter().map(|u| u + (10.0 - u) / 2.5).collect();
+    case.uncond = Some(uncond);
+    check(&case, &run(&case), "guidance");
+}
+
+/// Noise of a u near 1, which decides most draws, is as exact as any: the largest of each row against a logit that just
+/// makes up for it, or just does not.
+#[test]
+fn large_noise_is_exact() {
+    let mut case = Case::<f32>::new(&mut Random(22), 30_000, &[6]);
+    case.masked[0] = vec![true; 6];
+    case.unmask.temperature = 1.0;
+    for (position, row) in case.logits.chunks_mut(30_000).enumerate() {
+        let noise = |token| gumbel(case.unmask.seed, Purpose::Token, case.steps[0], position, token);
+        let largest = (100..30_000).max_by(|a, b| noise(*a).total_cmp(&noise(*b))).unwrap();
+        row.fill(-100.0);
+        row[largest] = 0.0;
+        row[0] = (noise(largest) - noise(0) + if position % 2 == 0 { 1e-4 } else { -1e-4 }) as f32;
+    }
+    check(&case, &run(&case), "large noise");
 }
 
 #[test]
