@@ -159,8 +159,8 @@ FAULTS = [
           "if (last) *counter = 0;", ";"),
     Fault("common/memory.cuh", "no barrier before all learn who is last", "vverify::ratios",
           "__syncthreads();\n  const bool result = last;", ";\n  const bool result = last;"),
-    Fault("common/memory.cuh", "the first, not the last, goes on", "vverify::ratios",
-          "atomicAdd(counter, 1u) == total - 1;", "atomicAdd(counter, 1u) == 0;"),
+    Fault("common/memory.cuh", "nobody is the last", "vverify::ratios",
+          "atomicAdd(counter, 1u) == total - 1;", "atomicAdd(counter, 1u) == total;"),
     Fault("common/memory.cuh", "the count of rows is ignored", "rows::counts_on_the_device",
           "return count ? max(0, min(*at<const int32_t>(count), max_rows)) : max_rows;", "return max_rows;"),
     # ---- vverify
