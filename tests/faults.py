@@ -2,7 +2,7 @@
 """Plants faults into copies of the kernels, one at a time; each must make the test fail that its line names.
 
     tests/faults.py                       all of them
-    tests/faults.py unmask "top-p drops"  those whose file or description contains one of these
+    tests/faults.py vverify "no barrier"  those whose file or description contains one of these
     tests/faults.py --markdown            only print the table for docs/faults.md
 
 It needs what the tests need (cargo, a C++17 compiler, Linux on x86-64) and python3 without packages. The tests are built
@@ -74,7 +74,7 @@ FAULTS = [
           "high.moment += weight * (low.moment + x * low.sum);", "high.moment += weight * low.moment;"),
     Fault("any/unmask.cu", "the other chunk's largest is not taken for the second", "unmask::every_confidence",
           "high.second = fmaxf(high.second, low.max);", "high.second = fmaxf(high.second, low.second);"),
-    Fault("any/unmask.cu", "chunks past the warp's first 32 are dropped", "unmask::published_vocabularies",
+    Fault("any/unmask.cu", "chunks past the 16th are dropped", "unmask::published_vocabularies",
           "for (int c = threadIdx.x; c < chunks; c += kWarp) all =",
           "for (int c = threadIdx.x; c < 16; c += kWarp) all ="),
     Fault("any/unmask.cu", "the mask token is left out of the sum", "unmask::the_mask_token_is_never_chosen",
