@@ -1,9 +1,10 @@
 //! Builds three shared libraries: `cuda` (the driver), `cublasLt`, and `kernels` (every kernel file, for the host).
 
 use std::env;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 struct SharedLibrary<'a> {
     name: &'a str,
@@ -15,7 +16,8 @@ struct SharedLibrary<'a> {
 }
 
 impl SharedLibrary<'_> {
-    /// `cc` knows the compiler and how to make objects; it only links archives, so the last step is ours.
+    /// `cc` knows the compiler and how to make objects; it only links archives, so the last step is ours. Leaves both
+    /// commands in `NAME.compile` and `NAME.link`, for whoever builds the library again from other sources.
     fn build(&self, out: &Path) {
         let mut build = cc::Build::new();
         build
@@ -39,15 +41,26 @@ impl SharedLibrary<'_> {
         for flag in self.flags {
             build.flag(flag);
         }
+        record(&out.join(format!("{}.compile", self.name)), &build.get_compiler().to_command(), &[]);
         let objects = build.compile_intermediates();
 
         let library = out.join(format!("lib{}.so", self.name));
         let mut link = cc::Build::new().cpp(true).opt_level(2).get_compiler().to_command();
-        link.args(&objects).arg("-shared").arg(format!("-Wl,-soname,lib{}.so", self.name)).arg("-o").arg(&library);
-        link.args(self.needs.iter().map(|name| out.join(name))).arg("-lpthread");
-        let status = link.status().expect("the C++ compiler starts");
+        let mut behind = vec!["-shared".into(), format!("-Wl,-soname,lib{}.so", self.name).into()];
+        behind.extend(self.needs.iter().map(|name| out.join(name).into()));
+        behind.push("-lpthread".into());
+        record(&out.join(format!("{}.link", self.name)), &link, &behind);
+        let status = link.arg("-o").arg(&library).args(&objects).args(&behind).status();
+        let status = status.expect("the C++ compiler starts");
         assert!(status.success(), "linking {} failed", library.display());
     }
+}
+
+/// A command without the files that it reads and writes, a word a line. Objects belong before what is `behind`.
+fn record(file: &Path, command: &Command, behind: &[OsString]) {
+    let words = [command.get_program()].into_iter().chain(command.get_args()).chain(behind.iter().map(|word| &**word));
+    let lines: Vec<String> = words.map(|word| word.to_string_lossy().into_owned()).collect();
+    fs::write(file, lines.join("\n")).expect("OUT_DIR can be written to");
 }
 
 /// The files of a directory with this extension, sorted; none if there is no such directory.

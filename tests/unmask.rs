@@ -268,6 +268,7 @@ fn run<T: Float>(case: &Case<T>) -> Got {
     let mut on_device = OnDevice::new(&stream, case);
     on_device.launch(&stream, case).unwrap();
     let got = on_device.read();
+    drop(on_device); // buffers are looked at when they are freed
     assert_nothing_reported();
     got
 }
@@ -575,6 +576,43 @@ fn guidance() {
             },
         );
     }
+}
+
+/// Guided logits that differ by their roundings only: those decide as the oracle's do.
+#[test]
+#[cfg_attr(
+    not(all(target_os = "linux", target_arch = "x86_64")),
+    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+)]
+fn guidance_rounds_as_the_originals() {
+    let mut random = Random(21);
+    let mut case = Case::<f32>::new(&mut random, 64, &[12]);
+    let uncond: Vec<f32> = random_logits(&mut random, 12, 64);
+    case.unmask.cfg_scale = 1.5;
+    case.logits = uncond.iter().map(|u| u + (10.0 - u) / 2.5).collect();
+    case.uncond = Some(uncond);
+    check(&case, &run(&case), "guidance");
+}
+
+/// Noise of a u near 1, which decides most draws, is as exact as any: the largest of each row against a logit that just
+/// makes up for it, or just does not.
+#[test]
+#[cfg_attr(
+    not(all(target_os = "linux", target_arch = "x86_64")),
+    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+)]
+fn large_noise_is_exact() {
+    let mut case = Case::<f32>::new(&mut Random(22), 30_000, &[6]);
+    case.masked[0] = vec![true; 6];
+    case.unmask.temperature = 1.0;
+    for (position, row) in case.logits.chunks_mut(30_000).enumerate() {
+        let noise = |token| gumbel(case.unmask.seed, Purpose::Token, case.steps[0], position, token);
+        let largest = (100..30_000).max_by(|a, b| noise(*a).total_cmp(&noise(*b))).unwrap();
+        row.fill(-100.0);
+        row[largest] = 0.0;
+        row[0] = (noise(largest) - noise(0) + if position % 2 == 0 { 1e-4 } else { -1e-4 }) as f32;
+    }
+    check(&case, &run(&case), "large noise");
 }
 
 #[test]

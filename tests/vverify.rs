@@ -298,11 +298,12 @@ fn equal_rows_have_cosine_one_and_zero_vectors_zero() {
     let mut case = Case::<bf16>::new(&[9], 64, 0.5);
     (0..3).for_each(|row| case.set_fresh(row, |_| 0.0));
     (2..5).for_each(|row| case.set_cached(row, |_| if row == 4 { -0.0 } else { 0.0 }));
-    // Among zeros a sign counts for nothing: -0 arises where all products are negative and too small for f32.
-    case.set_fresh(5, |i| if i == 0 { 1e-30 } else { 0.0 });
-    case.set_cached(5, |i| if i == 0 { -1e-30 } else { 0.0 });
+    // Among zeros a sign counts for nothing: -0 arises where a tiny negative product meets a long vector.
+    case.set_fresh(5, |i| [1e10, 1e-20].get(i).copied().unwrap_or(0.0));
+    case.set_cached(5, |i| if i == 1 { -1e-20 } else { 0.0 });
     let got = case.run();
     assert!(got.similarity[..6].iter().all(|x| *x == 0.0), "{:?}", got.similarity);
+    assert!(got.similarity[5].is_sign_negative());
     assert_eq!(got.indices[..4], [0, 1, 2, 3]);
 }
 

@@ -22,11 +22,19 @@ pub fn is_installed() -> bool {
     DEVICE.get().is_some()
 }
 
+fn open_file(path: &str) -> Library {
+    // SAFETY: the library was built by this crate, or with its commands; its constructors only fill its own tables.
+    unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }.unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// The kernels of this build, or those that `SOFTGPU_KERNELS` names.
+fn open_kernels() -> Library {
+    std::env::var("SOFTGPU_KERNELS").map_or_else(|_| open("kernels"), |path| open_file(&path))
+}
+
 #[cfg(not(feature = "embed"))]
 fn open(name: &str) -> Library {
-    let path = format!("{}/lib{name}.so", env!("OUT_DIR"));
-    // SAFETY: the library was built by this crate; its constructors only fill its own tables.
-    unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.unwrap_or_else(|error| panic!("{path}: {error}"))
+    open_file(&format!("{}/lib{name}.so", env!("OUT_DIR")))
 }
 
 #[cfg(feature = "embed")]
@@ -50,19 +58,17 @@ fn open(name: &str) -> Library {
     // SAFETY: see above.
     let mut file = unsafe { std::fs::File::from_raw_fd(descriptor) };
     file.write_all(image).expect("an anonymous file takes the library");
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    // SAFETY: the library was built by this crate; its constructors only fill its own tables.
-    let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) };
+    let library = open_file(&format!("/proc/self/fd/{}", file.as_raw_fd()));
     // The loader takes a path that it saw before for the same library: keep the descriptor, so that none comes twice.
     std::mem::forget(file);
-    library.unwrap_or_else(|error| panic!("{name}: {error}"))
+    library
 }
 
 /// Loads the libraries in the order in which they need each other. From then on, whoever asks the system for
 /// `libcuda.so` or `libcublasLt.so` by name gets these, because a library that is loaded is found by its name first.
 fn load() -> Device {
     let cuda = open("cuda");
-    let others = [open("cublasLt"), open("kernels")];
+    let others = [open("cublasLt"), open_kernels()];
 
     // SAFETY: if this is not our library, it is one that the process has loaded already.
     let by_name = unsafe { Library::open(Some("libcuda.so"), RTLD_NOW) }.expect("libcuda.so is loaded");

@@ -1,0 +1,392 @@
+#!/usr/bin/env python3
+"""Plants faults into copies of the kernels, one at a time; each must make the test fail that its line names.
+
+    tests/faults.py                       all of them
+    tests/faults.py vverify "no barrier"  those whose file or description contains one of these
+    tests/faults.py --markdown            only print the table for docs/faults.md
+
+It needs what the tests need (cargo, a C++17 compiler, Linux on x86-64) and python3 without packages. The tests are built
+once. For a fault only the kernels that it is in are compiled, with the commands of softgpu/build.rs, and the tests load
+them through SOFTGPU_KERNELS. Fails if a fault survives, does not compile, crashes or hangs the tests, or no longer fits
+its source, and if docs/faults.md has another table.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs/faults.md"
+# Which kernel files the tests of a file launch.
+KERNELS = {
+    "unmask": ["unmask", "cut"],
+    "vverify": ["vverify", "rows"],
+    **{name: [name] for name in ["rows", "embed", "norm", "rope", "swiglu"]},
+}
+# A test that runs longer hangs; the slowest takes 10 s alone.
+TIMEOUT_S = 120
+
+
+@dataclass
+class Fault:
+    file: str  # in cuda/
+    is_wrong: str  # what is wrong with it
+    test: str  # FILE::TEST
+    good: str  # occurs once in the file; lines around the one that changes are there to tell it from others
+    bad: str
+
+
+FAULTS = [
+    # ---- unmask: phase 1
+    Fault("any/unmask.cu", "the last chunk is read whole, past the vocabulary", "unmask::vocabularies_and_policies",
+          "if ((chunk + 1) * kChunk <= p.vocab_size) {", "if (chunk * kChunk <= p.vocab_size) {"),
+    Fault("any/unmask.cu", "ties in a thread go to the higher token", "unmask::ties_go_to_the_lowest_token",
+          "sanitized(logit);\n      if (logit > max) {", "sanitized(logit);\n      if (logit >= max) {"),
+    Fault("any/unmask.cu", "general: ties in a thread go to the higher token", "unmask::ties_go_to_the_lowest_token",
+          "= logit;\n      if (logit > max) {", "= logit;\n      if (logit >= max) {"),
+    Fault("any/unmask.cu", "the mask token takes part in a chunk", "unmask::the_mask_token_is_never_chosen",
+          "logit = token == p.mask_token ? -INFINITY : sanitized(logit);", "logit = sanitized(logit);"),
+    Fault("any/unmask.cu", "the cut drops the logit that it equals", "unmask::top_p_and_top_k",
+          "if (first + j == p.mask_token || logit < cut) logit",
+          "if (first + j == p.mask_token || logit <= cut) logit"),
+    Fault("any/unmask.cu", "the second largest logit is below its equals", "unmask::ties_go_to_the_lowest_token",
+          "if (token_of(i) != partial.token) second", "if (logit < partial.max) second"),
+    Fault("any/unmask.cu", "entropy's moment is of logits, not of distances", "unmask::every_confidence",
+          "if (weight > 0.f) moment += weight * x;\n    if (token",
+          "if (weight > 0.f) moment += weight * logit;\n    if (token"),
+    Fault("any/unmask.cu", "confidences are never tempered", "unmask::draws",
+          "return p.tempered_confidence && p.temperature > 0.f ? 1.f / p.temperature : 1.f;", "return 1.f;"),
+    Fault("any/unmask.cu", "draws take the random numbers of ranks", "unmask::draws",
+          "philox(p.seed, kToken, step", "philox(p.seed, kRank, step"),
+    # ---- unmask: phase 2
+    Fault("any/unmask.cu", "sums of chunks are added without rescaling", "unmask::vocabularies_and_policies",
+          "high.sum += weight * low.sum;", "high.sum += low.sum;"),
+    Fault("any/unmask.cu", "moments of chunks are not shifted", "unmask::every_confidence",
+          "high.moment += weight * (low.moment + x * low.sum);", "high.moment += weight * low.moment;"),
+    Fault("any/unmask.cu", "the other chunk's largest is not taken for the second", "unmask::every_confidence",
+          "high.second = fmaxf(high.second, low.max);", "high.second = fmaxf(high.second, low.second);"),
+    Fault("any/unmask.cu", "chunks past the 16th are dropped", "unmask::published_vocabularies",
+          "for (int c = threadIdx.x; c < chunks; c += kWarp) all =",
+          "for (int c = threadIdx.x; c < 16; c += kWarp) all ="),
+    Fault("any/unmask.cu", "the mask token is left out of the sum", "unmask::the_mask_token_is_never_chosen",
+          "      all.sum += weight;", "      all.sum += 0.f;"),
+    Fault("any/unmask.cu", "confidence is that of the largest, not of the drawn token", "unmask::draws",
+          "const float logit = draws ? logit_at<T>(p, row.logits_row, result.token, cut) : all.max;",
+          "const float logit = all.max;"),
+    # ---- unmask: phase 3
+    Fault("any/unmask.cu", "the row counter's total is one short", "unmask::vocabularies_and_policies",
+          "is_last(workspace.row_counter + row_index, gridDim.x)",
+          "is_last(workspace.row_counter + row_index, gridDim.x - 1)"),
+    Fault("any/unmask.cu", "all sequences share a counter", "unmask::the_same_bits_in_every_order",
+          "is_last(workspace.sequence_counter + row.sequence, rows)", "is_last(workspace.sequence_counter, rows)"),
+    Fault("any/unmask.cu", "rows that are not masked can be committed", "unmask::vocabularies_and_policies",
+          "if (result.token >= 0 && position < before) {", "if (result.token >= kNotMasked && position < before) {"),
+    Fault("any/unmask.cu", "the window's end is one late", "unmask::positions_past_the_window_are_scored_and_left",
+          "if (result.token >= 0 && position < before) {", "if (result.token >= 0 && position <= before) {"),
+    Fault("any/unmask.cu", "the threshold must be exceeded", "unmask::selections_of_every_size",
+          "reach += result.confidence >= p.threshold;", "reach += result.confidence > p.threshold;"),
+    Fault("any/unmask.cu", "the threshold commits nothing where nothing reaches it",
+          "unmask::equal_rows_are_taken_in_order",
+          "count = min(count, max(1, block_reduce<kThreads>(reach, 0, Sum())));",
+          "count = min(count, block_reduce<kThreads>(reach, 0, Sum()));"),
+    Fault("any/unmask.cu", "the quota may exceed what there is",
+          "unmask::positions_past_the_window_are_scored_and_left",
+          "count = max(0, min(at<const int32_t>(p.quota)[sequence], eligible));",
+          "count = max(0, at<const int32_t>(p.quota)[sequence]);"),
+    Fault("any/unmask.cu", "a failed row does not hold its sequence back", "unmask::rows_without_a_finite_logit",
+          "if (bad || failed != 0x7fffffff) count = 0;", "if (bad) count = 0;"),
+    Fault("any/unmask.cu", "factor: the bound of the j-th is that of the one before",
+          "unmask::selections_of_every_size",
+          "1.f - factor / (middle + 2);", "1.f - factor / (middle + 1);"),
+    Fault("any/unmask.cu", "factor: the last is not taken as the original does", "unmask::selections_of_every_size",
+          "if (count == 0 || count == n - 1) count++;", "if (count == 0) count++;"),
+    Fault("any/unmask.cu", "the bound of token indices is one high", "unmask::indices_out_of_range",
+          "row.token < p.num_tokens &&", "row.token <= p.num_tokens &&"),
+    # ---- cut
+    Fault("any/cut.cu", "top-p keeps one token too few at a full sum", "unmask::top_p_and_top_k",
+          "(double(p.top_p) * double(total)) + 1;", "(double(p.top_p) * double(total));"),
+    Fault("any/cut.cu", "a mask token that would win takes part", "unmask::cuts",
+          "row.without_mask = rank_index(top) == p.mask_token;", "row.without_mask = false;"),
+    Fault("any/cut.cu", "top-k forgets top-p's cut", "unmask::cuts",
+          "cut = fmaxf(cut, reaches(row, ByCount(), steps, p.vocab_size, p.top_k));",
+          "cut = reaches(row, ByCount(), steps, p.vocab_size, p.top_k);"),
+    Fault("any/cut.cu", "no barrier before a digit's counts are read", "unmask::the_same_bits_in_every_order",
+          "weight(logit));\n    });\n    __syncthreads();", "weight(logit));\n    });\n    ;"),
+    # ---- logits, random numbers
+    Fault("common/logits.cuh", "the last token of the vocabulary is dropped", "unmask::vocabularies_and_policies",
+          "first + j < vocab_size ? row[first + j]", "first + j < vocab_size - 1 ? row[first + j]"),
+    Fault("common/logits.cuh", "a NaN is a logit", "unmask::nan_and_infinities",
+          "return logit == logit ? fminf(logit, FLT_MAX) : -INFINITY;", "return fminf(logit, FLT_MAX);"),
+    Fault("common/logits.cuh", "guidance is rounded once less", "unmask::guidance_rounds_as_the_originals",
+          "__fadd_rn(unconditional, __fmul_rn(scale + 1.f, __fsub_rn(conditional, unconditional)))",
+          "fmaf(scale + 1.f, __fsub_rn(conditional, unconditional), unconditional)"),
+    Fault("common/philox.cuh", "large noise is taken from a rounded u", "unmask::large_noise_is_exact",
+          "const bool high = bits >> 52;", "const bool high = false;"),
+    # ---- selection, reductions, memory
+    Fault("common/select.cuh", "the k-th is looked for one bucket low", "vverify::ratios",
+          "above < k && k <= above + content", "above <= k && k < above + content"),
+    Fault("common/select.cuh", "what lies above a digit is not taken off", "vverify::ratios",
+          "k -= bucket.above;", ";"),
+    Fault("common/select.cuh", "buckets of other warps are not added", "vverify::ratios",
+          "int w = warp + 1; w < kWarps;", "int w = warp + 2; w < kWarps;"),
+    Fault("common/select.cuh", "no barrier before the histogram is read", "vverify::ratios",
+          "__syncthreads();\n    const Bucket<int> bucket", ";\n    const Bucket<int> bucket"),
+    Fault("common/select.cuh", "no barrier after the histogram is cleared", "vverify::ratios",
+          "histogram[threadIdx.x] = 0;\n    __syncthreads();", "histogram[threadIdx.x] = 0;\n    ;"),
+    Fault("common/select.cuh", "no barrier before the bucket found is read", "vverify::ratios",
+          "__syncthreads();\n  return found;", ";\n  return found;"),
+    Fault("common/reduce.cuh", "negative numbers in reverse order", "vverify::ratios",
+          "bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u)", "bits ^ 0x80000000u"),
+    Fault("common/reduce.cuh", "a warp's other half is not reduced", "norm::equals_the_oracle",
+          "int lanes = kWarp / 2;", "int lanes = kWarp / 4;"),
+    Fault("common/reduce.cuh", "lanes read past the warps' results", "norm::equals_the_oracle",
+          "lane < kWarps ? results[lane] : zero", "lane < kWarp ? results[lane] : zero"),
+    Fault("common/reduce.cuh", "no barrier before the warps' results are read", "norm::equals_the_oracle",
+          "= x;\n  __syncthreads();", "= x;\n  ;"),
+    Fault("common/reduce.cuh", "no barrier before results are overwritten",
+          "vverify::same_bits_in_any_order_alone_and_in_a_batch",
+          "__syncthreads();  // the results of the call before have been read", ";"),
+    Fault("common/memory.cuh", "the counter is left as it is", "vverify::ratios",
+          "if (last) *counter = 0;", ";"),
+    Fault("common/memory.cuh", "no barrier before all learn who is last", "vverify::ratios",
+          "__syncthreads();\n  const bool result = last;", ";\n  const bool result = last;"),
+    Fault("common/memory.cuh", "nobody is the last", "vverify::ratios",
+          "atomicAdd(counter, 1u) == total - 1;", "atomicAdd(counter, 1u) == total;"),
+    Fault("common/memory.cuh", "the count of rows is ignored", "rows::counts_on_the_device",
+          "return count ? max(0, min(*at<const int32_t>(count), max_rows)) : max_rows;", "return max_rows;"),
+    # ---- vverify
+    Fault("any/vverify.cu", "indices of a warp begin one warp late", "vverify::ratios",
+          "if (w < warp) before += warp_total[w];", "if (w <= warp) before += warp_total[w];"),
+    Fault("any/vverify.cu", "each tile of rows writes where the first did", "vverify::ratios",
+          "      written += warp_total[w];", "      ;"),
+    Fault("any/vverify.cu", "a lane counts itself", "vverify::ratios",
+          "lanes & ((1u << lane) - 1)", "lanes & ((2u << lane) - 1)"),
+    Fault("any/vverify.cu", "no barrier before a tile's totals are overwritten", "vverify::ratios",
+          "__syncthreads();  // the totals of the tile before have been read", ";"),
+    Fault("any/vverify.cu", "no barrier before a tile's totals are read", "vverify::ratios",
+          "= __popc(lanes);\n    __syncthreads();", "= __popc(lanes);\n    ;"),
+    Fault("any/vverify.cu", "no guard for zero vectors", "vverify::equal_rows_have_cosine_one_and_zero_vectors_zero",
+          "kEpsSquare = 1e-16f;", "kEpsSquare = 0.f;"),
+    Fault("any/vverify.cu", "cached rows are updated before they are compared",
+          "vverify::room_for_more_rows_than_there_are",
+          "    const Vector<T> a = Vector<T>::unpack(bits), b = Vector<T>::load(cached + i);",
+          "    const Vector<T> a = Vector<T>::unpack(bits), b = update_cached ? a : Vector<T>::load(cached + i);"),
+    Fault("any/vverify.cu", "minus zero ranks below zero", "vverify::equal_rows_have_cosine_one_and_zero_vectors_zero",
+          "ranked(0.f - load_shared_by_blocks(&slots[i].similarity), i)",
+          "ranked(-load_shared_by_blocks(&slots[i].similarity), i)"),
+    Fault("any/vverify.cu", "a NaN is a cosine", "vverify::what_is_not_a_number_counts_as_turned_most",
+          "return cosine == cosine ? cosine : -INFINITY;", "return cosine;"),
+    Fault("any/vverify.cu", "equal rows do not have a cosine of just 1",
+          "vverify::equal_rows_have_cosine_one_and_zero_vectors_zero",
+          "dot / fresh_square * sqrtf(fresh_square / cached_square);",
+          "dot / (sqrtf(fresh_square) * sqrtf(cached_square));"),
+    Fault("any/vverify.cu", "how many to select is computed in f32", "vverify::ratios",
+          "int(double(rows) * p.ratio)", "int(float(rows) * float(p.ratio))"),
+    Fault("any/vverify.cu", "prefix sums of the next sequence", "vverify::sequences_of_any_length_and_none",
+          "first_selected += num_selected(p, rows);", "first_selected = num_selected(p, first + rows);"),
+    Fault("any/vverify.cu", "ends of sequences are believed", "vverify::lies_in_cu_rows_do_no_harm",
+          "max(first, min(end, p.max_rows)) - first;", "max(first, end) - first;"),
+    Fault("any/vverify.cu", "the bound of cached rows is one high", "vverify::cached_rows_by_a_map",
+          "cached_row < p.num_cached_rows", "cached_row <= p.num_cached_rows"),
+    Fault("any/vverify.cu", "the row's end is one vector early", "vverify::agrees_with_the_oracle_bf16",
+          "i < width; i += kThreads", "i < width - kVector<T>; i += kThreads"),
+    # ---- rows, embed
+    Fault("any/rows.cu", "one row past the count is copied", "rows::counts_on_the_device",
+          "if (row >= num_rows(p.count, p.max_rows)) return;", "if (row > num_rows(p.count, p.max_rows)) return;"),
+    Fault("any/rows.cu", "the tail of a round is not loaded", "rows::copies_rows",
+          "bits[u] = from[first + u * kThreads];", "bits[u] = from[first];"),
+    Fault("any/rows.cu", "stores go past the row", "rows::copies_rows",
+          "if (first + u * kThreads < vectors) to[", "if (first < vectors) to["),
+    Fault("any/rows.cu", "the bound of indices is one high", "rows::leaves_out_rows_out_of_range",
+          "indexed >= p.num_indexed_rows", "indexed > p.num_indexed_rows"),
+    Fault("any/rows.cu", "an index out of range is not told", "rows::leaves_out_rows_out_of_range",
+          "= DLLM_INDEX_FAILED;", "= DLLM_NONE_FAILED;"),
+    Fault("any/embed.cu", "the last vector of a row is dropped", "embed::embeds_rows",
+          "v < int(p.row_bytes / 16);", "v < int(p.row_bytes / 16) - 1;"),
+    Fault("any/embed.cu", "the bound of tokens is one high", "embed::leaves_out_rows_out_of_range",
+          "token >= p.vocab_size", "token > p.vocab_size"),
+    Fault("any/embed.cu", "the bound of indices is one high", "embed::leaves_out_rows_out_of_range",
+          "index < p.num_tokens", "index <= p.num_tokens"),
+    # ---- norm
+    Fault("any/norm.cu", "the normalised value is not rounded before the weight", "norm::equals_the_oracle",
+          "rounded<T>(values[v].x[j] * scale) * weight.x[j]", "values[v].x[j] * scale * weight.x[j]"),
+    Fault("any/norm.cu", "the residual sum is not rounded before it is squared", "norm::equals_the_oracle",
+          "rounded<T>(values[v].x[j] + added.x[j])", "values[v].x[j] + added.x[j]"),
+    Fault("any/norm.cu", "the residual stream is not written", "norm::equals_the_oracle",
+          "values[v].store(x + element(v));", ";"),
+    Fault("any/norm.cu", "eps is added to the root", "norm::equals_the_oracle",
+          "1.f / sqrtf(mean + p.eps)", "1.f / (sqrtf(mean) + p.eps)"),
+    Fault("any/norm.cu", "the tail is squared though it was not loaded", "norm::equals_the_oracle",
+          "float sum = 0.f;\n#pragma unroll\n  for (int v = 0; v < kVectors; v++) {\n    if (element(v) >= p.width) break;",
+          "float sum = 0.f;\n#pragma unroll\n  for (int v = 0; v < kVectors; v++) {\n    if (element(v) > p.width) break;"),
+    # ---- rope
+    Fault("any/rope.cu", "the sign of the sine is wrong", "rope::equals_the_oracle",
+          "low.x[j] = __fsub_rn(", "low.x[j] = __fadd_rn("),
+    Fault("any/rope.cu", "neighbours are paired, not halves", "rope::equals_the_oracle",
+          "high = Vector<T>::load(at_low + half);", "high = Vector<T>::load(at_low + kVec);"),
+    Fault("any/rope.cu", "a product is not rounded", "rope::equals_the_oracle",
+          "__fadd_rn(__fmul_rn(b, angle.x), __fmul_rn(a, angle.y))", "fmaf(b, angle.x, __fmul_rn(a, angle.y))"),
+    Fault("any/rope.cu", "keys go to the row's own place in the cache", "rope::equals_the_oracle",
+          "at<T>(p.k_cache, cache_row * p.cache_stride)", "at<T>(p.k_cache, row * p.cache_stride)"),
+    Fault("any/rope.cu", "the first key head is not cached", "rope::equals_the_oracle",
+          "head >= p.num_heads)", "head > p.num_heads)"),
+    Fault("any/rope.cu", "the tail of the values is not cached", "rope::equals_the_oracle",
+          "i < p.num_kv_heads * p.head_dim / kVec;", "i < p.num_kv_heads * p.head_dim / kVec - 1;"),
+    Fault("any/rope.cu", "the bound of cache rows is one high", "rope::leaves_out_rows_out_of_range",
+          "cache_row >= p.num_cache_rows", "cache_row > p.num_cache_rows"),
+    # ---- swiglu
+    Fault("any/swiglu.cu", "silu is not rounded before the factor", "swiglu::equals_the_oracle",
+          "rounded<T>(result.x[j] / (1.f + expf(-result.x[j]))) * factor.x[j]",
+          "result.x[j] / (1.f + expf(-result.x[j])) * factor.x[j]"),
+    Fault("any/swiglu.cu", "tiles overlap", "swiglu::equals_the_oracle",
+          "int(blockIdx.y) * kVectors + v", "int(blockIdx.y) + v"),
+    Fault("any/swiglu.cu", "one row past the count is computed", "swiglu::counts_on_the_device",
+          "if (row >= num_rows(p.count, p.max_rows)) return;", "if (row > num_rows(p.count, p.max_rows)) return;"),
+]
+
+
+def planted(fault):
+    """The text of its file with the fault in it."""
+    text = (ROOT / "cuda" / fault.file).read_text()
+    if text.count(fault.good) != 1:
+        sys.exit(f"{fault.file}: {fault.is_wrong}: occurs {text.count(fault.good)} times, not once:\n{fault.good}")
+    good, bad = fault.good.split("\n"), fault.bad.split("\n")
+    if len(good) != len(bad) or sum(a != b for a, b in zip(good, bad)) != 1:
+        sys.exit(f"{fault.file}: {fault.is_wrong}: not a change of one line")
+    return text.replace(fault.good, fault.bad)
+
+
+def includes(cuda, file):
+    """The file and the headers of cuda/common that it includes, by name."""
+    found, left = set(), [file]
+    while left:
+        path = left.pop()
+        if path.is_file() and path.name not in found:
+            found.add(path.name)
+            left += [cuda / "common" / name for name in re.findall(r'#include "(.+)"', path.read_text())]
+    return found
+
+
+class Device:
+    """The tests, built once, and what it takes to build kernels for the software device."""
+
+    def __init__(self, folder):
+        command = ["cargo", "test", "--release", "--no-run", "--message-format=json"]
+        command += [word for name in KERNELS for word in ("--test", name)]
+        run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        if run.returncode:
+            sys.exit("the tests do not build")
+        messages = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+        self.tests = {m["target"]["name"]: m["executable"] for m in messages
+                      if m["reason"] == "compiler-artifact" and m["target"]["kind"] == ["test"]}
+        [out] = [Path(m["out_dir"]) for m in messages
+                 if m["reason"] == "build-script-executed" and "softgpu" in m["package_id"]]
+        self.compiler = (out / "kernels.compile").read_text().splitlines()
+        self.linker = (out / "kernels.link").read_text().splitlines()
+        self.folder = folder
+        self.objects = {"kernels_anchor": self.object(ROOT / "cuda", ROOT / "softgpu/cpp/kernels_anchor.cpp", folder)}
+
+    def object(self, cuda, source, folder):
+        """Compiles a file that finds its headers in the folder `cuda`."""
+        target = folder / f"{source.stem}.o"
+        words = [word.replace(str(ROOT / "cuda"), str(cuda)) for word in self.compiler]
+        subprocess.run([*words, "-c", source, "-o", target], check=True, capture_output=True, text=True)
+        return target
+
+    def library(self, objects, folder):
+        target = folder / "libkernels.so"
+        subprocess.run([self.linker[0], *objects.values(), *self.linker[1:], "-o", target], check=True)
+        return target
+
+    def run(self, library, file, test):
+        """Runs the tests whose name contains `test`; the names of those that failed, and whether by a check of theirs."""
+        run = subprocess.run(
+            [self.tests[file], test, "--test-threads=1"], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S,
+            env={**os.environ, "SOFTGPU_KERNELS": str(library)})
+        said = run.stdout + run.stderr
+        if run.returncode not in (0, 101) or "test result:" not in said or "running 0 tests" in said:
+            raise RuntimeError(f"the tests did not run to their end ({run.returncode}):\n{said[-2000:]}")
+        if run.returncode and "panicked at tests/" not in said:
+            raise RuntimeError(f"something else failed than a check of the tests:\n{said[-2000:]}")
+        return re.findall(r"^    (?:\w+::)*(\w+)$", said.rpartition("\nfailures:\n")[2], re.M) if run.returncode else []
+
+
+def check(device, number, fault):
+    """What is wrong with how the fault was found, empty if nothing; and the seconds that took."""
+    start = time.monotonic()
+    folder = device.folder / str(number)
+    cuda = folder / "cuda"
+    shutil.copytree(ROOT / "cuda", cuda)
+    path = cuda / fault.file
+    path.write_text(planted(fault))
+    file, test = fault.test.split("::")
+    objects = {name: device.objects[name] for name in ["kernels_anchor", *KERNELS[file]]}
+    try:
+        for name in KERNELS[file]:
+            if path.name in includes(cuda, cuda / f"any/{name}.cu"):
+                objects[name] = device.object(cuda, cuda / f"any/{name}.cu", folder)
+        library = device.library(objects, folder)
+        problem = ""
+        if test not in device.run(library, file, test):
+            found = ", ".join(device.run(library, file, ""))
+            problem = f"survives, though {found} would find it" if found else "survives"
+    except subprocess.CalledProcessError as error:
+        problem = f"does not compile:\n{error.stderr}"
+    except subprocess.TimeoutExpired:
+        problem = "hangs"
+    except RuntimeError as error:
+        problem = str(error)
+    shutil.rmtree(folder)
+    return problem, time.monotonic() - start
+
+
+def markdown():
+    rows = [f"| `{fault.file}` | {fault.is_wrong} | `{fault.test}` |" for fault in FAULTS]
+    return "\n".join(["| file | fault | found by |", "|---|---|---|", *rows])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--markdown", action="store_true", help="only print the table for docs/faults.md")
+    parser.add_argument("fault", nargs="*", default=[""], help="part of a fault's file or description")
+    arguments = parser.parse_args()
+    if arguments.markdown:
+        return print(markdown())
+    for fault in FAULTS:
+        planted(fault)
+    chosen = [fault for fault in FAULTS if any(part in f"{fault.file} {fault.is_wrong}" for part in arguments.fault)]
+
+    problems = [] if markdown() in PAGE.read_text() else [f"{PAGE.name}: the table is not what --markdown prints"]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        start = time.monotonic()
+        device = Device(Path(folder))
+        kernels = sorted({name for fault in chosen for name in KERNELS[fault.test.split("::")[0]]})
+        device.objects.update(zip(kernels, pool.map(
+            lambda name: device.object(ROOT / "cuda", ROOT / f"cuda/any/{name}.cu", device.folder), kernels)))
+        # What is found only counts if the same tests pass with the kernels as they are.
+        library = device.library(device.objects, device.folder)
+        tests = sorted({fault.test for fault in chosen})
+        for test, failed in zip(tests, pool.map(lambda test: device.run(library, *test.split("::")), tests)):
+            problems += [f"{test} fails without a fault"] if failed else []
+        print(f"without a fault: {len(tests)} tests pass ({time.monotonic() - start:.0f} s)", flush=True)
+
+        for fault, (problem, seconds) in zip(chosen, pool.map(lambda job: check(device, *job), enumerate(chosen))):
+            found_by = "SURVIVES" if problem else fault.test
+            print(f"{fault.file:<19} {fault.is_wrong:<66} {found_by:<62} {seconds:5.1f} s", flush=True)
+            problems += [f"{fault.file}: {fault.is_wrong}: {problem}"] if problem else []
+        print(f"{len(chosen)} faults in {time.monotonic() - start:.0f} s")
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()
