@@ -42,21 +42,21 @@ pub type dllm_confidence = u32;
 pub const DLLM_POLICY_FIXED: dllm_policy = 0;
 /// The best, and all others with at least this confidence.
 pub const DLLM_POLICY_THRESHOLD: dllm_policy = 1;
-/// The best n as long as (n + 1) (1 - confidence_n) < factor.
+/// The best n as long as (n + 1) (1 - confidence_n) <= factor; all of them if only the last fails.
 pub const DLLM_POLICY_FACTOR: dllm_policy = 2;
 /// Which masked rows of a sequence to commit.
 pub type dllm_policy = u32;
-/// A row that unmask may commit. 16 bytes, loaded at once.
+/// A row that unmask may commit. Loaded at once, so tables of them are aligned to 16 bytes.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct dllm_unmask_row {
-    /// Index of its token in `tokens`.
+    /// Index of its token in `tokens`, of no other row.
     pub token: i32,
     /// Row of `logits` that predicts it (Dream: that of the position before).
     pub logits_row: i32,
     /// Position in its sequence; keys the random numbers and breaks ties.
     pub position: i32,
-    /// Its sequence.
+    /// Its sequence, the one that owns it by `cu_rows`.
     pub sequence: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -82,13 +82,13 @@ pub struct dllm_unmask_params {
     pub logits: u64,
     /// Same layout, for guidance; or 0.
     pub uncond_logits: u64,
-    /// \[max_rows\] dllm_unmask_row: rows of a sequence together, positions ascending.
+    /// \[max_rows\] dllm_unmask_row, all of them initialised: rows of a sequence together, positions ascending.
     pub rows: u64,
     /// \[num_sequences + 1\] int32, ascending from 0: sequence s owns rows cu_rows\[s\]..cu_rows\[s+1\].
     pub cu_rows: u64,
     /// \[num_tokens\] int32, read and written.
     pub tokens: u64,
-    /// \[num_sequences\] int32. Fixed: how many to commit. Threshold: among how many of the best, or 0 for all.
+    /// \[num_sequences\] int32. Fixed: how many to commit. Threshold: among how many of the best, where 0 of them is none; or no pointer for all.
     pub quota: u64,
     /// \[num_sequences\] int32: positions from here on are scored but not committed; or 0.
     pub commit_before: u64,
@@ -114,11 +114,12 @@ pub struct dllm_unmask_params {
     pub seed: u64,
     /// Elements from row to row.
     pub logits_stride: i64,
-    /// Rows the launch has room for; cu_rows says how many there are.
+    /// Rows the launch has room for, at most 65,535; cu_rows says how many there are.
     pub max_rows: i32,
     pub num_sequences: i32,
     pub num_tokens: i32,
     pub num_logits_rows: i32,
+    /// At most 2^30.
     pub vocab_size: i32,
     /// The token of a masked position.
     pub mask_token: i32,
@@ -130,15 +131,15 @@ pub struct dllm_unmask_params {
     pub policy: i32,
     /// 1: confidences after the temperature (Dream). 0: from the plain logits (LLaDA).
     pub tempered_confidence: i32,
-    /// 0: argmax. Above: Gumbel-max draws from softmax(logits / temperature).
+    /// 0: argmax. 1e-6 to 1e6: Gumbel-max draws from softmax(logits / temperature).
     pub temperature: f32,
-    /// Guidance w: u + (w + 1) (c - u); only with uncond_logits.
+    /// Guidance w: u + (w + 1) (c - u); above 0 with uncond_logits, else 0.
     pub cfg_scale: f32,
     /// Above 0, policy fixed: rows are drawn from softmax(confidence / alg_temp).
     pub alg_temp: f32,
     /// Policy threshold: least confidence.
     pub threshold: f32,
-    /// Policy factor.
+    /// Policy factor: above 0.
     pub factor: f32,
     /// 0
     pub reserved: i32,
@@ -201,7 +202,7 @@ const _: () = {
     ["Offset of field: dllm_unmask_params::factor"][::core::mem::offset_of!(dllm_unmask_params, factor) - 208usize];
     ["Offset of field: dllm_unmask_params::reserved"][::core::mem::offset_of!(dllm_unmask_params, reserved) - 212usize];
 };
-/// cut: per masked row the least logit that top-p, then top-k, keep; unmask takes it as `cut`.
+/// cut: per masked row the least logit that top-p, then top-k, keep, and those equal to it; unmask takes it as `cut`.
 ///
 /// Fields as in dllm_unmask_params. Rows that are not masked get minus infinity.
 #[repr(C)]
@@ -226,6 +227,7 @@ pub struct dllm_cut_params {
     pub max_rows: i32,
     pub num_tokens: i32,
     pub num_logits_rows: i32,
+    /// Below 2^24.
     pub vocab_size: i32,
     pub mask_token: i32,
     /// dllm_dtype of the logits.
@@ -267,7 +269,7 @@ const _: () = {
 };
 /// vverify: which rows of V turned most (dLLM-Cache, section 3.3).
 ///
-/// Per sequence the floor(n \* ratio) of its n rows whose cosine with the cached row is lowest, ties to the first row. A cosine
+/// Squares and sums are f32: the rows' elements stay below 1e19. Per sequence the floor(n \* ratio) of its n rows whose cosine with the cached row is lowest, ties to the first row. A cosine
 /// that is not a number counts as the lowest.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]

@@ -39,6 +39,10 @@ fn gather(device: &Device) -> dllm_kernels::Result<Vec<f32>> {
 }
 
 #[test]
+#[cfg_attr(
+    not(all(target_os = "linux", target_arch = "x86_64")),
+    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+)]
 fn what_a_device_tells() {
     let device = device();
     assert!(Device::count().unwrap() >= 1);
@@ -50,6 +54,10 @@ fn what_a_device_tells() {
 }
 
 #[test]
+#[cfg_attr(
+    not(all(target_os = "linux", target_arch = "x86_64")),
+    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+)]
 fn a_device_that_is_not_there() {
     device();
     let error = Device::open(1000).unwrap_err();
@@ -57,6 +65,10 @@ fn a_device_that_is_not_there() {
 }
 
 #[test]
+#[cfg_attr(
+    not(all(target_os = "linux", target_arch = "x86_64")),
+    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+)]
 fn every_module_has_its_kernels() {
     device().preload().unwrap();
     for module in Module::all() {
@@ -71,6 +83,10 @@ fn every_module_has_its_kernels() {
 }
 
 #[test]
+#[cfg_attr(
+    not(all(target_os = "linux", target_arch = "x86_64")),
+    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+)]
 fn the_most_special_module_is_chosen() {
     assert_eq!(Module::choose("unmask", (8, 0)).unwrap().target, "compute_80");
     assert_eq!(Module::choose("unmask", (12, 0)).unwrap().target, "compute_80");
@@ -79,6 +95,10 @@ fn the_most_special_module_is_chosen() {
 }
 
 #[test]
+#[cfg_attr(
+    not(all(target_os = "linux", target_arch = "x86_64")),
+    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+)]
 fn an_old_device_is_refused() {
     with(softgpu::Opt::ComputeCapability, 75, || {
         let error = Device::open(0).unwrap_err().to_string();
@@ -87,6 +107,10 @@ fn an_old_device_is_refused() {
 }
 
 #[test]
+#[cfg_attr(
+    not(all(target_os = "linux", target_arch = "x86_64")),
+    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+)]
 fn an_ampere_device_runs_the_kernels() {
     with(softgpu::Opt::ComputeCapability, 80, || {
         let device = Device::open(0).unwrap();
@@ -97,6 +121,10 @@ fn an_ampere_device_runs_the_kernels() {
 
 /// A driver older than the modules: the error names the module, the call, and repeats the driver's log.
 #[test]
+#[cfg_attr(
+    not(all(target_os = "linux", target_arch = "x86_64")),
+    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+)]
 fn an_old_driver_is_refused() {
     with(softgpu::Opt::MaxPtx, 74, || {
         let device = Device::open(0).unwrap();
@@ -115,6 +143,10 @@ fn an_old_driver_is_refused() {
 
 /// Whichever allocation fails, the error says what was asked for, nothing is lost, and the device goes on.
 #[test]
+#[cfg_attr(
+    not(all(target_os = "linux", target_arch = "x86_64")),
+    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+)]
 fn out_of_memory_is_an_error() {
     for nth in 0..3 {
         with(softgpu::Opt::FailAlloc, nth, || {
@@ -131,6 +163,10 @@ fn out_of_memory_is_an_error() {
 }
 
 #[test]
+#[cfg_attr(
+    not(all(target_os = "linux", target_arch = "x86_64")),
+    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+)]
 fn buffers() {
     let stream = device().stream().unwrap();
     let mut buffer = stream.upload(&[1u32, 2, 3]).unwrap();
@@ -146,8 +182,50 @@ fn buffers() {
     assert!(empty.is_empty() && empty.read().unwrap().is_empty());
 }
 
+/// What a graph would replay with memory that is gone is refused while it is captured, and nothing else is lost.
+#[test]
+#[cfg_attr(
+    not(all(target_os = "linux", target_arch = "x86_64")),
+    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+)]
+fn captures_hold_no_copies() {
+    let stream = device().stream().unwrap();
+    let mut buffer = stream.zeros::<u32>(4).unwrap();
+    let refused = |work: &mut dyn FnMut() -> dllm_kernels::Result<()>| {
+        let error = stream.capture(work).err().unwrap().to_string();
+        assert!(error.contains("the stream is being captured"), "{error}");
+    };
+    refused(&mut || stream.alloc::<u8>(4).map(|_| ()));
+    refused(&mut || buffer.write(&[1]));
+    refused(&mut || buffer.read().map(|_| ()));
+    refused(&mut || stream.capture(|| Ok(())).map(|_| ()));
+    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| stream.capture(|| panic!("as meant"))));
+    assert!(panicked.is_err());
+    buffer.write(&[7]).unwrap();
+    assert_eq!(buffer.read().unwrap(), [7, 0, 0, 0]);
+}
+
+/// A graph may be replayed by another thread.
+#[test]
+#[cfg_attr(
+    not(all(target_os = "linux", target_arch = "x86_64")),
+    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+)]
+fn graphs_go_from_thread_to_thread() {
+    let stream = device().stream().unwrap();
+    let mut buffer = stream.upload(&[1u32, 2]).unwrap();
+    let graph = stream.capture(|| buffer.fill_zero()).unwrap();
+    // SAFETY: the buffer lives on; nobody uses it meanwhile.
+    std::thread::spawn(move || unsafe { graph.launch() }).join().unwrap().unwrap();
+    assert_eq!(buffer.read().unwrap(), [0, 0]);
+}
+
 /// A capture that fails leaves the stream usable; one of nothing is a graph of nothing.
 #[test]
+#[cfg_attr(
+    not(all(target_os = "linux", target_arch = "x86_64")),
+    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+)]
 fn captures() {
     let stream = device().stream().unwrap();
     let graph = stream.capture(|| Ok(())).unwrap();
@@ -166,6 +244,10 @@ fn captures() {
 }
 
 #[test]
+#[cfg_attr(
+    not(all(target_os = "linux", target_arch = "x86_64")),
+    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+)]
 fn threads_have_streams_of_their_own() {
     let device = device();
     std::thread::scope(|scope| {

@@ -30,15 +30,26 @@ struct Row {
   bool without_mask;  // the mask token has the largest logit, so it counts as minus infinity
   float max = -INFINITY;
 
-  // f(logit) for each token of this thread.
+  // f(token, logit) for each token of this thread; two vectors under way at a time.
   template <class F>
   __device__ __forceinline__ void each(F f) const {
-    for (int first = int(threadIdx.x) * kVector<T>; first < p.vocab_size; first += kThreads * kVector<T>) {
-      const Vector<T> logits = logits_of<T>(p, row, first);
+    constexpr int kVec = kVector<T>, kBatch = 2, kStep = kThreads * kVec;
+    const int64_t offset = row * p.logits_stride;
+    for (int first = int(threadIdx.x) * kVec; first < p.vocab_size; first += kBatch * kStep) {
+      uint4 bits[kBatch], unconditional[kBatch];
+      load_all(at<const T>(p.logits, offset), first, kStep, p.vocab_size, bits);
+      if (p.uncond_logits) load_all(at<const T>(p.uncond_logits, offset), first, kStep, p.vocab_size, unconditional);
 #pragma unroll
-      for (int j = 0; j < kVector<T>; j++) {
-        if (first + j >= p.vocab_size) break;
-        f(first + j, without_mask && first + j == p.mask_token ? -INFINITY : logits.x[j]);
+      for (int v = 0; v < kBatch; v++) {
+        const Vector<T> vector = Vector<T>::unpack(bits[v]);
+        const Vector<T> other = Vector<T>::unpack(unconditional[v]);
+#pragma unroll
+        for (int j = 0; j < kVec; j++) {
+          const int token = first + v * kStep + j;
+          if (token >= p.vocab_size) break;
+          const float logit = sanitized(p.uncond_logits ? guided(vector.x[j], other.x[j], p.cfg_scale) : vector.x[j]);
+          f(token, without_mask && token == p.mask_token ? -INFINITY : logit);
+        }
       }
     }
   }

@@ -20,8 +20,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) embed(DLLM_PARAMS dllm_em
     if (p.failed && threadIdx.x == 0) *at<int32_t>(p.failed) = DLLM_INDEX_FAILED;
     return;
   }
-  const uint4* from = at<const uint4>(p.table + token * p.table_stride_bytes);
-  uint4* to = at<uint4>(p.out + row * p.out_stride_bytes);
-  for (int v = threadIdx.x; v < int(p.row_bytes / 16); v += kThreads) to[v] = from[v];
+  copy_row<kThreads>(at<const uint4>(p.table, token * (p.table_stride_bytes / 16)),
+                     at<uint4>(p.out, row * (p.out_stride_bytes / 16)), int(p.row_bytes / 16));
 }
 SOFTGPU_KERNEL(embed)

@@ -22,19 +22,26 @@ __device__ __forceinline__ void norm(const dllm_norm_params& p) {
   T* out = at<T>(p.out, row * p.out_stride);
   const auto element = [](int v) { return (v * kThreads + int(threadIdx.x)) * kVector<T>; };
 
-  Vector<T> values[kVectors];
+  // All that is read, before anything is stored: no load moves over a store that might be to the same place.
+  uint4 bits[kVectors], added[kVectors], weights[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; v++) {
-    if (element(v) < p.width) values[v] = Vector<T>::load(x + element(v));
+    if (element(v) < p.width) {
+      bits[v] = *reinterpret_cast<const uint4*>(x + element(v));
+      if (p.delta) added[v] = *reinterpret_cast<const uint4*>(delta + element(v));
+      weights[v] = *reinterpret_cast<const uint4*>(at<const T>(p.weight) + element(v));
+    }
   }
+  Vector<T> values[kVectors];
   float sum = 0.f;
 #pragma unroll
   for (int v = 0; v < kVectors; v++) {
     if (element(v) >= p.width) break;
+    values[v] = Vector<T>::unpack(bits[v]);
     if (p.delta) {
-      const Vector<T> added = Vector<T>::load(delta + element(v));
+      const Vector<T> delta_values = Vector<T>::unpack(added[v]);
 #pragma unroll
-      for (int j = 0; j < kVector<T>; j++) values[v].x[j] = rounded<T>(values[v].x[j] + added.x[j]);
+      for (int j = 0; j < kVector<T>; j++) values[v].x[j] = rounded<T>(values[v].x[j] + delta_values.x[j]);
       values[v].store(x + element(v));
     }
 #pragma unroll
@@ -45,7 +52,7 @@ __device__ __forceinline__ void norm(const dllm_norm_params& p) {
 #pragma unroll
   for (int v = 0; v < kVectors; v++) {
     if (element(v) >= p.width) break;
-    const Vector<T> weight = Vector<T>::load(at<const T>(p.weight) + element(v));
+    const Vector<T> weight = Vector<T>::unpack(weights[v]);
 #pragma unroll
     for (int j = 0; j < kVector<T>; j++) values[v].x[j] = rounded<T>(values[v].x[j] * scale) * weight.x[j];
     values[v].store(out + element(v));

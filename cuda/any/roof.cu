@@ -1,7 +1,8 @@
 // roof: reads memory and does nothing with it, which is the most that a kernel bound by reading can reach; src/ops/roof.rs.
 //
 // grid   (tiles of 64 KiB). A block reads one tile.
-// block  512 threads of eight loads of 16 bytes, all under way before the first is used
+// block  512 threads of eight loads of 16 bytes, most of them under way before the first is used; few enough registers for
+//        2,048 threads a multiprocessor
 // bytes  as asked
 // bound  by memory bandwidth: other kernels are measured against this one
 #include "memory.cuh"

@@ -1,8 +1,8 @@
 // rope: rotary embedding of queries and keys in place, and keys and values into the cache; src/ops/rope.rs.
 //
-// grid   (max_rows). A block owns one row [q | k | v].
-// block  256 threads; a thread holds 16 bytes of the lower half of a head and the 16 bytes of the upper half that they pair
-//        with
+// grid   (max_rows, parts). A block owns 256 items of a row [q | k | v], each of one thread: 16 bytes of the lower half of a
+//        query or key head and the 16 bytes of the upper half that they pair with, or 16 bytes of a value to be cached
+// block  256 threads, each of which loads all that it needs before it stores anything
 // bytes  2 * (num_heads + num_kv_heads) * head_dim * sizeof(element) a row; with caches num_kv_heads * head_dim *
 //        sizeof(element) more for keys, twice that for values; angles come from the L2 cache
 // bound  by memory bandwidth; at 32 rows by two dependent loads (position, angle)
@@ -31,16 +31,20 @@ __device__ __forceinline__ void rope(const dllm_rope_params& p) {
 
   const int pairs_per_head = half / kVec;
   const int pairs = (p.num_heads + p.num_kv_heads) * pairs_per_head;
-  for (int i = threadIdx.x; i < pairs; i += kThreads) {
-    const int head = i / pairs_per_head, first = i % pairs_per_head * kVec;
+  const int item = blockIdx.y * kThreads + threadIdx.x;
+  if (item < pairs) {
+    const int head = item / pairs_per_head, first = item % pairs_per_head * kVec;
     T* at_low = qkv + head * p.head_dim + first;
     Vector<T> low = Vector<T>::load(at_low), high = Vector<T>::load(at_low + half);
+    float4 angle[kVec / 2];  // cosine, sine of two elements
+#pragma unroll
+    for (int j = 0; j < kVec / 2; j++) angle[j] = reinterpret_cast<const float4*>(angles + first)[j];
 #pragma unroll
     for (int j = 0; j < kVec; j++) {
-      const float2 angle = angles[first + j];
+      const float cosine = j % 2 ? angle[j / 2].z : angle[j / 2].x, sine = j % 2 ? angle[j / 2].w : angle[j / 2].y;
       const float a = low.x[j], b = high.x[j];
-      low.x[j] = __fsub_rn(__fmul_rn(a, angle.x), __fmul_rn(b, angle.y));
-      high.x[j] = __fadd_rn(__fmul_rn(b, angle.x), __fmul_rn(a, angle.y));
+      low.x[j] = __fsub_rn(__fmul_rn(a, cosine), __fmul_rn(b, sine));
+      high.x[j] = __fadd_rn(__fmul_rn(b, cosine), __fmul_rn(a, sine));
     }
     low.store(at_low);
     high.store(at_low + half);
@@ -49,11 +53,10 @@ __device__ __forceinline__ void rope(const dllm_rope_params& p) {
       low.store(key);
       high.store(key + half);
     }
+  } else if (cache_row >= 0 && item - pairs < p.num_kv_heads * p.head_dim / kVec) {
+    const T* values = qkv + (p.num_heads + p.num_kv_heads) * p.head_dim;
+    reinterpret_cast<uint4*>(cached_values)[item - pairs] = reinterpret_cast<const uint4*>(values)[item - pairs];
   }
-  if (cache_row < 0) return;
-  const uint4* values = reinterpret_cast<const uint4*>(qkv + (p.num_heads + p.num_kv_heads) * p.head_dim);
-  uint4* to = reinterpret_cast<uint4*>(cached_values);
-  for (int i = threadIdx.x; i < p.num_kv_heads * p.head_dim / kVec; i += kThreads) to[i] = values[i];
 }
 
 }  // namespace

@@ -9,22 +9,6 @@
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;
-
-__device__ __forceinline__ void copy_row(const uint4* from, uint4* to, int vectors) {
-  for (int first = threadIdx.x; first < vectors; first += kThreads * kUnroll) {
-    uint4 bits[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
-      if (first + u * kThreads < vectors) bits[u] = from[first + u * kThreads];
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
-      if (first + u * kThreads < vectors) to[first + u * kThreads] = bits[u];
-    }
-  }
-}
-
 template <bool kGather>
 __device__ __forceinline__ void copy(const dllm_rows_params& p) {
   const int row = blockIdx.x;
@@ -35,8 +19,8 @@ __device__ __forceinline__ void copy(const dllm_rows_params& p) {
     return;
   }
   const int64_t from = kGather ? indexed : row, to = kGather ? row : indexed;
-  copy_row(at<const uint4>(p.source + from * p.source_stride_bytes), at<uint4>(p.target + to * p.target_stride_bytes),
-           int(p.row_bytes / 16));
+  copy_row<kThreads>(at<const uint4>(p.source, from * (p.source_stride_bytes / 16)),
+                     at<uint4>(p.target, to * (p.target_stride_bytes / 16)), int(p.row_bytes / 16));
 }
 
 }  // namespace

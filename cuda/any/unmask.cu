@@ -29,7 +29,7 @@ constexpr int kChunk = kThreads * kPerThread;
 constexpr int kSharedKeys = 1024;
 static_assert(kThreads == kBuckets, "phase 3 selects with the whole block");
 
-// What phase 1 and 2 know of a chunk, or of several; the mask token is not among them.
+// What phase 1 and 2 know of a chunk, or of several. The mask token is counted apart.
 struct Partial {
   float max;     // largest logit; minus infinity: there is none
   int token;     // its token
@@ -38,7 +38,7 @@ struct Partial {
   float moment;  // of e^x x
   float noised;  // largest logit + temperature * noise
   int drawn;     // its token
-  int padding;
+  float mask;    // the mask token's logit; minus infinity: it is not here
 };
 
 // A row as phase 3 sees it.
@@ -87,51 +87,78 @@ __device__ __forceinline__ int first_token(int chunk, int v) {
   return chunk * kChunk + (v * kThreads + int(threadIdx.x)) * kVector<T>;
 }
 
-// Phase 1, plain: argmax and sum, from registers.
+// Takes the mask token out of logits, which the one thread that has it does; the same result in all threads: its logit.
+template <class F>
+__device__ __forceinline__ float without_mask(int mask_token, int chunk, F take) {
+  __shared__ float mask;
+  if (mask_token / kChunk != chunk) return -INFINITY;  // nobody here has it
+  if (threadIdx.x == 0) mask = -INFINITY;
+  __syncthreads();
+  take(&mask);
+  __syncthreads();
+  return mask;
+}
+
+// Phase 1, plain: argmax and sum, from registers. A logit costs its unpacking, one maximum, and a multiplication, an
+// exponential and an addition; which token the maximum is of is looked for by the threads that have it. NaN and plus infinity
+// are dealt with when they show: maxima ignore NaN, sums do not.
 template <class T>
 __device__ __forceinline__ Partial score_plain(const dllm_unmask_params& p, const dllm_unmask_row& row, int chunk) {
   constexpr int kVectors = kPerThread / kVector<T>;
   const T* logits_row = at<const T>(p.logits, int64_t(row.logits_row) * p.logits_stride);
-  uint4 bits[kVectors];  // nothing between the loads that waits for one of them
-  if ((chunk + 1) * kChunk <= p.vocab_size) {
-#pragma unroll
-    for (int v = 0; v < kVectors; v++) bits[v] = *reinterpret_cast<const uint4*>(logits_row + first_token<T>(chunk, v));
-  } else {
-#pragma unroll
-    for (int v = 0; v < kVectors; v++) bits[v] = load_end(logits_row, first_token<T>(chunk, v), p.vocab_size);
-  }
+  uint4 bits[kVectors];
+  load_all(logits_row, first_token<T>(chunk, 0), kThreads * kVector<T>, p.vocab_size, bits);
   Vector<T> logits[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; v++) logits[v] = Vector<T>::unpack(bits[v]);
 
-  float max = -INFINITY;
-  int best = 0;
+  Partial partial{};
+  partial.mask = without_mask(p.mask_token, chunk, [&](float* mask) {
 #pragma unroll
-  for (int v = 0; v < kVectors; v++) {
+    for (int v = 0; v < kVectors; v++) {
 #pragma unroll
-    for (int j = 0; j < kVector<T>; j++) {
-      const int token = first_token<T>(chunk, v) + j;
-      float& logit = logits[v].x[j];
-      logit = token == p.mask_token ? -INFINITY : sanitized(logit);
-      if (logit > max) {
-        max = logit;
-        best = token;
+      for (int j = 0; j < kVector<T>; j++) {
+        if (first_token<T>(chunk, v) + j != p.mask_token) continue;
+        if (p.mask_token < p.vocab_size) *mask = sanitized(logits[v].x[j]);
+        logits[v].x[j] = -INFINITY;
       }
     }
-  }
-  const uint64_t top = block_reduce<kThreads>(ranked(max, best), uint64_t(0), Max());
-  Partial partial{};
-  partial.max = rank_value(top);
-  partial.token = rank_index(top);
+  });
 
-  const float reference = fmaxf(partial.max, -FLT_MAX);  // finite, so that minus infinity stays minus infinity
-  float sum = 0.f;
+  float max, own, sum;
+  uint64_t both;
+  for (bool clean = false;; clean = true) {
+    own = -INFINITY;
 #pragma unroll
-  for (int v = 0; v < kVectors; v++) {
+    for (int v = 0; v < kVectors; v++) {
 #pragma unroll
-    for (int j = 0; j < kVector<T>; j++) sum += exp_of(logits[v].x[j] - reference);
+      for (int j = 0; j < kVector<T>; j++) {
+        if (clean) logits[v].x[j] = sanitized(logits[v].x[j]);
+        own = fmaxf(own, logits[v].x[j]);
+      }
+    }
+    max = block_reduce<kThreads>(own, -INFINITY, Max());
+    const float reference = fmaxf(max, -FLT_MAX);  // finite, so that minus infinity stays minus infinity
+    sum = 0.f;
+#pragma unroll
+    for (int v = 0; v < kVectors; v++) {
+#pragma unroll
+      for (int j = 0; j < kVector<T>; j++) sum += exp_of(logits[v].x[j] - reference);
+    }
+    int token = 0x7fffffff;
+    if (own == max && max > -INFINITY) {
+#pragma unroll
+      for (int v = kVectors - 1; v >= 0; v--) {
+#pragma unroll
+        for (int j = kVector<T> - 1; j >= 0; j--) token = logits[v].x[j] == max ? first_token<T>(chunk, v) + j : token;
+      }
+    }
+    both = block_reduce<kThreads>(sum_and_index(sum, token), sum_and_index(0.f, 0x7fffffff), SumAndLowest());
+    if (clean || sum_of(both) < INFINITY) break;  // NaN fails this too
   }
-  partial.sum = block_reduce<kThreads>(sum, 0.f, Sum());
+  partial.max = max;
+  partial.token = index_of(both);
+  partial.sum = sum_of(both);
   return partial;
 }
 
@@ -144,24 +171,48 @@ __device__ __forceinline__ Partial score_general(const dllm_unmask_params& p, co
   float* logits = shared + threadIdx.x;  // logits[i * kThreads]
   const auto token_of = [&](int i) { return first_token<T>(chunk, i / kVec) + i % kVec; };
 
+  // Sixty-four bytes a thread under way at a time.
+  constexpr int kBatch = 4, kStep = kThreads * kVec;
+  const int64_t offset = int64_t(row.logits_row) * p.logits_stride;
+  const auto each = [&](uint64_t from, auto put) {
+#pragma unroll 1
+    for (int batch = 0; batch < kPerThread / kVec; batch += kBatch) {
+      uint4 bits[kBatch];
+      load_all(at<const T>(from, offset), first_token<T>(chunk, batch), kStep, p.vocab_size, bits);
+#pragma unroll
+      for (int v = 0; v < kBatch; v++) {
+        const Vector<T> vector = Vector<T>::unpack(bits[v]);
+#pragma unroll
+        for (int j = 0; j < kVec; j++) put(logits[((batch + v) * kVec + j) * kThreads], vector.x[j]);
+      }
+    }
+  };
+  each(p.logits, [](float& logit, float conditional) { logit = conditional; });
+  if (p.uncond_logits) {
+    each(p.uncond_logits, [&](float& logit, float unconditional) { logit = guided(logit, unconditional, p.cfg_scale); });
+  }
+  Partial partial{};
+  partial.mask = without_mask(p.mask_token, chunk, [&](float* mask) {
+    for (int i = 0; i < kPerThread; i++) {
+      if (token_of(i) != p.mask_token) continue;
+      const float logit = sanitized(logits[i * kThreads]);
+      if (p.mask_token < p.vocab_size && logit >= cut) *mask = logit;
+      logits[i * kThreads] = -INFINITY;
+    }
+  });
   float max = -INFINITY;
   int best = 0;
-  for (int v = 0; v < kPerThread / kVec; v++) {
-    const int first = first_token<T>(chunk, v);
-    const Vector<T> vector = logits_of<T>(p, row.logits_row, first);
-#pragma unroll
-    for (int j = 0; j < kVec; j++) {
-      float logit = vector.x[j];
-      if (first + j == p.mask_token || logit < cut) logit = -INFINITY;
-      logits[(v * kVec + j) * kThreads] = logit;
-      if (logit > max) {
-        max = logit;
-        best = first + j;
-      }
+#pragma unroll 4
+  for (int i = 0; i < kPerThread; i++) {
+    float logit = sanitized(logits[i * kThreads]);
+    if (logit < cut) logit = -INFINITY;
+    logits[i * kThreads] = logit;
+    if (logit > max) {
+      max = logit;
+      best = token_of(i);
     }
   }
   const uint64_t top = block_reduce<kThreads>(ranked(max, best), uint64_t(0), Max());
-  Partial partial{};
   partial.max = rank_value(top);
   partial.token = rank_index(top);
 
@@ -209,6 +260,7 @@ __device__ __forceinline__ Partial merged(const Partial& a, const Partial& b, fl
   const bool a_first = ranked(a.max, a.token) > ranked(b.max, b.token);
   Partial high = a_first ? a : b;
   const Partial low = a_first ? b : a;
+  high.mask = fmaxf(high.mask, low.mask);
   if (low.sum > 0.f) {
     const float x = (low.max - high.max) * scale;
     const float weight = exp_of(x);
@@ -234,7 +286,7 @@ __device__ __forceinline__ Partial shuffled(const Partial& a, int lanes) {
   b.moment = __shfl_xor_sync(kAllLanes, a.moment, lanes);
   b.noised = __shfl_xor_sync(kAllLanes, a.noised, lanes);
   b.drawn = __shfl_xor_sync(kAllLanes, a.drawn, lanes);
-  b.padding = 0;
+  b.mask = __shfl_xor_sync(kAllLanes, a.mask, lanes);
   return b;
 }
 
@@ -252,22 +304,19 @@ __device__ __forceinline__ Result merge_row(const dllm_unmask_params& p, const d
                                             float cut) {
   const int chunks = gridDim.x;
   const float scale = kGeneral ? inverse_scale(p) : 1.f;
-  Partial all{-INFINITY, 0x7fffffff, 0.f, -INFINITY, 0.f, -INFINITY, 0x7fffffff, 0};
+  Partial all{-INFINITY, 0x7fffffff, 0.f, -INFINITY, 0.f, -INFINITY, 0x7fffffff, -INFINITY};
   for (int c = threadIdx.x; c < chunks; c += kWarp) all = merged<kGeneral>(all, load_partial(partials + c), scale);
 #pragma unroll
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) all = merged<kGeneral>(all, shuffled(all, lanes), scale);
   if (all.max == -INFINITY) return {0.f, kNoFiniteLogit};
 
-  if (p.mask_token < p.vocab_size) {
-    const float mask = logit_at<T>(p, row.logits_row, p.mask_token, cut);
-    const bool wins = ranked(mask, p.mask_token) > ranked(all.max, all.token);
-    if (!wins && mask > -INFINITY) {
-      const float x = (mask - all.max) * scale;
-      const float weight = exp_of(x);
-      all.sum += weight;
-      if (kGeneral && weight > 0.f) all.moment += weight * x;
-      all.second = fmaxf(all.second, mask);
-    }
+  const bool mask_wins = ranked(all.mask, p.mask_token) > ranked(all.max, all.token);
+  if (!mask_wins && all.mask > -INFINITY) {
+    const float x = (all.mask - all.max) * scale;
+    const float weight = exp_of(x);
+    all.sum += weight;
+    if (kGeneral && weight > 0.f) all.moment += weight * x;
+    all.second = fmaxf(all.second, all.mask);
   }
   if (!kGeneral) return {1.f / all.sum, all.token};
 
@@ -297,11 +346,11 @@ __device__ __forceinline__ Result merge_row(const dllm_unmask_params& p, const d
 // Fast-dLLM's factor rule: how many of `n` to take, keys being their confidences. The bounds 1 - factor / (j + 2) grow and
 // sorted confidences fall, so that the j-th is the first to fail its bound exactly if at most j reach it: no sorting.
 __device__ __forceinline__ int count_by_factor(const uint64_t* keys, int rows, int n, float factor) {
-  int low = 0, high = n;  // the first to fail is in low..=high; n is none
+  int low = 1, high = n;  // the first to fail is in low..=high, n is none; the best never fails
   while (low < high) {
     const int middle = (low + high) / 2;
     int reach = 0;
-    const float bound = middle == 0 ? -1.f : 1.f - factor / (middle + 2);
+    const float bound = 1.f - factor / (middle + 2);
     for (int i = threadIdx.x; i < rows; i += kThreads) reach += keys[i] && rank_value(keys[i]) >= bound;
     if (block_reduce<kThreads>(reach, 0, Sum()) <= middle) {
       high = middle;
@@ -323,6 +372,7 @@ __device__ void select_and_commit(const dllm_unmask_params& p, const Workspace& 
   const Result* results = workspace.results + first;
   const int before = p.commit_before ? at<const int32_t>(p.commit_before)[sequence] : 0x7fffffff;
   const uint32_t step = p.steps ? at<const int32_t>(p.steps)[sequence] : 0;
+  const int quota = p.quota ? at<const int32_t>(p.quota)[sequence] : 0x7fffffff;
 
   // Keys: 0 for rows that are not to be committed whatever happens.
   int eligible = 0, reach = 0, failed = 0x7fffffff, bad = 0;
@@ -348,19 +398,27 @@ __device__ void select_and_commit(const dllm_unmask_params& p, const Workspace& 
   failed = -block_reduce<kThreads>(-failed, -0x7fffffff, Max());
   bad = block_reduce<kThreads>(bad, 0, Sum());
 
-  int count = eligible;
-  if (p.quota) count = max(0, min(at<const int32_t>(p.quota)[sequence], eligible));
+  int count = max(0, min(quota, eligible));
+  uint64_t bound = 0;  // exactly `count` keys reach it; 0: to be found
   if (p.policy == DLLM_POLICY_THRESHOLD && count > 0) {
-    count = min(count, max(1, block_reduce<kThreads>(reach, 0, Sum())));
+    reach = block_reduce<kThreads>(reach, 0, Sum());
+    if (reach > 0 && reach <= count) bound = uint64_t(ordered(p.threshold)) << 32;
+    count = min(count, max(1, reach));
   } else if (p.policy == DLLM_POLICY_FACTOR && eligible > 0) {
     count = count_by_factor(keys, rows, eligible, p.factor);
   }
   if (bad || failed != 0x7fffffff) count = 0;
 
   if (count > 0) {
-    const uint64_t bound = count == 1 ? best : count == eligible ? 1 : kth_largest(keys, rows, count);
+    if (count == eligible) bound = 1;
+    if (count == 1) bound = best;
+    if (bound == 0) bound = kth_largest(keys, rows, count);
     for (int i = threadIdx.x; i < rows; i += kThreads) {
-      if (keys[i] >= bound) at<int32_t>(p.tokens)[table[i].token] = load_shared_by_blocks(&results[i].token);
+      const int token = table[i].token;
+      // Only a table that contradicts itself has a key for a token that is not there.
+      if (keys[i] >= bound && token >= 0 && token < p.num_tokens) {
+        at<int32_t>(p.tokens)[token] = load_shared_by_blocks(&results[i].token);
+      }
     }
   }
   if (threadIdx.x == 0) {
@@ -387,12 +445,15 @@ __device__ __forceinline__ void unmask(const dllm_unmask_params& p) {
   __shared__ __align__(16) unsigned char shared[kGeneral ? kChunk * sizeof(float) : kSharedKeys * sizeof(uint64_t)];
   const int row_index = blockIdx.y, chunk = blockIdx.x;
   const int32_t* cu_rows = at<const int32_t>(p.cu_rows);
-  if (row_index == 0 && chunk == 0) clear_empty_sequences(p);
-  const dllm_unmask_row row = at<const dllm_unmask_row>(p.rows)[row_index];  // under way while cu_rows is
+  const uint4 row_bits = at<const uint4>(p.rows)[row_index];  // under way while cu_rows is
+  if (row_index == 0 && chunk == 0 && (p.num_sequences > 1 || cu_rows[1] <= 0)) clear_empty_sequences(p);
   if (row_index >= cu_rows[p.num_sequences]) return;
+  dllm_unmask_row row;
+  memcpy(&row, &row_bits, sizeof row);
   if (row.sequence < 0 || row.sequence >= p.num_sequences) return;
   const int first = max(0, cu_rows[row.sequence]);
   const int rows = min(cu_rows[row.sequence + 1], p.max_rows) - first;
+  if (row_index < first || row_index >= first + rows) return;
 
   const Workspace workspace(p);
   Result result{0.f, kNotMasked};

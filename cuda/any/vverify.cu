@@ -48,16 +48,28 @@ struct Sequence {
 
 template <class T>
 __device__ __forceinline__ float cosine(const T* fresh, T* cached, int width, bool update_cached) {
+  constexpr int kUnroll = 2, kStep = kThreads * kVector<T>;  // two vectors of each row under way before a store
   float dot = 0.f, fresh_square = 0.f, cached_square = 0.f;
-  for (int i = threadIdx.x * kVector<T>; i < width; i += kThreads * kVector<T>) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(fresh + i);
-    const Vector<T> a = Vector<T>::unpack(bits), b = Vector<T>::load(cached + i);
-    if (update_cached) *reinterpret_cast<uint4*>(cached + i) = bits;
+  for (int i = threadIdx.x * kVector<T>; i < width; i += kUnroll * kStep) {
+    uint4 fresh_bits[kUnroll], cached_bits[kUnroll];
 #pragma unroll
-    for (int j = 0; j < kVector<T>; j++) {
-      dot += a.x[j] * b.x[j];
-      fresh_square += a.x[j] * a.x[j];
-      cached_square += b.x[j] * b.x[j];
+    for (int u = 0; u < kUnroll; u++) {
+      if (i + u * kStep < width) {
+        fresh_bits[u] = *reinterpret_cast<const uint4*>(fresh + i + u * kStep);
+        cached_bits[u] = *reinterpret_cast<const uint4*>(cached + i + u * kStep);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      if (i + u * kStep >= width) break;
+      if (update_cached) *reinterpret_cast<uint4*>(cached + i + u * kStep) = fresh_bits[u];
+      const Vector<T> a = Vector<T>::unpack(fresh_bits[u]), b = Vector<T>::unpack(cached_bits[u]);
+#pragma unroll
+      for (int j = 0; j < kVector<T>; j++) {
+        dot += a.x[j] * b.x[j];
+        fresh_square += a.x[j] * a.x[j];
+        cached_square += b.x[j] * b.x[j];
+      }
     }
   }
   dot = block_reduce<kThreads>(dot, 0.f, Sum());

@@ -7,10 +7,10 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 __device__ __forceinline__ float exp_of(float x) { return ex2_approx(x * kLog2e); }
 
-// NaN counts as minus infinity, plus infinity as the largest finite value.
-__device__ __forceinline__ float sanitized(float logit) { return logit == logit ? fminf(logit, FLT_MAX) : -INFINITY; }
+// NaN counts as minus infinity, plus infinity as the largest finite value. (fmaxf takes the other of a NaN and a number.)
+__device__ __forceinline__ float sanitized(float logit) { return fminf(fmaxf(logit, -INFINITY), FLT_MAX); }
 
-// u + (w + 1) (c - u), in the order of the originals and with their roundings.
+// u + (w + 1) (c - u), in the order of the originals, each operation rounded to f32.
 __device__ __forceinline__ float guided(float conditional, float unconditional, float scale) {
   return __fadd_rn(unconditional, __fmul_rn(scale + 1.f, __fsub_rn(conditional, unconditional)));
 }
@@ -35,16 +35,18 @@ __device__ __forceinline__ uint4 load_end(const T* row, int first, int vocab_siz
   memcpy(&bits, t, 16);
   return bits;
 }
-template <class T, class P>
-__device__ __forceinline__ Vector<T> logits_of(const P& p, int64_t row, int first) {
-  const int64_t offset = row * p.logits_stride;
-  Vector<T> logits = Vector<T>::unpack(load_end(at<const T>(p.logits, offset), first, p.vocab_size));
-  if (p.uncond_logits) {
-    const Vector<T> other = Vector<T>::unpack(load_end(at<const T>(p.uncond_logits, offset), first, p.vocab_size));
+
+// kVectors of them, `step` tokens apart, all under way before one is waited for.
+template <class T, int kVectors>
+__device__ __forceinline__ void load_all(const T* row, int first, int step, int vocab_size, uint4 (&bits)[kVectors]) {
 #pragma unroll
-    for (int j = 0; j < kVector<T>; j++) logits.x[j] = guided(logits.x[j], other.x[j], p.cfg_scale);
+  for (int v = 0; v < kVectors; v++) {
+    bits[v] = make_uint4(0, 0, 0, 0);
+    if (first + v * step + kVector<T> <= vocab_size) bits[v] = *reinterpret_cast<const uint4*>(row + first + v * step);
   }
+  // The end of the row: what is beyond it, and a vector that it cuts in two.
 #pragma unroll
-  for (int j = 0; j < kVector<T>; j++) logits.x[j] = sanitized(logits.x[j]);
-  return logits;
+  for (int v = 0; v < kVectors; v++) {
+    if (first + v * step + kVector<T> > vocab_size) bits[v] = load_end(row, first + v * step, vocab_size);
+  }
 }

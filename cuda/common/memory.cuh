@@ -73,17 +73,33 @@ __device__ __forceinline__ T load_shared_by_blocks(const T* p) {
 
 // Counts the blocks (or rows) that have come this far; true in all threads of the last of `total`, which then sees what
 // the others wrote before. Leaves the counter at 0, so that a replayed graph finds it as this launch did.
-// All threads of a block must call it together.
+// All threads of a block must call it together. The barrier before makes one thread's fence speak for all of them.
 __device__ __forceinline__ bool is_last(uint32_t* counter, uint32_t total) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();
     last = atomicAdd(counter, 1u) == total - 1;
     if (last) *counter = 0;
+    __threadfence();
   }
   __syncthreads();
-  const bool result = last;
-  if (result) __threadfence();
-  return result;
+  return last;
+}
+
+// Copies a row, 16 bytes a thread at a time, four loads under way before the first store.
+template <int kThreads>
+__device__ __forceinline__ void copy_row(const uint4* from, uint4* to, int vectors) {
+  constexpr int kUnroll = 4;
+  for (int first = threadIdx.x; first < vectors; first += kThreads * kUnroll) {
+    uint4 bits[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      if (first + u * kThreads < vectors) bits[u] = from[first + u * kThreads];
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      if (first + u * kThreads < vectors) to[first + u * kThreads] = bits[u];
+    }
+  }
 }

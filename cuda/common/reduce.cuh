@@ -30,6 +30,18 @@ struct Max {
   __device__ __forceinline__ T operator()(T a, T b) const { return a > b ? a : b; }
 };
 
+// A sum and the lowest of some indices, in one 64-bit word, so that both are reduced at once.
+__device__ __forceinline__ uint64_t sum_and_index(float sum, int index) {
+  return uint64_t(__float_as_uint(sum)) << 32 | uint32_t(index);
+}
+__device__ __forceinline__ float sum_of(uint64_t both) { return __uint_as_float(uint32_t(both >> 32)); }
+__device__ __forceinline__ int index_of(uint64_t both) { return int(uint32_t(both)); }
+struct SumAndLowest {
+  __device__ __forceinline__ uint64_t operator()(uint64_t a, uint64_t b) const {
+    return sum_and_index(sum_of(a) + sum_of(b), min(index_of(a), index_of(b)));
+  }
+};
+
 template <class T, class F>
 __device__ __forceinline__ T warp_reduce(T x, F f) {
 #pragma unroll

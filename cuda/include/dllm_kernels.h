@@ -6,7 +6,7 @@
  * row-major; strides count elements unless named _bytes. Element types are dllm_dtype; all arithmetic is f32 inside.
  *
  * Every pointer to elements is aligned to 16 bytes, and so is every row (its stride a multiple of 16 bytes), for kernels
- * load 16 bytes at a time; pointers to int32, float or structs are aligned to their type. Ops neither allocate nor wait:
+ * load 16 bytes at a time; so are `rows`, `angles` and `workspace`. Pointers to int32 and float are aligned to their type. Ops neither allocate nor wait:
  * each may be captured into a CUDA graph, and what varies from step to step (counts, indices, tokens) is read from
  * device memory. Indices read from device memory are checked against the sizes given here, on the device.
  */
@@ -47,7 +47,7 @@ typedef enum dllm_confidence {
 typedef enum dllm_policy {
   DLLM_POLICY_FIXED = 0,     /**< The best quota[s]. */
   DLLM_POLICY_THRESHOLD = 1, /**< The best, and all others with at least this confidence. */
-  DLLM_POLICY_FACTOR = 2     /**< The best n as long as (n + 1) (1 - confidence_n) < factor. */
+  DLLM_POLICY_FACTOR = 2     /**< The best n as long as (n + 1) (1 - confidence_n) <= factor; all of them if only the last fails. */
 } dllm_policy;
 
 /** What stands in `failed` when nothing failed. */
@@ -55,9 +55,9 @@ typedef enum dllm_policy {
 /** What stands in `failed` when an index read from device memory is out of range. */
 #define DLLM_INDEX_FAILED (-2)
 
-/** A row that unmask may commit. 16 bytes, loaded at once. */
+/** A row that unmask may commit. Loaded at once, so tables of them are aligned to 16 bytes. */
 typedef struct dllm_unmask_row {
-  int32_t token;      /**< Index of its token in `tokens`. */
+  int32_t token;      /**< Index of its token in `tokens`, of no other row. */
   int32_t logits_row; /**< Row of `logits` that predicts it (Dream: that of the position before). */
   int32_t position;   /**< Position in its sequence; keys the random numbers and breaks ties. */
   int32_t sequence;   /**< Its sequence, the one that owns it by `cu_rows`. */
@@ -77,7 +77,7 @@ typedef struct dllm_unmask_params {
   uint64_t rows;          /**< [max_rows] dllm_unmask_row, all of them initialised: rows of a sequence together, positions ascending. */
   uint64_t cu_rows;       /**< [num_sequences + 1] int32, ascending from 0: sequence s owns rows cu_rows[s]..cu_rows[s+1]. */
   uint64_t tokens;        /**< [num_tokens] int32, read and written. */
-  uint64_t quota;         /**< [num_sequences] int32. Fixed: how many to commit. Threshold: among how many of the best, or 0 for all. */
+  uint64_t quota;         /**< [num_sequences] int32. Fixed: how many to commit. Threshold: among how many of the best, where 0 of them is none; or no pointer for all. */
   uint64_t commit_before; /**< [num_sequences] int32: positions from here on are scored but not committed; or 0. */
   uint64_t steps;         /**< [num_sequences] int32: forwards the sequence has had, keys the random numbers; or 0 for none. */
   uint64_t cut;           /**< [max_rows] f32 of dllm_cut_params: lower logits count as minus infinity; or 0. */
@@ -90,26 +90,26 @@ typedef struct dllm_unmask_params {
   uint64_t workspace_bytes; /**< At least what the plan asks. */
   uint64_t seed;            /**< Of every random number. */
   int64_t logits_stride;    /**< Elements from row to row. */
-  int32_t max_rows;         /**< Rows the launch has room for; cu_rows says how many there are. */
+  int32_t max_rows;         /**< Rows the launch has room for, at most 65,535; cu_rows says how many there are. */
   int32_t num_sequences;
   int32_t num_tokens;
   int32_t num_logits_rows;
-  int32_t vocab_size;
+  int32_t vocab_size;          /**< At most 2^30. */
   int32_t mask_token;          /**< The token of a masked position. */
   int32_t dtype;               /**< dllm_dtype of the logits. */
   int32_t confidence_kind;     /**< dllm_confidence */
   int32_t policy;              /**< dllm_policy */
   int32_t tempered_confidence; /**< 1: confidences after the temperature (Dream). 0: from the plain logits (LLaDA). */
-  float temperature;           /**< 0: argmax. Above: Gumbel-max draws from softmax(logits / temperature). */
-  float cfg_scale;             /**< Guidance w: u + (w + 1) (c - u); only with uncond_logits. */
+  float temperature;           /**< 0: argmax. 1e-6 to 1e6: Gumbel-max draws from softmax(logits / temperature). */
+  float cfg_scale;             /**< Guidance w: u + (w + 1) (c - u); above 0 with uncond_logits, else 0. */
   float alg_temp;              /**< Above 0, policy fixed: rows are drawn from softmax(confidence / alg_temp). */
   float threshold;             /**< Policy threshold: least confidence. */
-  float factor;                /**< Policy factor. */
+  float factor;                /**< Policy factor: above 0. */
   int32_t reserved;            /**< 0 */
 } dllm_unmask_params;
 
 /**
- * cut: per masked row the least logit that top-p, then top-k, keep; unmask takes it as `cut`.
+ * cut: per masked row the least logit that top-p, then top-k, keep, and those equal to it; unmask takes it as `cut`.
  *
  * Fields as in dllm_unmask_params. Rows that are not masked get minus infinity.
  */
@@ -125,7 +125,7 @@ typedef struct dllm_cut_params {
   int32_t max_rows;
   int32_t num_tokens;
   int32_t num_logits_rows;
-  int32_t vocab_size;
+  int32_t vocab_size; /**< Below 2^24. */
   int32_t mask_token;
   int32_t dtype;     /**< dllm_dtype of the logits. */
   int32_t top_k;     /**< Keep the k largest and those equal to the k-th; 0 keeps all. */
@@ -137,7 +137,7 @@ typedef struct dllm_cut_params {
 /**
  * vverify: which rows of V turned most (dLLM-Cache, section 3.3).
  *
- * Per sequence the floor(n * ratio) of its n rows whose cosine with the cached row is lowest, ties to the first row. A cosine
+ * Squares and sums are f32: the rows' elements stay below 1e19. Per sequence the floor(n * ratio) of its n rows whose cosine with the cached row is lowest, ties to the first row. A cosine
  * that is not a number counts as the lowest.
  */
 typedef struct dllm_vverify_params {
@@ -264,21 +264,23 @@ typedef struct dllm_roof_params {
   uint64_t bytes;  /**< A multiple of 16. */
 } dllm_roof_params;
 
-/* A layout that differs between compilers must not compile. */
+/* A layout that differs between compilers must not compile: size, and where the last field lies, of each struct. */
 #ifdef __cplusplus
-#define DLLM_ASSERT_SIZE(type, bytes) static_assert(sizeof(type) == (bytes), #type)
+#define DLLM_ASSERT_LAYOUT(type, last, offset, bytes) \
+  static_assert(sizeof(type) == (bytes) && offsetof(type, last) == (offset), #type)
 #else
-#define DLLM_ASSERT_SIZE(type, bytes) _Static_assert(sizeof(type) == (bytes), #type)
+#define DLLM_ASSERT_LAYOUT(type, last, offset, bytes) \
+  _Static_assert(sizeof(type) == (bytes) && offsetof(type, last) == (offset), #type)
 #endif
-DLLM_ASSERT_SIZE(dllm_unmask_row, 16);
-DLLM_ASSERT_SIZE(dllm_unmask_params, 216);
-DLLM_ASSERT_SIZE(dllm_cut_params, 104);
-DLLM_ASSERT_SIZE(dllm_vverify_params, 136);
-DLLM_ASSERT_SIZE(dllm_rows_params, 80);
-DLLM_ASSERT_SIZE(dllm_embed_params, 96);
-DLLM_ASSERT_SIZE(dllm_norm_params, 88);
-DLLM_ASSERT_SIZE(dllm_rope_params, 120);
-DLLM_ASSERT_SIZE(dllm_swiglu_params, 64);
-DLLM_ASSERT_SIZE(dllm_roof_params, 32);
+DLLM_ASSERT_LAYOUT(dllm_unmask_row, sequence, 12, 16);
+DLLM_ASSERT_LAYOUT(dllm_unmask_params, reserved, 212, 216);
+DLLM_ASSERT_LAYOUT(dllm_cut_params, cfg_scale, 100, 104);
+DLLM_ASSERT_LAYOUT(dllm_vverify_params, update_cached, 132, 136);
+DLLM_ASSERT_LAYOUT(dllm_rows_params, num_indexed_rows, 76, 80);
+DLLM_ASSERT_LAYOUT(dllm_embed_params, reserved, 92, 96);
+DLLM_ASSERT_LAYOUT(dllm_norm_params, eps, 84, 88);
+DLLM_ASSERT_LAYOUT(dllm_rope_params, reserved, 116, 120);
+DLLM_ASSERT_LAYOUT(dllm_swiglu_params, reserved, 60, 64);
+DLLM_ASSERT_LAYOUT(dllm_roof_params, bytes, 24, 32);
 
 #endif

@@ -17,6 +17,7 @@ pub struct Buffer<T> {
 
 impl<T: Pod> Buffer<T> {
     pub(super) fn alloc(stream: &Stream, len: usize) -> Result<Buffer<T>> {
+        stream.not_capturing("alloc")?;
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| {
             Error::argument("buffer", "a size that an address can hold", format!("{len} x {} bytes", size_of::<T>()))
         })?;
@@ -65,6 +66,7 @@ impl<T: Pod> Buffer<T> {
         if data.len() > self.len() {
             return Err(Error::argument("data", format!("at most {} elements", self.len()), data.len()));
         }
+        self.stream.not_capturing("write")?;
         if data.is_empty() {
             return Ok(());
         }
@@ -73,6 +75,7 @@ impl<T: Pod> Buffer<T> {
 
     /// Waits for the stream, and copies the contents to the host.
     pub fn read(&self) -> Result<Vec<T>> {
+        self.stream.not_capturing("read")?;
         let mut data = vec![T::zeroed(); self.len];
         if let Some(bytes) = self.bytes.try_slice(0..self.len * size_of::<T>()).filter(|_| self.len > 0) {
             let to = bytemuck::cast_slice_mut::<T, u8>(&mut data);
@@ -80,6 +83,13 @@ impl<T: Pod> Buffer<T> {
         }
         self.stream.synchronize()?;
         Ok(data)
+    }
+}
+
+impl<T> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        // Freed next, on whichever thread this is. A failure shows in the free, which the context remembers.
+        let _ = self.stream.device().bind();
     }
 }
 

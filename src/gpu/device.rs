@@ -8,7 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// A CUDA device, through its primary context: the one that the CUDA runtime, and so PyTorch, uses too.
 ///
-/// Cheap to clone. Kernel modules are loaded on first use, so the first launch of an op takes longer and must not be
+/// Cheap to clone. Dropping the last clone (streams and buffers hold one) waits for the device's work and unloads the
+/// modules. Launches and everything else here leave the primary context current on the calling thread.
+///
+/// Kernel modules are loaded on first use, so the first launch of an op takes longer and must not be
 /// inside a graph capture: see [`Device::preload`].
 #[derive(Clone)]
 pub struct Device {
@@ -24,7 +27,8 @@ struct Inner {
 #[derive(Default)]
 struct Loaded {
     modules: HashMap<&'static str, Handle<sys::CUmodule>>,
-    functions: HashMap<&'static str, Handle<sys::CUfunction>>,
+    /// By module and kernel.
+    functions: HashMap<(&'static str, &'static str), Handle<sys::CUfunction>>,
 }
 
 /// A driver's handle; the driver allows its use from any thread.
@@ -105,14 +109,23 @@ impl Device {
         Ok(Stream::new(self.clone(), self.inner.context.new_stream().of("cuStreamCreate")?))
     }
 
-    /// Loads every module that this device can run; without this, each is loaded at the first launch from it.
+    /// Loads every kernel that this device can run; without this, each is loaded at its first launch.
     pub fn preload(&self) -> Result<()> {
-        self.inner.context.bind_to_thread().of("cuCtxSetCurrent")?;
-        Module::all().iter().try_for_each(|module| self.module(&mut self.loaded(), module.name).map(|_| ()))
+        self.bind()?;
+        for module in Module::all() {
+            if Module::choose(module.name, self.capability()).is_some_and(|chosen| chosen.target == module.target) {
+                let loaded = self.module(&mut self.loaded(), module.name)?;
+                for kernel in module.kernels() {
+                    self.resolve(loaded, kernel)?;
+                }
+            }
+        }
+        Ok(())
     }
 
-    pub(super) fn context(&self) -> &Arc<CudaContext> {
-        &self.inner.context
+    /// Makes the context current on this thread.
+    pub(super) fn bind(&self) -> Result<()> {
+        self.inner.context.bind_to_thread().of("cuCtxSetCurrent")
     }
 
     fn loaded(&self) -> std::sync::MutexGuard<'_, Loaded> {
@@ -134,15 +147,19 @@ impl Device {
 
     fn function(&self, launch: &Launch) -> Result<sys::CUfunction> {
         let mut loaded = self.loaded();
-        if let Some(function) = loaded.functions.get(launch.kernel) {
+        if let Some(function) = loaded.functions.get(&(launch.module, launch.kernel)) {
             return Ok(function.0);
         }
         let module = self.module(&mut loaded, launch.module)?;
-        let name = CString::new(launch.kernel).map_err(|e| Error::Unavailable(e.to_string()))?;
-        // SAFETY: the module stays loaded as long as this device is there.
-        let function = unsafe { result::module::get_function(module, name) }.of("cuModuleGetFunction")?;
-        loaded.functions.insert(launch.kernel, Handle(function));
+        let function = self.resolve(module, launch.kernel)?;
+        loaded.functions.insert((launch.module, launch.kernel), Handle(function));
         Ok(function)
+    }
+
+    fn resolve(&self, module: sys::CUmodule, kernel: &str) -> Result<sys::CUfunction> {
+        let name = CString::new(kernel).map_err(|e| Error::Unavailable(e.to_string()))?;
+        // SAFETY: the module stays loaded as long as this device is there.
+        unsafe { result::module::get_function(module, name) }.of("cuModuleGetFunction")
     }
 
     /// Launches a kernel whose one parameter is `params`. Leaves this device's context current on the thread.
@@ -151,7 +168,7 @@ impl Device {
     /// 1. `stream` is a stream of this device's primary context, or null for the legacy default stream.
     /// 2. `params` is the parameter type of the kernel, and what it points to is as its op demands.
     pub(crate) unsafe fn launch<P: Copy>(&self, stream: *mut c_void, launch: Launch, params: &P) -> Result<()> {
-        self.inner.context.bind_to_thread().of("cuCtxSetCurrent")?;
+        self.bind()?;
         let function = self.function(&launch)?;
         let [x, y, z] = launch.grid;
         let mut pointers = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
@@ -179,6 +196,8 @@ impl Drop for Inner {
         if self.context.bind_to_thread().is_err() {
             return; // the context is gone, and its modules with it
         }
+        // What was launched may still run. An error here is of work that nobody has waited for.
+        let _ = self.context.synchronize();
         let loaded = self.loaded.get_mut().unwrap_or_else(PoisonError::into_inner);
         for module in loaded.modules.values() {
             // SAFETY: nobody holds a function of it any more. A failure leaves the module to the context.

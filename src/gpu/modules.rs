@@ -33,6 +33,11 @@ impl Module {
         MODULES.iter().filter(|module| module.name == name).filter(fits).max_by_key(|module| module.target)
     }
 
+    /// Names of its kernels.
+    pub fn kernels(&self) -> impl Iterator<Item = &'static str> {
+        self.ptx.lines().filter_map(|line| line.strip_prefix(".visible .entry ")?.split('(').next())
+    }
+
     /// Loads it into the current context.
     pub(super) fn load(&self) -> Result<sys::CUmodule> {
         const LOG_BYTES: usize = 8192;

@@ -1,10 +1,11 @@
 use super::{Buffer, Device, DriverResult};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use bytemuck::Pod;
 use cudarc::driver::{CudaGraph, CudaStream, sys};
 use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A queue of work on a device: what is put in runs in order, while the host goes on.
 ///
@@ -13,11 +14,13 @@ use std::sync::Arc;
 pub struct Stream {
     device: Device,
     stream: Arc<CudaStream>,
+    /// Whether a graph is being captured.
+    capturing: Arc<AtomicBool>,
 }
 
 impl Stream {
     pub(super) fn new(device: Device, stream: Arc<CudaStream>) -> Stream {
-        Stream { device, stream }
+        Stream { device, stream, capturing: Arc::default() }
     }
 
     /// Its device.
@@ -32,6 +35,14 @@ impl Stream {
 
     pub(super) fn cudarc(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    /// Copies and allocations have no place in a graph: it would replay them with memory that is gone.
+    pub(super) fn not_capturing(&self, what: &'static str) -> Result<()> {
+        match self.capturing.load(Ordering::Relaxed) {
+            true => Err(Error::Unavailable(format!("{what}: the stream is being captured"))),
+            false => Ok(()),
+        }
     }
 
     /// Memory for `len` elements, with any contents.
@@ -68,20 +79,44 @@ impl Stream {
         before.elapsed_ms(&after).of("cuEventElapsedTime")
     }
 
-    /// Records what `work` puts into this stream, without running it. Modules must be loaded before
-    /// ([`Device::preload`]), and memory allocated.
+    /// Records what `work` puts into this stream, without running it. Kernels must be loaded before ([`Device::preload`]);
+    /// memory can neither be allocated, written nor read meanwhile.
     ///
     /// # Errors
     /// That of `work`, or the driver's when the work cannot be recorded.
     pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
         use sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as MODE;
-        self.device.context().bind_to_thread().of("cuCtxSetCurrent")?;
+        self.not_capturing("capture")?;
+        self.device.bind()?;
         self.stream.begin_capture(MODE).of("cuStreamBeginCapture")?;
+        self.capturing.store(true, Ordering::Relaxed);
+        let mut capture = Capture { stream: self, ended: false };
         let done = work();
-        // Ended whatever happened: a stream must not stay in capture.
-        let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0)).of("cuStreamEndCapture");
+        let graph = capture.end();
         done?;
         Ok(Graph { graph: graph?, stream: self.clone() })
+    }
+}
+
+/// A capture under way, which is ended whatever happens, a panic included.
+struct Capture<'a> {
+    stream: &'a Stream,
+    ended: bool,
+}
+
+impl Capture<'_> {
+    fn end(&mut self) -> Result<Option<CudaGraph>> {
+        self.ended = true;
+        self.stream.capturing.store(false, Ordering::Relaxed);
+        self.stream.stream.end_capture(sys::CUgraphInstantiate_flags(0)).of("cuStreamEndCapture")
+    }
+}
+
+impl Drop for Capture<'_> {
+    fn drop(&mut self) {
+        if !self.ended {
+            let _ = self.end(); // the panic goes on; what was recorded is of no use
+        }
     }
 }
 
@@ -104,13 +139,16 @@ pub struct Graph {
     stream: Stream,
 }
 
+// SAFETY: a graph is bound to no thread; the driver asks only that no two threads use it at once, and it is not Sync.
+unsafe impl Send for Graph {}
+
 impl Graph {
     /// Puts the recorded work into the stream that it was recorded from.
     ///
     /// # Safety
     /// Every buffer that the work uses is still there, and no other stream uses it meanwhile.
     pub unsafe fn launch(&self) -> Result<()> {
-        self.stream.device.context().bind_to_thread().of("cuCtxSetCurrent")?;
+        self.stream.device.bind()?;
         self.graph.as_ref().map_or(Ok(()), |graph| graph.launch().of("cuGraphLaunch"))
     }
 }

@@ -20,21 +20,20 @@ pub fn validate(params: &dllm_cut_params) -> Result<()> {
     check::size("max_rows", params.max_rows)?;
     check::within("num_tokens", params.num_tokens.into(), 0, i32::MAX.into())?;
     check::within("num_logits_rows", params.num_logits_rows.into(), 0, i32::MAX.into())?;
-    // Above, an index into a row could overflow.
-    check::within("vocab_size", params.vocab_size.into(), 1, 1 << 30)?;
+    // Above, sums of weights could overflow.
+    check::within("vocab_size", params.vocab_size.into(), 1, (1 << 24) - 1)?;
     check::within("mask_token", params.mask_token.into(), 0, i32::MAX.into())?;
     let bytes = check::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16, abi::DLLM_F32])?;
-    check::stride("logits_stride", params.logits_stride, params.vocab_size.into(), bytes)?;
+    let width = i64::from(params.vocab_size);
+    check::stride("logits_stride", params.logits_stride, width, bytes)?;
     check::within("top_k", params.top_k.into(), 0, i32::MAX.into())?;
     if !(0.0..=1.0).contains(&params.top_p) {
         return Err(Error::argument("top_p", "0 to 1", params.top_p));
     }
     check::temperature("temperature", params.temperature)?;
-    check::finite("cfg_scale", params.cfg_scale)?;
-    if params.cfg_scale != 0.0 && params.uncond_logits == 0 {
-        return Err(Error::argument("cfg_scale", "0, as there are no uncond_logits", params.cfg_scale));
-    }
-    Ok(())
+    check::guidance(params.cfg_scale, params.uncond_logits)?;
+    check::Place::new("logits", params.logits, params.num_logits_rows.max(1), params.logits_stride, width, bytes)
+        .in_memory()
 }
 
 /// What a launch takes: a block of 1,024 threads for each row.
@@ -53,7 +52,8 @@ pub fn plan(params: &dllm_cut_params) -> Plan {
 /// As [`validate`]; the driver's.
 ///
 /// # Safety
-/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream.
+/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
+///    is there until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_cut_params`] gives, until the work is done.
 /// 3. `cut` overlaps nothing else of the struct.
 pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_cut_params) -> Result<()> {
@@ -82,7 +82,7 @@ pub struct Cut<'a, T> {
     pub top_k: Option<usize>,
     /// Temperature of those probabilities; 0 counts as 1.
     pub temperature: f32,
-    /// Guidance w; needs unconditional logits.
+    /// Guidance w, above 0; needs unconditional logits, which are not looked at when it is 0.
     pub cfg_scale: f32,
     /// The token of masked positions; other rows get minus infinity.
     pub mask_token: u32,
@@ -106,7 +106,12 @@ pub fn launch<T: Element>(stream: &Stream, args: Cut<T>) -> Result<()> {
     let params = dllm_cut_params {
         size: size_of::<dllm_cut_params>() as u64,
         logits: safe::buffer("logits", logits, 0, stream)?,
-        uncond_logits: safe::optional("uncond_logits", uncond_logits, logits.len(), stream)?,
+        uncond_logits: safe::optional(
+            "uncond_logits",
+            uncond_logits.filter(|_| args.cfg_scale != 0.0),
+            logits.len(),
+            stream,
+        )?,
         rows: safe::buffer("rows", rows.rows(), 0, stream)?,
         count: 0,
         tokens: safe::buffer("tokens", tokens, 0, stream)?,

@@ -53,18 +53,23 @@ unsafe fn launch<P: Copy>(
     unsafe { device.launch(stream, Launch { module, kernel, grid, block }, params) }
 }
 
-/// Scratch memory of an op that needs some. Every launch leaves it ready for the next one with the same parameters, so
-/// that a captured graph can be replayed.
+/// Scratch memory of an op that needs some, made by the op's `workspace`. Every launch leaves it ready for the next, so that
+/// a captured graph can be replayed.
 pub struct Workspace {
     memory: Buffer<u8>,
+    layout: Layout,
 }
+
+/// Where counters lie in a workspace: the op, and the sizes that this depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Layout(&'static str, [i32; 3]);
 
 impl Workspace {
     /// Zeroed memory of the size that `plan` asks.
-    pub fn new(stream: &Stream, plan: &Plan) -> Result<Workspace> {
+    fn new(stream: &Stream, plan: &Plan, layout: Layout) -> Result<Workspace> {
         let bytes = usize::try_from(plan.workspace_bytes)
             .map_err(|_| Error::argument("workspace_bytes", "a size that memory can have", plan.workspace_bytes))?;
-        Ok(Workspace { memory: stream.zeros(bytes)? })
+        Ok(Workspace { memory: stream.zeros(bytes)?, layout })
     }
 }
 
@@ -181,6 +186,16 @@ mod check {
         match value == 0.0 || (1e-6..=1e6).contains(&value) {
             true => Ok(()),
             false => Err(Error::argument(name, "0, or 1e-6 to 1e6", value)),
+        }
+    }
+
+    /// Guidance: above 0 with unconditional logits, 0 without.
+    pub fn guidance(cfg_scale: f32, uncond_logits: u64) -> Result<()> {
+        match (cfg_scale, uncond_logits) {
+            (0.0, 0) => Ok(()),
+            (w, 0) => Err(Error::argument("cfg_scale", "0, as there are no uncond_logits", w)),
+            (w, _) if w > 0.0 && w.is_finite() => Ok(()),
+            (w, _) => Err(Error::argument("cfg_scale", "a number above 0, as there are uncond_logits", w)),
         }
     }
 
@@ -301,8 +316,12 @@ mod safe {
         buffer.len().checked_sub(width).map_or(Ok(0), |rest| count(name, rest / stride + 1))
     }
 
-    /// A workspace of this stream; its address and bytes.
-    pub fn workspace(workspace: &Workspace, stream: &Stream) -> Result<(u64, u64)> {
+    /// A workspace of this stream and layout; its address and bytes.
+    pub fn workspace(workspace: &Workspace, layout: Layout, stream: &Stream) -> Result<(u64, u64)> {
+        if workspace.layout != layout {
+            let made = |Layout(op, sizes): Layout| format!("one made for {op} of {sizes:?}");
+            return Err(Error::argument("workspace", made(layout), made(workspace.layout)));
+        }
         let address = buffer("workspace", &workspace.memory, 0, stream)?;
         Ok((address, workspace.memory.len() as u64))
     }

@@ -62,7 +62,8 @@ pub fn plan(params: &dllm_norm_params) -> Plan {
 /// As [`validate`]; the driver's.
 ///
 /// # Safety
-/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream.
+/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
+///    is there until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_norm_params`] gives, until the work is done.
 /// 3. With a `delta`, `x` overlaps no other memory of the struct.
 pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_norm_params) -> Result<()> {

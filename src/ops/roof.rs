@@ -14,7 +14,7 @@ pub fn validate(params: &dllm_roof_params) -> Result<()> {
     check::struct_size::<dllm_roof_params>(params.size)?;
     check::address("source", params.source, 16)?;
     check::address("sink", params.sink, 4)?;
-    match params.bytes % 16 == 0 && (16..=TILE * i32::MAX as u64).contains(&params.bytes) {
+    match params.bytes.is_multiple_of(16) && (16..=TILE * i32::MAX as u64).contains(&params.bytes) {
         true => Ok(()),
         false => Err(Error::argument("bytes", "a multiple of 16, at least 16", params.bytes)),
     }
@@ -31,7 +31,8 @@ pub fn plan(params: &dllm_roof_params) -> Plan {
 /// As [`validate`]; the driver's.
 ///
 /// # Safety
-/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream.
+/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
+///    is there until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_roof_params`] gives, until the work is done.
 pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_roof_params) -> Result<()> {
     validate(params)?;

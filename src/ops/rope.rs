@@ -13,7 +13,7 @@ pub fn validate(params: &dllm_rope_params) -> Result<()> {
     let element_bytes = check::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16])?;
     check::address("qkv", params.qkv, 16)?;
     check::address("positions", params.positions, 4)?;
-    check::address("angles", params.angles, 8)?;
+    check::address("angles", params.angles, 16)?;
     check::optional("count", params.count, 4)?;
     check::optional("failed", params.failed, 4)?;
     check::size("max_rows", params.max_rows)?;
@@ -25,8 +25,8 @@ pub fn validate(params: &dllm_rope_params) -> Result<()> {
     check::size("num_kv_heads", params.num_kv_heads)?;
     let [head_dim, num_heads, num_kv_heads] = [params.head_dim, params.num_heads, params.num_kv_heads].map(i64::from);
     let (kv_width, qkv_width) = (num_kv_heads * head_dim, (num_heads + 2 * num_kv_heads) * head_dim);
-    // The kernel counts a row's elements in 32 bits.
-    check::within("num_heads + 2 num_kv_heads", qkv_width / head_dim, 1, i64::from(i32::MAX) / head_dim)?;
+    // A row has at most 65,535 blocks.
+    check::within("num_heads + 2 num_kv_heads", qkv_width / head_dim, 1, 65_535 * 256 * 8 / head_dim)?;
     check::stride("qkv_stride", params.qkv_stride, qkv_width, element_bytes)?;
     check::reserved(params.reserved)?;
     check::Place::new("qkv", params.qkv, params.max_rows, params.qkv_stride, qkv_width, element_bytes).in_memory()?;
@@ -48,13 +48,17 @@ pub fn validate(params: &dllm_rope_params) -> Result<()> {
     })
 }
 
-/// What a launch takes: a block of 256 threads for each row.
+/// What a launch takes: a thread for each pair of 16 bytes that is rotated, and for each 16 bytes of values that are cached.
 pub fn plan(params: &dllm_rope_params) -> Plan {
     let kernel = match params.dtype as abi::dllm_dtype {
         abi::DLLM_BF16 => "rope_bf16",
         _ => "rope_f16",
     };
-    Plan { kernel, grid: [params.max_rows.max(1) as u32, 1, 1], block: 256, workspace_bytes: 0 }
+    // A head has head_dim / 8 vectors, half as many pairs; values are in the last num_kv_heads heads.
+    let heads = (i64::from(params.num_heads.max(0)) + i64::from(params.num_kv_heads.max(0))) as u64;
+    let values = if params.k_cache == 0 { 0 } else { params.num_kv_heads.max(0) as u64 * 2 };
+    let parts = ((heads + values) * params.head_dim.max(0) as u64 / 16).div_ceil(256).max(1) as u32;
+    Plan { kernel, grid: [params.max_rows.max(1) as u32, parts, 1], block: 256, workspace_bytes: 0 }
 }
 
 /// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads.
@@ -63,7 +67,8 @@ pub fn plan(params: &dllm_rope_params) -> Plan {
 /// As [`validate`]; the driver's.
 ///
 /// # Safety
-/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream.
+/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
+///    is there until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_rope_params`] gives, until the work is done.
 /// 3. `qkv`, `k_cache` and `v_cache` overlap neither one another nor other memory of the struct.
 /// 4. No two rows have the same `cache_row`, but for -1.
@@ -75,6 +80,7 @@ pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_rop
 
 /// The table of angles: `[num_positions, head_dim / 2]` pairs of cosine and sine, as the originals form them.
 pub fn angles(stream: &Stream, theta: f32, head_dim: usize, num_positions: usize) -> Result<Buffer<[f32; 2]>> {
+    check::within("head_dim", head_dim as i64, 2, 1 << 16)?;
     let mut angles = Angles::default();
     angles.extend(theta, head_dim, num_positions);
     let pairs = (0..num_positions).flat_map(|position| angles.at(position)).map(|(cos, sin)| [*cos, *sin]);

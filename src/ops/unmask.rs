@@ -1,10 +1,11 @@
 //! From logits to committed tokens: the kernel of `cuda/any/unmask.cu`.
 
-use super::{Element, Plan, Workspace, check, safe};
+use super::{Element, Layout, Plan, Workspace, check, safe};
 use crate::abi::{self, dllm_unmask_params, dllm_unmask_row};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
 use crate::oracle::unmask::Confidence;
+use std::collections::HashSet;
 use std::ffi::c_void;
 
 /// Logits of a row that one block looks at; `kChunk` of the kernel.
@@ -43,7 +44,8 @@ pub fn validate(params: &dllm_unmask_params) -> Result<()> {
     check::within("vocab_size", params.vocab_size.into(), 1, 1 << 30)?;
     check::within("mask_token", params.mask_token.into(), 0, i32::MAX.into())?;
     let bytes = check::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16, abi::DLLM_F32])?;
-    check::stride("logits_stride", params.logits_stride, params.vocab_size.into(), bytes)?;
+    let width = i64::from(params.vocab_size);
+    check::stride("logits_stride", params.logits_stride, width, bytes)?;
     check::within("confidence_kind", params.confidence_kind.into(), 0, abi::DLLM_CONFIDENCE_RANDOM.into())?;
     check::within("policy", params.policy.into(), 0, abi::DLLM_POLICY_FACTOR.into())?;
     check::flag("tempered_confidence", params.tempered_confidence)?;
@@ -51,7 +53,11 @@ pub fn validate(params: &dllm_unmask_params) -> Result<()> {
     check::temperature("alg_temp", params.alg_temp)?;
     check::finite("cfg_scale", params.cfg_scale)?;
     check::finite("threshold", params.threshold)?;
-    check::finite("factor", params.factor)?;
+    if params.policy as abi::dllm_policy == abi::DLLM_POLICY_FACTOR
+        && !(params.factor > 0.0 && params.factor.is_finite())
+    {
+        return Err(Error::argument("factor", "a number above 0", params.factor));
+    }
     let fixed = params.policy as u32 == abi::DLLM_POLICY_FIXED;
     if fixed && params.quota == 0 {
         return Err(Error::argument("quota", "a device address, as the policy is fixed", 0));
@@ -59,9 +65,9 @@ pub fn validate(params: &dllm_unmask_params) -> Result<()> {
     if !fixed && params.alg_temp > 0.0 {
         return Err(Error::argument("alg_temp", "0, as the policy is not fixed", params.alg_temp));
     }
-    if params.cfg_scale != 0.0 && params.uncond_logits == 0 {
-        return Err(Error::argument("cfg_scale", "0, as there are no uncond_logits", params.cfg_scale));
-    }
+    check::guidance(params.cfg_scale, params.uncond_logits)?;
+    check::Place::new("logits", params.logits, params.num_logits_rows.max(1), params.logits_stride, width, bytes)
+        .in_memory()?;
     check::workspace(params.workspace, params.workspace_bytes, &plan(params))
 }
 
@@ -97,11 +103,12 @@ pub fn plan(params: &dllm_unmask_params) -> Plan {
 /// As [`validate`]; the driver's. Rows without a finite logit are told in `failed`.
 ///
 /// # Safety
-/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream.
+/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
+///    is there until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_unmask_params`] gives, until the work is done.
 /// 3. What is written overlaps nothing else of the struct.
-/// 4. `cu_rows` ascends from 0, and each row's `sequence` is the one that owns it there. Otherwise no sequence may be
-///    finished, and the workspace must be zeroed again.
+/// 4. `cu_rows` ascends from 0, each row's `sequence` is the one that owns it there, and no two rows have the same token.
+///    Otherwise results are wrong, and the workspace must be zeroed again.
 /// 5. The workspace was zeroed before its first use, and is used by one launch at a time, with the same `max_rows`,
 ///    `num_sequences` and `vocab_size`.
 pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_unmask_params) -> Result<()> {
@@ -133,15 +140,20 @@ impl RowTable {
     /// The rows of each sequence, positions ascending.
     ///
     /// # Errors
-    /// [`Error::Argument`] when positions do not ascend or a number does not fit 32 bits; the driver's.
+    /// [`Error::Argument`] when positions do not ascend, two rows have the same token, or a number does not fit 32 bits; the driver's.
     pub fn new(stream: &Stream, sequences: &[Vec<Row>]) -> Result<RowTable> {
         let mut rows = Vec::new();
+        let mut tokens = HashSet::new();
         let mut cu_rows = vec![0];
         for (sequence, of_sequence) in sequences.iter().enumerate() {
             if !of_sequence.is_sorted_by(|a, b| a.position < b.position) {
                 return Err(Error::argument("rows", "ascending positions", format!("others in sequence {sequence}")));
             }
             for row in of_sequence {
+                if !tokens.insert(row.token) {
+                    let found = format!("{} twice, in sequence {sequence} again", row.token);
+                    return Err(Error::argument("rows", "tokens of their own", found));
+                }
                 rows.push(dllm_unmask_row {
                     token: safe::count("token", row.token)?,
                     logits_row: safe::count("logits_row", row.logits_row)?,
@@ -204,7 +216,7 @@ pub struct Rule<'a> {
     pub temperature: f32,
     /// Whether confidences are taken after the temperature (Dream) or from the plain logits (LLaDA).
     pub tempered_confidence: bool,
-    /// Guidance w; needs unconditional logits.
+    /// Guidance w, above 0; needs unconditional logits, which are not looked at when it is 0.
     pub cfg_scale: f32,
     /// Above 0, with [`Policy::Fixed`], rows are drawn from softmax(confidence / alg_temp).
     pub alg_temp: f32,
@@ -277,12 +289,17 @@ impl Outcome {
 /// A workspace for launches over these rows and this vocabulary.
 pub fn workspace(stream: &Stream, rows: &RowTable, vocab_size: usize) -> Result<Workspace> {
     let params = dllm_unmask_params {
-        max_rows: safe::count("rows", rows.len())?,
+        max_rows: safe::count("rows", rows.len().max(1))?,
         num_sequences: safe::count("sequences", rows.num_sequences())?,
         vocab_size: safe::count("vocab_size", vocab_size)?,
         ..Default::default()
     };
-    Workspace::new(stream, &plan(&params))
+    Workspace::new(stream, &plan(&params), layout(&params))
+}
+
+/// What the places of the workspace's counters depend on.
+fn layout(params: &dllm_unmask_params) -> Layout {
+    Layout("unmask", [params.num_sequences, params.max_rows, params.vocab_size])
 }
 
 /// Launches on our buffers, and returns. A table without sequences or rows launches nothing.
@@ -296,6 +313,7 @@ pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, rule: &Rule) -> Re
     if num_sequences == 0 {
         return Ok(());
     }
+    let guided = |_: &&Buffer<T>| rule.cfg_scale != 0.0;
     let num_logits_rows = safe::num_rows("logits", logits, vocab_size, logits_stride)?;
     let (policy, quota, threshold, factor) = match rule.policy {
         Policy::Fixed(quota) => (abi::DLLM_POLICY_FIXED, Some(quota), 0.0, 0.0),
@@ -308,11 +326,10 @@ pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, rule: &Rule) -> Re
         Confidence::Entropy => abi::DLLM_CONFIDENCE_ENTROPY,
         Confidence::Random => abi::DLLM_CONFIDENCE_RANDOM,
     };
-    let (workspace, workspace_bytes) = safe::workspace(workspace, stream)?;
     let params = dllm_unmask_params {
         size: size_of::<dllm_unmask_params>() as u64,
         logits: safe::buffer("logits", logits, 0, stream)?,
-        uncond_logits: safe::optional("uncond_logits", uncond_logits, logits.len(), stream)?,
+        uncond_logits: safe::optional("uncond_logits", uncond_logits.filter(guided), logits.len(), stream)?,
         rows: safe::buffer("rows", &rows.rows, 0, stream)?,
         cu_rows: safe::buffer("rows", &rows.cu_rows, 0, stream)?,
         tokens: safe::buffer("tokens", tokens, 0, stream)?,
@@ -325,8 +342,8 @@ pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, rule: &Rule) -> Re
         failed: safe::buffer("failed", &outcome.failed, num_sequences, stream)?,
         chosen: safe::buffer("chosen", &outcome.chosen, num_rows, stream)?,
         confidence: safe::buffer("confidence", &outcome.confidence, num_rows, stream)?,
-        workspace,
-        workspace_bytes,
+        workspace: 0,
+        workspace_bytes: 0,
         seed: rule.seed,
         logits_stride: logits_stride as i64,
         max_rows: safe::count("rows", num_rows.max(1))?,
@@ -346,6 +363,8 @@ pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, rule: &Rule) -> Re
         factor,
         reserved: 0,
     };
+    let (workspace, workspace_bytes) = safe::workspace(workspace, layout(&params), stream)?;
+    let params = dllm_unmask_params { workspace, workspace_bytes, ..params };
     // SAFETY: addresses and sizes come from buffers of this stream, which are distinct where they are written; the table
     // was checked when it was made, and the kernel checks its indices.
     unsafe { launch_raw(stream.device(), stream.raw(), &params) }

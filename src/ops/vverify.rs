@@ -1,7 +1,7 @@
 //! V-verify: which rows of V turned most since the previous step. The kernels of `cuda/any/vverify.cu`; dLLM-Cache,
 //! section 3.3.
 
-use super::{Element, Plan, Workspace, check, safe};
+use super::{Element, Layout, Plan, Workspace, check, safe};
 use crate::abi::{DLLM_BF16, DLLM_F16, dllm_vverify_params};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
@@ -23,6 +23,11 @@ pub fn validate(params: &dllm_vverify_params) -> Result<()> {
     check::stride("fresh_stride", params.fresh_stride, params.width.into(), element_bytes)?;
     check::stride("cached_stride", params.cached_stride, params.width.into(), element_bytes)?;
     check::size("max_rows", params.max_rows)?;
+    let place = |name, address, rows, stride| {
+        check::Place::new(name, address, rows, stride, params.width.into(), element_bytes)
+    };
+    place("fresh", params.fresh, params.max_rows, params.fresh_stride).in_memory()?;
+    place("cached", params.cached, params.num_cached_rows.max(1), params.cached_stride).in_memory()?;
     check::size("num_sequences", params.num_sequences)?;
     check::size("num_cached_rows", params.num_cached_rows)?;
     check::flag("update_cached", params.update_cached)?;
@@ -54,7 +59,8 @@ pub fn plan(params: &dllm_vverify_params) -> Plan {
 /// As [`validate`]; the driver's.
 ///
 /// # Safety
-/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream.
+/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
+///    is there until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_vverify_params`] gives, until the work is done.
 /// 3. What the launch writes (`indices`, `cu_selected`, `similarity`, `failed`, the workspace, and `cached` with
 ///    `update_cached`) overlaps no other memory of the struct, and nothing else uses it meanwhile.
@@ -95,10 +101,13 @@ pub struct VVerify<'a, T> {
     pub workspace: &'a mut Workspace,
 }
 
+/// Counters have the same places whatever the shape.
+const LAYOUT: Layout = Layout("vverify", [0; 3]);
+
 /// A workspace for launches with room for so many rows and sequences, or fewer. It is for this op only.
 pub fn workspace(stream: &Stream, max_rows: usize, num_sequences: usize) -> Result<Workspace> {
     let slots = safe::count("max_rows", max_rows.max(num_sequences))?;
-    Workspace::new(stream, &plan(&dllm_vverify_params { max_rows: slots, ..Default::default() }))
+    Workspace::new(stream, &plan(&dllm_vverify_params { max_rows: slots, ..Default::default() }), LAYOUT)
 }
 
 /// Launches on our buffers, and returns. When two rows with `update_cached` have the same cached row, either may be what
@@ -110,7 +119,7 @@ pub fn launch<T: Element>(stream: &Stream, rows: VVerify<T>) -> Result<()> {
     let VVerify { width, ratio, fresh, cached, cached_row, update_cached, .. } = rows;
     check::within("width", width as i64, 1, i32::MAX.into())?;
     let max_rows = fresh.len() / width;
-    let (workspace, workspace_bytes) = safe::workspace(rows.workspace, stream)?;
+    let (workspace, workspace_bytes) = safe::workspace(rows.workspace, LAYOUT, stream)?;
     let params = dllm_vverify_params {
         size: size_of::<dllm_vverify_params>() as u64,
         fresh: safe::buffer("fresh", fresh, width, stream)?,
