@@ -2,8 +2,9 @@
 //! what the text of every module must and must not hold.
 //!
 //! A kernel whose blocks count themselves with a global atomic must
-//! - before it counts, fence its stores for the whole device and wait for all threads of the block;
-//! - fence again before anything is read after the count, at least in the thread that counted, which the others await;
+//! - before it counts, wait for all threads of the block and then fence for the whole device, in the thread that counts: in
+//!   that order its fence speaks for what all of them stored;
+//! - fence again in that thread after the count, and wait once more before anything is read;
 //! - read what other blocks wrote past the L1 cache, which is not coherent.
 #![cfg(feature = "cuda")]
 
@@ -172,36 +173,41 @@ fn handing_over(entry: &Entry, workspace: usize, atomics: usize) -> Result<(), S
         return Err(format!("{}: {} global atomics, expected {atomics}", entry.name, counts.len()));
     }
     for count in counts {
-        // Straight up from the count: a fence and a barrier, in whichever order, and after the first of them nothing that
-        // they are for.
-        let (mut at, mut barrier, mut fence) = (count, None, None);
-        while barrier.is_none() || fence.is_none() {
+        // Straight up from the count: the fence, then the barrier, and nothing in between that they are for.
+        let (mut at, mut fence) = (count, None);
+        let barrier = loop {
             at -= 1;
             let line = lines[at];
             if line.ends_with(':') || opcode(line) == "bra" && !line.starts_with('@') || at == 0 {
-                return wrong(count, "no fence and barrier straight before the count");
+                return wrong(count, "no fence behind a barrier straight before the count");
             }
             if is_device_access(line) {
-                return wrong(at, "an access between fence, barrier and count");
+                return wrong(at, "an access between barrier, fence and count");
             }
-            barrier = barrier.or((is_barrier(line) && !line.starts_with('@')).then_some(at));
-            fence = fence.or((is_fence(line) && !line.starts_with('@')).then_some(at));
+            if is_fence(line) && !line.starts_with('@') {
+                fence = Some(at);
+            }
+            if is_barrier(line) {
+                if fence.is_none() || line.starts_with('@') {
+                    return wrong(at, "a barrier without a fence between it and the count");
+                }
+                break at;
+            }
+        };
+        // The thread that counted fences again before it meets the others, and none reads anything before that. Others
+        // come from the barrier before straight to the one behind.
+        let waits_or_reads = |line: &str| is_barrier(line) || is_device_load(line) || is_global_atomic(line);
+        if let Some(at) = not_before(entry, count + 1, is_fence, waits_or_reads) {
+            return wrong(at, "reached from the count without a fence");
         }
-        // The thread that counted fences before anything is read. So do the others, unless they wait for it before.
-        let fence_before_wait = not_before(entry, count + 1, is_fence, is_barrier).is_none();
-        let stops = |line: &str| is_fence(line) || fence_before_wait && is_barrier(line);
-        for (from, stops) in [(count + 1, &is_fence as &dyn Fn(&str) -> bool), (barrier.unwrap() + 1, &stops)] {
-            if let Some(at) = not_before(entry, from, stops, is_device_load) {
-                return wrong(at, "read after the count without a fence");
-            }
+        if let Some(at) = not_before(entry, barrier + 1, is_barrier, is_device_load) {
+            return wrong(at, "read after the count without a barrier");
         }
     }
     // Pointers that may also be to shared memory are a block's own keys.
     let [of_workspace, of_shared] = addresses(entry, workspace);
     let mut reads = 0;
-    for (at, line) in
-        lines.iter().enumerate().filter(|(_, line)| is_device_access(line) && opcode(line).starts_with("ld."))
-    {
+    for (at, line) in lines.iter().enumerate().filter(|(_, line)| is_device_load(line)) {
         let address = line[line.rfind('[').unwrap() + 1..].split(['+', ']']).next().unwrap();
         if of_workspace.contains(address) && !of_shared.contains(address) {
             reads += 1;
@@ -288,15 +294,27 @@ fn texts_with_a_fault_are_refused() {
             at
         };
         let counts: Vec<usize> = (0..lines.len()).filter(|at| lines[*at].contains("atom.global")).collect();
-        assert_eq!(counts.len(), entries(good.ptx).iter().map(|entry| counters(entry.name).unwrap().1).sum());
+        assert_eq!(counts.len(), entries(good.ptx).iter().map(|entry| counters(entry.name).unwrap().1).sum::<usize>());
         for count in counts {
-            let fence = nearest(count, -1, "membar.gl");
-            for weaker in ["", "\tmembar.cta;\n"] {
-                refused(&with(fence, weaker), "before the count");
-                refused(&with(nearest(count, 1, "membar.gl"), weaker), "without a fence");
+            let [fence, barrier] = ["membar.gl", "bar.sync"].map(|what| nearest(count, -1, what));
+            let [fence_after, barrier_after] = ["membar.gl", "bar.sync"].map(|what| nearest(count, 1, what));
+            for weaker in ["", "\tmembar.cta;\n", "\t@%p1 membar.gl;\n"] {
+                refused(&with(fence, weaker), "without a fence between it and the count");
             }
-            refused(&with(nearest(count, -1, "bar.sync"), ""), "count");
-            refused(&with(nearest(count, 1, "bar.sync"), ""), "without a fence");
+            for weaker in ["", "\tmembar.cta;\n"] {
+                refused(&with(fence_after, weaker), "without a fence");
+            }
+            refused(&with(barrier, ""), "straight before the count");
+            refused(&with(barrier_after, ""), "without a barrier");
+            // The right lines in the wrong order: a fence of each thread's own before the barrier, or behind the one after.
+            let swapped = |a: usize, b: usize| {
+                let mut lines = lines.clone();
+                lines.swap(a, b);
+                lines.concat()
+            };
+            refused(&swapped(barrier, fence), "without a fence between it and the count");
+            refused(&swapped(fence, count), "between it and the count");
+            refused(&swapped(fence_after, barrier_after), "reached from the count without a fence");
             refused(&with(count, &format!("\tst.global.u32 [%rd1], %r1;\n{}", lines[count])), "an access between");
         }
         let reads: Vec<usize> = (0..lines.len()).filter(|at| lines[*at].contains("ld.global.cg")).collect();
