@@ -2,8 +2,9 @@
 //! what the text of every module must and must not hold.
 //!
 //! A kernel whose blocks count themselves with a global atomic must
-//! - fence its stores for the whole device, then wait for all threads of the block, then count;
-//! - fence again before anything is read after the count;
+//! - before it counts, wait for all threads of the block and then fence for the whole device, in the thread that counts: in
+//!   that order its fence speaks for what all of them stored;
+//! - fence again in that thread after the count, and wait once more before anything is read;
 //! - read what other blocks wrote past the L1 cache, which is not coherent.
 #![cfg(feature = "cuda")]
 
@@ -75,6 +76,10 @@ fn is_device_access(line: &str) -> bool {
         && !opcode.contains(".shared")
 }
 
+fn is_device_load(line: &str) -> bool {
+    is_device_access(line) && opcode(line).starts_with("ld.")
+}
+
 /// Where control may go from line `at`.
 fn successors(entry: &Entry, at: usize) -> Vec<usize> {
     let line = entry.lines[at];
@@ -138,6 +143,26 @@ fn addresses<'a>(entry: &Entry<'a>, offset: usize) -> [BTreeSet<&'a str>; 2] {
     }
 }
 
+/// A line that `must_wait` and can be reached from line `from` with no line that `stops` on the way.
+fn not_before(
+    entry: &Entry,
+    from: usize,
+    stops: impl Fn(&str) -> bool,
+    must_wait: impl Fn(&str) -> bool,
+) -> Option<usize> {
+    let (mut left, mut seen) = (vec![from], BTreeSet::new());
+    while let Some(at) = left.pop() {
+        if at >= entry.lines.len() || !seen.insert(at) || stops(entry.lines[at]) {
+            continue;
+        }
+        if must_wait(entry.lines[at]) {
+            return Some(at);
+        }
+        left.extend(successors(entry, at));
+    }
+    None
+}
+
 /// What is wrong with how the blocks of a kernel hand results to each other, through the workspace whose address is the
 /// parameter at `workspace`; `atomics` is how many counters there are.
 fn handing_over(entry: &Entry, workspace: usize, atomics: usize) -> Result<(), String> {
@@ -148,44 +173,41 @@ fn handing_over(entry: &Entry, workspace: usize, atomics: usize) -> Result<(), S
         return Err(format!("{}: {} global atomics, expected {atomics}", entry.name, counts.len()));
     }
     for count in counts {
-        // Straight up from the count: a barrier, before it a fence, and between them nothing that a fence is for.
-        let mut at = count;
-        let (mut barrier, mut fence) = (None, None);
-        while fence.is_none() {
+        // Straight up from the count: the fence, then the barrier, and nothing in between that they are for.
+        let (mut at, mut fence) = (count, None);
+        let barrier = loop {
             at -= 1;
             let line = lines[at];
             if line.ends_with(':') || opcode(line) == "bra" && !line.starts_with('@') || at == 0 {
-                return wrong(count, "no fence and barrier straight before the count");
+                return wrong(count, "no fence behind a barrier straight before the count");
             }
             if is_device_access(line) {
-                return wrong(at, "an access between the fence and the count");
-            }
-            if is_barrier(line) {
-                barrier = barrier.or(Some(at));
+                return wrong(at, "an access between barrier, fence and count");
             }
             if is_fence(line) && !line.starts_with('@') {
                 fence = Some(at);
             }
+            if is_barrier(line) {
+                if fence.is_none() || line.starts_with('@') {
+                    return wrong(at, "a barrier without a fence between it and the count");
+                }
+                break at;
+            }
+        };
+        // The thread that counted fences again before it meets the others, and none reads anything before that. Others
+        // come from the barrier before straight to the one behind.
+        let waits_or_reads = |line: &str| is_barrier(line) || is_device_load(line) || is_global_atomic(line);
+        if let Some(at) = not_before(entry, count + 1, is_fence, waits_or_reads) {
+            return wrong(at, "reached from the count without a fence");
         }
-        let Some(barrier) = barrier else { return wrong(count, "no barrier between the fence and the count") };
-        // From there on every way leads to the end or to a fence, and to no load of device memory before it.
-        let (mut left, mut seen) = (vec![barrier + 1], BTreeSet::new());
-        while let Some(at) = left.pop() {
-            if at >= lines.len() || !seen.insert(at) || is_fence(lines[at]) {
-                continue;
-            }
-            if is_device_access(lines[at]) && opcode(lines[at]).starts_with("ld.") {
-                return wrong(at, "read after the count without a fence");
-            }
-            left.extend(successors(entry, at));
+        if let Some(at) = not_before(entry, barrier + 1, is_barrier, is_device_load) {
+            return wrong(at, "read after the count without a barrier");
         }
     }
     // Pointers that may also be to shared memory are a block's own keys.
     let [of_workspace, of_shared] = addresses(entry, workspace);
     let mut reads = 0;
-    for (at, line) in
-        lines.iter().enumerate().filter(|(_, line)| is_device_access(line) && opcode(line).starts_with("ld."))
-    {
+    for (at, line) in lines.iter().enumerate().filter(|(_, line)| is_device_load(line)) {
         let address = line[line.rfind('[').unwrap() + 1..].split(['+', ']']).next().unwrap();
         if of_workspace.contains(address) && !of_shared.contains(address) {
             reads += 1;
@@ -251,7 +273,8 @@ fn every_module_is_as_it_should_be() {
     }
 }
 
-/// Every fence, barrier before a count, and read past L1 is missed; so is what must not be there.
+/// Every fence and barrier around a count and every read past L1 is missed when it is gone; and what must not be there is
+/// seen.
 #[test]
 fn texts_with_a_fault_are_refused() {
     for name in ["unmask", "vverify"] {
@@ -263,30 +286,42 @@ fn texts_with_a_fault_are_refused() {
         let lines: Vec<&str> = good.ptx.split_inclusive('\n').collect();
         // The text with another line in place of one.
         let with = |at: usize, line: &str| [&lines[..at].concat(), line, &lines[at + 1..].concat()].concat();
-        let (mut fences, mut reads) = (0, 0);
-        for (at, line) in lines.iter().enumerate() {
-            if line.contains("membar.gl") {
-                let before = lines[at + 1].contains("bar.sync");
-                let says = if before { "before the count" } else { "without a fence" };
-                refused(&with(at, ""), says);
-                refused(&with(at, "\tmembar.cta;\n"), says);
-                if before {
-                    refused(&with(at + 1, ""), "no barrier between");
-                    refused(
-                        &with(at, "\tmembar.gl;\n\tst.global.u32 [%rd1], %r1;\n"),
-                        "between the fence and the count",
-                    );
-                }
-                fences += 1;
+        let nearest = |at: usize, step: isize, what: &str| {
+            let mut at = at;
+            while !lines[at].contains(what) {
+                at = at.checked_add_signed(step).unwrap();
             }
-            if line.contains("ld.global.cg") {
-                refused(&with(at, &line.replace(".cg", "")), "through the L1 cache");
-                reads += 1;
+            at
+        };
+        let counts: Vec<usize> = (0..lines.len()).filter(|at| lines[*at].contains("atom.global")).collect();
+        assert_eq!(counts.len(), entries(good.ptx).iter().map(|entry| counters(entry.name).unwrap().1).sum::<usize>());
+        for count in counts {
+            let [fence, barrier] = ["membar.gl", "bar.sync"].map(|what| nearest(count, -1, what));
+            let [fence_after, barrier_after] = ["membar.gl", "bar.sync"].map(|what| nearest(count, 1, what));
+            for weaker in ["", "\tmembar.cta;\n", "\t@%p1 membar.gl;\n"] {
+                refused(&with(fence, weaker), "without a fence between it and the count");
             }
+            for weaker in ["", "\tmembar.cta;\n"] {
+                refused(&with(fence_after, weaker), "without a fence");
+            }
+            refused(&with(barrier, ""), "straight before the count");
+            refused(&with(barrier_after, ""), "without a barrier");
+            // The right lines in the wrong order: a fence of each thread's own before the barrier, or behind the one after.
+            let swapped = |a: usize, b: usize| {
+                let mut lines = lines.clone();
+                lines.swap(a, b);
+                lines.concat()
+            };
+            refused(&swapped(barrier, fence), "without a fence between it and the count");
+            refused(&swapped(fence, count), "between it and the count");
+            refused(&swapped(fence_after, barrier_after), "reached from the count without a fence");
+            refused(&with(count, &format!("\tst.global.u32 [%rd1], %r1;\n{}", lines[count])), "an access between");
         }
-        let counts: usize = entries(good.ptx).iter().map(|entry| counters(entry.name).unwrap().1).sum();
-        assert_eq!(fences, 2 * counts);
-        assert!(reads >= counts);
+        let reads: Vec<usize> = (0..lines.len()).filter(|at| lines[*at].contains("ld.global.cg")).collect();
+        assert!(!reads.is_empty());
+        for read in reads {
+            refused(&with(read, &lines[read].replace(".cg", "")), "through the L1 cache");
+        }
 
         refused(&good.ptx.replacen(".version 8.0", ".version 9.0", 1), "version");
         refused(&good.ptx.replacen(".target sm_80", ".target sm_90", 1), "not for");

@@ -754,21 +754,25 @@ fn ties_go_to_the_lowest_token() {
     ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
 )]
 fn the_mask_token_is_never_chosen() {
-    let mut case = Case::<f32>::new(&mut Random(7), 9000, &[6]);
-    case.masked[0] = vec![true; 6];
-    // Far ahead, equal to the best before and after it, just behind, minus infinity, NaN.
-    let best = case.logits.chunks(9000).map(|row| row.iter().copied().fold(f32::MIN, f32::max)).collect::<Vec<_>>();
-    for (i, row) in case.logits.chunks_mut(9000).enumerate() {
-        row[1] = if i == 1 { best[i] + 1.0 } else { row[1] };
-        row[4] = if i == 2 { best[i] + 1.0 } else { row[4] };
-        row[MASK as usize] = [50.0, best[i] + 1.0, best[i] + 1.0, best[i] - 0.1, f32::NEG_INFINITY, f32::NAN][i];
-    }
-    for confidence in [Confidence::Probability, Confidence::Margin, Confidence::Entropy] {
-        for temperature in [0.0, 2.0] {
-            case.unmask = Unmask { confidence, temperature, ..plain() };
-            let got = run(&case);
-            check(&case, &got, &format!("{confidence:?} at {temperature}"));
-            assert!(got.chosen.iter().all(|t| *t != MASK));
+    // In the first chunk, at its end, at the beginning of the second.
+    for mask in [MASK as usize, 8191, 8192] {
+        let mut case = Case::<f32>::new(&mut Random(7), 9000, &[6]);
+        case.mask_token = mask as i32;
+        case.masked[0] = vec![true; 6];
+        // Far ahead, equal to the best before and after it, just behind, minus infinity, NaN.
+        for (i, row) in case.logits.chunks_mut(9000).enumerate() {
+            let best = row.iter().copied().fold(f32::MIN, f32::max);
+            row[mask - 2] = if i == 1 { best + 1.0 } else { row[mask - 2] };
+            row[mask + 1] = if i == 2 { best + 1.0 } else { row[mask + 1] };
+            row[mask] = [50.0, best + 1.0, best + 1.0, best - 0.1, f32::NEG_INFINITY, f32::NAN][i];
+        }
+        for confidence in [Confidence::Probability, Confidence::Margin, Confidence::Entropy] {
+            for temperature in [0.0, 2.0] {
+                case.unmask = Unmask { confidence, temperature, mask_token: Some(mask as u32), ..plain() };
+                let got = run(&case);
+                check(&case, &got, &format!("mask token {mask}, {confidence:?} at {temperature}"));
+                assert!(got.chosen.iter().all(|t| *t != mask as i32));
+            }
         }
     }
 }
@@ -780,10 +784,15 @@ fn the_mask_token_is_never_chosen() {
 )]
 fn nan_and_infinities() {
     let special = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN, -0.0];
-    for confidence in [Confidence::Probability, Confidence::Margin, Confidence::Entropy] {
+    for (confidence, temperature) in [
+        (Confidence::Probability, 0.0),
+        (Confidence::Probability, 1.0),
+        (Confidence::Margin, 0.0),
+        (Confidence::Entropy, 0.0),
+    ] {
         let mut random = Random(8);
         let mut case = Case::<f32>::new(&mut random, 8200, &[20]);
-        case.unmask.confidence = confidence;
+        case.unmask = Unmask { confidence, temperature, ..plain() };
         for (i, logit) in case.logits.iter_mut().enumerate() {
             if random.below(4) == 0 {
                 *logit = special[random.below(special.len())];
@@ -793,7 +802,7 @@ fn nan_and_infinities() {
                 *logit = special[i / 8200];
             }
         }
-        check(&case, &run(&case), &format!("{confidence:?}"));
+        check(&case, &run(&case), &format!("{confidence:?} at {temperature}"));
     }
 }
 
@@ -902,8 +911,12 @@ fn cuts() {
 fn the_same_bits_in_every_order() {
     for (i, confidence) in [Confidence::Probability, Confidence::Entropy].into_iter().enumerate() {
         let mut case = Case::<bf16>::new(&mut Random(15), 30_000, &[8, 3]);
-        case.unmask = Unmask { confidence, temperature: i as f64, top_p: (i == 1).then_some(0.9), ..plain() };
+        // Not one of the first thread's tokens.
+        case.mask_token = 20_001;
+        let (mask_token, top_p) = (Some(20_001), (i == 1).then_some(0.9));
+        case.unmask = Unmask { confidence, temperature: i as f64, top_p, mask_token, ..plain() };
         in_every_order(|| run(&case).bits());
+        check(&case, &run(&case), &format!("{confidence:?}"));
     }
 }
 
@@ -1017,9 +1030,15 @@ fn selections_of_every_size() {
             case.selection = vec![selection; 2];
             check(&case, &run(&case), &format!("{rows} rows, {selection:?}"));
         }
-        let equal = run(&case).confidence.iter().copied().fold(0.0, f32::max);
-        case.selection = vec![Selection::Threshold(equal as f64); 2];
-        check(&case, &run(&case), &format!("{rows} rows, threshold {equal}"));
+        let mut confidences = run(&case).confidence;
+        confidences.sort_by(f32::total_cmp);
+        // The largest, and one in the middle: reached, and missed by an ulp.
+        for equal in [confidences[2 * rows - 1], confidences[rows]] {
+            for threshold in [equal, equal.next_up()] {
+                case.selection = vec![Selection::Threshold(threshold as f64); 2];
+                check(&case, &run(&case), &format!("{rows} rows, threshold {threshold}"));
+            }
+        }
     }
 }
 
