@@ -301,7 +301,7 @@ pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, rule: &Rule) -> Re
     if num_sequences == 0 {
         return Ok(());
     }
-    let num_logits_rows = safe::num_rows("logits", logits, vocab_size, logits_stride)?;
+    let num_logits_rows = safe::num_rows("logits", logits.len(), vocab_size, logits_stride)?;
     let (policy, quota, threshold, factor) = match rule.policy {
         Policy::Fixed(quota) => (abi::DLLM_POLICY_FIXED, Some(quota), 0.0, 0.0),
         Policy::Threshold { threshold, among } => (abi::DLLM_POLICY_THRESHOLD, among, threshold, 0.0),
