@@ -323,9 +323,9 @@ __device__ __forceinline__ void attention(const dllm_attention_params& p) {
 // grid    (rows * num_heads / 8, rounded up), block 256 threads
 template <class T>
 __device__ __forceinline__ void combine(const dllm_attention_params& p) {
-  const int64_t row_head = int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+  const int row_head = blockIdx.x * (256 / kWarp) + threadIdx.x / kWarp;  // max_rows * num_heads is checked to fit
   const int rows = min(at<const int32_t>(p.cu_rows)[p.num_sequences], p.max_rows);
-  if (row_head >= int64_t(rows) * p.num_heads) return;
+  if (row_head >= rows * p.num_heads) return;
   const int64_t rows_of_all = int64_t(p.max_rows) * p.num_heads;
   const float* lse = at<const float>(p.workspace) + row_head;
   const float* parts = at<const float>(p.workspace, (p.max_splits * rows_of_all + 3) / 4 * 4);
@@ -337,7 +337,7 @@ __device__ __forceinline__ void combine(const dllm_attention_params& p) {
 
   const int lane = threadIdx.x % kWarp;
   const float inverse = total > 0.f ? 1.f / total : 0.f;
-  T* out = at<T>(p.out, row_head / p.num_heads * p.out_stride + row_head % p.num_heads * p.head_dim);
+  T* out = at<T>(p.out, int64_t(row_head / p.num_heads) * p.out_stride + row_head % p.num_heads * p.head_dim);
   for (int column = lane * 2; column < p.head_dim; column += kWarp * 2) {
     float2 sum = make_float2(0.f, 0.f);
     for (int s = 0; s < p.max_splits; s++) {

@@ -77,7 +77,7 @@ pub fn validate(params: &dllm_attention_params) -> Result<()> {
         check::within("segment.num_rows", segment.num_rows.into(), 0, i32::MAX.into())?;
     }
     check::finite("scale", params.scale)?;
-    check::size("max_rows", params.max_rows)?;
+    check::within("max_rows", params.max_rows.into(), 1, i64::from(i32::MAX - 8) / i64::from(params.num_heads))?;
     // Above, the number of a packed row could overflow.
     let most = (1 << 30) / i64::from(params.num_heads);
     check::within("max_sequence_rows", params.max_sequence_rows.into(), 1, most)?;
