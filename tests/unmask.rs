@@ -148,9 +148,9 @@ struct Got {
 }
 
 impl Got {
-    fn bits(&self) -> (Vec<i32>, Vec<i32>, Vec<i32>, Vec<i32>, Vec<u32>) {
+    fn bits(&self) -> ([Vec<i32>; 4], Vec<u32>) {
         let confidence = self.confidence.iter().map(|c| c.to_bits()).collect();
-        (self.tokens.clone(), self.masks_left.clone(), self.failed.clone(), self.chosen.clone(), confidence)
+        ([&self.tokens, &self.masks_left, &self.failed, &self.chosen].map(Vec::clone), confidence)
     }
 }
 
@@ -867,7 +867,6 @@ mod golden {
     use super::*;
     use safetensors::SafeTensors;
     use serde_json::Value;
-    use std::path::{Path, PathBuf};
 
     struct Golden {
         cases: Vec<Value>,
@@ -876,8 +875,7 @@ mod golden {
 
     impl Golden {
         fn open(name: &str) -> Golden {
-            let dir = std::env::var_os("DLLM_GOLDEN_DIR").map(PathBuf::from);
-            let dir = dir.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"));
+            let dir = common::golden_dir();
             let read = |end: &str| std::fs::read(dir.join(format!("{name}.{end}"))).unwrap();
             let json: Value = serde_json::from_slice(&read("json")).unwrap();
             Golden { cases: json["cases"].as_array().unwrap().clone(), tensors: read("safetensors") }

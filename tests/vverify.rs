@@ -383,7 +383,7 @@ fn same_bits_in_any_order_alone_and_in_a_batch() -> (Vec<i32>, Vec<u32>) {
 }
 
 fn golden_cases() {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let folder = common::golden_dir();
     let json = std::fs::read_to_string(folder.join("sampler_vverify.json")).unwrap();
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     let bytes = std::fs::read(folder.join("sampler_vverify.safetensors")).unwrap();

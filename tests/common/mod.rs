@@ -8,6 +8,7 @@ use dllm_kernels::gpu::{Device, Stream};
 use dllm_kernels::ops::Element;
 use half::{bf16, f16};
 use std::fmt::Debug;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// The device that `DLLM_TEST_DEVICE` names: `soft`, the default, or `gpu`. On a machine without it that is a failure,
@@ -23,6 +24,13 @@ pub fn device() -> Device {
         Device::open(0).unwrap()
     };
     DEVICE.get_or_init(open).clone()
+}
+
+/// The folder of the golden files: that of `DLLM_GOLDEN_DIR`, as where test programs were carried to another machine, or
+/// the one of this checkout.
+pub fn golden_dir() -> PathBuf {
+    let here = || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    std::env::var_os("DLLM_GOLDEN_DIR").map_or_else(here, PathBuf::from)
 }
 
 /// A stream of its own on the device.

@@ -1,0 +1,313 @@
+//! What the benches of the kernels share: the device, the roof of the same run, repetitions with a cold or a warm L2
+//! cache, and what is printed and recorded. `docs/benchmarks.md` says how to read it.
+
+// Each bench is a program of its own, and none uses everything.
+#![allow(dead_code)]
+
+use bytemuck::Pod;
+use criterion::{BenchmarkId, Criterion, SamplingMode};
+use dllm_kernels::gpu::{Buffer, Device, Stream};
+use dllm_kernels::ops::{Element, roof};
+use dllm_kernels::{Error, Result};
+use half::bf16;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::time::Duration;
+
+/// Repetitions in one call from criterion, which plans them by the device's time: that can be a hundredth of what a
+/// repetition takes with all around it.
+const MOST_REPETITIONS: u64 = 20;
+const CSV_COLUMNS: &str =
+    "op,case,dtype,l2,bytes,median_us,min_us,max_us,gb_per_s,roof_gb_per_s,share_of_roof,rival,rival_us";
+
+/// What the L2 cache holds when a launch begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum L2 {
+    /// 256 MiB that the launch does not need.
+    Cold,
+    /// What the same launch left there just before.
+    Warm,
+}
+
+/// One shape of an op, on the device.
+pub trait Case {
+    /// Bytes that a launch has to move to and from memory: its floor.
+    fn bytes(&self) -> usize;
+    /// Puts back what a launch changed and the next would miss; not timed.
+    fn reset(&mut self) -> Result<()> {
+        Ok(())
+    }
+    fn launch(&mut self) -> Result<()>;
+    /// Panics when what a launch wrote is wrong; a few rows against the oracle are enough.
+    fn check(&self) -> Result<()>;
+}
+
+/// The device, and what its launches are measured against.
+pub struct Bench {
+    op: &'static str,
+    stream: Stream,
+    soft: bool,
+    evicting: Buffer<u8>,
+    sink: Buffer<u32>,
+    roof_gb_per_s: f64,
+    criterion: Criterion,
+}
+
+/// Microseconds of repetitions.
+struct Times(Vec<f64>);
+
+impl Times {
+    fn median(&mut self) -> f64 {
+        self.0.sort_by(f64::total_cmp);
+        let n = self.0.len();
+        (self.0[(n - 1) / 2] + self.0[n / 2]) / 2.0
+    }
+}
+
+impl Bench {
+    /// The first CUDA device, or the software device with `DLLM_TEST_DEVICE=soft`. Without one, says so and is none.
+    pub fn open(op: &'static str) -> Option<Bench> {
+        let soft = std::env::var("DLLM_TEST_DEVICE").is_ok_and(|device| device == "soft");
+        if soft {
+            softgpu::install();
+            println!("software device: times mean nothing. Shapes are shrunk, and no number is recorded.");
+        }
+        match Device::open(0) {
+            Ok(device) => Some(Bench::new(op, &device, soft).unwrap_or_else(|error| panic!("{op}: {error}"))),
+            Err(error) => {
+                println!("{op}: no CUDA device: not measured ({error})");
+                None
+            }
+        }
+    }
+
+    fn new(op: &'static str, device: &Device, soft: bool) -> Result<Bench> {
+        let stream = device.stream()?;
+        device.preload()?;
+        let criterion = Criterion::default()
+            .sample_size(10)
+            .warm_up_time(Duration::from_millis(20))
+            .measurement_time(Duration::from_millis(100))
+            .nresamples(2000)
+            .configure_from_args();
+        let evicting = stream.zeros(if soft { 64 << 10 } else { 256 << 20 })?;
+        let sink = stream.zeros(1)?;
+        let mut bench = Bench { op, soft, evicting, sink, roof_gb_per_s: f64::NAN, criterion, stream };
+        bench.measure_roof(device)?;
+        Ok(bench)
+    }
+
+    /// Reads 2 GiB again and again. Also what two events tell that have nothing between them: no launch takes less.
+    fn measure_roof(&mut self, device: &Device) -> Result<()> {
+        let bytes = if self.soft { 1 << 20 } else { 2 << 30 };
+        let repetitions = if self.soft { 2 } else { 30 };
+        let source = self.stream.zeros::<u8>(bytes)?;
+        let (mut reads, mut empty) = (Times(Vec::new()), Times(Vec::new()));
+        for repetition in 0..repetitions + 5 {
+            self.evict()?;
+            let read = self.stream.time_ms(|| roof::launch(&self.stream, &source, &mut self.sink))?;
+            self.evict()?;
+            let nothing = self.stream.time_ms(|| Ok(()))?;
+            if repetition >= 5 || self.soft {
+                reads.0.push(f64::from(read) * 1e3);
+                empty.0.push(f64::from(nothing) * 1e3);
+            }
+        }
+        self.roof_gb_per_s = bytes as f64 / reads.median() / 1e3;
+        println!("{}, compute capability {:?}", device.name()?, device.capability());
+        self.report("roof", &format!("{} MiB", bytes >> 20), "u8", "cold", bytes, reads);
+        self.report("events", "nothing between", "", "cold", 0, empty);
+        Ok(())
+    }
+
+    pub fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    /// A size: the real one, or a small one for the software device.
+    pub fn size(&self, real: usize, small: usize) -> usize {
+        if self.soft { small } else { real }
+    }
+
+    /// Measures a case, made and checked first. `name` says its real shape, whatever the device.
+    pub fn case<T: Element, C: Case>(&mut self, name: &str, l2: &[L2], make: impl FnOnce(&Stream) -> Result<C>) {
+        let mut make = Some(make);
+        let mut case = None;
+        for l2 in l2 {
+            let run = self.run::<T, C>(name, *l2, &mut case, &mut make);
+            run.unwrap_or_else(|error| panic!("{} {name}: {error}", self.op));
+        }
+    }
+
+    fn run<T: Element, C: Case>(
+        &mut self,
+        name: &str,
+        l2: L2,
+        case: &mut Option<C>,
+        make: &mut Option<impl FnOnce(&Stream) -> Result<C>>,
+    ) -> Result<()> {
+        let (op, dtype, warmth) = (self.op, ["bf16", "f16", "f32"][T::DTYPE as usize], ["cold", "warm"][l2 as usize]);
+        // Taken out while the closure below borrows the rest.
+        let mut criterion = std::mem::take(&mut self.criterion);
+        let (mut times, mut failed) = (Times(Vec::new()), None);
+        let mut measure = |iterations: u64| -> Result<Duration> {
+            if let Some(make) = make.take() {
+                let made = case.insert(make(&self.stream)?);
+                made.launch()?;
+                made.check()?;
+            }
+            let case = case.as_mut().ok_or_else(|| Error::Unavailable("the case failed before".into()))?;
+            // Not 0 either: criterion doubles the number again and again, and it may overflow.
+            let repetitions = iterations.clamp(1, if self.soft { 1 } else { MOST_REPETITIONS });
+            let mut sum = 0.0;
+            for _ in 0..repetitions {
+                let us = self.time_us(case, l2)?;
+                times.0.push(us);
+                sum += us;
+            }
+            Ok(Duration::from_secs_f64((sum / repetitions as f64 * iterations.max(1) as f64).max(0.01) / 1e6))
+        };
+        let mut group = criterion.benchmark_group(op);
+        group.sampling_mode(SamplingMode::Flat);
+        group.bench_function(BenchmarkId::from_parameter(format!("{name} {dtype} {warmth}")), |b| {
+            b.iter_custom(|iterations| {
+                measure(iterations).unwrap_or_else(|error| {
+                    failed.get_or_insert(error);
+                    Duration::from_secs(1)
+                })
+            })
+        });
+        group.finish();
+        self.criterion = criterion;
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        // None when the command line chose other cases.
+        if let (false, Some(case)) = (times.0.is_empty(), case) {
+            self.report(op, name, dtype, warmth, case.bytes(), times);
+        }
+        Ok(())
+    }
+
+    /// One repetition. The device is busy evicting while the host puts in what follows, so no launch waits for the host.
+    fn time_us(&mut self, case: &mut impl Case, l2: L2) -> Result<f64> {
+        case.reset()?;
+        self.evict()?;
+        if l2 == L2::Warm {
+            case.launch()?;
+            case.reset()?;
+        }
+        Ok(f64::from(self.stream.time_ms(|| case.launch())?) * 1e3)
+    }
+
+    /// Reads, and does not write: lines to be written back would cost the next launch bandwidth.
+    fn evict(&mut self) -> Result<()> {
+        roof::launch(&self.stream, &self.evicting, &mut self.sink)
+    }
+
+    /// A line on stdout, and one in the file that `DLLM_BENCH_CSV` names.
+    fn report(&self, op: &str, case: &str, dtype: &str, l2: &str, bytes: usize, mut times: Times) {
+        let median = times.median();
+        let (min, max) = (times.0[0], times.0[times.0.len() - 1]);
+        let gb_per_s = bytes as f64 / median / 1e3;
+        let share = gb_per_s / self.roof_gb_per_s;
+        let spread = format!("{median:.2} us ({min:.2} to {max:.2}, {} runs)", times.0.len());
+        let megabytes = bytes as f64 / 1e6;
+        println!(
+            "{op} {case} {dtype} {l2}: {megabytes:.2} MB, {spread}, {gb_per_s:.0} GB/s, {:.1} % of the roof of {:.0} GB/s{}",
+            share * 100.0,
+            self.roof_gb_per_s,
+            if self.soft { " [software device]" } else { "" }
+        );
+        let Some(path) = std::env::var_os("DLLM_BENCH_CSV").filter(|path| !path.is_empty()) else { return };
+        let numbers = match self.soft {
+            true => ",,,,,".into(),
+            false => format!("{median:.3},{min:.3},{max:.3},{gb_per_s:.1},{:.1},{share:.4}", self.roof_gb_per_s),
+        };
+        let line = format!("{op},{case},{dtype},{l2},{bytes},{numbers},,\n");
+        append(&path, &line).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    }
+}
+
+fn append(path: &std::ffi::OsStr, line: &str) -> std::io::Result<()> {
+    let mut file = OpenOptions::new().create(true).append(true).open(path)?;
+    let columns = if file.metadata()?.len() == 0 { format!("{CSV_COLUMNS}\n") } else { String::new() };
+    file.write_all((columns + line).as_bytes())
+}
+
+/// An element type, made from f32 and widened to it.
+pub trait Float: Element {
+    fn of(x: f32) -> Self;
+    fn f32(self) -> f32;
+}
+impl Float for bf16 {
+    fn of(x: f32) -> bf16 {
+        bf16::from_f32(x)
+    }
+    fn f32(self) -> f32 {
+        self.to_f32()
+    }
+}
+impl Float for f32 {
+    fn of(x: f32) -> f32 {
+        x
+    }
+    fn f32(self) -> f32 {
+        self
+    }
+}
+
+/// Random numbers, the same for the same seed: SplitMix64.
+pub struct Random(pub u64);
+
+impl Random {
+    fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.bits() >> 33) as usize % n
+    }
+
+    /// Roughly normal, with variance 1.
+    pub fn normal(&mut self) -> f32 {
+        let unit = |random: &mut Random| (random.bits() >> 40) as f32 / (1u64 << 24) as f32;
+        (0..12).map(|_| unit(self)).sum::<f32>() - 6.0
+    }
+
+    /// `len` numbers times `scale`, one in a hundred four times as large: softmax of anything tamer is nearly uniform. A
+    /// million of them repeat, of which the period divides no width.
+    pub fn floats<T: Float>(&mut self, len: usize, scale: f32) -> Vec<T> {
+        let outlier = |random: &mut Random| if random.below(100) == 0 { 4.0 } else { 1.0 };
+        let period: Vec<T> = (0..len.min(1_048_583)).map(|_| T::of(self.normal() * scale * outlier(self))).collect();
+        period.iter().copied().cycle().take(len).collect()
+    }
+}
+
+/// First, middle and last.
+pub fn few(rows: usize) -> [usize; 3] {
+    [0, rows / 2, rows - 1]
+}
+
+/// Row `row` of a packed matrix, in f64.
+pub fn row_f64<T: Float>(matrix: &[T], row: usize, width: usize) -> Vec<f64> {
+    matrix[row * width..(row + 1) * width].iter().map(|x| f64::from(x.f32())).collect()
+}
+
+/// That numbers are equal to within a share of the larger, or within `least`.
+#[track_caller]
+pub fn assert_close(what: &str, got: &[f64], want: &[f64], share: f64, least: f64) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        let close = (got - want).abs() <= share * got.abs().max(want.abs()) + least;
+        assert!(close, "{what}: element {i}: {got}, expected {want}");
+    }
+}
+
+/// The bytes of a matrix.
+pub fn bytes_of<T: Pod>(rows: usize, width: usize) -> usize {
+    rows * width * size_of::<T>()
+}

@@ -1,0 +1,326 @@
+#!/usr/bin/env bash
+# One round on a machine with a GPU and without Rust. docs/benchmarks.md tells more.
+#
+#   benches/gpu_round.sh pack         where cargo is: puts all that a round needs into target/gpu_round, below 64 MiB
+#   benches/gpu_round.sh [stage ...]  where the GPU is, with that folder carried there: all stages, or these
+#
+# stages  tests     every test of the kernels, on the device
+#         sanitize  their small cases under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
+#         kernels   the benches, and PyTorch's rivals in the same run
+# A stage is a function stage_<name>, and a name in `stages` below.
+#
+# OUT                 where the record goes: record.md, record.csv, and what the programs printed [target/gpu_round/out]
+# PYTHON              an interpreter with torch, for the rivals [python3]
+# DLLM_ROUND_DEVICE   gpu, or soft: tries the round itself on the software device, and records no number [gpu]
+# exit status         0: all ran and passed. 1: a stage failed. 2: nothing to run. 3: none failed, but something did not run
+set -uo pipefail
+
+stages=(tests sanitize kernels)
+stage_seconds=600
+most_bytes=$((64 << 20))
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# pack puts a copy of this script into the folder, which is then enough by itself.
+if [[ -e $here/commit ]]; then folder=$here; else folder=$(dirname "$here")/target/gpu_round; fi
+device=${DLLM_ROUND_DEVICE:-gpu}
+python=${PYTHON:-python3}
+
+# Names that the tests really have: a wrong one fails the stage. Left out are long cases, and those whose point is an error
+# of the driver.
+declare -A small=(
+  [device]="every_module_has_its_kernels threads_have_streams_of_their_own"
+  [embed]="counts_on_the_device embeds_every_token_of_every_type embeds_rows leaves_out_rows_out_of_range replays"
+  [norm]="counts_on_the_device equals_the_oracle passes_on_what_is_not_finite replays same_bits_whatever_else_runs"
+  [rope]="counts_on_the_device equals_the_oracle leaves_out_rows_out_of_range replays rotates_without_caches"
+  [rows]="copies_elements_of_every_type copies_rows counts_on_the_device leaves_out_rows_out_of_range replays"
+  [swiglu]="counts_on_the_device equals_the_oracle passes_on_what_is_not_finite replays same_bits_whatever_else_runs"
+  [unmask]="a_graph_unmasks_everything cuts dreams_shift_is_a_row_map golden::llada guidance indices_out_of_range
+    nan_and_infinities positions_past_the_window_are_scored_and_left rows_drawn_by_alg_temp rows_without_a_finite_logit
+    sequences_without_rows_or_masks the_mask_token_is_never_chosen the_same_bits_in_every_order"
+  [vverify]="a_captured_launch_follows_the_device cached_rows_by_a_map gather_takes_the_selected_rows golden_cases
+    lies_in_cu_rows_do_no_harm room_for_more_rows_than_there_are what_is_not_a_number_counts_as_turned_most"
+)
+
+die() {
+  echo "gpu_round: $1" >&2
+  exit 2
+}
+
+# ---- where cargo is
+
+# Lines "name path" of the programs of one kind, test or bench, that cargo builds.
+programs() {
+  local kind=$1
+  shift
+  cargo "$@" --no-run --message-format=json |
+    sed -n "s/.*\"kind\":\[\"$kind\"\].*\"name\":\"\([^\"]*\)\",\"src_path\".*\"executable\":\"\([^\"]*\)\".*/\1 \2/p"
+}
+
+pack() {
+  cd "$(dirname "$here")" || return 1
+  local tests=() benches=() file name path stem bytes
+  for file in $(grep -l '^mod common;' tests/*.rs); do tests+=(--test "$(basename "$file" .rs)"); done
+  for file in $(grep -l '^mod gpu;' benches/*.rs); do benches+=(--bench "$(basename "$file" .rs)"); done
+  rm -rf "$folder"
+  mkdir -p "$folder"/{tests,benches,golden} || return 1
+  programs test test --release "${tests[@]}" >"$folder/built.tests" || return 1
+  programs bench bench "${benches[@]}" >"$folder/built.benches" || return 1
+  local kind glibc=()
+  for kind in tests benches; do
+    [[ -s $folder/built.$kind ]] || { echo "cargo told of no $kind" >&2; return 1; }
+    while read -r name path; do
+      glibc+=("$(objdump -T "$path" | grep -o 'GLIBC_[0-9.]*' | sort -V | tail -1)")
+      strip -o "$folder/$kind/$name" "$path" && gzip -9n "$folder/$kind/$name" || return 1
+    done <"$folder/built.$kind"
+    rm "$folder/built.$kind"
+  done
+
+  # Only what these tests read, and nothing by a path of this machine.
+  for path in "$folder"/tests/*; do
+    name=$(basename "$path" .gz)
+    if grep -n CARGO_MANIFEST_DIR "tests/$name.rs"; then
+      echo "tests/$name.rs finds files by a path of this machine: use common::golden_dir" >&2
+      return 1
+    fi
+    for file in tests/golden/*.{json,safetensors}; do
+      stem=$(basename "${file%.*}")
+      if grep -qE "\"$stem(\"|\.)" "tests/$name.rs"; then cp "$file" "$folder/golden/"; fi
+    done
+  done
+  cp benches/rivals.py benches/gpu_round.sh "$folder/" || return 1
+  git describe --always --dirty >"$folder/commit" || return 1
+
+  bytes=$(du -sb "$folder" | cut -f1)
+  echo "$folder: $((bytes >> 20)) MiB, $(find "$folder/tests" "$folder/benches" -type f | wc -l) programs, $(cat "$folder/commit")," \
+    "runs where glibc has $(printf '%s\n' "${glibc[@]}" | sort -V | tail -1)"
+  if ((bytes > most_bytes)); then
+    echo "that is more than $((most_bytes >> 20)) MiB" >&2
+    return 1
+  fi
+}
+
+# ---- where the GPU is
+
+did_not_run=()
+deadline=0
+
+# One line on the screen and in the record.
+tell() {
+  echo "$1: $2"
+  echo "| ${1/: / | } | $2 |" >>"$OUT/record.md"
+}
+
+not_run() {
+  did_not_run+=("$1")
+  tell "$1" "not run: $2"
+}
+
+# Runs a command for at most so many seconds, and no longer than its stage may take.
+bounded() {
+  local most=$1 left=$((deadline - SECONDS))
+  shift
+  ((left < most)) && most=$left
+  ((most > 0)) || return 124
+  timeout -k 5 "$most" "$@"
+}
+
+# The program of this name, unpacked.
+program() {
+  local to=$unpacked/$1
+  if [[ ! -e $to ]]; then
+    mkdir -p "$(dirname "$to")" && gzip -dc "$folder/$1.gz" >"$to" && chmod +x "$to" || return 1
+  fi
+  echo "$to"
+}
+
+names() {
+  find "$folder/$1" -name '*.gz' -exec basename {} .gz \; | sort
+}
+
+why() {
+  case $1 in
+    124 | 137) echo "out of time" ;;
+    *) echo "exit status $1" ;;
+  esac
+}
+
+stage_tests() {
+  local failed=0 name log result status
+  mkdir -p "$OUT/tests"
+  for name in $(names tests); do
+    log=$OUT/tests/$name.txt
+    bounded 300 "$(program "tests/$name")" >"$log" 2>&1
+    status=$?
+    result=$(sed -n 's/^test result: [a-zA-Z]*\. \(.*\); [0-9]* measured.*/\1/p' "$log")
+    if ((status == 0)) && [[ $result =~ ^[1-9][0-9]*\ passed\;\ 0\ failed\;\ ([0-9]+)\ ignored ]]; then
+      [[ ${BASH_REMATCH[1]} == 0 ]] || did_not_run+=("tests: $name: ${BASH_REMATCH[1]} ignored")
+      tell "tests: $name" "$result"
+    else
+      failed=1
+      tell "tests: $name" "FAILED: $(why $status); ${result:-no result}; see $log"
+    fi
+  done
+  return $failed
+}
+
+stage_sanitize() {
+  local sanitizer tool name log status failed=0 wanted ran passed errors
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+  mkdir -p "$OUT/sanitize"
+  for tool in memcheck racecheck initcheck synccheck; do
+    if [[ -z $sanitizer ]]; then
+      not_run "sanitize: $tool" "compute-sanitizer is not installed"
+      continue
+    fi
+    passed=0 errors=()
+    # A quarter of the stage for each tool.
+    local tool_deadline=$((SECONDS + stage_seconds / 4))
+    for name in $(names tests); do
+      log=$OUT/sanitize/$tool-$name.txt
+      if [[ -z ${small[$name]-} ]]; then
+        not_run "sanitize: $tool $name" "no small cases are named in this script"
+        continue
+      fi
+      # Those in a module of their own are listed as on_device::name.
+      wanted=$("$(program "tests/$name")" --list --format terse 2>/dev/null | sed 's/: test$//' |
+        grep -xF "$(for test in ${small[$name]}; do printf '%s\non_device::%s\n' "$test" "$test"; done)")
+      if (($(wc -w <<<"$wanted") != $(wc -w <<<"${small[$name]}"))); then
+        errors+=("$name: not all of its small cases exist")
+        continue
+      fi
+      # shellcheck disable=SC2086
+      bounded $((tool_deadline - SECONDS)) "$sanitizer" --tool "$tool" --error-exitcode 99 \
+        "$(program "tests/$name")" --exact --test-threads=1 $wanted >"$log" 2>&1
+      status=$?
+      ran=$(sed -n 's/^test result: ok\. \([0-9]*\) passed.*/\1/p' "$log")
+      # Nothing passes without the tool's own word for it.
+      if ((status == 0)) && [[ $ran == "$(wc -w <<<"$wanted")" ]] &&
+        grep -qE '(ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards displayed \(0 errors, 0 warnings\))' "$log"; then
+        passed=$((passed + ran))
+      else
+        errors+=("$name: $(why $status), $(grep -hoE '[A-Z]+ SUMMARY: .*' "$log" | head -1 | grep . || echo 'no summary')")
+      fi
+    done
+    if ((${#errors[@]})); then
+      failed=1
+      tell "sanitize: $tool" "FAILED in ${#errors[@]} programs: $(printf '%s; ' "${errors[@]:0:2}")see $OUT/sanitize"
+    else
+      tell "sanitize: $tool" "0 errors in $passed tests"
+    fi
+  done
+  return $failed
+}
+
+stage_kernels() {
+  local name log status cases failed=0
+  mkdir -p "$OUT/kernels"
+  rm -f "$OUT/kernels/ours.csv"
+  for name in $(names benches); do
+    log=$OUT/kernels/$name.txt
+    # criterion leaves files of its own, which nobody compares across machines.
+    DLLM_BENCH_CSV=$OUT/kernels/ours.csv CRITERION_HOME=$unpacked/criterion \
+      bounded 180 "$(program "benches/$name")" --bench >"$log" 2>&1
+    status=$?
+    cases=$(grep -c "^$name .* of the roof" "$log")
+    if ((status != 0)); then
+      failed=1
+      tell "kernels: $name" "FAILED: $(why $status) after $cases cases; see $log"
+    elif grep -q 'not measured' "$log"; then
+      not_run "kernels: $name" "$(grep -m1 'not measured' "$log")"
+    elif ((cases == 0)); then
+      failed=1
+      tell "kernels: $name" "FAILED: no case; see $log"
+    else
+      tell "kernels: $name" "$cases cases"
+    fi
+  done
+  local arguments=()
+  [[ -e $OUT/kernels/ours.csv ]] && arguments+=(--ours "$OUT/kernels/ours.csv")
+  [[ $device == soft ]] && arguments+=(--smoke)
+  if ! command -v "$python" >/dev/null; then
+    not_run "kernels: rivals" "there is no $python"
+  else
+    bounded 300 "$python" "$folder/rivals.py" "${arguments[@]}" >"$OUT/kernels/rivals.csv" 2>"$OUT/kernels/rivals.txt"
+    status=$?
+    cases=$(tail -n +2 "$OUT/kernels/rivals.csv" | wc -l)
+    if ((status != 0)); then
+      failed=1
+      tell "kernels: rivals" "FAILED: $(why $status) after $cases rows; see $OUT/kernels/rivals.txt"
+    elif ((cases == 0)); then
+      not_run "kernels: rivals" "$(tail -1 "$OUT/kernels/rivals.txt")"
+    else
+      tell "kernels: rivals" "$cases rows"
+      # Single rivals, such as torch.compile where no compiler is.
+      while IFS= read -r line; do not_run "kernels: rivals" "$line"; done < <(grep 'not measured' "$OUT/kernels/rivals.txt")
+    fi
+  fi
+  {
+    sed 's/^/# /' "$OUT/machine.txt"
+    cat "$OUT/kernels/ours.csv" 2>/dev/null
+    tail -n +2 "$OUT/kernels/rivals.csv" 2>/dev/null
+  } >"$OUT/record.csv"
+  return $failed
+}
+
+machine() {
+  local compiler
+  compiler=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+  echo "date: $(date -u +%Y-%m-%dT%H:%MZ)"
+  echo "commit: $(cat "$folder/commit")"
+  [[ $device == soft ]] && echo "device: the software device: no number here, and nothing about a GPU"
+  if command -v nvidia-smi >/dev/null; then
+    nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.mem \
+      --format=csv | sed 's/^/GPU: /'
+    nvidia-smi -q -d CLOCK | grep -A4 -E '^ +(Clocks|Applications Clocks)$' | sed 's/  */ /g; s/^ *//; s/^/clocks: /'
+  else
+    echo "GPU: not known, there is no nvidia-smi"
+  fi
+  echo "nvcc here: $([[ -n $compiler ]] && "$compiler" --version | grep -o 'release.*' || echo none)"
+  echo "python: $("$python" -c 'import sys, torch; print(sys.version.split()[0], "torch", torch.__version__)' 2>&1 | tail -1)"
+}
+
+round() {
+  local stage before failed=() passed=() incomplete=()
+  [[ -e $folder/commit ]] || die "there is no $folder/commit: run 'gpu_round.sh pack' where cargo is, and carry $folder here"
+  case $device in gpu | soft) ;; *) die "DLLM_ROUND_DEVICE=$device: gpu or soft" ;; esac
+  for stage in "$@"; do
+    [[ $(type -t "stage_$stage") == function ]] || die "no stage $stage: there are pack ${stages[*]}"
+  done
+  OUT=${OUT:-$folder/out}
+  mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 1
+  unpacked=$(mktemp -d) || exit 1
+  trap 'rm -rf "$unpacked"' EXIT
+  export DLLM_TEST_DEVICE=$device DLLM_GOLDEN_DIR=$folder/golden
+  rm -f "$OUT/record.csv" # of an earlier round
+  machine >"$OUT/machine.txt" 2>&1
+  { echo "# GPU round"; echo; sed 's/^/    /' "$OUT/machine.txt"; echo; echo "| stage | what | result |"; echo "|---|---|---|"; } \
+    >"$OUT/record.md"
+
+  for stage in "$@"; do
+    deadline=$((SECONDS + stage_seconds))
+    before=${#did_not_run[@]}
+    if ! "stage_$stage"; then
+      failed+=("$stage")
+    elif ((${#did_not_run[@]} > before)); then
+      incomplete+=("$stage")
+    else
+      passed+=("$stage")
+    fi
+  done
+  {
+    echo
+    echo "Stages passed: ${passed[*]:-none}. Failed: ${failed[*]:-none}. No failure, but not all ran: ${incomplete[*]:-none}."
+    echo
+    ((${#did_not_run[@]} == 0)) || printf -- '- did not run: %s\n' "${did_not_run[@]}"
+  } >>"$OUT/record.md"
+  echo "record: $OUT/record.md$([[ -e $OUT/record.csv ]] && echo ", $OUT/record.csv")"
+  ((${#failed[@]} == 0)) || { echo "failed: ${failed[*]}"; exit 1; }
+  ((${#did_not_run[@]} == 0)) || { echo "nothing failed, but not all ran: ${incomplete[*]}"; exit 3; }
+}
+
+case ${1-} in
+  pack) pack || { echo "failed: pack"; exit 1; } ;;
+  -h | --help) sed -n '2,/^set /p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//' ;;
+  "") round "${stages[@]}" ;;
+  *) round "$@" ;;
+esac
