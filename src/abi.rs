@@ -649,7 +649,8 @@ const _: () = {
 /// attention: bidirectional, softmax(scale q k^T) v, over keys in up to three segments; nothing is concatenated.
 ///
 /// The keys of a sequence are those of segment 0, then 1, then 2 (prefix cache, live block, suffix cache), in tiles of
-/// DLLM_KEY_TILE. A query row without a key gives zeros and a log-sum-exp of minus infinity.
+/// DLLM_KEY_TILE. A query row without a key gives zeros and a log-sum-exp of minus infinity. Rows of sequences that are
+/// longer than max_sequence_rows, and those past max_rows, get no defined result.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct dllm_attention_params {
@@ -676,7 +677,7 @@ pub struct dllm_attention_params {
     pub q_stride: i64,
     /// Elements from row to row.
     pub out_stride: i64,
-    /// Of the scores; 1 / sqrt(head_dim).
+    /// Of the scores, within 1e6 of 0; 1 / sqrt(head_dim).
     pub scale: f32,
     /// Query rows the launch has room for; cu_rows says how many there are.
     pub max_rows: i32,

@@ -278,7 +278,8 @@ typedef struct dllm_segment {
  * attention: bidirectional, softmax(scale q k^T) v, over keys in up to three segments; nothing is concatenated.
  *
  * The keys of a sequence are those of segment 0, then 1, then 2 (prefix cache, live block, suffix cache), in tiles of
- * DLLM_KEY_TILE. A query row without a key gives zeros and a log-sum-exp of minus infinity.
+ * DLLM_KEY_TILE. A query row without a key gives zeros and a log-sum-exp of minus infinity. Rows of sequences that are
+ * longer than max_sequence_rows, and those past max_rows, get no defined result.
  */
 typedef struct dllm_attention_params {
   uint64_t size;    /**< sizeof(dllm_attention_params) */
@@ -293,7 +294,7 @@ typedef struct dllm_attention_params {
   uint64_t workspace_bytes; /**< At least what the plan asks. */
   int64_t q_stride;         /**< Elements from row to row. */
   int64_t out_stride;       /**< Elements from row to row. */
-  float scale;              /**< Of the scores; 1 / sqrt(head_dim). */
+  float scale;              /**< Of the scores, within 1e6 of 0; 1 / sqrt(head_dim). */
   int32_t max_rows;         /**< Query rows the launch has room for; cu_rows says how many there are. */
   int32_t max_sequence_rows; /**< Query rows of one sequence, at most. */
   int32_t num_sequences;

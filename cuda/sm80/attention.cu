@@ -23,6 +23,9 @@ namespace {
 constexpr int kKeys = DLLM_KEY_TILE;
 constexpr float kLog2e = 1.4426950408889634f;
 
+// Numbers in device memory may be anything: brought to within before they are used.
+__device__ __forceinline__ int within(int x, int least, int most) { return max(least, min(x, most)); }
+
 template <class T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <>
@@ -59,8 +62,8 @@ struct Part {
   __device__ Part(const dllm_segment& segment, int sequence, int before) {
     int start = 0, len = 0;
     if (segment.k) {
-      if (segment.start) start = max(0, min(at<const int32_t>(segment.start)[sequence], segment.num_rows));
-      len = max(0, min(at<const int32_t>(segment.len)[sequence], segment.num_rows - start));
+      if (segment.start) start = within(at<const int32_t>(segment.start)[sequence], 0, segment.num_rows);
+      len = within(at<const int32_t>(segment.len)[sequence], 0, segment.num_rows - start);
     }
     first = int64_t(start) - before;
     end = before + min(len, (1 << 30) - before);  // more keys than that are not read
@@ -93,7 +96,8 @@ __device__ __forceinline__ void copy_tile(const dllm_attention_params& p, const 
     const int64_t stride = values ? in_a ? a.v_stride : in_b ? b.v_stride : c.v_stride
                                   : in_a ? a.k_stride : in_b ? b.k_stride : c.k_stride;
     const int64_t first = in_a ? keys.a.first : in_b ? keys.b.first : keys.c.first;
-    const T* from = at<const T>(base, (first + key) * stride + head * D + chunk * 8);
+    const int64_t from_row = inside ? first + key : 0;  // a tile that is not there may have any number
+    const T* from = at<const T>(base, from_row * stride + head * D + chunk * 8);
     cp_async_16(to + tile_offset<D>(row, chunk), inside ? from : at<const T>(p.q), inside ? 16 : 0);
   }
 }
@@ -110,8 +114,8 @@ struct Visits {
       const int64_t heads = p.per_head ? p.num_kv_heads : 1;
       const int64_t index = (int64_t(sequence) * p.query_tiles + query_tile) * heads + (p.per_head ? head : 0);
       const int32_t* offsets = at<const int32_t>(p.tile_offsets) + index;
-      const int first = max(0, min(offsets[0], p.num_tile_indices));
-      count = max(0, min(offsets[1], p.num_tile_indices) - first);
+      const int first = within(offsets[0], 0, p.num_tile_indices);
+      count = within(offsets[1], first, p.num_tile_indices) - first;
       list = at<const int32_t>(p.tile_indices) + first;
     }
     const int share = (count + splits - 1) / splits;
@@ -126,7 +130,7 @@ struct Visits {
 template <int D>
 struct Running {
   float out[D / 8][4];
-  float max[2], sum[2];  // of the scores before scaling, rows lane / 4 and lane / 4 + 8; sums of this lane's columns only
+  float max[2], sum[2];  // of the unscaled scores, rows lane / 4 and lane / 4 + 8; sums of this lane's columns only
 
   __device__ Running() {
 #pragma unroll
@@ -148,7 +152,8 @@ struct Running {
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
       const float shrink = ex2_approx((max[half] - top) * scale_log2);
-      const float offset = top * scale_log2;
+      // Nothing yet: with a scale above 0.69 the product would be minus infinity, and its difference no number.
+      const float offset = top == -FLT_MAX ? 0.f : top * scale_log2;
       max[half] = top;
       float added = 0.f;
 #pragma unroll
@@ -168,7 +173,7 @@ struct Running {
     }
   }
 
-  // Divides by the sums of the whole rows; returns each row's natural log-sum-exp.
+  // Divides by the sums of the whole rows; returns each row's natural log-sum-exp. What is not a number stays so.
   __device__ __forceinline__ float2 finish(float scale) {
     float lse[2];
 #pragma unroll
@@ -176,8 +181,8 @@ struct Running {
       float total = sum[half];
       total += __shfl_xor_sync(kAllLanes, total, 1);
       total += __shfl_xor_sync(kAllLanes, total, 2);
-      lse[half] = total > 0.f ? max[half] * scale + logf(total) : -INFINITY;
-      const float inverse = total > 0.f ? 1.f / total : 0.f;
+      lse[half] = total == 0.f ? -INFINITY : max[half] * scale + logf(total);
+      const float inverse = total == 0.f ? 0.f : 1.f / total;
 #pragma unroll
       for (int n = 0; n < D / 8; n++) {
         out[n][2 * half] *= inverse;
@@ -199,8 +204,8 @@ __device__ __forceinline__ void attention(const dllm_attention_params& p) {
   const int sequence = blockIdx.z / splits, split = blockIdx.z % splits;
   const int group = p.num_heads / p.num_kv_heads;
   const int32_t* cu_rows = at<const int32_t>(p.cu_rows);
-  const int first_row = max(0, min(cu_rows[sequence], p.max_rows));
-  const int rows = max(0, min(cu_rows[sequence + 1], p.max_rows) - first_row);
+  const int first_row = within(cu_rows[sequence], 0, p.max_rows);
+  const int rows = within(cu_rows[sequence + 1], first_row, p.max_rows) - first_row;
   const int first_packed = blockIdx.x * kRows;
   if (first_packed >= rows * group) return;
 
@@ -222,10 +227,14 @@ __device__ __forceinline__ void attention(const dllm_attention_params& p) {
 #pragma unroll
   for (int step = 0; step < kSteps; step++) {
     ldmatrix_x4(query[step], shared + tile_offset<D>(warp * 16 + lane % 16, step * 2 + lane / 16));
+    // The maximum is taken before scaling, so the sign of the scale goes to the queries.
+#pragma unroll
+    for (int j = 0; j < 4; j++) query[step][j] ^= p.scale < 0.f ? 0x80008000u : 0u;
   }
   __syncthreads();
 
-  const float scale_log2 = p.scale * kLog2e;
+  const float scale = fabsf(p.scale);
+  const float scale_log2 = fmaxf(scale * kLog2e, FLT_MIN);  // 0 times minus infinity would not be a number
   Running<D> running;
   const auto copy = [&](bool values, int i) {
     unsigned char* to = (values ? value_buffer : key_buffer) + (i - visits.begin) % 2 * kTileBytes;
@@ -288,7 +297,7 @@ __device__ __forceinline__ void attention(const dllm_attention_params& p) {
   }
   cp_async_wait_all();  // the empty groups
 
-  const float2 lse = running.finish(p.scale);
+  const float2 lse = running.finish(scale);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int r = first_packed + warp * 16 + lane / 4 + half * 8;
@@ -324,7 +333,7 @@ __device__ __forceinline__ void attention(const dllm_attention_params& p) {
 template <class T>
 __device__ __forceinline__ void combine(const dllm_attention_params& p) {
   const int row_head = blockIdx.x * (256 / kWarp) + threadIdx.x / kWarp;  // max_rows * num_heads is checked to fit
-  const int rows = min(at<const int32_t>(p.cu_rows)[p.num_sequences], p.max_rows);
+  const int rows = within(at<const int32_t>(p.cu_rows)[p.num_sequences], 0, p.max_rows);
   if (row_head >= rows * p.num_heads) return;
   const int64_t rows_of_all = int64_t(p.max_rows) * p.num_heads;
   const float* lse = at<const float>(p.workspace) + row_head;
@@ -336,7 +345,7 @@ __device__ __forceinline__ void combine(const dllm_attention_params& p) {
   for (int s = 0; s < p.max_splits; s++) total += ex2_approx((lse[s * rows_of_all] - top) * kLog2e);
 
   const int lane = threadIdx.x % kWarp;
-  const float inverse = total > 0.f ? 1.f / total : 0.f;
+  const float inverse = total == 0.f ? 0.f : 1.f / total;
   T* out = at<T>(p.out, int64_t(row_head / p.num_heads) * p.out_stride + row_head % p.num_heads * p.head_dim);
   for (int column = lane * 2; column < p.head_dim; column += kWarp * 2) {
     float2 sum = make_float2(0.f, 0.f);
@@ -349,7 +358,7 @@ __device__ __forceinline__ void combine(const dllm_attention_params& p) {
     }
     *reinterpret_cast<uint32_t*>(out + column) = packed<T>(sum.x, sum.y);
   }
-  if (p.lse && lane == 0) at<float>(p.lse)[row_head] = total > 0.f ? top + logf(total) : -INFINITY;
+  if (p.lse && lane == 0) at<float>(p.lse)[row_head] = total == 0.f ? -INFINITY : top + logf(total);
 }
 
 }  // namespace
