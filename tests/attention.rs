@@ -2,12 +2,27 @@
 #![cfg(feature = "cuda")]
 
 mod common;
+#[path = "attention/hostile.rs"]
+mod hostile;
+#[path = "attention/reference.rs"]
+mod reference;
 
-use common::{Float, Random, device, in_every_order, poison};
+use common::{Float, Random, on_device, poison, stream};
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::attention::{self as op, Attention, Heads, KEY_TILE, QUERY_TILE, Rows, Segment, Tiles};
 use dllm_kernels::oracle::attention::attend;
 use half::{bf16, f16};
+
+on_device!(
+    every_shape_of_heads,
+    segments,
+    ragged_batches,
+    many_rows,
+    lists_of_tiles,
+    any_number_of_splits,
+    the_same_bits_in_every_order,
+    scores_of_any_size,
+);
 
 /// Query rows and keys of one sequence.
 #[derive(Clone, Debug)]
@@ -93,6 +108,32 @@ impl<T: Float> Case<T> {
     fn max_rows(&self) -> usize {
         self.sequences.iter().map(|s| s.rows).max().unwrap().max(1)
     }
+
+    fn cu_rows(&self) -> Vec<i32> {
+        let ends = self.sequences.iter().scan(0, |end, s| {
+            *end += s.rows as i32;
+            Some(*end)
+        });
+        std::iter::once(0).chain(ends).collect()
+    }
+
+    fn starts_and_lens(&self, segment: usize) -> [Vec<i32>; 2] {
+        let starts = self.segments[segment].2.iter().map(|s| *s as i32).collect();
+        [starts, self.sequences.iter().map(|s| s.keys[segment] as i32).collect()]
+    }
+
+    /// Offsets and indices of the lists of tiles.
+    fn lists(&self) -> [Vec<i32>; 2] {
+        let (mut offsets, mut indices) = (vec![0], Vec::new());
+        let lists = self.max_rows().div_ceil(QUERY_TILE) * if self.per_head { self.heads.num_kv_heads } else { 1 };
+        for s in &self.sequences {
+            for i in 0..lists {
+                indices.extend(s.tiles.get(i).into_iter().flatten());
+                offsets.push(indices.len() as i32);
+            }
+        }
+        [offsets, indices]
+    }
 }
 
 /// Out as floats, and the log-sum-exps.
@@ -114,33 +155,16 @@ struct OnDevice<T> {
 
 impl<T: Float> OnDevice<T> {
     fn new(stream: &Stream, case: &Case<T>) -> OnDevice<T> {
-        let mut cu_rows = vec![0];
-        for s in &case.sequences {
-            cu_rows.push(cu_rows.last().unwrap() + s.rows as i32);
-        }
         let segment = |i: usize| {
-            let (k, v, starts) = &case.segments[i];
-            let starts: Vec<i32> = starts.iter().map(|s| *s as i32).collect();
-            let lens: Vec<i32> = case.sequences.iter().map(|s| s.keys[i] as i32).collect();
-            let [k, v] = [k, v].map(|x| stream.upload(x).unwrap());
-            (k, v, stream.upload(&starts).unwrap(), stream.upload(&lens).unwrap())
+            let [k, v] = [&case.segments[i].0, &case.segments[i].1].map(|x| stream.upload(x).unwrap());
+            let [starts, lens] = case.starts_and_lens(i).map(|x| stream.upload(&x).unwrap());
+            (k, v, starts, lens)
         };
-        let query_tiles = case.max_rows().div_ceil(QUERY_TILE);
-        let tiles = case.sparse.then(|| {
-            let (mut offsets, mut indices) = (vec![0], Vec::new());
-            let lists = query_tiles * if case.per_head { case.heads.num_kv_heads } else { 1 };
-            for s in &case.sequences {
-                for i in 0..lists {
-                    indices.extend(s.tiles.get(i).into_iter().flatten());
-                    offsets.push(indices.len() as i32);
-                }
-            }
-            (stream.upload(&offsets).unwrap(), stream.upload(&indices).unwrap())
-        });
+        let tiles = case.sparse.then(|| case.lists()).map(|lists| lists.map(|x| stream.upload(&x).unwrap()).into());
         let rows = case.rows().max(1);
         OnDevice {
             q: stream.upload(&case.q).unwrap(),
-            cu_rows: stream.upload(&cu_rows).unwrap(),
+            cu_rows: stream.upload(&case.cu_rows()).unwrap(),
             segments: (0..3).map(segment).collect(),
             tiles,
             out: stream.alloc(rows * case.heads.num_heads * case.heads.head_dim).unwrap(),
@@ -150,6 +174,16 @@ impl<T: Float> OnDevice<T> {
     }
 
     fn launch(&mut self, stream: &Stream, case: &Case<T>) -> dllm_kernels::Result<()> {
+        self.launch_with(stream, case, |_| {})
+    }
+
+    /// With some of it changed.
+    fn launch_with<'a>(
+        &'a mut self,
+        stream: &Stream,
+        case: &Case<T>,
+        change: impl FnOnce(&mut Attention<'a, T>),
+    ) -> dllm_kernels::Result<()> {
         let kv = |buffer| Rows { buffer, first: 0, stride: case.kv_stride };
         let segments: Vec<_> = (0..3)
             .map(|i| {
@@ -160,22 +194,21 @@ impl<T: Float> OnDevice<T> {
             })
             .collect();
         let tiles = self.tiles.as_ref().map(|(offsets, indices)| Tiles { offsets, indices, per_head: case.per_head });
-        op::launch(
-            stream,
-            Attention {
-                heads: case.heads,
-                q: Rows { buffer: &self.q, first: case.first, stride: case.q_stride },
-                cu_rows: &self.cu_rows,
-                max_sequence_rows: case.max_rows(),
-                segments: [segments[0], segments[1], segments[2]],
-                tiles,
-                scale: case.scale,
-                max_splits: case.splits,
-                out: &mut self.out,
-                lse: Some(&mut self.lse),
-                workspace: &mut self.workspace,
-            },
-        )
+        let mut attention = Attention {
+            heads: case.heads,
+            q: Rows { buffer: &self.q, first: case.first, stride: case.q_stride },
+            cu_rows: &self.cu_rows,
+            max_sequence_rows: case.max_rows(),
+            segments: [segments[0], segments[1], segments[2]],
+            tiles,
+            scale: case.scale,
+            max_splits: case.splits,
+            out: &mut self.out,
+            lse: Some(&mut self.lse),
+            workspace: &mut self.workspace,
+        };
+        change(&mut attention);
+        op::launch(stream, attention)
     }
 
     fn read(&self) -> Got {
@@ -183,8 +216,12 @@ impl<T: Float> OnDevice<T> {
     }
 }
 
+fn bits(got: &Got) -> Vec<u32> {
+    got.out.iter().chain(&got.lse).map(|x| x.to_bits()).collect()
+}
+
 fn run<T: Float>(case: &Case<T>) -> Got {
-    let stream = device().stream().unwrap();
+    let stream = stream();
     let mut on_device = OnDevice::new(&stream, case);
     on_device.launch(&stream, case).unwrap();
     on_device.read()
@@ -245,7 +282,6 @@ fn check_both(name: &str, heads: Heads, sequences: &[Sequence], splits: usize) {
     check(&case, &run(&case), &name);
 }
 
-#[test]
 fn every_shape_of_heads() {
     for head_dim in [32, 64, 128] {
         for (num_heads, num_kv_heads) in [(1, 1), (4, 4), (4, 1), (14, 2), (14, 1)] {
@@ -257,7 +293,6 @@ fn every_shape_of_heads() {
 }
 
 /// Each segment empty in turn, all, and none; off every tile; one key, one query.
-#[test]
 fn segments() {
     for keys in [
         [1, 0, 0],
@@ -278,7 +313,6 @@ fn segments() {
     }
 }
 
-#[test]
 fn ragged_batches() {
     let sequences = [
         dense(3, [10, 3, 200]),
@@ -294,14 +328,12 @@ fn ragged_batches() {
 }
 
 /// More packed rows than short blocks are for.
-#[test]
 fn many_rows() {
     check_both("full", MHA, &[dense(300, [0, 300, 0]), dense(129, [0, 129, 0])], 1);
     check_both("full", Heads { num_heads: 14, num_kv_heads: 2, head_dim: 128 }, &[dense(70, [20, 70, 3])], 1);
     check_both("full", MHA, &[dense(257, [40, 257, 9])], 2);
 }
 
-#[test]
 fn lists_of_tiles() {
     let mut random = Random(3);
     for (heads, per_head) in [(MHA, false), (MHA, true), (Heads { num_heads: 6, num_kv_heads: 2, head_dim: 32 }, true)]
@@ -333,7 +365,6 @@ fn lists_of_tiles() {
 }
 
 /// Parts of the keys in any number: the same up to the rounding of f32, before the result is rounded to f16.
-#[test]
 fn any_number_of_splits() {
     let mut case = Case::<f16>::new(&mut Random(4), MHA, vec![dense(32, [500, 32, 300])], 1);
     let one = run(&case);
@@ -349,22 +380,13 @@ fn any_number_of_splits() {
     }
 }
 
-#[test]
-fn the_same_bits_in_every_order() {
-    for splits in [1, 4] {
-        let case = Case::<bf16>::new(&mut Random(5), MHA, vec![dense(32, [130, 32, 60]), dense(7, [3, 7, 0])], splits);
-        in_every_order(|| {
-            let got = run(&case);
-            (
-                got.out.iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
-                got.lse.iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
-            )
-        });
-    }
+fn the_same_bits_in_every_order() -> Vec<u32> {
+    let sequences = [dense(32, [130, 32, 60]), dense(7, [3, 7, 0])];
+    let bits = [1, 4].map(|splits| bits(&run(&Case::<bf16>::new(&mut Random(5), MHA, sequences.to_vec(), splits))));
+    bits.concat()
 }
 
 /// Large scores, whose exponentials would overflow, and scores that all are equal.
-#[test]
 fn scores_of_any_size() {
     for size in [0.0, 30.0, 3e4] {
         let mut case = Case::<bf16>::new(&mut Random(6), MHA, vec![dense(16, [64, 16, 10])], 2);

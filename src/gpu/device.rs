@@ -100,6 +100,12 @@ impl Device {
         self.inner.capability
     }
 
+    /// How many multiprocessors it has.
+    pub fn multiprocessors(&self) -> Result<usize> {
+        use sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as COUNT;
+        self.inner.context.attribute(COUNT).of("cuDeviceGetAttribute").map(|count| count.max(1) as usize)
+    }
+
     /// Bytes of memory: free, total.
     pub fn memory_bytes(&self) -> Result<(usize, usize)> {
         self.inner.context.mem_get_info().of("cuMemGetInfo")

@@ -462,7 +462,8 @@ mod tests {
     fn the_workspace_of_a_safe_launch_is_the_planned() {
         for (max_rows, num_heads, head_dim, max_splits) in [(1, 1, 32, 1), (1, 3, 32, 3), (64, 28, 128, 64)] {
             let heads = Heads { num_heads: num_heads as usize, num_kv_heads: 1, head_dim: head_dim as usize };
-            let params = dllm_attention_params { max_rows, num_heads, head_dim, max_splits, num_kv_heads: 1, ..params() };
+            let params =
+                dllm_attention_params { max_rows, num_heads, head_dim, max_splits, num_kv_heads: 1, ..params() };
             let len = workspace_len(max_rows as usize, heads, max_splits as usize);
             assert_eq!(4 * len as u64, plan(&params).workspace_bytes);
         }
@@ -509,7 +510,10 @@ mod tests {
         wrong(|p| p.num_kv_heads = 0, "num_kv_heads: expected 1 to 28");
         wrong(|p| p.num_kv_heads = 29, "num_kv_heads: expected 1 to 28");
         wrong(|p| p.num_kv_heads = 3, "num_heads: expected a multiple of num_kv_heads, 3, found 28");
-        wrong(|p| p.q_stride = 3576, "q_stride: expected a multiple of 8 elements (16 bytes), at least the width, 3584");
+        wrong(
+            |p| p.q_stride = 3576,
+            "q_stride: expected a multiple of 8 elements (16 bytes), at least the width, 3584",
+        );
         wrong(|p| p.out_stride = -3584, "out_stride");
         wrong(|p| p.out_stride += 4, "out_stride");
         wrong(|p| p.segments[1].k += 4, "segment.k: expected an address aligned to 16");
@@ -583,7 +587,8 @@ mod tests {
         let mut projection = params();
         (projection.q, projection.q_stride) = (0x100_0000, 3584 + 1024);
         let k = projection.q + 2 * 3584;
-        let live = dllm_segment { k, v: k + 1024, k_stride: 4608, v_stride: 4608, num_rows: 64, ..params().segments[1] };
+        let live =
+            dllm_segment { k, v: k + 1024, k_stride: 4608, v_stride: 4608, num_rows: 64, ..params().segments[1] };
         projection.segments[1] = live;
         validate(&projection).unwrap();
     }
