@@ -143,10 +143,13 @@ struct Got {
     lse: Vec<f32>,
 }
 
+/// Keys, values, starts, lengths.
+type Parts<T> = (Buffer<T>, Buffer<T>, Buffer<i32>, Buffer<i32>);
+
 struct OnDevice<T> {
     q: Buffer<T>,
     cu_rows: Buffer<i32>,
-    segments: Vec<(Buffer<T>, Buffer<T>, Buffer<i32>, Buffer<i32>)>,
+    segments: Vec<Parts<T>>,
     tiles: Option<(Buffer<i32>, Buffer<i32>)>,
     out: Buffer<T>,
     lse: Buffer<f32>,
