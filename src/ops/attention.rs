@@ -529,7 +529,7 @@ mod tests {
         wrong(|p| p.scale = f32::INFINITY, "scale");
         wrong(|p| p.scale = -2e6, "scale");
         wrong(|p| p.max_rows = 0, "max_rows: expected 1 to");
-        wrong(|p| p.max_rows = i32::MAX / 28, "max_rows");
+        wrong(|p| p.max_rows = i32::MAX / 28 + 1, "max_rows: expected 1 to");
         wrong(|p| p.max_sequence_rows = 0, "max_sequence_rows: expected 1 to");
         wrong(|p| p.max_sequence_rows = (1 << 30) / 28 + 1, "max_sequence_rows");
         wrong(|p| p.max_splits = 0, "max_splits: expected 1 to 64, found 0");
