@@ -190,6 +190,8 @@ pub fn stamp(ptx: &str) -> Option<String> {
             body = body.replace(&format!("_{hash}_"), "_00000000_");
         }
     }
+    // A hint about loads that the ISA has since 8.3 only.
+    let body: String = body.split_inclusive('\n').filter(|line| !line.contains(".pragma \"used_bytes_mask ")).collect();
     Some(format!(".version {PTX_ISA}\n{body}"))
 }
 

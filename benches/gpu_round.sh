@@ -28,6 +28,9 @@ python=${PYTHON:-python3}
 # Names that the tests really have: a wrong one fails the stage. Left out are long cases, and those whose point is an error
 # of the driver.
 declare -A small=(
+  [attention]="hostile::on_device::a_graph_follows_the_device hostile::on_device::absent_segments
+    hostile::on_device::in_place_from_a_projection hostile::on_device::without_lse reference::on_device::equals_pytorch
+    the_same_bits_in_every_order"
   [device]="every_module_has_its_kernels threads_have_streams_of_their_own"
   [embed]="counts_on_the_device embeds_every_token_of_every_type embeds_rows leaves_out_rows_out_of_range replays"
   [norm]="counts_on_the_device equals_the_oracle passes_on_what_is_not_finite replays same_bits_whatever_else_runs"

@@ -65,9 +65,9 @@ class Rivals:
             try:
                 reset()
                 right = check(run())
-            except Exception as error:  # torch.compile needs Triton or a compiler, which may not be there
+            except Exception as error:  # torch.compile needs Triton or a compiler, a backend of SDPA the right device
                 note(f"{op} {name} {rival}: not measured ({str(error).strip().splitlines()[:1]})")
-                if not rival.startswith("torch.compile"):
+                if not rival.startswith(("torch.compile", "torch SDPA ")) or rival.endswith("originals"):
                     self.failed.append(f"{op} {name} {rival}")
                 continue
             if not right:
@@ -286,6 +286,88 @@ def vverify(to):
         to.case("vverify", f"{rows}x4096", "bf16", rivals, check)
 
 
+# attention
+
+
+def attention_shapes(to):
+    """name, sequences, rows, keys, heads, kv heads, share of the tiles: those of benches/attention.rs."""
+    llada, dream, wide = (32, 32), (28, 4), (16, 16)
+    yield "llada 1x32 32/32x128 1024 keys", 1, 32, 1024, *llada, 1
+    yield "dream 1x32 28/4x128 1024 keys", 1, 32, 1024, *dream, 1
+    yield "llada 1x32 32/32x128 4096 keys", 1, 32, 4096, *llada, 1
+    yield "llada 4x32 32/32x128 1024 keys", 4, 32, 1024, *llada, 1
+    yield "dream 8x32 28/4x128 4096 keys", 8, 32, 4096, *dream, 1
+    yield "llada 1x32 32/32x128 16384 keys", 1, 32, 16384, *llada, 1
+    yield "llada 1x32 32/32x128 a quarter of 16384 keys", 1, 32, 16384, *llada, 4
+    yield "full 16x1024 16/16x128", 16, 1024, 1024, *wide, 1
+    yield "full 8x2048 16/16x128", 8, 2048, 2048, *wide, 1
+    yield "full 4x4096 16/16x128", 4, 4096, 4096, *wide, 1
+    yield "full 4x4096 16/16x128 a quarter of the keys", 4, 4096, 4096, *wide, 4
+
+
+def attention(to):
+    tile = 64
+    for name, sequences, rows, keys, heads, kv_heads, every in attention_shapes(to):
+        sequences, rows, keys = to.size(sequences, 1), to.size(rows, 8), to.size(keys, 512)
+        dtype, group = torch.bfloat16, heads // kv_heads
+        normal = lambda heads, n: to.logits(sequences * heads * n, 128, dtype, 1.0).view(sequences, heads, n, 128)
+        q, k, v = normal(heads, rows), normal(kv_heads, keys), normal(kv_heads, keys)
+        visited = (torch.arange(keys, device=to.device) // tile) % every == 0
+        some_k, some_v = (x[0, 0][visited].double() for x in (k, v))
+        want = torch.softmax(q[0, 0].double() @ some_k.T / 128**0.5, -1) @ some_v
+        check = lambda got: close(got[0, 0], want, 0.02, 0.02)
+        rivals = []
+        if every == 1:
+            sdpa = lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=group > 1)
+            for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
+                rivals.append((f"torch SDPA {backend}", with_backend(backend, sdpa)))
+            # A quarter behind the block, the rest before it; keys and values are [sequences, keys, heads, head_dim] there.
+            live = rows if rows < keys else keys // 2
+            behind = (keys - live) // 4
+            parts = [[x.contiguous() for x in x.split([keys - live - behind, live, behind], dim=2)] for x in (k, v)]
+
+            def joined():
+                k, v = (torch.cat(part, dim=2) for part in parts)
+                if group > 1:
+                    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+                return F.scaled_dot_product_attention(q, k, v)
+
+            rivals.append(("torch SDPA on joined keys as the originals", joined))
+        rivals.append(("torch.compile FlexAttention", flex(q, k, v, visited, every, tile)))
+        to.case("attention", name, "bf16", rivals, check)
+        del q, k, v
+
+
+def with_backend(name, run):
+    """One that cannot run these inputs is named as not measured."""
+
+    def only():
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel([getattr(SDPBackend, name)]):
+            return run()
+
+    return only
+
+
+def flex(q, k, v, visited, every, tile):
+    """Made at its first call: there may be no FlexAttention, or nothing that compiles it."""
+    made = []
+
+    def run():
+        if not made:
+            from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+            sees = lambda b, h, row, key: visited[key]
+            sizes = (None, None, q.shape[2], k.shape[2])
+            mask = create_block_mask(sees, *sizes, device=q.device, BLOCK_SIZE=(128, tile)) if every > 1 else None
+            made.append((compiled(flex_attention), mask))
+        compiled_flex, mask = made[0]
+        return compiled_flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] > k.shape[1])
+
+    return run
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="on the CPU, tiny shapes, no numbers")
@@ -297,7 +379,7 @@ def main():
     note(f"torch {torch.__version__}, CUDA {torch.version.cuda}")
     to = Rivals(arguments.smoke, arguments.ours)
     with torch.inference_mode():
-        for op in (unmask, cut, norm, swiglu, rows, embed, vverify):
+        for op in (unmask, cut, norm, swiglu, rows, embed, vverify, attention):
             op(to)
     for failed in to.failed:
         note(f"rivals: failed: {failed}")

@@ -8,6 +8,8 @@
 pub const DLLM_ABI_VERSION: i32 = 1;
 pub const DLLM_NONE_FAILED: i32 = -1;
 pub const DLLM_INDEX_FAILED: i32 = -2;
+pub const DLLM_QUERY_TILE: i32 = 128;
+pub const DLLM_KEY_TILE: i32 = 64;
 /// Done, or launched.
 pub const DLLM_OK: dllm_status = 0;
 /// A field is out of range; nothing was launched.
@@ -608,6 +610,143 @@ const _: () = {
     ["Offset of field: dllm_swiglu_params::width"][::core::mem::offset_of!(dllm_swiglu_params, width) - 52usize];
     ["Offset of field: dllm_swiglu_params::dtype"][::core::mem::offset_of!(dllm_swiglu_params, dtype) - 56usize];
     ["Offset of field: dllm_swiglu_params::reserved"][::core::mem::offset_of!(dllm_swiglu_params, reserved) - 60usize];
+};
+/// Keys and values of one part of a sequence, read where they are. 64 bytes.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct dllm_segment {
+    /// \[num_rows, num_kv_heads, head_dim\]; 0 when nobody has keys here.
+    pub k: u64,
+    /// \[num_rows, num_kv_heads, head_dim\]
+    pub v: u64,
+    /// \[num_sequences\] int32: first row of each sequence; or 0 for row 0.
+    pub start: u64,
+    /// \[num_sequences\] int32: rows of each sequence, which may be 0.
+    pub len: u64,
+    /// Elements from row to row.
+    pub k_stride: i64,
+    /// Elements from row to row.
+    pub v_stride: i64,
+    /// Rows of k and v; starts and lengths are brought to within.
+    pub num_rows: i32,
+    /// 0
+    pub reserved0: i32,
+    /// 0
+    pub reserved1: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of dllm_segment"][::core::mem::size_of::<dllm_segment>() - 64usize];
+    ["Alignment of dllm_segment"][::core::mem::align_of::<dllm_segment>() - 8usize];
+    ["Offset of field: dllm_segment::k"][::core::mem::offset_of!(dllm_segment, k) - 0usize];
+    ["Offset of field: dllm_segment::v"][::core::mem::offset_of!(dllm_segment, v) - 8usize];
+    ["Offset of field: dllm_segment::start"][::core::mem::offset_of!(dllm_segment, start) - 16usize];
+    ["Offset of field: dllm_segment::len"][::core::mem::offset_of!(dllm_segment, len) - 24usize];
+    ["Offset of field: dllm_segment::k_stride"][::core::mem::offset_of!(dllm_segment, k_stride) - 32usize];
+    ["Offset of field: dllm_segment::v_stride"][::core::mem::offset_of!(dllm_segment, v_stride) - 40usize];
+    ["Offset of field: dllm_segment::num_rows"][::core::mem::offset_of!(dllm_segment, num_rows) - 48usize];
+    ["Offset of field: dllm_segment::reserved0"][::core::mem::offset_of!(dllm_segment, reserved0) - 52usize];
+    ["Offset of field: dllm_segment::reserved1"][::core::mem::offset_of!(dllm_segment, reserved1) - 56usize];
+};
+/// attention: bidirectional, softmax(scale q k^T) v, over keys in up to three segments; nothing is concatenated.
+///
+/// The keys of a sequence are those of segment 0, then 1, then 2 (prefix cache, live block, suffix cache), in tiles of
+/// DLLM_KEY_TILE. A query row without a key gives zeros and a log-sum-exp of minus infinity. Rows of sequences that are
+/// longer than max_sequence_rows, and those past max_rows, get no defined result.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct dllm_attention_params {
+    /// sizeof(dllm_attention_params)
+    pub size: u64,
+    /// \[max_rows, num_heads, head_dim\]
+    pub q: u64,
+    /// Out: \[max_rows, num_heads, head_dim\]; may not overlap the others.
+    pub out: u64,
+    /// Out: \[max_rows, num_heads\] f32, natural log-sum-exp of the scaled scores; or 0.
+    pub lse: u64,
+    /// \[num_sequences + 1\] int32, ascending from 0: query rows of sequence s.
+    pub cu_rows: u64,
+    pub segments: [dllm_segment; 3usize],
+    /// \[num_sequences \* query_tiles \* (kv heads, if per_head) + 1\] int32: which part of tile_indices a query tile visits; or 0 for all tiles.
+    pub tile_offsets: u64,
+    /// \[num_tile_indices\] int32: key tiles, each at most once in a list; those past the keys are empty.
+    pub tile_indices: u64,
+    /// workspace_bytes, any contents; 0 when the plan asks none.
+    pub workspace: u64,
+    /// At least what the plan asks.
+    pub workspace_bytes: u64,
+    /// Elements from row to row.
+    pub q_stride: i64,
+    /// Elements from row to row.
+    pub out_stride: i64,
+    /// Of the scores, within 1e6 of 0; 1 / sqrt(head_dim).
+    pub scale: f32,
+    /// Query rows the launch has room for; cu_rows says how many there are.
+    pub max_rows: i32,
+    /// Query rows of one sequence, at most.
+    pub max_sequence_rows: i32,
+    pub num_sequences: i32,
+    pub num_heads: i32,
+    /// Divides num_heads.
+    pub num_kv_heads: i32,
+    /// 32, 64 or 128
+    pub head_dim: i32,
+    /// dllm_dtype: bf16 or f16.
+    pub dtype: i32,
+    /// Parts that the keys of a query tile are cut into, at most; 1 to 64.
+    pub max_splits: i32,
+    /// Lists a sequence has: max_sequence_rows / DLLM_QUERY_TILE, rounded up. Read with tile_offsets.
+    pub query_tiles: i32,
+    /// 1: each key/value head has lists of its own, head after head.
+    pub per_head: i32,
+    pub num_tile_indices: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of dllm_attention_params"][::core::mem::size_of::<dllm_attention_params>() - 328usize];
+    ["Alignment of dllm_attention_params"][::core::mem::align_of::<dllm_attention_params>() - 8usize];
+    ["Offset of field: dllm_attention_params::size"][::core::mem::offset_of!(dllm_attention_params, size) - 0usize];
+    ["Offset of field: dllm_attention_params::q"][::core::mem::offset_of!(dllm_attention_params, q) - 8usize];
+    ["Offset of field: dllm_attention_params::out"][::core::mem::offset_of!(dllm_attention_params, out) - 16usize];
+    ["Offset of field: dllm_attention_params::lse"][::core::mem::offset_of!(dllm_attention_params, lse) - 24usize];
+    ["Offset of field: dllm_attention_params::cu_rows"]
+        [::core::mem::offset_of!(dllm_attention_params, cu_rows) - 32usize];
+    ["Offset of field: dllm_attention_params::segments"]
+        [::core::mem::offset_of!(dllm_attention_params, segments) - 40usize];
+    ["Offset of field: dllm_attention_params::tile_offsets"]
+        [::core::mem::offset_of!(dllm_attention_params, tile_offsets) - 232usize];
+    ["Offset of field: dllm_attention_params::tile_indices"]
+        [::core::mem::offset_of!(dllm_attention_params, tile_indices) - 240usize];
+    ["Offset of field: dllm_attention_params::workspace"]
+        [::core::mem::offset_of!(dllm_attention_params, workspace) - 248usize];
+    ["Offset of field: dllm_attention_params::workspace_bytes"]
+        [::core::mem::offset_of!(dllm_attention_params, workspace_bytes) - 256usize];
+    ["Offset of field: dllm_attention_params::q_stride"]
+        [::core::mem::offset_of!(dllm_attention_params, q_stride) - 264usize];
+    ["Offset of field: dllm_attention_params::out_stride"]
+        [::core::mem::offset_of!(dllm_attention_params, out_stride) - 272usize];
+    ["Offset of field: dllm_attention_params::scale"][::core::mem::offset_of!(dllm_attention_params, scale) - 280usize];
+    ["Offset of field: dllm_attention_params::max_rows"]
+        [::core::mem::offset_of!(dllm_attention_params, max_rows) - 284usize];
+    ["Offset of field: dllm_attention_params::max_sequence_rows"]
+        [::core::mem::offset_of!(dllm_attention_params, max_sequence_rows) - 288usize];
+    ["Offset of field: dllm_attention_params::num_sequences"]
+        [::core::mem::offset_of!(dllm_attention_params, num_sequences) - 292usize];
+    ["Offset of field: dllm_attention_params::num_heads"]
+        [::core::mem::offset_of!(dllm_attention_params, num_heads) - 296usize];
+    ["Offset of field: dllm_attention_params::num_kv_heads"]
+        [::core::mem::offset_of!(dllm_attention_params, num_kv_heads) - 300usize];
+    ["Offset of field: dllm_attention_params::head_dim"]
+        [::core::mem::offset_of!(dllm_attention_params, head_dim) - 304usize];
+    ["Offset of field: dllm_attention_params::dtype"][::core::mem::offset_of!(dllm_attention_params, dtype) - 308usize];
+    ["Offset of field: dllm_attention_params::max_splits"]
+        [::core::mem::offset_of!(dllm_attention_params, max_splits) - 312usize];
+    ["Offset of field: dllm_attention_params::query_tiles"]
+        [::core::mem::offset_of!(dllm_attention_params, query_tiles) - 316usize];
+    ["Offset of field: dllm_attention_params::per_head"]
+        [::core::mem::offset_of!(dllm_attention_params, per_head) - 320usize];
+    ["Offset of field: dllm_attention_params::num_tile_indices"]
+        [::core::mem::offset_of!(dllm_attention_params, num_tile_indices) - 324usize];
 };
 /// roof: reads memory and does nothing with it, which is the most that a kernel bound by reading can reach.
 #[repr(C)]

@@ -33,6 +33,10 @@ pub enum L2 {
 pub trait Case {
     /// Bytes that a launch has to move to and from memory: its floor.
     fn bytes(&self) -> usize;
+    /// Operations of its matrix products, where these may be what bounds it; else 0.
+    fn flops(&self) -> u64 {
+        0
+    }
     /// Puts back what a launch changed and the next would miss; not timed.
     fn reset(&mut self) -> Result<()> {
         Ok(())
@@ -184,6 +188,11 @@ impl Bench {
         }
         // None when the command line chose other cases.
         if let (false, Some(case)) = (times.0.is_empty(), case) {
+            if case.flops() > 0 {
+                let tflops = case.flops() as f64 / times.median() / 1e6;
+                let soft = if self.soft { " [software device]" } else { "" };
+                println!("{op} {name} {dtype} {warmth}: {tflops:.1} TFLOP/s{soft}");
+            }
             self.report(op, name, dtype, warmth, case.bytes(), times);
         }
         Ok(())

@@ -256,6 +256,58 @@ typedef struct dllm_swiglu_params {
   int32_t reserved;       /**< 0 */
 } dllm_swiglu_params;
 
+/** Query rows that share one list of key tiles. */
+#define DLLM_QUERY_TILE 128
+/** Keys of a tile. */
+#define DLLM_KEY_TILE 64
+
+/** Keys and values of one part of a sequence, read where they are. 64 bytes. */
+typedef struct dllm_segment {
+  uint64_t k;        /**< [num_rows, num_kv_heads, head_dim]; 0 when nobody has keys here. */
+  uint64_t v;        /**< [num_rows, num_kv_heads, head_dim] */
+  uint64_t start;    /**< [num_sequences] int32: first row of each sequence; or 0 for row 0. */
+  uint64_t len;      /**< [num_sequences] int32: rows of each sequence, which may be 0. */
+  int64_t k_stride;  /**< Elements from row to row. */
+  int64_t v_stride;  /**< Elements from row to row. */
+  int32_t num_rows;  /**< Rows of k and v; starts and lengths are brought to within. */
+  int32_t reserved0; /**< 0 */
+  int64_t reserved1; /**< 0 */
+} dllm_segment;
+
+/**
+ * attention: bidirectional, softmax(scale q k^T) v, over keys in up to three segments; nothing is concatenated.
+ *
+ * The keys of a sequence are those of segment 0, then 1, then 2 (prefix cache, live block, suffix cache), in tiles of
+ * DLLM_KEY_TILE. A query row without a key gives zeros and a log-sum-exp of minus infinity. Rows of sequences that are
+ * longer than max_sequence_rows, and those past max_rows, get no defined result.
+ */
+typedef struct dllm_attention_params {
+  uint64_t size;    /**< sizeof(dllm_attention_params) */
+  uint64_t q;       /**< [max_rows, num_heads, head_dim] */
+  uint64_t out;     /**< Out: [max_rows, num_heads, head_dim]; may not overlap the others. */
+  uint64_t lse;     /**< Out: [max_rows, num_heads] f32, natural log-sum-exp of the scaled scores; or 0. */
+  uint64_t cu_rows; /**< [num_sequences + 1] int32, ascending from 0: query rows of sequence s. */
+  dllm_segment segments[3];
+  uint64_t tile_offsets; /**< [num_sequences * query_tiles * (kv heads, if per_head) + 1] int32: which part of tile_indices a query tile visits; or 0 for all tiles. */
+  uint64_t tile_indices; /**< [num_tile_indices] int32: key tiles, each at most once in a list; those past the keys are empty. */
+  uint64_t workspace;       /**< workspace_bytes, any contents; 0 when the plan asks none. */
+  uint64_t workspace_bytes; /**< At least what the plan asks. */
+  int64_t q_stride;         /**< Elements from row to row. */
+  int64_t out_stride;       /**< Elements from row to row. */
+  float scale;              /**< Of the scores, within 1e6 of 0; 1 / sqrt(head_dim). */
+  int32_t max_rows;         /**< Query rows the launch has room for; cu_rows says how many there are. */
+  int32_t max_sequence_rows; /**< Query rows of one sequence, at most. */
+  int32_t num_sequences;
+  int32_t num_heads;
+  int32_t num_kv_heads; /**< Divides num_heads. */
+  int32_t head_dim;     /**< 32, 64 or 128 */
+  int32_t dtype;        /**< dllm_dtype: bf16 or f16. */
+  int32_t max_splits;   /**< Parts that the keys of a query tile are cut into, at most; 1 to 64. */
+  int32_t query_tiles;  /**< Lists a sequence has: max_sequence_rows / DLLM_QUERY_TILE, rounded up. Read with tile_offsets. */
+  int32_t per_head;     /**< 1: each key/value head has lists of its own, head after head. */
+  int32_t num_tile_indices;
+} dllm_attention_params;
+
 /** roof: reads memory and does nothing with it, which is the most that a kernel bound by reading can reach. */
 typedef struct dllm_roof_params {
   uint64_t size;   /**< sizeof(dllm_roof_params) */
@@ -281,6 +333,8 @@ DLLM_ASSERT_LAYOUT(dllm_embed_params, reserved, 92, 96);
 DLLM_ASSERT_LAYOUT(dllm_norm_params, eps, 84, 88);
 DLLM_ASSERT_LAYOUT(dllm_rope_params, reserved, 116, 120);
 DLLM_ASSERT_LAYOUT(dllm_swiglu_params, reserved, 60, 64);
+DLLM_ASSERT_LAYOUT(dllm_segment, reserved1, 56, 64);
+DLLM_ASSERT_LAYOUT(dllm_attention_params, num_tile_indices, 324, 328);
 DLLM_ASSERT_LAYOUT(dllm_roof_params, bytes, 24, 32);
 
 #endif

@@ -48,7 +48,12 @@ pub(crate) struct Launch {
     pub grid: [u32; 3],
     /// Threads of a block.
     pub block: u32,
+    /// Dynamic shared memory of a block, in bytes; the same in every launch of a kernel.
+    pub shared_bytes: u32,
 }
+
+/// Dynamic shared memory that a kernel has without asking.
+const UNASKED_SHARED_BYTES: u32 = 48 << 10;
 
 impl Device {
     /// How many devices there are.
@@ -97,6 +102,12 @@ impl Device {
     /// Compute capability: major, minor.
     pub fn capability(&self) -> (i32, i32) {
         self.inner.capability
+    }
+
+    /// How many multiprocessors it has.
+    pub fn multiprocessors(&self) -> Result<usize> {
+        use sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as COUNT;
+        self.inner.context.attribute(COUNT).of("cuDeviceGetAttribute").map(|count| count.max(1) as usize)
     }
 
     /// Bytes of memory: free, total.
@@ -152,6 +163,12 @@ impl Device {
         }
         let module = self.module(&mut loaded, launch.module)?;
         let function = self.resolve(module, launch.kernel)?;
+        if launch.shared_bytes > UNASKED_SHARED_BYTES {
+            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
+            // SAFETY: the function was just got.
+            unsafe { result::function::set_function_attribute(function, SHARED, launch.shared_bytes as i32) }
+                .of("cuFuncSetAttribute")?;
+        }
         loaded.functions.insert((launch.module, launch.kernel), Handle(function));
         Ok(function)
     }
@@ -173,8 +190,17 @@ impl Device {
         let [x, y, z] = launch.grid;
         let mut pointers = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
         // SAFETY: by the caller's word; the driver copies the parameters before it returns.
-        unsafe { result::launch_kernel(function, (x, y, z), (launch.block, 1, 1), 0, stream.cast(), &mut pointers) }
-            .of("cuLaunchKernel")
+        unsafe {
+            result::launch_kernel(
+                function,
+                (x, y, z),
+                (launch.block, 1, 1),
+                launch.shared_bytes,
+                stream.cast(),
+                &mut pointers,
+            )
+        }
+        .of("cuLaunchKernel")
     }
 }
 

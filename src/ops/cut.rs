@@ -102,7 +102,7 @@ pub fn launch<T: Element>(stream: &Stream, args: Cut<T>) -> Result<()> {
     if args.top_k == Some(0) {
         return Err(Error::argument("top_k", "at least 1", 0));
     }
-    let num_logits_rows = safe::num_rows("logits", logits, vocab_size, logits_stride)?;
+    let num_logits_rows = safe::num_rows("logits", logits.len(), vocab_size, logits_stride)?;
     let params = dllm_cut_params {
         size: size_of::<dllm_cut_params>() as u64,
         logits: safe::buffer("logits", logits, 0, stream)?,

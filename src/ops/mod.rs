@@ -7,6 +7,7 @@
 //!
 //! All ops may be called from several threads. They know pointers and streams, no models.
 
+pub mod attention;
 pub mod cut;
 pub mod embed;
 pub mod norm;
@@ -50,7 +51,7 @@ unsafe fn launch<P: Copy>(
 ) -> Result<()> {
     let Plan { kernel, grid, block, .. } = plan;
     // SAFETY: as promised by the caller.
-    unsafe { device.launch(stream, Launch { module, kernel, grid, block }, params) }
+    unsafe { device.launch(stream, Launch { module, kernel, grid, block, shared_bytes: 0 }, params) }
 }
 
 /// Scratch memory of an op that needs some, made by the op's `workspace`. Every launch leaves it ready for the next, so that
@@ -308,12 +309,12 @@ mod safe {
         }
     }
 
-    /// Whole rows of `width` elements that begin `stride` apart.
-    pub fn num_rows<T: Pod>(name: &'static str, buffer: &Buffer<T>, width: usize, stride: usize) -> Result<i32> {
+    /// Whole rows of `width` elements, `stride` apart, among `len` elements.
+    pub fn num_rows(name: &'static str, len: usize, width: usize, stride: usize) -> Result<i32> {
         if width == 0 || stride < width {
             return Err(Error::argument("stride", format!("at least the width, {width}, which is at least 1"), stride));
         }
-        buffer.len().checked_sub(width).map_or(Ok(0), |rest| count(name, rest / stride + 1))
+        len.checked_sub(width).map_or(Ok(0), |rest| count(name, rest / stride + 1))
     }
 
     /// A workspace of this stream and layout; its address and bytes.

@@ -314,7 +314,7 @@ pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, rule: &Rule) -> Re
         return Ok(());
     }
     let guided = |_: &&Buffer<T>| rule.cfg_scale != 0.0;
-    let num_logits_rows = safe::num_rows("logits", logits, vocab_size, logits_stride)?;
+    let num_logits_rows = safe::num_rows("logits", logits.len(), vocab_size, logits_stride)?;
     let (policy, quota, threshold, factor) = match rule.policy {
         Policy::Fixed(quota) => (abi::DLLM_POLICY_FIXED, Some(quota), 0.0, 0.0),
         Policy::Threshold { threshold, among } => (abi::DLLM_POLICY_THRESHOLD, among, threshold, 0.0),

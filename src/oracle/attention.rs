@@ -2,6 +2,24 @@
 
 use super::{Heads, Span};
 
+/// One query and head over its keys and values, all of `head_dim` elements: the result, and the natural log-sum-exp of the
+/// scaled scores. Without keys: zeros and minus infinity.
+pub fn attend(query: &[f64], keys_values: &[(&[f64], &[f64])], scale: f64) -> (Vec<f64>, f64) {
+    let dot = |key: &[f64]| query.iter().zip(key).map(|(q, k)| q * k).sum::<f64>();
+    let scores: Vec<f64> = keys_values.iter().map(|(key, _)| dot(key) * scale).collect();
+    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let mut out = vec![0.0; query.len()];
+    if keys_values.is_empty() {
+        return (out, max);
+    }
+    let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+    for (score, (_, value)) in scores.iter().zip(keys_values) {
+        let weight = (score - max).exp() / total;
+        out.iter_mut().zip(*value).for_each(|(o, v)| *o += weight * v);
+    }
+    (out, max + total.ln())
+}
+
 /// The same as [`crate::backend::cpu::attention::attention`], by definition.
 pub fn attention(qkv: &[f32], heads: Heads, spans: &[Span], cache: Option<(&[f32], &[f32])>, out: &mut [f32]) {
     let Heads { num_heads, num_kv_heads, head_dim } = heads;
