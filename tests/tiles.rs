@@ -242,7 +242,6 @@ fn sliding_windows() {
         }
     }
     check::<bf16>();
-    check::<f16>();
 }
 
 fn pruned_suffixes() {
@@ -262,7 +261,6 @@ fn pruned_suffixes() {
         }
     }
     check::<bf16>();
-    check::<f16>();
 }
 
 fn best_tiles() {
@@ -285,7 +283,6 @@ fn best_tiles() {
         }
     }
     check::<bf16>();
-    check::<f16>();
 }
 
 /// Any subset, in any order, and more lists than sequences have query tiles.
@@ -299,7 +296,8 @@ fn lists_of_the_caller() {
             for sequence in &case.sequences {
                 for _ in 0..3 * per_head.unwrap_or(1) {
                     let tiles = sequence.key_tiles();
-                    lists.push(random.distinct(random.below(tiles + 1), tiles));
+                    let kept = random.below(tiles + 1);
+                    lists.push(random.distinct(kept, tiles));
                 }
             }
             let of = |s: usize, query_tile: usize, head: usize| match per_head {
