@@ -25,8 +25,10 @@ use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Stream};
 use std::ops::Range;
 
-/// Keys of a sequence above which the kernels do not read.
+/// Keys of a sequence above which the kernels do not read; its rows, at most.
 const MOST_KEYS: usize = 1 << 30;
+/// Tiles in all lists of a launch, at most.
+const MOST_TILES: usize = 1 << 30;
 
 /// Rows and keys of one sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +74,9 @@ impl Batch<'_> {
     }
 
     fn check(&self) -> Result<()> {
+        if self.max_sequence_rows > MOST_KEYS {
+            return Err(Error::argument("max_sequence_rows", format!("at most {MOST_KEYS}"), self.max_sequence_rows));
+        }
         for (s, sequence) in self.sequences.iter().enumerate() {
             if sequence.rows > self.max_sequence_rows {
                 let expected = format!("at least the rows of sequence {s}, {}", sequence.rows);
@@ -202,8 +207,8 @@ impl TileLists {
     /// Their order is kept.
     ///
     /// # Errors
-    /// [`Error::Argument`] when a sequence has more rows than `max_sequence_rows` or more keys than the kernels read; when
-    /// the tiles of all lists are more than 2^31 - 1, or `per_head` is 0; and as [`TileLists::validate`].
+    /// [`Error::Argument`] when a sequence has more rows than `max_sequence_rows` or more keys than the kernels read, 2^30; when
+    /// the tiles of all lists are more than 2^30, or `per_head` is 0; and as [`TileLists::validate`].
     pub fn from_lists<L: AsRef<[i32]>>(batch: &Batch, per_head: Option<usize>, lists: &[L]) -> Result<TileLists> {
         let mut made = TileLists::new(batch, per_head)?;
         for list in lists {
@@ -225,10 +230,11 @@ impl TileLists {
     /// Appends a list.
     fn push(&mut self, list: impl FnOnce(&mut Vec<i32>)) -> Result<()> {
         list(&mut self.indices);
-        let end = i32::try_from(self.indices.len()).map_err(|_| {
-            Error::argument("tile_indices", format!("at most {} tiles in all lists", i32::MAX), self.indices.len())
-        })?;
-        self.offsets.push(end);
+        if self.indices.len() > MOST_TILES {
+            let expected = format!("at most {MOST_TILES} tiles in all lists");
+            return Err(Error::argument("tile_indices", expected, self.indices.len()));
+        }
+        self.offsets.push(self.indices.len() as i32);
         Ok(())
     }
 
@@ -582,6 +588,8 @@ mod tests {
         says(TileLists::dense(&few), "max_sequence_rows: expected at least the rows of sequence 0, 5, found 4");
         let many = [sequence(5, [1 << 30, 5, 0])];
         says(TileLists::dense(&batch(&many)), "keys: expected at most 1073741824 keys, found 1073741829 in sequence 0");
+        let huge = Batch { sequences: &short, max_sequence_rows: usize::MAX };
+        says(TileLists::dense(&huge), "max_sequence_rows: expected at most 1073741824, found");
         let many = [sequence(5, [usize::MAX, 5, 0])];
         says(TileLists::sliding_window(&batch(&many), 3), "keys: expected at most");
         says(TileLists::top_k(&batch(&short), None, 1, &[], 0), "key_tiles: expected at least 1, found 0");
