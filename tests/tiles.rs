@@ -119,11 +119,19 @@ impl<T: Float> Case<T> {
     }
 }
 
+/// A segment on the device.
+struct Part<T> {
+    k: Buffer<T>,
+    v: Buffer<T>,
+    start: Buffer<i32>,
+    len: Buffer<i32>,
+}
+
 /// Case and results on the device.
 struct Loaded<T> {
     q: Buffer<T>,
     cu_rows: Buffer<i32>,
-    segments: [(Buffer<T>, Buffer<T>, Buffer<i32>, Buffer<i32>); 3],
+    segments: [Part<T>; 3],
     max_sequence_rows: usize,
     splits: usize,
     out: Buffer<T>,
@@ -146,7 +154,7 @@ impl<T: Float> Loaded<T> {
                 v.extend_from_slice(&case.v[s][keys]);
             }
             let [k, v] = [k, v].map(|x| stream.upload(&x).unwrap());
-            (k, v, stream.upload(&starts).unwrap(), stream.upload(&lens).unwrap())
+            Part { k, v, start: stream.upload(&starts).unwrap(), len: stream.upload(&lens).unwrap() }
         };
         let rows = *cu_rows.last().unwrap() as usize;
         Loaded {
@@ -164,7 +172,7 @@ impl<T: Float> Loaded<T> {
     fn launch(&mut self, stream: &Stream, tiles: Option<Tiles>) -> dllm_kernels::Result<()> {
         let kv = |buffer| Rows { buffer, first: 0, stride: KV_WIDTH };
         let segments = [0, 1, 2].map(|i: usize| {
-            let (k, v, start, len) = &self.segments[i];
+            let Part { k, v, start, len } = &self.segments[i];
             Some(Segment { k: kv(k), v: kv(v), start: Some(start), len })
         });
         let attention = Attention {
