@@ -748,6 +748,66 @@ const _: () = {
     ["Offset of field: dllm_attention_params::num_tile_indices"]
         [::core::mem::offset_of!(dllm_attention_params, num_tile_indices) - 324usize];
 };
+/// merge: two attentions of the same queries, over keys that have none in common, become the attention over both.
+///
+/// With l = log-sum-exp: lse = ln(e^l_a + e^l_b), out = e^(l_a - lse) a + e^(l_b - lse) b; equal bits with a and b exchanged.
+/// A side whose log-sum-exp is minus infinity has had no keys: the result is the other one exactly, whatever `out` holds there,
+/// NaN included; with both it is zeros and minus infinity. Plus infinity outweighs what is finite; NaN, or plus infinity on both
+/// sides, gives NaN.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct dllm_merge_params {
+    /// sizeof(dllm_merge_params)
+    pub size: u64,
+    /// \[max_rows, num_heads, head_dim\]
+    pub a_out: u64,
+    /// \[max_rows, num_heads\] f32, natural log-sum-exps, as attention leaves them.
+    pub a_lse: u64,
+    /// \[max_rows, num_heads, head_dim\]
+    pub b_out: u64,
+    /// \[max_rows, num_heads\] f32
+    pub b_lse: u64,
+    /// Out: \[max_rows, num_heads, head_dim\]; a_out or b_out with its stride (in place), else apart from both.
+    pub out: u64,
+    /// Out: \[max_rows, num_heads\] f32; a_lse or b_lse (in place), else apart from both.
+    pub lse: u64,
+    /// \[1\] int32: rows there are, at most max_rows; or 0 for max_rows.
+    pub count: u64,
+    /// Elements from row to row of a_out.
+    pub a_stride: i64,
+    /// Elements from row to row of b_out.
+    pub b_stride: i64,
+    /// Elements from row to row of out.
+    pub out_stride: i64,
+    /// Rows the launch has room for.
+    pub max_rows: i32,
+    pub num_heads: i32,
+    /// A multiple of 16 bytes.
+    pub head_dim: i32,
+    /// dllm_dtype of a_out, b_out and out.
+    pub dtype: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of dllm_merge_params"][::core::mem::size_of::<dllm_merge_params>() - 104usize];
+    ["Alignment of dllm_merge_params"][::core::mem::align_of::<dllm_merge_params>() - 8usize];
+    ["Offset of field: dllm_merge_params::size"][::core::mem::offset_of!(dllm_merge_params, size) - 0usize];
+    ["Offset of field: dllm_merge_params::a_out"][::core::mem::offset_of!(dllm_merge_params, a_out) - 8usize];
+    ["Offset of field: dllm_merge_params::a_lse"][::core::mem::offset_of!(dllm_merge_params, a_lse) - 16usize];
+    ["Offset of field: dllm_merge_params::b_out"][::core::mem::offset_of!(dllm_merge_params, b_out) - 24usize];
+    ["Offset of field: dllm_merge_params::b_lse"][::core::mem::offset_of!(dllm_merge_params, b_lse) - 32usize];
+    ["Offset of field: dllm_merge_params::out"][::core::mem::offset_of!(dllm_merge_params, out) - 40usize];
+    ["Offset of field: dllm_merge_params::lse"][::core::mem::offset_of!(dllm_merge_params, lse) - 48usize];
+    ["Offset of field: dllm_merge_params::count"][::core::mem::offset_of!(dllm_merge_params, count) - 56usize];
+    ["Offset of field: dllm_merge_params::a_stride"][::core::mem::offset_of!(dllm_merge_params, a_stride) - 64usize];
+    ["Offset of field: dllm_merge_params::b_stride"][::core::mem::offset_of!(dllm_merge_params, b_stride) - 72usize];
+    ["Offset of field: dllm_merge_params::out_stride"]
+        [::core::mem::offset_of!(dllm_merge_params, out_stride) - 80usize];
+    ["Offset of field: dllm_merge_params::max_rows"][::core::mem::offset_of!(dllm_merge_params, max_rows) - 88usize];
+    ["Offset of field: dllm_merge_params::num_heads"][::core::mem::offset_of!(dllm_merge_params, num_heads) - 92usize];
+    ["Offset of field: dllm_merge_params::head_dim"][::core::mem::offset_of!(dllm_merge_params, head_dim) - 96usize];
+    ["Offset of field: dllm_merge_params::dtype"][::core::mem::offset_of!(dllm_merge_params, dtype) - 100usize];
+};
 /// roof: reads memory and does nothing with it, which is the most that a kernel bound by reading can reach.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]

@@ -308,6 +308,32 @@ typedef struct dllm_attention_params {
   int32_t num_tile_indices;
 } dllm_attention_params;
 
+/**
+ * merge: two attentions of the same queries, over keys that have none in common, become the attention over both.
+ *
+ * With l = log-sum-exp: lse = ln(e^l_a + e^l_b), out = e^(l_a - lse) a + e^(l_b - lse) b; equal bits with a and b exchanged.
+ * A side whose log-sum-exp is minus infinity has had no keys: the result is the other one exactly, whatever `out` holds there,
+ * NaN included; with both it is zeros and minus infinity. Plus infinity outweighs what is finite; NaN, or plus infinity on both
+ * sides, gives NaN.
+ */
+typedef struct dllm_merge_params {
+  uint64_t size;      /**< sizeof(dllm_merge_params) */
+  uint64_t a_out;     /**< [max_rows, num_heads, head_dim] */
+  uint64_t a_lse;     /**< [max_rows, num_heads] f32, natural log-sum-exps, as attention leaves them. */
+  uint64_t b_out;     /**< [max_rows, num_heads, head_dim] */
+  uint64_t b_lse;     /**< [max_rows, num_heads] f32 */
+  uint64_t out;       /**< Out: [max_rows, num_heads, head_dim]; a_out or b_out with its stride (in place), else apart from both. */
+  uint64_t lse;       /**< Out: [max_rows, num_heads] f32; a_lse or b_lse (in place), else apart from both. */
+  uint64_t count;     /**< [1] int32: rows there are, at most max_rows; or 0 for max_rows. */
+  int64_t a_stride;   /**< Elements from row to row of a_out. */
+  int64_t b_stride;   /**< Elements from row to row of b_out. */
+  int64_t out_stride; /**< Elements from row to row of out. */
+  int32_t max_rows;   /**< Rows the launch has room for. */
+  int32_t num_heads;
+  int32_t head_dim; /**< A multiple of 16 bytes. */
+  int32_t dtype;    /**< dllm_dtype of a_out, b_out and out. */
+} dllm_merge_params;
+
 /** roof: reads memory and does nothing with it, which is the most that a kernel bound by reading can reach. */
 typedef struct dllm_roof_params {
   uint64_t size;   /**< sizeof(dllm_roof_params) */
@@ -335,6 +361,7 @@ DLLM_ASSERT_LAYOUT(dllm_rope_params, reserved, 116, 120);
 DLLM_ASSERT_LAYOUT(dllm_swiglu_params, reserved, 60, 64);
 DLLM_ASSERT_LAYOUT(dllm_segment, reserved1, 56, 64);
 DLLM_ASSERT_LAYOUT(dllm_attention_params, num_tile_indices, 324, 328);
+DLLM_ASSERT_LAYOUT(dllm_merge_params, dtype, 100, 104);
 DLLM_ASSERT_LAYOUT(dllm_roof_params, bytes, 24, 32);
 
 #endif

@@ -10,11 +10,13 @@
 pub mod attention;
 pub mod cut;
 pub mod embed;
+pub mod merge;
 pub mod norm;
 pub mod roof;
 pub mod rope;
 pub mod rows;
 pub mod swiglu;
+pub mod tiles;
 pub mod unmask;
 pub mod vverify;
 

@@ -6,6 +6,7 @@
 
 pub mod attention;
 pub mod embed;
+pub mod merge;
 pub mod norm;
 pub mod philox;
 pub mod rope;
