@@ -27,9 +27,7 @@ fn main() {
     // Folders count with all that is in them, so that an added or removed kernel is seen.
     println!("cargo::rerun-if-changed=cuda");
     println!("cargo::rerun-if-changed=ptx");
-    for variable in ["UPDATE_PTX", "NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
-        println!("cargo::rerun-if-env-changed={variable}");
-    }
+    println!("cargo::rerun-if-env-changed=UPDATE_PTX");
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let update = env::var_os("UPDATE_PTX").is_some_and(|value| !value.is_empty() && value != "0");
@@ -54,6 +52,10 @@ pub fn build(root: &Path, out: &Path, update: bool, nvcc: Option<&Path>) -> Resu
             write(&out.join(&kernel.file), &read(&ptx.join(&kernel.file))?)?;
         }
     } else {
+        // Only now does it matter where nvcc is; PATH changes too often to look at it always.
+        for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
+            println!("cargo::rerun-if-env-changed={variable}");
+        }
         let nvcc = nvcc.ok_or_else(|| match update {
             true => format!("UPDATE_PTX is set, but there is no nvcc.\n{WHERE_NVCC}"),
             false => format!(
