@@ -244,8 +244,6 @@ FAULTS = [
           "__syncthreads();\n  return last;", ";\n  return last;"),
     Fault("common/memory.cuh", "nobody is the last", "vverify::ratios",
           "atomicAdd(counter, 1u) == total - 1;", "atomicAdd(counter, 1u) == total;"),
-    Fault("common/memory.cuh", "no barrier before the count", "unmask::the_same_bits_in_every_order",
-          "__shared__ bool last;\n  __syncthreads();", "__shared__ bool last;\n  ;"),
     Fault("common/memory.cuh", "the count of rows is ignored", "rows::counts_on_the_device",
           "return count ? max(0, min(*at<const int32_t>(count), max_rows)) : max_rows;", "return max_rows;"),
     # ---- vverify

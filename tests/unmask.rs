@@ -181,6 +181,11 @@ impl<T: Float> OnDevice<T> {
             })
             .collect();
         let numbers = |values: &[usize]| values.iter().map(|v| *v as i32).collect::<Vec<i32>>();
+        // As a launch before may have left it.
+        let mut outcome = Outcome::new(stream, &table).unwrap();
+        for counts in [&mut outcome.masks_left, &mut outcome.committed, &mut outcome.failed] {
+            counts.write(&vec![77; case.masked.len()]).unwrap();
+        }
         OnDevice {
             logits: stream.upload(&case.logits).unwrap(),
             uncond: case.uncond.as_ref().map(|u| stream.upload(u).unwrap()),
@@ -189,7 +194,7 @@ impl<T: Float> OnDevice<T> {
             before: case.commit_before.as_ref().map(|b| stream.upload(&numbers(b)).unwrap()),
             steps: stream.upload(&numbers(&case.steps)).unwrap(),
             cut: filters.then(|| stream.alloc(table.len()).unwrap()),
-            outcome: Outcome::new(stream, &table).unwrap(),
+            outcome,
             workspace: op::workspace(stream, &table, case.vocab).unwrap(),
             table,
         }
