@@ -30,10 +30,16 @@ PAGE = ROOT / "docs/faults.md"
 KERNELS = {
     "unmask": ["unmask", "cut"],
     "vverify": ["vverify", "rows"],
-    **{name: [name] for name in ["rows", "embed", "norm", "rope", "swiglu"]},
+    **{name: [name] for name in ["rows", "embed", "norm", "rope", "swiglu", "attention"]},
+    "merge": ["merge", "attention"],
 }
 # A test that runs longer hangs; the slowest takes 10 s alone.
 TIMEOUT_S = 120
+
+
+def source(cuda, name):
+    """The kernel file of this name."""
+    return next(cuda.glob(f"*/{name}.cu"))
 
 
 @dataclass
@@ -355,6 +361,49 @@ FAULTS = [
           "int(blockIdx.y) * kVectors + v", "int(blockIdx.y) + v"),
     Fault("any/swiglu.cu", "one row past the count is computed", "swiglu::counts_on_the_device",
           "if (row >= num_rows(p.count, p.max_rows)) return;", "if (row > num_rows(p.count, p.max_rows)) return;"),
+    # ---- attention
+    Fault("sm80/attention.cu", "keys are not waited for", "attention::segments",
+          "cp_async_wait_group<1>();  // the keys are there", "// the keys are there"),
+    Fault("sm80/attention.cu", "values are not waited for", "attention::segments",
+          "cp_async_wait_group<1>();  // the values are there", "// the values are there"),
+    Fault("sm80/attention.cu", "no barrier when the keys are there", "attention::many_rows",
+          "__syncthreads();           // for all threads", "// for all threads"),
+    Fault("sm80/attention.cu", "no barrier when the values are there", "attention::many_rows",
+          "__syncthreads();\n    copy(true, i + 1);", ";\n    copy(true, i + 1);"),
+    Fault("sm80/attention.cu", "one key past the end counts", "attention::segments",
+          "j % 2 >= left) scores", "j % 2 > left) scores"),
+    Fault("sm80/attention.cu", "sums are not brought under a new maximum", "attention::segments",
+          "sum[half] = sum[half] * shrink + added;", "sum[half] += added;"),
+    Fault("sm80/attention.cu", "the log-sum-exp is of unscaled scores", "attention::segments",
+          "max[half] * scale + logf(total);", "max[half] + logf(total);"),
+    Fault("sm80/attention.cu", "the live block ends where the suffix does", "attention::segments",
+          "in_b = key < keys.b.end;", "in_b = key < keys.c.end;"),
+    Fault("sm80/attention.cu", "a segment is read from its first row on", "attention::segments",
+          "first = int64_t(start) - before;", "first = -before;"),
+    Fault("sm80/attention.cu", "every key/value head is the first", "attention::every_shape_of_heads",
+          "from_row * stride + head * D + chunk * 8", "from_row * stride + chunk * 8"),
+    Fault("sm80/attention.cu", "every query head of a group is the first", "attention::every_shape_of_heads",
+          "(head * group + r % group) * D + chunk * 8", "head * group * D + chunk * 8"),
+    Fault("sm80/attention.cu", "splits begin one tile late", "attention::any_number_of_splits",
+          "begin = min(count, split * share);", "begin = min(count, split * share + (split > 0));"),
+    Fault("sm80/attention.cu", "heads share the first head's lists", "attention::lists_of_tiles",
+          "(p.per_head ? head : 0)", "0"),
+    Fault("sm80/attention.cu", "query tiles are of packed rows", "attention::groups_of_heads_over_several_query_tiles",
+          "first_packed / (DLLM_QUERY_TILE * group)", "first_packed / DLLM_QUERY_TILE"),
+    Fault("sm80/attention.cu", "parts are merged as if equally heavy", "attention::any_number_of_splits",
+          "ex2_approx((lse[s * rows_of_all] - top) * kLog2e) * inverse;", "inverse;"),
+    Fault("sm80/attention.cu", "a start past the rows is believed", "attention::numbers_on_the_device_that_lie",
+          "start = within(at<const int32_t>(segment.start)[sequence], 0, segment.num_rows);",
+          "start = at<const int32_t>(segment.start)[sequence];"),
+    # ---- merge
+    Fault("any/merge.cu", "an empty side's result is used", "merge::sides_without_keys",
+          "const float b_or_none = b_lse == -INFINITY ? 0.f : y.x[j];", "const float b_or_none = y.x[j];"),
+    Fault("any/merge.cu", "sides are exchanged", "merge::equals_the_oracle",
+          "a = a_lse >= b_lse ? larger_weight : smaller_weight;", "a = a_lse < b_lse ? larger_weight : smaller_weight;"),
+    Fault("any/merge.cu", "the log-sum-exp may be overwritten before all have read it", "merge::overwrites_either_side",
+          "__syncwarp();  // all lanes", "// all lanes"),
+    Fault("any/merge.cu", "one row past the count is merged", "merge::counts_on_the_device",
+          "row < num_rows(p.count, p.max_rows);", "row <= num_rows(p.count, p.max_rows);"),
 ]
 
 
@@ -436,8 +485,8 @@ def check(device, number, fault):
     objects = {name: device.objects[name] for name in ["kernels_anchor", *KERNELS[file]]}
     try:
         for name in KERNELS[file]:
-            if path.name in includes(cuda, cuda / f"any/{name}.cu"):
-                objects[name] = device.object(cuda, cuda / f"any/{name}.cu", folder)
+            if path.name in includes(cuda, source(cuda, name)):
+                objects[name] = device.object(cuda, source(cuda, name), folder)
         library = device.library(objects, folder)
         problem = ""
         if test not in device.run(library, file, test):
@@ -475,7 +524,7 @@ def main():
         device = Device(Path(folder))
         kernels = sorted({name for fault in chosen for name in KERNELS[fault.test.split("::")[0]]})
         device.objects.update(zip(kernels, pool.map(
-            lambda name: device.object(ROOT / "cuda", ROOT / f"cuda/any/{name}.cu", device.folder), kernels)))
+            lambda name: device.object(ROOT / "cuda", source(ROOT / "cuda", name), device.folder), kernels)))
         # What is found only counts if the same tests pass with the kernels as they are.
         library = device.library(device.objects, device.folder)
         tests = sorted({fault.test for fault in chosen})

@@ -175,7 +175,7 @@ mod tests {
             size: size_of::<dllm_rope_params>() as u64,
             qkv: 0x1000,
             positions: 0x2000,
-            angles: 0x3008,
+            angles: 0x3010,
             k_cache: 0x4000,
             v_cache: 0x5000,
             cache_row: 0x6000,
@@ -195,12 +195,16 @@ mod tests {
     }
 
     #[test]
-    fn plans_a_block_for_each_row() {
+    fn plans_a_thread_for_each_item() {
         for (dtype, kernel) in [(0, "rope_bf16"), (1, "rope_f16")] {
             let params = dllm_rope_params { dtype, ..params() };
             assert!(validate(&params).is_ok());
             assert_eq!(plan(&params), Plan { kernel, grid: [5, 1, 1], block: 256, workspace_bytes: 0 });
         }
+        // LLaDA-8B: 64 heads of 8 pairs of vectors; with caches 32 heads of 16 vectors more.
+        let llada = dllm_rope_params { num_heads: 32, num_kv_heads: 32, head_dim: 128, ..params() };
+        assert_eq!(plan(&llada).grid, [5, 4, 1]);
+        assert_eq!(plan(&dllm_rope_params { k_cache: 0, ..llada }).grid, [5, 2, 1]);
     }
 
     #[test]
@@ -222,7 +226,7 @@ mod tests {
         wrong(|p| p.dtype = abi::DLLM_F32 as i32, "dtype: expected bf16 (0) or f16 (1), found 2");
         wrong(|p| p.qkv = 0, "qkv: expected a device address, found 0");
         wrong(|p| p.positions = 2, "positions: expected an address aligned to 4");
-        wrong(|p| p.angles = 0x3004, "angles: expected an address aligned to 8 bytes, found 0x3004");
+        wrong(|p| p.angles = 0x3008, "angles: expected an address aligned to 16 bytes, found 0x3008");
         wrong(|p| p.count = 2, "count");
         wrong(|p| p.failed = 2, "failed");
         wrong(|p| p.k_cache = 0, "k_cache: expected a device address, as there is a v_cache");
@@ -235,7 +239,7 @@ mod tests {
         wrong(|p| p.head_dim = 96, "head_dim: expected 32, 64 or 128, found 96");
         wrong(|p| p.num_heads = 0, "num_heads: expected 1 to");
         wrong(|p| p.num_kv_heads = -2, "num_kv_heads: expected 1 to");
-        wrong(|p| p.num_heads = i32::MAX, "num_heads + 2 num_kv_heads: expected 1 to 67108863, found 2147483651");
+        wrong(|p| p.num_heads = i32::MAX, "num_heads + 2 num_kv_heads: expected 1 to 4194240, found 2147483651");
         wrong(
             |p| p.qkv_stride = 248,
             "qkv_stride: expected a multiple of 8 elements (16 bytes), at least the width, 256",
