@@ -4,6 +4,7 @@
     tests/faults.py                       all of them
     tests/faults.py vverify "no barrier"  those whose file or description contains one of these
     tests/faults.py --markdown            only print the table for docs/faults.md
+    tests/faults.py --table               only check that every fault fits its source, and that page
 
 It needs what the tests need (cargo, a C++17 compiler, Linux on x86-64) and python3 without packages. The tests are built
 once. For a fault only the kernels that it is in are compiled, with the commands of softgpu/build.rs, and the tests load
@@ -510,6 +511,7 @@ def markdown():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", action="store_true", help="only print the table for docs/faults.md")
+    parser.add_argument("--table", action="store_true", help="only check that every fault fits its source, and the table")
     parser.add_argument("fault", nargs="*", default=[""], help="part of a fault's file or description")
     arguments = parser.parse_args()
     if arguments.markdown:
@@ -519,6 +521,8 @@ def main():
     chosen = [fault for fault in FAULTS if any(part in f"{fault.file} {fault.is_wrong}" for part in arguments.fault)]
 
     problems = [] if markdown() in PAGE.read_text() else [f"{PAGE.name}: the table is not what --markdown prints"]
+    if arguments.table:
+        sys.exit("\n".join(problems) or 0)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         start = time.monotonic()
         device = Device(Path(folder))
