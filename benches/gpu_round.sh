@@ -33,9 +33,11 @@ declare -A small=(
     the_same_bits_in_every_order"
   [device]="every_module_has_its_kernels threads_have_streams_of_their_own"
   [embed]="counts_on_the_device embeds_every_token_of_every_type embeds_rows leaves_out_rows_out_of_range replays"
+  [merge]="counts_on_the_device equals_the_oracle overwrites_either_side replays sides_without_keys"
   [norm]="counts_on_the_device equals_the_oracle passes_on_what_is_not_finite replays same_bits_whatever_else_runs"
   [rope]="counts_on_the_device equals_the_oracle leaves_out_rows_out_of_range replays rotates_without_caches"
   [rows]="copies_elements_of_every_type copies_rows counts_on_the_device leaves_out_rows_out_of_range replays"
+  [tiles]="lists_change_under_a_graph lists_of_the_caller"
   [swiglu]="counts_on_the_device equals_the_oracle passes_on_what_is_not_finite replays same_bits_whatever_else_runs"
   [unmask]="a_graph_unmasks_everything cuts dreams_shift_is_a_row_map golden::llada guidance indices_out_of_range
     nan_and_infinities positions_past_the_window_are_scored_and_left rows_drawn_by_alg_temp rows_without_a_finite_logit
