@@ -35,6 +35,7 @@ declare -A small=(
   [embed]="counts_on_the_device embeds_every_token_of_every_type embeds_rows leaves_out_rows_out_of_range replays"
   [merge]="counts_on_the_device equals_the_oracle overwrites_either_side replays sides_without_keys"
   [norm]="counts_on_the_device equals_the_oracle passes_on_what_is_not_finite replays same_bits_whatever_else_runs"
+  [roof]="reads_to_the_last_byte_and_no_further"
   [rope]="counts_on_the_device equals_the_oracle leaves_out_rows_out_of_range replays rotates_without_caches"
   [rows]="copies_elements_of_every_type copies_rows counts_on_the_device leaves_out_rows_out_of_range replays"
   [tiles]="lists_change_under_a_graph lists_of_the_caller"
