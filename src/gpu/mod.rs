@@ -15,6 +15,7 @@ pub use device::Device;
 pub(crate) use device::Launch;
 pub use modules::Module;
 pub use pinned::Pinned;
+pub(crate) use stream::Event;
 pub use stream::{Graph, Stream};
 
 use crate::error::{Error, Result};
