@@ -58,6 +58,8 @@ pub struct CourseStage<'a> {
     pub windows: &'a [(usize, Range<usize>)],
     /// (sequence, positions, ascending) that may be committed if they are still masked, in the order of the windows.
     pub candidates: &'a [(usize, Vec<usize>)],
+    /// Whether windows of later courses are shorter: launches are then sized for a few lengths only.
+    pub shrinks: bool,
 }
 
 /// A stretch of passes: they go on until no sequence takes part any more.

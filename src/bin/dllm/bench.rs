@@ -158,7 +158,7 @@ pub fn run(args: &Bench) -> Result<()> {
         Source::Random(_) => Weights::random(&setup.config, args.seed)?,
     };
     let subject = Subject {
-        model: Model::new(setup.config.clone(), &weights)?,
+        model: Model::new(setup.config.clone(), weights.clone())?,
         parameters: setup.config.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum(),
         bytes_per_forward: weight_bytes_per_forward(&setup.config, &weights)?,
     };
