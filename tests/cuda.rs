@@ -14,6 +14,8 @@ mod lockstep;
 mod margin;
 #[path = "cuda/recorded_decodes.rs"]
 mod recorded_decodes;
+#[path = "cuda/rounded.rs"]
+mod rounded;
 #[path = "cuda/watched.rs"]
 mod watched;
 

@@ -6,7 +6,7 @@ use crate::recorded::{Tensors, cases, json, numbers, token_rows};
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::backend::cuda::Cuda;
 use dllm_kernels::cache::{BlockPlan, CacheMode, PassKind};
-use dllm_kernels::model::{Model, Session, Sizes};
+use dllm_kernels::model::{Model, Session, Sizes, Transformer};
 use serde_json::Value;
 use std::ops::Range;
 
@@ -96,6 +96,8 @@ pub fn statistics() {
         let model = crate::on_device(name);
         let file = format!("forward_{name}.json");
         let (json, tensors) = (json(&file), Tensors::open(&file));
+        let weights = dllm_kernels::model::Weights::open(&crate::golden_dir().join(name)).unwrap();
+        let t = Transformer::load(&crate::rounded::Rounded::default(), model.config(), &weights).unwrap();
         let (mut eps, mut z, mut gaps, mut odds) = (vec![], vec![], vec![], vec![]);
         for case in cases(&json) {
             let mut f = |got: &[f32], want: &[f32], v: usize| {
@@ -118,7 +120,7 @@ pub fn statistics() {
                     odds.push((lo(g) - lo(w)).abs() / d);
                 }
             };
-            run2(&model, case, &tensors, &mut f);
+            run2(&model, &t, case, &tensors, &mut f);
         }
         for (n, x) in [("eps", &mut eps), ("z", &mut z), ("gap", &mut gaps), ("odds", &mut odds)] {
             x.sort_by(f64::total_cmp);
@@ -127,7 +129,7 @@ pub fn statistics() {
         }
     }
 }
-fn run2(model: &Model, case: &Value, tensors: &Tensors, f: &mut dyn FnMut(&[f32], &[f32], usize)) {
+fn run2(model: &Model, t: &Transformer<crate::rounded::Rounded>, case: &Value, tensors: &Tensors, f: &mut dyn FnMut(&[f32], &[f32], usize)) {
     let name = case["name"].as_str().unwrap();
     let size = |key: &str| -> usize { numbers(&case[key]) };
     let (batch, length) = (size("batch"), size("length"));
@@ -142,7 +144,7 @@ fn run2(model: &Model, case: &Value, tensors: &Tensors, f: &mut dyn FnMut(&[f32]
     };
     let cuda = Cuda::new(&device()).unwrap();
     let mut there = Session::new(model.device_transformer().unwrap(), cuda, sizes.clone()).unwrap();
-    let mut here = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
+    let mut here = Session::new(t, crate::rounded::Rounded::default(), sizes).unwrap();
     let (mode, later) = match case["kind"].as_str().unwrap() {
         "full" => (CacheMode::None, None),
         "suffix" => (CacheMode::Prefix, Some(PassKind::Suffix)),
