@@ -54,6 +54,12 @@ pub trait Network {
     fn autonomous(&mut self) -> Option<&mut dyn Autonomous> {
         None
     }
+
+    /// Kernels and products of one layer of a recorded pass, where passes are recorded as graphs and one was: the one of
+    /// fewest rows, a block's.
+    fn launches_per_layer(&self) -> Result<Option<usize>> {
+        Ok(None)
+    }
 }
 
 /// Weights of one layer; Q, K and V stacked, gate and up stacked.

@@ -17,6 +17,7 @@ use crate::gpu::{Buffer, Device, Graph, Pinned, Stream};
 use crate::ops;
 use crate::oracle::unmask::{Confidence, Selection, Unmask, Verdict};
 use std::collections::HashMap;
+use std::time::Instant;
 
 /// Where windows shrink from block to block, launches are sized for multiples of this part of the largest: at most so many
 /// graphs, and an eighth of the rows in vain.
@@ -325,17 +326,6 @@ impl<'m> Resident<'m> {
         Ok(Resident { graphs: HashMap::new(), session, control, stages })
     }
 
-    /// Kernels and products of one layer of a recorded pass, as nodes of a graph; None before one was recorded. Of the
-    /// passes recorded it is the one of fewest rows: a block's.
-    pub fn launches_per_layer(&self) -> Result<Option<usize>> {
-        let recorded = self.graphs.iter().filter_map(|(key, recorded)| match recorded {
-            Recorded::Graph(graph) if key.part == Part::Ahead && self.ahead() == 1 => Some((key.room.rows, graph)),
-            _ => None,
-        });
-        // The embedding is in it too.
-        recorded.min_by_key(|(rows, _)| *rows).map(|(_, graph)| Ok(graph.nodes()? - 1)).transpose()
-    }
-
     fn stream(&self) -> &Stream {
         self.session.backend.stream()
     }
@@ -602,14 +592,18 @@ impl Autonomous for Resident<'_> {
     fn run(&mut self, tokens: &mut [Vec<u32>], course: &Course, go_on: &dyn Fn() -> bool) -> Result<Ran> {
         let decision = Decision::of(course.selection);
         let later = if course.one_stage { 0 } else { 1 };
+        let mut start = Instant::now();
         self.begin(tokens, course)?;
         self.launch(0, Part::Ahead, course.unmask, decision)?;
         self.launch(0, Part::Rest, course.unmask, decision)?;
         let mut interrupted = false;
+        let mut seconds = Vec::new();
         loop {
             self.launch(later, Part::Ahead, course.unmask, decision)?;
             self.control.passes = self.control.passes.wrapping_add(1);
             self.wait(self.control.passes)?;
+            seconds.push(start.elapsed().as_secs_f64());
+            start = Instant::now();
             if !self.outcome()? {
                 break;
             }
@@ -625,7 +619,7 @@ impl Autonomous for Resident<'_> {
         let sequences = state[self.control.layout.sequences..].chunks(size_of::<dllm_advance_sequence>() / 4);
         const FORWARDS: usize = std::mem::offset_of!(dllm_advance_sequence, forwards) / 4;
         let forwards = sequences.take(tokens.len()).map(|s| s[FORWARDS].max(0) as usize).collect();
-        Ok(Ran { passes: self.control.progress.get(NFE).max(0) as usize, forwards, interrupted })
+        Ok(Ran { passes: self.control.progress.get(NFE).max(0) as usize, forwards, interrupted, seconds })
     }
 }
 
@@ -698,6 +692,15 @@ impl Network for Resident<'_> {
 
     fn autonomous(&mut self) -> Option<&mut dyn Autonomous> {
         Some(self)
+    }
+
+    fn launches_per_layer(&self) -> Result<Option<usize>> {
+        let recorded = self.graphs.iter().filter_map(|(key, recorded)| match recorded {
+            Recorded::Graph(graph) if key.part == Part::Ahead && self.ahead() == 1 => Some((key.room.rows, graph)),
+            _ => None,
+        });
+        // The embedding is in it too.
+        recorded.min_by_key(|(rows, _)| *rows).map(|(_, graph)| Ok(graph.nodes()?.saturating_sub(1))).transpose()
     }
 }
 

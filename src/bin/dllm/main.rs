@@ -7,6 +7,7 @@ mod bench;
 mod eval;
 mod generate;
 mod inspect;
+mod machine;
 mod output;
 mod report;
 mod screen;
