@@ -1,7 +1,7 @@
 use super::{Buffer, Device, DriverResult};
 use crate::error::{Error, Result};
 use bytemuck::Pod;
-use cudarc::driver::{CudaGraph, CudaStream, sys};
+use cudarc::driver::{CudaEvent, CudaGraph, CudaStream, sys};
 use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
@@ -69,6 +69,22 @@ impl Stream {
         self.stream.synchronize().of("cuStreamSynchronize")
     }
 
+    /// Whether all work put in so far is done; tells whether it failed. Does not wait.
+    pub fn is_done(&self) -> Result<bool> {
+        self.device.bind()?;
+        // SAFETY: the stream is there.
+        match unsafe { sys::cuStreamQuery(self.stream.cu_stream()) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            done => done.result().of("cuStreamQuery").map(|()| true),
+        }
+    }
+
+    /// A mark in the stream: it has come to pass when all work put in so far is done.
+    pub(crate) fn record(&self) -> Result<Event> {
+        let event = self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)).of("cuEventRecord")?;
+        Ok(Event { event, stream: self.clone() })
+    }
+
     /// Milliseconds that the device takes for what `work` puts into this stream, by its own clock; waits for it.
     pub fn time_ms(&self, work: impl FnOnce() -> Result<()>) -> Result<f32> {
         let record = || self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).of("cuEventRecord");
@@ -132,6 +148,24 @@ impl fmt::Debug for Stream {
     }
 }
 
+/// A mark in a stream.
+pub(crate) struct Event {
+    event: CudaEvent,
+    stream: Stream,
+}
+
+impl Event {
+    /// Waits until it has come to pass, if it has not yet.
+    pub fn wait(&self) -> Result<()> {
+        self.stream.device.bind()?;
+        // SAFETY: the event is there.
+        match unsafe { sys::cuEventQuery(self.event.cu_event()) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => self.event.synchronize().of("cuEventSynchronize"),
+            done => done.result().of("cuEventQuery"),
+        }
+    }
+}
+
 /// Work recorded by [`Stream::capture`].
 pub struct Graph {
     /// None when nothing was recorded.
@@ -143,6 +177,17 @@ pub struct Graph {
 unsafe impl Send for Graph {}
 
 impl Graph {
+    /// How many pieces of work were recorded: kernels, copies and fills.
+    pub fn nodes(&self) -> Result<usize> {
+        let Some(graph) = &self.graph else { return Ok(0) };
+        let mut count = 0;
+        // SAFETY: the graph is there; without an array only the count is written.
+        unsafe { sys::cuGraphGetNodes(graph.cu_graph(), std::ptr::null_mut(), &mut count) }
+            .result()
+            .of("cuGraphGetNodes")?;
+        Ok(count)
+    }
+
     /// Puts the recorded work into the stream that it was recorded from.
     ///
     /// # Safety

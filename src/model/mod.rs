@@ -1,12 +1,14 @@
 //! A checkpoint and its forward pass: config, mapped weights, and the transformer written once over the backend.
 
 pub mod config;
+mod course;
 mod forward;
 mod names;
 mod random;
 pub mod weights;
 
 pub use config::{Config, Family};
+pub use course::{Autonomous, Course, CourseSequence, CourseStage, Ran, Schedule};
 pub use forward::{CachePlan, LayerPlan, Memory, Network, Pass, Session, Sizes, Transformer};
 pub use weights::Weights;
 

@@ -39,7 +39,7 @@ impl Span {
 }
 
 /// Head counts and widths, in elements.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {
     /// Query heads.
     pub num_heads: usize,

@@ -60,6 +60,6 @@ fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
     let sizes = Sizes { prompt_lens: vec![n], gen_length: 0, candidates: n, cached: false, guided: false };
     let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
     let plan = BlockPlan { mode: CacheMode::None, pass: PassKind::Full };
-    session.forward(&[tokens.to_vec()], &[(0, 0..n)], &plan, &(0..n).collect::<Vec<_>>(), None);
-    session.logits(n)
+    session.forward(&[tokens.to_vec()], &[(0, 0..n)], &plan, &(0..n).collect::<Vec<_>>(), None).unwrap();
+    session.logits(n).unwrap()
 }

@@ -280,8 +280,7 @@ fn warm_up(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>]) -> Result<()>
     let mask = setup.config.mask_token_id;
     let tokens: Vec<_> = prompts.iter().map(|p| [p.clone(), vec![mask; setup.gen_length]].concat()).collect();
     let windows: Vec<_> = tokens.iter().enumerate().map(|(i, t)| (i, 0..t.len())).collect();
-    session.forward(&tokens, &windows, &BlockPlan { mode: CacheMode::None, pass: PassKind::Full }, &[0], None);
-    Ok(())
+    session.forward(&tokens, &windows, &BlockPlan { mode: CacheMode::None, pass: PassKind::Full }, &[0], None)
 }
 
 /// Takes the original's times over; returns their sum.
