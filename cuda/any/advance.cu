@@ -188,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) advance(DLLM_PARAMS dllm_
   if (failed != kNone && control.failed_sequence == DLLM_NONE_FAILED) {
     control.failed_sequence = failed;
     control.failed_position = at<const int32_t>(p.failed)[failed];
-    control.failed_step = at<const dllm_advance_sequence>(p.sequences)[failed].forwards - 1;
+    control.failed_step = int(uint32_t(at<const dllm_advance_sequence>(p.sequences)[failed].forwards) - 1u);
   }
   *at<dllm_advance_control>(p.control) = control;
   tell_host(control, go_on, at<dllm_progress>(p.progress));
