@@ -48,7 +48,7 @@ impl SharedLibrary<'_> {
         let mut link = cc::Build::new().cpp(true).opt_level(2).get_compiler().to_command();
         let mut behind = vec!["-shared".into(), format!("-Wl,-soname,lib{}.so", self.name).into()];
         behind.extend(self.needs.iter().map(|name| out.join(name).into()));
-        behind.push("-lpthread".into());
+        behind.extend(["-lpthread", "-ldl"].map(OsString::from));
         record(&out.join(format!("{}.link", self.name)), &link, &behind);
         let status = link.arg("-o").arg(&library).args(&objects).args(&behind).status();
         let status = status.expect("the C++ compiler starts");
