@@ -1,7 +1,8 @@
-use super::{DriverResult, Stream};
+use super::{DriverResult, Pinned, Stream};
 use crate::error::{Error, Result};
 use bytemuck::Pod;
-use cudarc::driver::{CudaSlice, DevicePtr};
+use cudarc::driver::{CudaSlice, DevicePtr, sys};
+use std::ffi::c_void;
 use std::fmt;
 use std::marker::PhantomData;
 
@@ -71,6 +72,32 @@ impl<T: Pod> Buffer<T> {
             return Ok(());
         }
         self.stream.cudarc().memcpy_htod(bytemuck::cast_slice::<T, u8>(data), &mut self.bytes).of("cuMemcpyHtoDAsync")
+    }
+
+    /// Copies `from[first..first + count]` to element `at` and after, without a wait of the host.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when there is not room for them, or not as many there.
+    ///
+    /// # Safety
+    /// `from` is there, and nobody writes to these elements, until the copy is done.
+    pub unsafe fn write_pinned(&mut self, at: usize, from: &Pinned<T>, first: usize, count: usize) -> Result<()> {
+        for (name, len, first) in [("buffer", self.len, at), ("pinned", from.len(), first)] {
+            if first.checked_add(count).is_none_or(|end| end > len) {
+                return Err(Error::argument(name, format!("room for {count} elements at {first}"), len));
+            }
+        }
+        self.stream.not_capturing("write")?;
+        if count == 0 {
+            return Ok(());
+        }
+        self.stream.device().bind()?;
+        let bytes = |elements: usize| (elements * size_of::<T>()) as u64;
+        let (to, from) = (self.address() + bytes(at), from.address() + bytes(first));
+        // SAFETY: both ranges were checked; the rest by the caller's word.
+        unsafe { sys::cuMemcpyHtoDAsync_v2(to, from as *const c_void, bytes(count) as usize, self.stream.raw().cast()) }
+            .result()
+            .of("cuMemcpyHtoDAsync")
     }
 
     /// Waits for the stream, and copies the contents to the host.

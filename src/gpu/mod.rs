@@ -3,15 +3,18 @@
 //! Nothing here needs a driver to compile or to start: it is looked for when a [`Device`] is asked for. Event tracking
 //! of cudarc is off, so that streams can be captured; a [`Buffer`] belongs to the stream that made it.
 
+pub mod blas;
 mod buffer;
 mod device;
 mod modules;
+mod pinned;
 mod stream;
 
 pub use buffer::Buffer;
 pub use device::Device;
 pub(crate) use device::Launch;
 pub use modules::Module;
+pub use pinned::Pinned;
 pub use stream::{Graph, Stream};
 
 use crate::error::{Error, Result};

@@ -69,6 +69,16 @@ impl Stream {
         self.stream.synchronize().of("cuStreamSynchronize")
     }
 
+    /// Whether all work put in so far is done; tells whether it failed. Does not wait.
+    pub fn is_done(&self) -> Result<bool> {
+        self.device.bind()?;
+        // SAFETY: the stream is there.
+        match unsafe { sys::cuStreamQuery(self.stream.cu_stream()) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            done => done.result().of("cuStreamQuery").map(|()| true),
+        }
+    }
+
     /// Milliseconds that the device takes for what `work` puts into this stream, by its own clock; waits for it.
     pub fn time_ms(&self, work: impl FnOnce() -> Result<()>) -> Result<f32> {
         let record = || self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).of("cuEventRecord");
@@ -143,6 +153,17 @@ pub struct Graph {
 unsafe impl Send for Graph {}
 
 impl Graph {
+    /// How many pieces of work were recorded: kernels, copies and fills.
+    pub fn nodes(&self) -> Result<usize> {
+        let Some(graph) = &self.graph else { return Ok(0) };
+        let mut count = 0;
+        // SAFETY: the graph is there; without an array only the count is written.
+        unsafe { sys::cuGraphGetNodes(graph.cu_graph(), std::ptr::null_mut(), &mut count) }
+            .result()
+            .of("cuGraphGetNodes")?;
+        Ok(count)
+    }
+
     /// Puts the recorded work into the stream that it was recorded from.
     ///
     /// # Safety

@@ -1,0 +1,250 @@
+//! Matrix products by cuBLASLt: `y = x w^T + bias`, bf16 in, f32 accumulation, bf16 or f32 out.
+//!
+//! The library is asked once for each shape how to go about it, and its first answer is kept. No answers are timed against
+//! one another: which wins would differ from run to run, and so would the bits.
+
+use super::{Buffer, Device, Stream};
+use crate::error::{Error, Result};
+use cudarc::cublaslt::result::{self, CublasError};
+use cudarc::cublaslt::sys;
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::fmt;
+use std::ptr;
+
+/// What cuBLASLt recommends for Hopper.
+pub const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// `y[rows, out] = x[rows, inner] w[out, inner]^T`, all packed row-major.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// Rows of `x` and `y`.
+    pub rows: usize,
+    /// Rows of `w`, columns of `y`.
+    pub out: usize,
+    /// Columns of `x` and `w`.
+    pub inner: usize,
+    /// Whether `y` is f32; bf16 otherwise.
+    pub f32_out: bool,
+    /// Whether a bias `[out]` is added to each row; bf16, as `y` must then be.
+    pub biased: bool,
+}
+
+/// A handle of the library, its workspace, and a plan for each shape met so far. Its launches go to one stream.
+pub struct Blas {
+    handle: sys::cublasLtHandle_t,
+    workspace: Buffer<u8>,
+    stream: Stream,
+    plans: HashMap<Shape, Plan>,
+}
+
+// SAFETY: handle and descriptors are bound to no thread, and not used by two at once: launches take `&mut self`.
+unsafe impl Send for Blas {}
+
+/// Descriptors of one shape, and the algorithm for it.
+struct Plan {
+    operation: sys::cublasLtMatmulDesc_t,
+    x: sys::cublasLtMatrixLayout_t,
+    w: sys::cublasLtMatrixLayout_t,
+    y: sys::cublasLtMatrixLayout_t,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+    workspace_bytes: usize,
+}
+
+trait BlasResult<T> {
+    fn of(self, call: &'static str) -> Result<T>;
+}
+
+impl<T> BlasResult<T> for Result<T, CublasError> {
+    fn of(self, call: &'static str) -> Result<T> {
+        let message = "cuBLASLt refused".to_string();
+        self.map_err(|CublasError(status)| Error::Driver { call, name: format!("{status:?}"), message })
+    }
+}
+
+impl Blas {
+    /// Opens the library.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] when it is not installed; the library's; no memory for its workspace.
+    pub fn new(stream: &Stream) -> Result<Blas> {
+        // SAFETY: only looks for the library. Any other call of cudarc panics where there is none.
+        if !unsafe { sys::is_culib_present() } {
+            let message = "cuBLASLt (libcublasLt.so.13 or .so.12) was not found: it comes with the CUDA toolkit";
+            return Err(Error::Unavailable(message.into()));
+        }
+        let workspace = stream.alloc(WORKSPACE_BYTES)?;
+        stream.device().bind()?;
+        let handle = result::create_handle().of("cublasLtCreate")?;
+        Ok(Blas { handle, workspace, stream: stream.clone(), plans: HashMap::new() })
+    }
+
+    /// Bytes that [`Blas::new`] allocates on the device.
+    pub const fn memory_bytes() -> usize {
+        WORKSPACE_BYTES
+    }
+
+    /// Puts a product into the stream. The first of a shape asks the library how; none allocates or waits.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a size of 0 or above 2^31; the library's.
+    ///
+    /// # Safety
+    /// 1. `x`, `w`, `bias` (where the shape has one) and `y` are addresses of device memory of the sizes that `shape` gives,
+    ///    aligned to 16 bytes, until the work is done and graphs that hold it are destroyed; so is this value.
+    /// 2. `y` overlaps none of them.
+    pub unsafe fn launch(&mut self, shape: Shape, x: u64, w: u64, bias: u64, y: u64) -> Result<()> {
+        self.stream.device().bind()?;
+        if !self.plans.contains_key(&shape) {
+            let plan = Plan::new(self.handle, shape)?;
+            self.plans.insert(shape, plan);
+        }
+        let Some(plan) = self.plans.get(&shape) else { return Ok(()) };
+        if shape.biased {
+            use sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER as BIAS;
+            plan.set(BIAS, &bias)?;
+        }
+        let (one, zero) = (1.0f32, 0.0f32);
+        // SAFETY: descriptors and workspace are there; addresses by the caller's word. Seen column by column, as the library
+        // does, y^T = w x^T: w^T is the first operand, x the second.
+        unsafe {
+            result::matmul(
+                self.handle,
+                plan.operation,
+                ptr::from_ref(&one).cast(),
+                ptr::from_ref(&zero).cast(),
+                w as *const c_void,
+                plan.w,
+                x as *const c_void,
+                plan.x,
+                y as *const c_void,
+                plan.y,
+                y as *mut c_void,
+                plan.y,
+                &plan.algorithm,
+                self.workspace.address() as *mut c_void,
+                plan.workspace_bytes,
+                self.stream.raw().cast(),
+            )
+        }
+        .of("cublasLtMatmul")
+    }
+}
+
+impl Plan {
+    fn new(handle: sys::cublasLtHandle_t, shape: Shape) -> Result<Plan> {
+        use sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        use sys::cudaDataType::{CUDA_R_16BF, CUDA_R_32F};
+        let Shape { rows, out, inner, f32_out, biased } = shape;
+        for (name, size) in [("rows", rows), ("out", out), ("inner", inner)] {
+            if size == 0 || size > i32::MAX as usize {
+                return Err(Error::argument(name, format!("1 to {}", i32::MAX), size));
+            }
+        }
+        let layout = |kind, columns: usize, count: usize| {
+            result::create_matrix_layout(kind, columns as u64, count as u64, columns as i64)
+                .of("cublasLtMatrixLayoutCreate")
+        };
+        let mut plan = Plan {
+            operation: result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, CUDA_R_32F)
+                .of("cublasLtMatmulDescCreate")?,
+            x: ptr::null_mut(),
+            w: ptr::null_mut(),
+            y: ptr::null_mut(),
+            algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+            workspace_bytes: 0,
+        };
+        plan.x = layout(CUDA_R_16BF, inner, rows)?;
+        plan.w = layout(CUDA_R_16BF, inner, out)?;
+        plan.y = layout(if f32_out { CUDA_R_32F } else { CUDA_R_16BF }, out, rows)?;
+        plan.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &1i32)?; // CUBLAS_OP_T
+        if biased {
+            plan.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &CUBLASLT_EPILOGUE_BIAS)?;
+            // Which address is not known yet, and only its alignment matters to the choice.
+            plan.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &256u64)?;
+        }
+        plan.choose(handle, shape)?;
+        Ok(plan)
+    }
+
+    fn set<T>(&self, attribute: sys::cublasLtMatmulDescAttributes_t, value: &T) -> Result<()> {
+        // SAFETY: the descriptor is there, and the value of the size that is told.
+        unsafe {
+            result::set_matmul_desc_attribute(self.operation, attribute, ptr::from_ref(value).cast(), size_of::<T>())
+        }
+        .of("cublasLtMatmulDescSetAttribute")
+    }
+
+    /// Asks the library for its algorithm.
+    fn choose(&mut self, handle: sys::cublasLtHandle_t, shape: Shape) -> Result<()> {
+        use sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES as MOST;
+        let preference = result::create_matmul_pref().of("cublasLtMatmulPreferenceCreate")?;
+        // SAFETY: descriptors are there; the value is of the size that is told; the preference is destroyed once.
+        let found = unsafe {
+            let (value, bytes) = (ptr::from_ref(&WORKSPACE_BYTES).cast(), size_of::<usize>());
+            let found = result::set_matmul_pref_attribute(preference, MOST, value, bytes).and_then(|()| {
+                result::get_matmul_algo_heuristic(handle, self.operation, self.w, self.x, self.y, self.y, preference)
+            });
+            let _ = result::destroy_matmul_pref(preference);
+            found
+        };
+        let found = found.map_err(|CublasError(status)| Error::Driver {
+            call: "cublasLtMatmulAlgoGetHeuristic",
+            name: format!("{status:?}"),
+            message: format!("no way to compute {shape:?}"),
+        })?;
+        (self.algorithm, self.workspace_bytes) = (found.algo, found.workspaceSize);
+        Ok(())
+    }
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: each was created once, or is null, and nobody uses it any more. A failure leaves it to the library.
+        unsafe {
+            for layout in [self.x, self.w, self.y].into_iter().filter(|layout| !layout.is_null()) {
+                let _ = result::destroy_matrix_layout(layout);
+            }
+            let _ = result::destroy_matmul_desc(self.operation);
+        }
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        self.plans.clear();
+        if self.stream.device().bind().is_ok() {
+            // What was launched may still run.
+            let _ = self.stream.synchronize();
+            // SAFETY: created once. A failure leaves it to the library.
+            let _ = unsafe { result::destroy_handle(self.handle) };
+        }
+    }
+}
+
+impl fmt::Debug for Blas {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.debug_struct("Blas").field("plans", &self.plans.len()).finish_non_exhaustive()
+    }
+}
+
+/// Operations a second that the device reaches in a large product: the roof of products of many rows.
+///
+/// A square product of `size`, the median of `repetitions` after one that is not timed.
+pub fn matrix_rate(device: &Device, size: usize, repetitions: usize) -> Result<f64> {
+    let stream = device.stream()?;
+    let mut blas = Blas::new(&stream)?;
+    let [x, w, y] = [(); 3].map(|()| stream.zeros::<half::bf16>(size * size));
+    let (x, w, y) = (x?, w?, y?);
+    let shape = Shape { rows: size, out: size, inner: size, f32_out: false, biased: false };
+    let mut times = Vec::new();
+    for _ in 0..=repetitions.max(1) {
+        // SAFETY: buffers of this size, of this stream.
+        times.push(stream.time_ms(|| unsafe { blas.launch(shape, x.address(), w.address(), 0, y.address()) })?);
+    }
+    times.remove(0);
+    times.sort_by(f32::total_cmp);
+    let median = f64::from(times[times.len() / 2]) / 1e3;
+    Ok(2.0 * (size as f64).powi(3) / median)
+}
