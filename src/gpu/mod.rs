@@ -7,6 +7,7 @@ pub mod blas;
 mod buffer;
 mod device;
 mod modules;
+pub(crate) mod nvtx;
 mod pinned;
 mod stream;
 
