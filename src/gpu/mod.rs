@@ -6,6 +6,7 @@
 pub mod blas;
 mod buffer;
 mod device;
+mod info;
 mod modules;
 pub(crate) mod nvtx;
 mod pinned;
@@ -14,6 +15,7 @@ mod stream;
 pub use buffer::Buffer;
 pub use device::Device;
 pub(crate) use device::Launch;
+pub use info::DeviceInfo;
 pub use modules::Module;
 pub use pinned::Pinned;
 pub use stream::{Graph, Stream};
