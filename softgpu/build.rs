@@ -50,7 +50,9 @@ impl SharedLibrary<'_> {
 
         let library = out.join(format!("lib{}.so", self.name));
         let mut link = cc::Build::new().cpp(true).opt_level(2).get_compiler().to_command();
-        let mut behind = vec!["-shared".into(), format!("-Wl,-soname,lib{}.so", self.name).into()];
+        // Its own functions before others of the same name: the C library has an `advance` too.
+        let soname = format!("-Wl,-soname,lib{}.so", self.name).into();
+        let mut behind = vec!["-shared".into(), "-Wl,-Bsymbolic-functions".into(), soname];
         behind.extend(self.needs.iter().map(|name| out.join(name).into()));
         behind.extend(["-lpthread", "-ldl"].map(OsString::from));
         record(&out.join(format!("{}.link", self.name)), &link, &behind);

@@ -48,6 +48,16 @@ pub const DLLM_POLICY_THRESHOLD: dllm_policy = 1;
 pub const DLLM_POLICY_FACTOR: dllm_policy = 2;
 /// Which masked rows of a sequence to commit.
 pub type dllm_policy = u32;
+/// Any number: INT32_MAX. What stands for no schedule counts as this one.
+pub const DLLM_SCHEDULE_NONE: dllm_schedule = 0;
+/// Those masked at the block's beginning over its steps, the first steps one more; then 1 a pass.
+pub const DLLM_SCHEDULE_LLADA: dllm_schedule = 1;
+/// A share of the masks that are left; from the last step on all of them.
+pub const DLLM_SCHEDULE_DREAM: dllm_schedule = 2;
+/// Dream's threshold without blocks (Fast-dLLM): so many a step, and those that earlier steps rejected.
+pub const DLLM_SCHEDULE_AMONG: dllm_schedule = 3;
+/// How many tokens a sequence may commit in each pass of a block.
+pub type dllm_schedule = u32;
 /// A row that unmask may commit. Loaded at once, so tables of them are aligned to 16 bytes.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -268,6 +278,234 @@ const _: () = {
     ["Offset of field: dllm_cut_params::top_p"][::core::mem::offset_of!(dllm_cut_params, top_p) - 92usize];
     ["Offset of field: dllm_cut_params::temperature"][::core::mem::offset_of!(dllm_cut_params, temperature) - 96usize];
     ["Offset of field: dllm_cut_params::cfg_scale"][::core::mem::offset_of!(dllm_cut_params, cfg_scale) - 100usize];
+};
+/// What advance knows of a sequence. The host writes it before the first pass of a block, with what unmask takes in that pass. 64 bytes.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct dllm_advance_sequence {
+    /// Index in `tokens` of its position 0.
+    pub first_token: i32,
+    /// Positions; they, and the ranges below, are brought to within the tokens.
+    pub length: i32,
+    /// First generated position: an end-of-text token is looked for from here on.
+    pub generated: i32,
+    /// It takes part as long as a position from here ...
+    pub open_start: i32,
+    /// ... to before this one is masked.
+    pub open_end: i32,
+    /// DREAM, AMONG: the masks that are left are counted from here ...
+    pub reach_start: i32,
+    /// ... to before this one.
+    pub reach_end: i32,
+    /// commit_before\[s\] of later passes, while it takes part.
+    pub commit_before: i32,
+    /// LLADA: masks of the block when it began.
+    pub masked: i32,
+    /// AMONG: positions to look at in each step. In and out.
+    pub per_step: i32,
+    /// AMONG: positions rejected so far. In and out.
+    pub left: i32,
+    /// Passes of this block, at most; INT32_MAX for no limit. AMONG: in and out.
+    pub limit: i32,
+    /// Passes that it has taken part in, over all blocks. In and out.
+    pub forwards: i32,
+    /// In: it took part in the pass that has just run. Out: it takes part in the next one. Once 0, 0 for the rest of the block.
+    pub active: i32,
+    /// 1: an end-of-text token stands with no mask before it. In and out.
+    pub ended: i32,
+    /// 0
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of dllm_advance_sequence"][::core::mem::size_of::<dllm_advance_sequence>() - 64usize];
+    ["Alignment of dllm_advance_sequence"][::core::mem::align_of::<dllm_advance_sequence>() - 4usize];
+    ["Offset of field: dllm_advance_sequence::first_token"]
+        [::core::mem::offset_of!(dllm_advance_sequence, first_token) - 0usize];
+    ["Offset of field: dllm_advance_sequence::length"][::core::mem::offset_of!(dllm_advance_sequence, length) - 4usize];
+    ["Offset of field: dllm_advance_sequence::generated"]
+        [::core::mem::offset_of!(dllm_advance_sequence, generated) - 8usize];
+    ["Offset of field: dllm_advance_sequence::open_start"]
+        [::core::mem::offset_of!(dllm_advance_sequence, open_start) - 12usize];
+    ["Offset of field: dllm_advance_sequence::open_end"]
+        [::core::mem::offset_of!(dllm_advance_sequence, open_end) - 16usize];
+    ["Offset of field: dllm_advance_sequence::reach_start"]
+        [::core::mem::offset_of!(dllm_advance_sequence, reach_start) - 20usize];
+    ["Offset of field: dllm_advance_sequence::reach_end"]
+        [::core::mem::offset_of!(dllm_advance_sequence, reach_end) - 24usize];
+    ["Offset of field: dllm_advance_sequence::commit_before"]
+        [::core::mem::offset_of!(dllm_advance_sequence, commit_before) - 28usize];
+    ["Offset of field: dllm_advance_sequence::masked"]
+        [::core::mem::offset_of!(dllm_advance_sequence, masked) - 32usize];
+    ["Offset of field: dllm_advance_sequence::per_step"]
+        [::core::mem::offset_of!(dllm_advance_sequence, per_step) - 36usize];
+    ["Offset of field: dllm_advance_sequence::left"][::core::mem::offset_of!(dllm_advance_sequence, left) - 40usize];
+    ["Offset of field: dllm_advance_sequence::limit"][::core::mem::offset_of!(dllm_advance_sequence, limit) - 44usize];
+    ["Offset of field: dllm_advance_sequence::forwards"]
+        [::core::mem::offset_of!(dllm_advance_sequence, forwards) - 48usize];
+    ["Offset of field: dllm_advance_sequence::active"]
+        [::core::mem::offset_of!(dllm_advance_sequence, active) - 52usize];
+    ["Offset of field: dllm_advance_sequence::ended"][::core::mem::offset_of!(dllm_advance_sequence, ended) - 56usize];
+    ["Offset of field: dllm_advance_sequence::reserved"]
+        [::core::mem::offset_of!(dllm_advance_sequence, reserved) - 60usize];
+};
+/// What advance knows of a block. The host writes it before the first pass.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct dllm_advance_control {
+    /// dllm_schedule
+    pub schedule: i32,
+    /// LLADA: steps of the block.
+    pub steps: i32,
+    /// Index in the block of the pass that has just run, from 0. In and out: 1 more.
+    pub pass: i32,
+    /// DREAM: steps, of `ratios`.
+    pub num_ratios: i32,
+    /// Launches, over all blocks. In and out.
+    pub passes: i32,
+    /// Those after a pass in which a sequence took part. In and out.
+    pub nfe: i32,
+    /// DLLM_NONE_FAILED. In and out: once another, it stays.
+    pub failed_sequence: i32,
+    /// In and out.
+    pub failed_position: i32,
+    /// In and out.
+    pub failed_step: i32,
+    /// 0
+    pub reserved: [i32; 3usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of dllm_advance_control"][::core::mem::size_of::<dllm_advance_control>() - 48usize];
+    ["Alignment of dllm_advance_control"][::core::mem::align_of::<dllm_advance_control>() - 4usize];
+    ["Offset of field: dllm_advance_control::schedule"]
+        [::core::mem::offset_of!(dllm_advance_control, schedule) - 0usize];
+    ["Offset of field: dllm_advance_control::steps"][::core::mem::offset_of!(dllm_advance_control, steps) - 4usize];
+    ["Offset of field: dllm_advance_control::pass"][::core::mem::offset_of!(dllm_advance_control, pass) - 8usize];
+    ["Offset of field: dllm_advance_control::num_ratios"]
+        [::core::mem::offset_of!(dllm_advance_control, num_ratios) - 12usize];
+    ["Offset of field: dllm_advance_control::passes"][::core::mem::offset_of!(dllm_advance_control, passes) - 16usize];
+    ["Offset of field: dllm_advance_control::nfe"][::core::mem::offset_of!(dllm_advance_control, nfe) - 20usize];
+    ["Offset of field: dllm_advance_control::failed_sequence"]
+        [::core::mem::offset_of!(dllm_advance_control, failed_sequence) - 24usize];
+    ["Offset of field: dllm_advance_control::failed_position"]
+        [::core::mem::offset_of!(dllm_advance_control, failed_position) - 28usize];
+    ["Offset of field: dllm_advance_control::failed_step"]
+        [::core::mem::offset_of!(dllm_advance_control, failed_step) - 32usize];
+    ["Offset of field: dllm_advance_control::reserved"]
+        [::core::mem::offset_of!(dllm_advance_control, reserved) - 36usize];
+};
+/// What advance tells the host. `passes` is stored last, after a fence for the whole system: a host that reads it and then,
+/// with an acquire, the rest, sees at least what that launch told. Where another launch may be under way, `active` and `nfe`
+/// may be that one's; of a failure read the rest after a wait for the stream.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct dllm_progress {
+    /// As in dllm_advance_control.
+    pub passes: i32,
+    /// As in dllm_advance_control.
+    pub nfe: i32,
+    /// Sequences that take part in the next pass; 0: the block is done.
+    pub active: i32,
+    /// The first that failed, the lowest of one pass; DLLM_NONE_FAILED.
+    pub failed_sequence: i32,
+    /// Its `failed` of unmask: a position, or DLLM_INDEX_FAILED.
+    pub failed_position: i32,
+    /// Its `forwards` before that pass.
+    pub failed_step: i32,
+    /// Not written.
+    pub reserved: [i32; 2usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of dllm_progress"][::core::mem::size_of::<dllm_progress>() - 32usize];
+    ["Alignment of dllm_progress"][::core::mem::align_of::<dllm_progress>() - 4usize];
+    ["Offset of field: dllm_progress::passes"][::core::mem::offset_of!(dllm_progress, passes) - 0usize];
+    ["Offset of field: dllm_progress::nfe"][::core::mem::offset_of!(dllm_progress, nfe) - 4usize];
+    ["Offset of field: dllm_progress::active"][::core::mem::offset_of!(dllm_progress, active) - 8usize];
+    ["Offset of field: dllm_progress::failed_sequence"]
+        [::core::mem::offset_of!(dllm_progress, failed_sequence) - 12usize];
+    ["Offset of field: dllm_progress::failed_position"]
+        [::core::mem::offset_of!(dllm_progress, failed_position) - 16usize];
+    ["Offset of field: dllm_progress::failed_step"][::core::mem::offset_of!(dllm_progress, failed_step) - 20usize];
+    ["Offset of field: dllm_progress::reserved"][::core::mem::offset_of!(dllm_progress, reserved) - 24usize];
+};
+/// advance: what the decoding rules do between two passes, after unmask in the same graph: who goes on, how many tokens the
+/// next pass may commit, and a word to the host, which need not wait inside a block.
+///
+/// A sequence takes part in the next pass if it took part in this one, has not failed, has not ended, has a mask in its open
+/// range, and its limit is not reached. For others quota is 0 and commit_before INT32_MIN: unmask commits nothing.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct dllm_advance_params {
+    /// sizeof(dllm_advance_params)
+    pub size: u64,
+    /// In and out: \[1\] dllm_advance_control
+    pub control: u64,
+    /// In and out: \[num_sequences\] dllm_advance_sequence
+    pub sequences: u64,
+    /// \[num_tokens\] int32, as unmask left them.
+    pub tokens: u64,
+    /// \[num_sequences\] int32 of unmask.
+    pub committed: u64,
+    /// \[num_sequences\] int32 of unmask.
+    pub failed: u64,
+    /// In and out: \[num_sequences\] int32, for unmask's next pass; AMONG reads that of this one.
+    pub quota: u64,
+    /// Out: \[num_sequences\] int32, for unmask's next pass.
+    pub commit_before: u64,
+    /// Out: \[num_sequences\] int32, for unmask's next pass: forwards.
+    pub steps: u64,
+    /// \[max_ratios\] f32: the share 1 - t\[i + 1\] / t\[i\] that step i commits (Dream); or 0.
+    pub ratios: u64,
+    /// \[num_end_tokens\] int32; or 0: no sequence ends early.
+    pub end_tokens: u64,
+    /// Out: \[1\] dllm_progress, in host memory that is pinned and mapped on the device.
+    pub progress: u64,
+    /// At most 65,535.
+    pub num_sequences: i32,
+    pub num_tokens: i32,
+    pub mask_token: i32,
+    /// 0 without end_tokens.
+    pub num_end_tokens: i32,
+    /// 0 without ratios.
+    pub max_ratios: i32,
+    /// 0
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of dllm_advance_params"][::core::mem::size_of::<dllm_advance_params>() - 120usize];
+    ["Alignment of dllm_advance_params"][::core::mem::align_of::<dllm_advance_params>() - 8usize];
+    ["Offset of field: dllm_advance_params::size"][::core::mem::offset_of!(dllm_advance_params, size) - 0usize];
+    ["Offset of field: dllm_advance_params::control"][::core::mem::offset_of!(dllm_advance_params, control) - 8usize];
+    ["Offset of field: dllm_advance_params::sequences"]
+        [::core::mem::offset_of!(dllm_advance_params, sequences) - 16usize];
+    ["Offset of field: dllm_advance_params::tokens"][::core::mem::offset_of!(dllm_advance_params, tokens) - 24usize];
+    ["Offset of field: dllm_advance_params::committed"]
+        [::core::mem::offset_of!(dllm_advance_params, committed) - 32usize];
+    ["Offset of field: dllm_advance_params::failed"][::core::mem::offset_of!(dllm_advance_params, failed) - 40usize];
+    ["Offset of field: dllm_advance_params::quota"][::core::mem::offset_of!(dllm_advance_params, quota) - 48usize];
+    ["Offset of field: dllm_advance_params::commit_before"]
+        [::core::mem::offset_of!(dllm_advance_params, commit_before) - 56usize];
+    ["Offset of field: dllm_advance_params::steps"][::core::mem::offset_of!(dllm_advance_params, steps) - 64usize];
+    ["Offset of field: dllm_advance_params::ratios"][::core::mem::offset_of!(dllm_advance_params, ratios) - 72usize];
+    ["Offset of field: dllm_advance_params::end_tokens"]
+        [::core::mem::offset_of!(dllm_advance_params, end_tokens) - 80usize];
+    ["Offset of field: dllm_advance_params::progress"]
+        [::core::mem::offset_of!(dllm_advance_params, progress) - 88usize];
+    ["Offset of field: dllm_advance_params::num_sequences"]
+        [::core::mem::offset_of!(dllm_advance_params, num_sequences) - 96usize];
+    ["Offset of field: dllm_advance_params::num_tokens"]
+        [::core::mem::offset_of!(dllm_advance_params, num_tokens) - 100usize];
+    ["Offset of field: dllm_advance_params::mask_token"]
+        [::core::mem::offset_of!(dllm_advance_params, mask_token) - 104usize];
+    ["Offset of field: dllm_advance_params::num_end_tokens"]
+        [::core::mem::offset_of!(dllm_advance_params, num_end_tokens) - 108usize];
+    ["Offset of field: dllm_advance_params::max_ratios"]
+        [::core::mem::offset_of!(dllm_advance_params, max_ratios) - 112usize];
+    ["Offset of field: dllm_advance_params::reserved"]
+        [::core::mem::offset_of!(dllm_advance_params, reserved) - 116usize];
 };
 /// vverify: which rows of V turned most (dLLM-Cache, section 3.3).
 ///
@@ -611,6 +849,14 @@ const _: () = {
     ["Offset of field: dllm_swiglu_params::dtype"][::core::mem::offset_of!(dllm_swiglu_params, dtype) - 56usize];
     ["Offset of field: dllm_swiglu_params::reserved"][::core::mem::offset_of!(dllm_swiglu_params, reserved) - 60usize];
 };
+/// As the plan chooses, by the packed rows of the longest sequence.
+pub const DLLM_ATTENTION_FORM_PLANNED: dllm_attention_form = 0;
+/// Few rows, many keys: blocks of two warps, several to a multiprocessor.
+pub const DLLM_ATTENTION_FORM_STREAMING: dllm_attention_form = 1;
+/// Many rows: blocks of eight warps.
+pub const DLLM_ATTENTION_FORM_FULL: dllm_attention_form = 2;
+/// How an attention launch is cut into blocks. Both forms give the same bits.
+pub type dllm_attention_form = u32;
 /// Keys and values of one part of a sequence, read where they are. 64 bytes.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -700,10 +946,14 @@ pub struct dllm_attention_params {
     /// 1: each key/value head has lists of its own, head after head.
     pub per_head: i32,
     pub num_tile_indices: i32,
+    /// dllm_attention_form
+    pub form: i32,
+    /// 0
+    pub reserved: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of dllm_attention_params"][::core::mem::size_of::<dllm_attention_params>() - 328usize];
+    ["Size of dllm_attention_params"][::core::mem::size_of::<dllm_attention_params>() - 336usize];
     ["Alignment of dllm_attention_params"][::core::mem::align_of::<dllm_attention_params>() - 8usize];
     ["Offset of field: dllm_attention_params::size"][::core::mem::offset_of!(dllm_attention_params, size) - 0usize];
     ["Offset of field: dllm_attention_params::q"][::core::mem::offset_of!(dllm_attention_params, q) - 8usize];
@@ -747,6 +997,9 @@ const _: () = {
         [::core::mem::offset_of!(dllm_attention_params, per_head) - 320usize];
     ["Offset of field: dllm_attention_params::num_tile_indices"]
         [::core::mem::offset_of!(dllm_attention_params, num_tile_indices) - 324usize];
+    ["Offset of field: dllm_attention_params::form"][::core::mem::offset_of!(dllm_attention_params, form) - 328usize];
+    ["Offset of field: dllm_attention_params::reserved"]
+        [::core::mem::offset_of!(dllm_attention_params, reserved) - 332usize];
 };
 /// merge: two attentions of the same queries, over keys that have none in common, become the attention over both.
 ///

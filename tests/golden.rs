@@ -129,8 +129,14 @@ fn token_rows(tensors: &Tensors, name: &str, batch: usize) -> Vec<Vec<u32>> {
 }
 
 fn session(model: &Model, batch: usize, length: usize, cached: bool) -> Session<'_, Cpu> {
-    let sizes =
-        Sizes { prompt_lens: vec![0; batch], gen_length: length, candidates: batch * length, cached, guided: false };
+    let sizes = Sizes {
+        prompt_lens: vec![0; batch],
+        gen_length: length,
+        candidates: batch * length,
+        cached,
+        guided: false,
+        ratios: 0,
+    };
     Session::new(model.transformer(), Cpu::default(), sizes).unwrap()
 }
 
@@ -142,8 +148,8 @@ fn forward_full(model: &Model, case: &Value, tensors: &Tensors) -> f32 {
     let index: Vec<usize> = (0..batch * length).collect();
     let mut session = session(model, batch, length, false);
     let mut hidden = Vec::new();
-    session.forward(&tokens, &windows, &FULL, &index, Some(&mut hidden));
-    let mut worst = difference(&session.logits(batch * length), &tensors.f32(&format!("{name}.logits")));
+    session.forward(&tokens, &windows, &FULL, &index, Some(&mut hidden)).unwrap();
+    let mut worst = difference(&session.logits(batch * length).unwrap(), &tensors.f32(&format!("{name}.logits")));
     for (i, hidden) in hidden.iter().enumerate() {
         let name = format!("{name}.hidden_{i}");
         if tensors.has(&name) {
@@ -170,9 +176,9 @@ fn forward_window(model: &Model, case: &Value, tensors: &Tensors, suffix: bool) 
         let windows: Vec<_> = (0..batch).map(|s| (s, window.clone())).collect();
         let index: Vec<usize> = (0..batch * window.len()).collect();
         let tokens = token_rows(tensors, &format!("{name}.ids{call}"), batch);
-        session.forward(&tokens, &windows, &BlockPlan { mode, pass }, &index, None);
+        session.forward(&tokens, &windows, &BlockPlan { mode, pass }, &index, None).unwrap();
         let want = tensors.f32(&format!("{name}.logits{call}"));
-        worst = worst.max(difference(&session.logits(index.len()), &want));
+        worst = worst.max(difference(&session.logits(index.len()).unwrap(), &want));
         if call == 0 {
             worst = worst.max(cached_keys_and_values(model.config(), &session, tensors, name, batch, length));
         }

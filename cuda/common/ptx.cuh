@@ -223,6 +223,17 @@ __device__ __forceinline__ void st_global_cs_16(void* global, uint4 v) {
 #endif
 }
 
+// ---- Stores that the host sees
+
+// One word, whole; before a fence for the whole system it says nothing about what was stored before: st.relaxed.sys
+__device__ __forceinline__ void st_relaxed_sys(int32_t* global, int32_t v) {
+#ifdef SOFTGPU
+    __atomic_store_n(global, v, __ATOMIC_RELAXED);
+#else
+    asm volatile("st.relaxed.sys.global.s32 [%0], %1;" ::"l"(global), "r"(v) : "memory");
+#endif
+}
+
 // ---- Arithmetic
 
 // 2^x to about 22 bits; results and arguments too small for a normal float become 0: ex2.approx.ftz.f32

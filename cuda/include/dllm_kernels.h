@@ -6,7 +6,7 @@
  * row-major; strides count elements unless named _bytes. Element types are dllm_dtype; all arithmetic is f32 inside.
  *
  * Every pointer to elements is aligned to 16 bytes, and so is every row (its stride a multiple of 16 bytes), for kernels
- * load 16 bytes at a time; so are `rows`, `angles` and `workspace`. Pointers to int32 and float are aligned to their type. Ops neither allocate nor wait:
+ * load 16 bytes at a time; so are `rows`, `sequences`, `angles` and `workspace`. Pointers to int32 and float are aligned to their type. Ops neither allocate nor wait:
  * each may be captured into a CUDA graph, and what varies from step to step (counts, indices, tokens) is read from
  * device memory. Indices read from device memory are checked against the sizes given here, on the device.
  */
@@ -49,6 +49,14 @@ typedef enum dllm_policy {
   DLLM_POLICY_THRESHOLD = 1, /**< The best, and all others with at least this confidence. */
   DLLM_POLICY_FACTOR = 2     /**< The best n as long as (n + 1) (1 - confidence_n) <= factor; all of them if only the last fails. */
 } dllm_policy;
+
+/** How many tokens a sequence may commit in each pass of a block. */
+typedef enum dllm_schedule {
+  DLLM_SCHEDULE_NONE = 0,  /**< Any number: INT32_MAX. What stands for no schedule counts as this one. */
+  DLLM_SCHEDULE_LLADA = 1, /**< Those masked at the block's beginning over its steps, the first steps one more; then 1 a pass. */
+  DLLM_SCHEDULE_DREAM = 2, /**< A share of the masks that are left; from the last step on all of them. */
+  DLLM_SCHEDULE_AMONG = 3  /**< Dream's threshold without blocks (Fast-dLLM): so many a step, and those that earlier steps rejected. */
+} dllm_schedule;
 
 /** What stands in `failed` when nothing failed. */
 #define DLLM_NONE_FAILED (-1)
@@ -133,6 +141,83 @@ typedef struct dllm_cut_params {
   float temperature; /**< Of those probabilities; 0 counts as 1. */
   float cfg_scale;   /**< As in unmask. */
 } dllm_cut_params;
+
+/** What advance knows of a sequence. The host writes it before the first pass of a block, with what unmask takes in that pass. 64 bytes. */
+typedef struct dllm_advance_sequence {
+  int32_t first_token;   /**< Index in `tokens` of its position 0. */
+  int32_t length;        /**< Positions; they, and the ranges below, are brought to within the tokens. */
+  int32_t generated;     /**< First generated position: an end-of-text token is looked for from here on. */
+  int32_t open_start;    /**< It takes part as long as a position from here ... */
+  int32_t open_end;      /**< ... to before this one is masked. */
+  int32_t reach_start;   /**< DREAM, AMONG: the masks that are left are counted from here ... */
+  int32_t reach_end;     /**< ... to before this one. */
+  int32_t commit_before; /**< commit_before[s] of later passes, while it takes part. */
+  int32_t masked;        /**< LLADA: masks of the block when it began. */
+  int32_t per_step;      /**< AMONG: positions to look at in each step. In and out. */
+  int32_t left;          /**< AMONG: positions rejected so far. In and out. */
+  int32_t limit;         /**< Passes of this block, at most; INT32_MAX for no limit. AMONG: in and out. */
+  int32_t forwards;      /**< Passes that it has taken part in, over all blocks. In and out. */
+  int32_t active;        /**< In: it took part in the pass that has just run. Out: it takes part in the next one. Once 0, 0 for the rest of the block. */
+  int32_t ended;         /**< 1: an end-of-text token stands with no mask before it. In and out. */
+  int32_t reserved;      /**< 0 */
+} dllm_advance_sequence;
+
+/** What advance knows of a block. The host writes it before the first pass. */
+typedef struct dllm_advance_control {
+  int32_t schedule;        /**< dllm_schedule */
+  int32_t steps;           /**< LLADA: steps of the block. */
+  int32_t pass;            /**< Index in the block of the pass that has just run, from 0. In and out: 1 more. */
+  int32_t num_ratios;      /**< DREAM: steps, of `ratios`. */
+  int32_t passes;          /**< Launches, over all blocks. In and out. */
+  int32_t nfe;             /**< Those after a pass in which a sequence took part. In and out. */
+  int32_t failed_sequence; /**< DLLM_NONE_FAILED. In and out: once another, it stays. */
+  int32_t failed_position; /**< In and out. */
+  int32_t failed_step;     /**< In and out. */
+  int32_t reserved[3];     /**< 0 */
+} dllm_advance_control;
+
+/**
+ * What advance tells the host. `passes` is stored last, after a fence for the whole system: a host that reads it and then,
+ * with an acquire, the rest, sees at least what that launch told. Where another launch may be under way, `active` and `nfe`
+ * may be that one's; of a failure read the rest after a wait for the stream.
+ */
+typedef struct dllm_progress {
+  int32_t passes;          /**< As in dllm_advance_control. */
+  int32_t nfe;             /**< As in dllm_advance_control. */
+  int32_t active;          /**< Sequences that take part in the next pass; 0: the block is done. */
+  int32_t failed_sequence; /**< The first that failed, the lowest of one pass; DLLM_NONE_FAILED. */
+  int32_t failed_position; /**< Its `failed` of unmask: a position, or DLLM_INDEX_FAILED. */
+  int32_t failed_step;     /**< Its `forwards` before that pass. */
+  int32_t reserved[2];     /**< Not written. */
+} dllm_progress;
+
+/**
+ * advance: what the decoding rules do between two passes, after unmask in the same graph: who goes on, how many tokens the
+ * next pass may commit, and a word to the host, which need not wait inside a block.
+ *
+ * A sequence takes part in the next pass if it took part in this one, has not failed, has not ended, has a mask in its open
+ * range, and its limit is not reached. For others quota is 0 and commit_before INT32_MIN: unmask commits nothing.
+ */
+typedef struct dllm_advance_params {
+  uint64_t size;          /**< sizeof(dllm_advance_params) */
+  uint64_t control;       /**< In and out: [1] dllm_advance_control */
+  uint64_t sequences;     /**< In and out: [num_sequences] dllm_advance_sequence */
+  uint64_t tokens;        /**< [num_tokens] int32, as unmask left them. */
+  uint64_t committed;     /**< [num_sequences] int32 of unmask. */
+  uint64_t failed;        /**< [num_sequences] int32 of unmask. */
+  uint64_t quota;         /**< In and out: [num_sequences] int32, for unmask's next pass; AMONG reads that of this one. */
+  uint64_t commit_before; /**< Out: [num_sequences] int32, for unmask's next pass. */
+  uint64_t steps;         /**< Out: [num_sequences] int32, for unmask's next pass: forwards. */
+  uint64_t ratios;        /**< [max_ratios] f32: the share 1 - t[i + 1] / t[i] that step i commits (Dream); or 0. */
+  uint64_t end_tokens;    /**< [num_end_tokens] int32; or 0: no sequence ends early. */
+  uint64_t progress;      /**< Out: [1] dllm_progress, in host memory that is pinned and mapped on the device. */
+  int32_t num_sequences;  /**< At most 65,535. */
+  int32_t num_tokens;
+  int32_t mask_token;
+  int32_t num_end_tokens; /**< 0 without end_tokens. */
+  int32_t max_ratios;     /**< 0 without ratios. */
+  int32_t reserved;       /**< 0 */
+} dllm_advance_params;
 
 /**
  * vverify: which rows of V turned most (dLLM-Cache, section 3.3).
@@ -261,6 +346,13 @@ typedef struct dllm_swiglu_params {
 /** Keys of a tile. */
 #define DLLM_KEY_TILE 64
 
+/** How an attention launch is cut into blocks. Both forms give the same bits. */
+typedef enum dllm_attention_form {
+  DLLM_ATTENTION_FORM_PLANNED = 0,   /**< As the plan chooses, by the packed rows of the longest sequence. */
+  DLLM_ATTENTION_FORM_STREAMING = 1, /**< Few rows, many keys: blocks of two warps, several to a multiprocessor. */
+  DLLM_ATTENTION_FORM_FULL = 2       /**< Many rows: blocks of eight warps. */
+} dllm_attention_form;
+
 /** Keys and values of one part of a sequence, read where they are. 64 bytes. */
 typedef struct dllm_segment {
   uint64_t k;        /**< [num_rows, num_kv_heads, head_dim]; 0 when nobody has keys here. */
@@ -306,6 +398,8 @@ typedef struct dllm_attention_params {
   int32_t query_tiles;  /**< Lists a sequence has: max_sequence_rows / DLLM_QUERY_TILE, rounded up. Read with tile_offsets. */
   int32_t per_head;     /**< 1: each key/value head has lists of its own, head after head. */
   int32_t num_tile_indices;
+  int32_t form;     /**< dllm_attention_form */
+  int32_t reserved; /**< 0 */
 } dllm_attention_params;
 
 /**
@@ -353,6 +447,10 @@ typedef struct dllm_roof_params {
 DLLM_ASSERT_LAYOUT(dllm_unmask_row, sequence, 12, 16);
 DLLM_ASSERT_LAYOUT(dllm_unmask_params, reserved, 212, 216);
 DLLM_ASSERT_LAYOUT(dllm_cut_params, cfg_scale, 100, 104);
+DLLM_ASSERT_LAYOUT(dllm_advance_sequence, reserved, 60, 64);
+DLLM_ASSERT_LAYOUT(dllm_advance_control, reserved, 36, 48);
+DLLM_ASSERT_LAYOUT(dllm_progress, reserved, 24, 32);
+DLLM_ASSERT_LAYOUT(dllm_advance_params, reserved, 116, 120);
 DLLM_ASSERT_LAYOUT(dllm_vverify_params, update_cached, 132, 136);
 DLLM_ASSERT_LAYOUT(dllm_rows_params, num_indexed_rows, 76, 80);
 DLLM_ASSERT_LAYOUT(dllm_embed_params, reserved, 92, 96);
@@ -360,7 +458,7 @@ DLLM_ASSERT_LAYOUT(dllm_norm_params, eps, 84, 88);
 DLLM_ASSERT_LAYOUT(dllm_rope_params, reserved, 116, 120);
 DLLM_ASSERT_LAYOUT(dllm_swiglu_params, reserved, 60, 64);
 DLLM_ASSERT_LAYOUT(dllm_segment, reserved1, 56, 64);
-DLLM_ASSERT_LAYOUT(dllm_attention_params, num_tile_indices, 324, 328);
+DLLM_ASSERT_LAYOUT(dllm_attention_params, reserved, 332, 336);
 DLLM_ASSERT_LAYOUT(dllm_merge_params, dtype, 100, 104);
 DLLM_ASSERT_LAYOUT(dllm_roof_params, bytes, 24, 32);
 

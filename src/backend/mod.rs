@@ -1,17 +1,61 @@
-//! What the transformer needs of a device. [`cpu`] is the one implementation so far; a CUDA one goes beside it.
+//! What the transformer needs of a device, and the two that there are: [`cpu`] and `cuda`.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 use crate::error::Result;
+use crate::oracle::unmask::{Group, Unmask, Verdict};
 pub use crate::oracle::{Heads, Span};
 use crate::tensor::Tensor;
 
-use crate::oracle::unmask::{Group, Unmask, Verdict};
+/// How large the passes of a session get.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Needs {
+    /// Rows of the largest pass.
+    pub rows: usize,
+    /// Rows whose logits are asked for, at most.
+    pub scored: usize,
+    /// Spans of a pass, at most.
+    pub spans: usize,
+    /// Positions of the longest sequence.
+    pub longest: usize,
+    /// Tokens of all sequences, and one more.
+    pub tokens: usize,
+    /// Heads.
+    pub heads: Heads,
+}
+
+/// What the launches of a pass are sized for: at least what is there. A device replays the same launches for passes of the
+/// same room.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Room {
+    /// Rows.
+    pub rows: usize,
+    /// Rows of one span.
+    pub longest: usize,
+    /// Rows whose logits are asked for.
+    pub scored: usize,
+}
+
+/// Where the rows of a pass stand.
+#[derive(Clone, Copy, Debug)]
+pub struct Placement<'a> {
+    /// Whose rows they are, one span after the other.
+    pub spans: &'a [Span],
+    /// For each row the index of its token in what [`Backend::write_tokens`] took.
+    pub tokens: &'a [usize],
+    /// Rows whose logits are asked for.
+    pub scored: &'a [usize],
+    /// What launches are sized for.
+    pub room: Room,
+}
 
 /// A device that holds weights and activations and runs the ops of a layer.
 ///
 /// A `Buffer` is a matrix of activations `[rows, width]`, row-major, in the backend's own element type; the rows of a
-/// pass are the spans' rows, one after the other. Ops take the number of rows in use; buffers may be longer.
+/// pass are the spans' rows, one after the other. Ops take the number of rows in use; buffers may be longer. Ops on a GPU
+/// return before the work is done, allocate nothing and may be captured into a graph, but for `write_tokens`, `place` and `read`.
 pub trait Backend {
     /// Activations.
     type Buffer;
@@ -21,18 +65,30 @@ pub trait Backend {
     type Vector;
     /// Keys (rotated) and values `[layers, positions, kv_width]` of all sequences.
     type Cache;
+    /// A [`Placement`] as the device has it.
+    type Rows;
 
     /// Stacks matrices `[rows_i, in]` (and biases `[rows_i]`, or none) into one.
     fn matrix(&self, parts: Vec<Tensor>, biases: Vec<Tensor>) -> Result<Self::Matrix>;
     /// A vector.
     fn vector(&self, tensor: Tensor) -> Result<Self::Vector>;
+    /// Gets ready for passes of these sizes. `theta` is the base of the rotary embedding.
+    fn prepare(&mut self, needs: &Needs, theta: f32) -> Result<()>;
     /// A buffer of `rows x width`.
     fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer>;
+    /// A buffer for logits.
+    fn logits(&self, rows: usize, vocab_size: usize) -> Result<Self::Buffer>;
     /// A cache; its contents are unspecified.
     fn cache(&self, layers: usize, positions: usize, kv_width: usize) -> Result<Self::Cache>;
+    /// Room for placements of these sizes.
+    fn rows(&self, needs: &Needs) -> Result<Self::Rows>;
 
-    /// `out[i] = table[tokens[i]]`
-    fn embed(&mut self, table: &Self::Matrix, tokens: &[u32], out: &mut Self::Buffer);
+    /// Takes over the tokens that rows are embedded from.
+    fn write_tokens(&mut self, tokens: &[u32]) -> Result<()>;
+    /// Takes over where the rows of a pass stand.
+    fn place(&mut self, rows: &mut Self::Rows, placement: &Placement) -> Result<()>;
+    /// `out[i] = table[token of row i]`
+    fn embed(&mut self, table: &Self::Matrix, rows: &Self::Rows, out: &mut Self::Buffer) -> Result<()>;
     /// `x += delta` (if any), then `out = x / rms(x) * weight`.
     fn add_norm(
         &mut self,
@@ -42,32 +98,37 @@ pub trait Backend {
         eps: f32,
         out: &mut Self::Buffer,
         rows: usize,
-    );
+    ) -> Result<()>;
     /// `out = x w^T + bias`
-    fn linear(&mut self, x: &Self::Buffer, w: &Self::Matrix, out: &mut Self::Buffer, rows: usize);
+    fn linear(&mut self, x: &Self::Buffer, w: &Self::Matrix, out: &mut Self::Buffer, rows: usize) -> Result<()>;
     /// Rotates the queries and keys of `qkv` by their positions and, given a cache, leaves keys and values there.
     fn rope(
         &mut self,
         qkv: &mut Self::Buffer,
         heads: Heads,
-        spans: &[Span],
-        theta: f32,
+        rows: &Self::Rows,
         store: Option<(&mut Self::Cache, usize)>,
-    );
+    ) -> Result<()>;
     /// Bidirectional attention of the rows over their own keys and values and, given a cache, those that it holds for
     /// the positions before and after each span.
     fn attention(
         &mut self,
         qkv: &Self::Buffer,
         heads: Heads,
-        spans: &[Span],
+        rows: &Self::Rows,
         reuse: Option<(&Self::Cache, usize)>,
         out: &mut Self::Buffer,
-    );
+    ) -> Result<()>;
     /// `out = silu(gate) * up` of rows `[gate | up]`.
-    fn swiglu(&mut self, gate_up: &Self::Buffer, width: usize, out: &mut Self::Buffer, rows: usize);
-    /// `out[i] = x[index[i]]`
-    fn gather(&mut self, x: &Self::Buffer, index: &[usize], width: usize, out: &mut Self::Buffer);
+    fn swiglu(&mut self, gate_up: &Self::Buffer, width: usize, out: &mut Self::Buffer, rows: usize) -> Result<()>;
+    /// `out[i] = x[row i of those whose logits are asked for]`
+    fn gather(&mut self, x: &Self::Buffer, rows: &Self::Rows, width: usize, out: &mut Self::Buffer) -> Result<()>;
+    /// The first `rows * width` elements as f32, for observers and tests. Waits for the device.
+    fn read(&self, buffer: &Self::Buffer, rows: usize, width: usize) -> Result<Vec<f32>>;
+}
+
+/// A backend that hands logits to the host's arithmetic.
+pub trait HostUnmask: Backend {
     /// From logits `[candidates, vocab]` (with guidance `[2 * candidates, vocab]`, the unconditional rows last) to a
     /// token and a confidence for each candidate, and whether its group's selection commits it. The logits are used
     /// up.
@@ -78,6 +139,4 @@ pub trait Backend {
         groups: &[Group],
         unmask: &Unmask,
     ) -> Result<Vec<Verdict>>;
-    /// The first `rows * width` elements as f32, for observers and tests.
-    fn read(&self, buffer: &Self::Buffer, rows: usize, width: usize) -> Vec<f32>;
 }

@@ -1,12 +1,13 @@
-//! The decoding loops: one function per rule of the originals.
+//! The decoding loops: one function per rule of the originals says which passes there are; `Decoder::run` runs them.
 
 use super::observer::Observer;
 use super::options::{Options, Policy, Rule};
-use super::schedule::{DreamSchedule, llada_quota};
+use super::schedule::DreamSchedule;
 use super::state::{Sequence, State, Turn};
+use super::stretch::{From, Stage, Stretch};
 use crate::cache::{BlockPlan, PassKind};
 use crate::error::Result;
-use crate::model::{Config, Network, Pass};
+use crate::model::{Config, Course, CourseSequence, CourseStage, Network, Pass, Schedule};
 use crate::oracle::unmask::{Group, Selection};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -69,16 +70,11 @@ impl Decoder<'_> {
     /// LLaDA's own loop: every block has `steps / blocks` forwards, fewer where it is complete before.
     fn llada(&mut self) -> Result<()> {
         let steps = self.state.options.steps() / self.state.blocks();
+        let stage = Stage { pass: PassKind::Full, from: From::Start, first_only: false };
         for block in 0..self.state.blocks() {
-            let masked = self.state.each(|d, s| d.masks(s, d.block(s, block)).len());
-            for i in 0..steps {
-                let quota = |s: usize| Selection::Quota(llada_quota(masked[s], steps, i));
-                let turns = self.state.turns(block, |d, s| d.turn(s, block, 0, quota(s)));
-                if !self.pass(PassKind::Full, block, turns)? {
-                    break;
-                }
-            }
-            self.block_done(block);
+            let stretch =
+                Stretch { block: Some(block), stages: [stage; 2], schedule: Schedule::Llada { steps }, steps };
+            self.run(block, &stretch)?;
         }
         Ok(())
     }
@@ -87,114 +83,164 @@ impl Decoder<'_> {
     /// the cache), the others what the cache mode asks for.
     fn fast_llada(&mut self) -> Result<()> {
         let steps = self.state.options.steps() / self.state.blocks();
+        let schedule = match self.state.options.policy {
+            Policy::Fixed => Schedule::Llada { steps },
+            _ => Schedule::None,
+        };
+        let stage = |pass| Stage { pass, from: From::Window, first_only: false };
+        let stages = [stage(PassKind::Full), stage(self.state.options.cache.block_pass())];
         for block in 0..self.state.blocks() {
-            let masked = self.state.each(|d, s| d.masks(s, d.block(s, block)).len());
-            let mut pass = PassKind::Full;
-            for i in 0.. {
-                let turns = self.state.turns(block, |d, s| {
-                    // Past its end (masks in the prompt have used some of it up) the schedule goes on by ones.
-                    let selection = d.selection(|| if i < steps { llada_quota(masked[s], steps, i) } else { 1 });
-                    let start = pass.window(&d.block(s, block), d.tokens[s].len()).start;
-                    d.turn(s, block, start, selection)
-                });
-                if !self.pass(pass, block, turns)? {
-                    break;
-                }
-                pass = self.state.options.cache.block_pass();
-            }
-            self.block_done(block);
+            let schedule = schedule.clone();
+            self.run(block, &Stretch { block: Some(block), stages, schedule, steps: usize::MAX })?;
         }
         Ok(())
     }
 
     /// Dream's own loop: all positions at once.
     fn dream(&mut self) -> Result<()> {
-        let schedule = DreamSchedule::new(self.state.options.steps(), self.state.options.eps);
-        for i in 0..self.state.options.steps() {
-            let turns =
-                self.state.turns_anywhere(|d, s, masked| d.turn(s, 0, 0, Selection::Quota(schedule.quota(i, masked))));
-            if !self.pass(PassKind::Full, 0, turns)? {
-                break;
-            }
-        }
-        self.block_done(0);
-        Ok(())
+        let steps = self.state.options.steps();
+        let schedule = Schedule::Dream(DreamSchedule::new(steps, self.state.options.eps).ratios());
+        let stage = Stage { pass: PassKind::Full, from: From::Start, first_only: false };
+        self.run(0, &Stretch { block: None, stages: [stage; 2], schedule, steps })
     }
 
     /// Fast-dLLM's threshold for Dream without blocks: each step looks at `masks / steps` positions and at those that
     /// earlier steps rejected; what is left after the last step gets further steps.
     fn dream_threshold(&mut self) -> Result<()> {
-        struct Deficit {
-            steps: usize,
-            per_step: usize,
-            left: usize,
-        }
-        let Policy::Threshold(threshold) = self.state.options.policy else { return Ok(()) };
-        let threshold = f64::from(threshold as f32);
-        let mut deficits = self.state.each(|d, s| {
-            let masked = d.masks(s, 0..d.tokens[s].len()).len();
-            let steps = d.options.steps.unwrap_or(masked);
-            Deficit { steps, per_step: masked / steps, left: 0 }
-        });
-        for i in 0.. {
-            let before: Vec<usize> = self.state.each(|d, s| d.masks(s, 0..d.tokens[s].len()).len());
-            let among: Vec<usize> =
-                deficits.iter().zip(&before).map(|(d, masked)| (d.per_step + d.left).min(*masked)).collect();
-            let turns = self.state.turns_anywhere(|d, s, _| {
-                let selection = Selection::ThresholdAmong { threshold, among: among[s] };
-                (i < deficits[s].steps).then(|| d.turn(s, 0, 0, selection)).flatten()
-            });
-            if !self.pass(PassKind::Full, 0, turns)? {
-                break;
-            }
-            for (s, deficit) in deficits.iter_mut().enumerate() {
-                let committed = before[s] - self.state.masks(s, 0..self.state.tokens[s].len()).len();
-                deficit.left = among[s] - committed;
-                if i + 1 >= deficit.steps && deficit.left > 0 {
-                    deficit.steps += 1;
-                    deficit.per_step = 0;
-                }
-            }
-        }
-        self.block_done(0);
-        Ok(())
+        let stage = Stage { pass: PassKind::Full, from: From::Start, first_only: false };
+        self.run(0, &Stretch { block: None, stages: [stage; 2], schedule: Schedule::Among, steps: usize::MAX })
     }
 
     /// Fast-dLLM's block loop for Dream. A window has no logits for its own first position (they stand one before it),
     /// so the first forward of a block commits that position, and nothing else.
     fn dream_block(&mut self) -> Result<()> {
         let steps = self.state.options.steps() / self.state.blocks();
-        let schedule = DreamSchedule::new(steps.max(1), self.state.options.eps);
+        let schedule = match self.state.options.policy {
+            Policy::Fixed => Schedule::Dream(DreamSchedule::new(steps.max(1), self.state.options.eps).ratios()),
+            _ => Schedule::None,
+        };
+        let first = Stage { pass: PassKind::Full, from: From::Block, first_only: true };
+        let rest = Stage { pass: self.state.options.cache.block_pass(), from: From::Block, first_only: false };
         for block in 0..self.state.blocks() {
-            let observed = self.observer.wants_steps();
-            let turns = self.state.turns(block, |d, s| {
-                let range = d.block(s, block);
-                let first = range.start + 1;
-                let candidates = if observed { range.clone() } else { range.start..first };
-                let selection = Selection::Quota(1);
-                Some(Turn { sequence: s, block: range, candidates, commit_before: first, selection })
-            });
-            self.pass(PassKind::Full, block, turns)?;
-            let pass = self.state.options.cache.block_pass();
-            for i in 1.. {
-                let turns = self.state.turns(block, |d, s| {
-                    let masked = d.masks(s, d.block(s, block)).len();
-                    let selection = d.selection(|| schedule.quota(i, masked));
-                    d.turn(s, block, d.block(s, block).start, selection)
-                });
-                if !self.pass(pass, block, turns)? {
-                    break;
-                }
-            }
-            self.block_done(block);
+            let schedule = schedule.clone();
+            let stretch = Stretch { block: Some(block), stages: [first, rest], schedule, steps: usize::MAX };
+            self.run(block, &stretch)?;
         }
         Ok(())
     }
 
+    /// Runs the passes of a stretch: on a network that does so by itself, or pass by pass.
+    fn run(&mut self, block: usize, stretch: &Stretch) -> Result<()> {
+        if self.interrupted() {
+            return Ok(());
+        }
+        if !self.observer.wants_steps() && self.network.autonomous().is_some() {
+            self.run_on_device(stretch)?;
+        } else {
+            let mut courses = self.state.each(|d, s| stretch.course(d, s));
+            for i in 0.. {
+                let stage = stretch.stages[i.min(1)];
+                let turns = self.turns(stretch, &courses, i);
+                let quotas = self.state.each(|d, s| stretch.quota(d, s, &courses[s], i));
+                let masks = self.state.each(|d, s| d.masks(s, courses[s].reach.clone()).len());
+                if !self.pass(stage.pass, block, turns)? {
+                    break;
+                }
+                for (s, course) in courses.iter_mut().enumerate() {
+                    let committed = masks[s] - self.state.masks(s, course.reach.clone()).len();
+                    stretch.after(course, i, quotas[s], committed);
+                }
+            }
+        }
+        self.block_done(block);
+        Ok(())
+    }
+
+    /// What the sequences that still have something to do in a stretch do in its pass `i`.
+    fn turns(&self, stretch: &Stretch, courses: &[CourseSequence], i: usize) -> Vec<Turn> {
+        let stage = stretch.stages[i.min(1)];
+        let observed = self.observer.wants_steps();
+        let turn = |s: usize| {
+            let (state, course) = (&self.state, &courses[s]);
+            let open = state.sequences[s].ended.is_none() && !state.masks(s, course.open.clone()).is_empty();
+            (open && i < course.limit).then(|| Turn {
+                sequence: s,
+                block: state.block(s, stretch.block.unwrap_or(0)),
+                candidates: stage.candidates(state, s, &course.open, observed),
+                commit_before: stage.commit_before(&course.open),
+                selection: match stage.first_only {
+                    true => Selection::Quota(1),
+                    false => state.selection(stretch.quota(state, s, course, i)),
+                },
+            })
+        };
+        (0..self.state.sequences.len()).filter_map(turn).collect()
+    }
+
+    /// The same on a network that needs to be told only once.
+    fn run_on_device(&mut self, stretch: &Stretch) -> Result<()> {
+        let state = &self.state;
+        let mut sequences = state.each(|d, s| stretch.course(d, s));
+        let turns = self.turns(stretch, &sequences, 0);
+        for turn in &turns {
+            let course = &mut sequences[turn.sequence];
+            course.active = true;
+            course.first_commit_before = turn.commit_before;
+            course.first_quota = match stretch.stages[0].first_only {
+                true => 1,
+                false => stretch.quota(state, turn.sequence, course, 0),
+            };
+        }
+        if turns.is_empty() {
+            return Ok(());
+        }
+        let parts = stretch.stages.each_ref().map(|stage| {
+            let window = |t: &Turn| (t.sequence, stage.pass.window(&t.block, state.tokens[t.sequence].len()));
+            let candidates = |t: &Turn| {
+                let range = stage.candidates(state, t.sequence, &sequences[t.sequence].open, false);
+                (t.sequence, state.masks(t.sequence, range))
+            };
+            let plan = BlockPlan { mode: state.options.cache, pass: stage.pass };
+            let windows: Vec<_> = turns.iter().map(window).collect();
+            (plan, windows, turns.iter().map(candidates).collect::<Vec<_>>())
+        });
+        let course = Course {
+            stages: parts.each_ref().map(|(plan, windows, candidates)| CourseStage {
+                plan,
+                windows,
+                candidates,
+                shrinks: plan.pass == PassKind::Suffix,
+            }),
+            one_stage: stretch.stages[0] == stretch.stages[1],
+            schedule: &stretch.schedule,
+            selection: state.selection(0),
+            sequences: &sequences,
+            unmask: &state.unmask,
+            end_tokens: if state.options.early_stop { &state.end_tokens } else { &[] },
+        };
+        let go_on = || !self.interrupt.is_some_and(|flag| flag.load(Ordering::Relaxed));
+        let Some(network) = self.network.autonomous() else { return Ok(()) };
+        let mut tokens = state.tokens.clone();
+        let ran = network.run(&mut tokens, &course, &go_on)?;
+        let state = &mut self.state;
+        state.tokens = tokens;
+        state.nfe += ran.passes;
+        self.interrupted |= ran.interrupted;
+        for (s, forwards) in ran.forwards.into_iter().enumerate() {
+            state.sequences[s].step = forwards;
+            state.check_end(s);
+        }
+        Ok(())
+    }
+
+    fn interrupted(&mut self) -> bool {
+        self.interrupted |= self.interrupt.is_some_and(|flag| flag.load(Ordering::Relaxed));
+        self.interrupted
+    }
+
     /// One forward, and what it commits. False when there was nothing to do, or the decode is interrupted.
     fn pass(&mut self, kind: PassKind, block: usize, turns: Vec<Turn>) -> Result<bool> {
-        self.interrupted |= self.interrupt.is_some_and(|flag| flag.load(Ordering::Relaxed));
-        if turns.is_empty() || self.interrupted {
+        if turns.is_empty() || self.interrupted() {
             return Ok(false);
         }
         let state = &self.state;

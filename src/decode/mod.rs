@@ -6,6 +6,7 @@ mod observer;
 mod options;
 pub mod schedule;
 mod state;
+mod stretch;
 pub mod trace;
 
 pub use generate::{Decoded, decode};

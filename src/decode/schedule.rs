@@ -31,11 +31,21 @@ impl DreamSchedule {
         &self.timesteps
     }
 
+    /// The share of each step, `1 - t[i + 1] / t[i]`.
+    pub fn ratios(&self) -> Vec<f32> {
+        self.timesteps.windows(2).map(|pair| 1.0 - pair[1] / pair[0]).collect()
+    }
+
     /// How many of `masked` tokens step `i` commits; all of them from the last step on.
     pub fn quota(&self, i: usize, masked: usize) -> usize {
-        match self.timesteps.get(i..i + 2) {
-            Some([t, s]) if i + 2 < self.timesteps.len() => (masked as f32 * (1.0 - s / t)) as usize,
-            _ => masked,
-        }
+        dream_quota(&self.ratios(), i, masked)
+    }
+}
+
+/// The same, by the shares of the steps.
+pub(super) fn dream_quota(ratios: &[f32], i: usize, masked: usize) -> usize {
+    match ratios.get(i) {
+        Some(ratio) if i + 1 < ratios.len() => (masked as f32 * ratio) as usize,
+        _ => masked,
     }
 }

@@ -58,38 +58,20 @@ impl State<'_> {
         range.filter(|p| self.tokens[sequence][*p] == self.mask).collect()
     }
 
-    /// The policy's selection; `quota` is asked under a fixed schedule.
-    pub fn selection(&self, quota: impl Fn() -> usize) -> Selection {
+    /// The policy's selection.
+    pub fn selection(&self, quota: usize) -> Selection {
         match self.options.policy {
-            Policy::Fixed => Selection::Quota(quota()),
+            Policy::Fixed => Selection::Quota(quota),
             // Where confidences are f32, the original compares them with the threshold as f32.
-            Policy::Threshold(t) if self.unmask.f32_confidence => Selection::Threshold(f64::from(t as f32)),
-            Policy::Threshold(t) => Selection::Threshold(t),
+            Policy::Threshold(t) => {
+                let threshold = if self.unmask.f32_confidence { f64::from(t as f32) } else { t };
+                match quota {
+                    usize::MAX => Selection::Threshold(threshold),
+                    among => Selection::ThresholdAmong { threshold, among },
+                }
+            }
             Policy::Factor(f) => Selection::Factor(f),
         }
-    }
-
-    /// A turn with the masks from `start` to the end of the block as candidates.
-    pub fn turn(&self, sequence: usize, block: usize, start: usize, selection: Selection) -> Option<Turn> {
-        let block = self.block(sequence, block);
-        let candidates = start..block.end;
-        Some(Turn { sequence, block, candidates, commit_before: usize::MAX, selection })
-    }
-
-    /// Turns of the sequences that still have masks in the block.
-    pub fn turns(&self, block: usize, turn: impl Fn(&Self, usize) -> Option<Turn>) -> Vec<Turn> {
-        let open = |s: &usize| self.sequences[*s].ended.is_none() && !self.masks(*s, self.block(*s, block)).is_empty();
-        (0..self.sequences.len()).filter(open).filter_map(|s| turn(self, s)).collect()
-    }
-
-    /// Turns of the sequences that still have masks anywhere, over all their positions; told how many.
-    pub fn turns_anywhere(&self, turn: impl Fn(&Self, usize, usize) -> Option<Turn>) -> Vec<Turn> {
-        let open = |s: usize| {
-            let masked = self.masks(s, 0..self.tokens[s].len()).len();
-            (self.sequences[s].ended.is_none() && masked > 0).then_some((s, masked))
-        };
-        let turns = (0..self.sequences.len()).filter_map(open).filter_map(|(s, masked)| turn(self, s, masked));
-        turns.map(|t| Turn { candidates: 0..self.tokens[t.sequence].len(), ..t }).collect()
     }
 
     /// Ends a sequence, if asked to, where an end-of-text token stands with no mask before it.

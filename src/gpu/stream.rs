@@ -1,7 +1,7 @@
 use super::{Buffer, Device, DriverResult};
 use crate::error::{Error, Result};
 use bytemuck::Pod;
-use cudarc::driver::{CudaGraph, CudaStream, sys};
+use cudarc::driver::{CudaEvent, CudaGraph, CudaStream, sys};
 use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
@@ -79,6 +79,12 @@ impl Stream {
         }
     }
 
+    /// A mark in the stream: it has come to pass when all work put in so far is done.
+    pub(crate) fn record(&self) -> Result<Event> {
+        let event = self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)).of("cuEventRecord")?;
+        Ok(Event { event, stream: self.clone() })
+    }
+
     /// Milliseconds that the device takes for what `work` puts into this stream, by its own clock; waits for it.
     pub fn time_ms(&self, work: impl FnOnce() -> Result<()>) -> Result<f32> {
         let record = || self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).of("cuEventRecord");
@@ -139,6 +145,24 @@ impl PartialEq for Stream {
 impl fmt::Debug for Stream {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.debug_struct("Stream").field("device", &self.device).finish_non_exhaustive()
+    }
+}
+
+/// A mark in a stream.
+pub(crate) struct Event {
+    event: CudaEvent,
+    stream: Stream,
+}
+
+impl Event {
+    /// Waits until it has come to pass, if it has not yet.
+    pub fn wait(&self) -> Result<()> {
+        self.stream.device.bind()?;
+        // SAFETY: the event is there.
+        match unsafe { sys::cuEventQuery(self.event.cu_event()) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => self.event.synchronize().of("cuEventSynchronize"),
+            done => done.result().of("cuEventQuery"),
+        }
     }
 }
 

@@ -241,6 +241,12 @@ impl Config {
         self.num_kv_heads * self.head_dim
     }
 
+    /// Counts and width of its heads.
+    pub fn heads(&self) -> crate::oracle::Heads {
+        let Config { num_heads, num_kv_heads, head_dim, .. } = *self;
+        crate::oracle::Heads { num_heads, num_kv_heads, head_dim }
+    }
+
     /// Width of all query heads together.
     pub fn q_width(&self) -> usize {
         self.num_heads * self.head_dim

@@ -1,16 +1,17 @@
 //! One forward pass, from tokens to logits of the rows that are asked for.
 
 use super::config::{Config, Family};
+use super::course::Autonomous;
 use super::names::Names;
 use super::weights::Weights;
-use crate::backend::{Backend, Heads, Span};
+use crate::backend::{Backend, HostUnmask, Needs, Placement, Room, Span};
 use crate::error::Result;
 use crate::oracle::unmask::{Group, Unmask, Verdict};
 use crate::tensor::Tensor;
 use std::ops::Range;
 
 /// What a layer does with the key/value cache during a pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LayerPlan {
     /// Attend to cached keys and values outside the rows of the pass.
     pub reuse: bool,
@@ -22,6 +23,13 @@ pub struct LayerPlan {
 pub trait CachePlan {
     /// What layer `layer` does.
     fn layer(&self, layer: usize) -> LayerPlan;
+}
+
+/// A plan written down.
+impl CachePlan for Vec<LayerPlan> {
+    fn layer(&self, layer: usize) -> LayerPlan {
+        self[layer]
+    }
 }
 
 /// One forward pass and the decision that follows it.
@@ -41,6 +49,17 @@ pub trait Network {
     /// Runs the pass over `tokens` (one vector per sequence, prompt and generation) and returns a verdict per candidate,
     /// group after group. Tokens are not changed.
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>>;
+
+    /// The same network, if it can run whole courses by itself.
+    fn autonomous(&mut self) -> Option<&mut dyn Autonomous> {
+        None
+    }
+
+    /// Kernels and products of one layer of a recorded pass, where passes are recorded as graphs and one was: the one of
+    /// fewest rows, a block's.
+    fn launches_per_layer(&self) -> Result<Option<usize>> {
+        Ok(None)
+    }
 }
 
 /// Weights of one layer; Q, K and V stacked, gate and up stacked.
@@ -64,6 +83,11 @@ pub struct Transformer<B: Backend> {
 }
 
 impl<B: Backend> Transformer<B> {
+    /// Sizes and constants.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
     /// Takes the tensors that `config` calls for from `weights`.
     ///
     /// # Errors
@@ -113,6 +137,10 @@ pub struct Sizes {
     pub cached: bool,
     /// Whether each sequence has an unconditional twin (classifier-free guidance).
     pub guided: bool,
+    /// Steps of a schedule by shares, if there is one: [`super::Schedule::Dream`].
+    pub ratios: usize,
+    /// Tokens that end a sequence early.
+    pub end_tokens: usize,
 }
 
 /// Bytes that a decode takes besides the mapped weights (f32 activations).
@@ -147,6 +175,34 @@ impl Sizes {
     /// Positions of the longest sequence.
     pub(crate) fn longest(&self) -> usize {
         self.prompt_lens.iter().max().unwrap_or(&0) + self.gen_length
+    }
+
+    /// The same, as a backend wants to know it.
+    pub(super) fn needs(&self, config: &Config) -> Needs {
+        let positions: usize = self.prompt_lens.iter().map(|p| p + self.gen_length).sum();
+        Needs {
+            rows: self.rows(),
+            scored: self.candidates * self.twins(),
+            spans: self.prompt_lens.len() * self.twins(),
+            longest: self.longest(),
+            tokens: positions + 1,
+            heads: config.heads(),
+        }
+    }
+
+    /// Elements of keys and values; of activations; of logits.
+    #[cfg(feature = "cuda")]
+    pub(super) fn elements(&self, config: &Config) -> [usize; 3] {
+        let (rows, scored, widths) = (self.rows(), self.candidates * self.twins(), Widths::of(config));
+        let cache = if self.cached { 2 * config.num_layers * rows * config.kv_width() } else { 0 };
+        [cache, rows * widths.row() + scored * widths.scored_row(), scored * config.vocab_size]
+    }
+
+    /// What a session of these sizes allocates on a CUDA device with so many multiprocessors, besides the weights.
+    #[cfg(feature = "cuda")]
+    pub fn device_memory(&self, config: &Config, multiprocessors: usize) -> Result<Memory> {
+        let [cache, workspace] = super::resident::memory(self, config, multiprocessors)?;
+        Ok(Memory { cache, workspace, scratch: 0 })
     }
 
     /// What a CPU session of these sizes allocates with `threads` threads.
@@ -209,20 +265,30 @@ struct Buffers<B: Backend> {
     cache: Option<B::Cache>,
 }
 
+/// Where the rows of a pass stand, and what its launches are sized for.
+struct Slot<B: Backend> {
+    rows: B::Rows,
+    room: Room,
+}
+
 /// A model, a device, and the buffers and cache of one decode.
 pub struct Session<'m, B: Backend> {
     transformer: &'m Transformer<B>,
-    backend: B,
+    pub(super) backend: B,
     sizes: Sizes,
     buffers: Buffers<B>,
+    /// Two, so that one pass can follow another without waiting for the host: the first of a block, and the rest.
+    slots: [Slot<B>; 2],
 }
 
 impl<'m, B: Backend> Session<'m, B> {
     /// Allocates for a decode of these sizes.
-    pub fn new(transformer: &'m Transformer<B>, backend: B, sizes: Sizes) -> Result<Self> {
+    pub fn new(transformer: &'m Transformer<B>, mut backend: B, sizes: Sizes) -> Result<Self> {
         let config = &transformer.config;
         let widths = Widths::of(config);
-        let (rows, scored) = (sizes.rows(), sizes.candidates * sizes.twins());
+        let needs = sizes.needs(config);
+        backend.prepare(&needs, config.rope_theta)?;
+        let Needs { rows, scored, .. } = needs;
         let buffers = Buffers {
             x: backend.buffer(rows, widths.d)?,
             normed: backend.buffer(rows, widths.d)?,
@@ -233,13 +299,31 @@ impl<'m, B: Backend> Session<'m, B> {
             act: backend.buffer(rows, widths.mlp)?,
             scored_x: backend.buffer(scored, widths.d)?,
             scored_attn: backend.buffer(scored, widths.q)?,
-            logits: backend.buffer(scored, config.vocab_size)?,
+            logits: backend.logits(scored, config.vocab_size)?,
             cache: match sizes.cached {
                 true => Some(backend.cache(config.num_layers, rows, config.kv_width())?),
                 false => None,
             },
         };
-        Ok(Session { transformer, backend, sizes, buffers })
+        let slot = || -> Result<Slot<B>> { Ok(Slot { rows: backend.rows(&needs)?, room: Room::default() }) };
+        let slots = [slot()?, slot()?];
+        Ok(Session { transformer, backend, sizes, buffers, slots })
+    }
+
+    /// Sizes and constants of the model.
+    #[cfg(feature = "cuda")]
+    pub(super) fn config(&self) -> &'m Config {
+        &self.transformer.config
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(super) fn num_layers(&self) -> usize {
+        self.transformer.layers.len()
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(super) fn guided(&self) -> bool {
+        self.sizes.guided
     }
 
     /// The cache, when the session keeps one.
@@ -247,36 +331,164 @@ impl<'m, B: Backend> Session<'m, B> {
         self.buffers.cache.as_ref()
     }
 
-    /// The spans of a pass and the tokens of their rows; unconditional twins, with their prompts masked, come last.
-    fn rows(&self, tokens: &[Vec<u32>], windows: &[(usize, Range<usize>)]) -> (Vec<Span>, Vec<u32>) {
-        let mask = self.transformer.config.mask_token_id;
+    /// The tokens of all sequences one after the other, and a mask token behind them: what rows are embedded from.
+    pub(super) fn flat(&self, tokens: &[Vec<u32>]) -> Vec<u32> {
+        tokens.iter().flatten().copied().chain([self.transformer.config.mask_token_id]).collect()
+    }
+
+    /// The spans of a pass, and for each row the index of its token among the flat ones; unconditional twins, with their
+    /// prompts masked, come last.
+    fn rows(&self, windows: &[(usize, Range<usize>)]) -> (Vec<Span>, Vec<usize>) {
         let sequences = self.sizes.prompt_lens.len();
         let length = |sequence: usize| self.sizes.prompt_lens[sequence] + self.sizes.gen_length;
-        let positions: usize = (0..sequences).map(length).sum();
-        let (mut spans, mut ids) = (Vec::new(), Vec::new());
+        let positions = self.first_token(sequences);
+        let (mut spans, mut tokens) = (Vec::new(), Vec::new());
         for twin in 0..self.sizes.twins() {
             for (sequence, window) in windows {
+                let base = self.first_token(*sequence);
                 spans.push(Span {
                     sequence: twin * sequences + sequence,
                     start: window.start,
                     end: window.end,
                     len: length(*sequence),
-                    cache_base: twin * positions + (0..*sequence).map(length).sum::<usize>(),
+                    cache_base: twin * positions + base,
                 });
                 let prompt = self.sizes.prompt_lens[*sequence];
-                ids.extend(window.clone().map(|position| match twin == 1 && position < prompt {
-                    true => mask,
-                    false => tokens[*sequence][position],
+                tokens.extend(window.clone().map(|position| match twin == 1 && position < prompt {
+                    true => positions,
+                    false => base + position,
                 }));
             }
         }
-        (spans, ids)
+        (spans, tokens)
     }
 
-    /// Runs the layers and the head. The logits of row `index[i]` of the pass become row `i` of the logits buffer.
+    /// Where the tokens of a sequence begin among the flat ones.
+    pub(super) fn first_token(&self, sequence: usize) -> usize {
+        self.sizes.prompt_lens[..sequence].iter().map(|prompt| prompt + self.sizes.gen_length).sum()
+    }
+
+    /// What launches are sized for, of passes over these windows and so many scored rows: just these rows, or with `rooms` a
+    /// multiple of that part of all rows.
+    #[cfg(feature = "cuda")]
+    pub(super) fn room(&self, windows: &[(usize, Range<usize>)], scored: usize, rooms: usize) -> Room {
+        let needs = self.sizes.needs(&self.transformer.config);
+        let rows: usize = windows.iter().map(|(_, window)| window.len()).sum::<usize>() * self.sizes.twins();
+        let longest = windows.iter().map(|(_, window)| window.len()).max().unwrap_or(0);
+        let up = |size: usize, most: usize| match rooms {
+            0 => size,
+            rooms => size.next_multiple_of(most.div_ceil(rooms).max(1)).min(most),
+        };
+        Room { rows: up(rows, needs.rows), longest: up(longest, needs.longest), scored }
+    }
+
+    /// Which rows the passes of slot `slot` run, and of which of them logits are asked for. Launches are sized for `room`, or
+    /// without one for just these rows.
     ///
-    /// `hidden`, when given, receives the residual stream after the embedding and after every layer but the last (all
-    /// rows), and then the final norm's output (rows of `index`).
+    /// # Panics
+    /// When the pass is larger than the session's [`Sizes`].
+    pub(super) fn place(
+        &mut self,
+        slot: usize,
+        windows: &[(usize, Range<usize>)],
+        scored: &[usize],
+        room: Option<Room>,
+    ) -> Result<()> {
+        let (spans, tokens) = self.rows(windows);
+        let longest = spans.iter().map(Span::rows).max().unwrap_or(0);
+        let room = room.unwrap_or(Room { rows: tokens.len(), longest, scored: scored.len() });
+        let needs = self.sizes.needs(&self.transformer.config);
+        assert!(tokens.len() <= room.rows && room.rows <= needs.rows, "{room:?} in {needs:?}");
+        assert!(scored.len() <= room.scored && room.scored <= needs.scored && longest <= room.longest, "{room:?}");
+        let slot = &mut self.slots[slot];
+        slot.room = room;
+        self.backend.place(&mut slot.rows, &Placement { spans: &spans, tokens: &tokens, scored, room })
+    }
+
+    /// Embeds the rows of the pass that slot `slot` holds; then come its layers, and the head.
+    ///
+    /// Here and there `hidden`, when given, receives the residual stream after the embedding and after every layer but the last
+    /// (all rows), and then the final norm's output (scored rows).
+    pub(super) fn embed(&mut self, slot: usize, hidden: Option<&mut Vec<Vec<f32>>>) -> Result<()> {
+        let Slot { rows: placed, room } = &self.slots[slot];
+        self.backend.embed(&self.transformer.embedding, placed, &mut self.buffers.x)?;
+        if let Some(hidden) = hidden {
+            hidden.push(self.backend.read(&self.buffers.x, room.rows, self.transformer.config.d_model)?);
+        }
+        Ok(())
+    }
+
+    /// Layers of the pass that slot `slot` holds, in their order; of the last one only what the head goes on from.
+    pub(super) fn layers(
+        &mut self,
+        slot: usize,
+        plan: &dyn CachePlan,
+        range: Range<usize>,
+        mut hidden: Option<&mut Vec<Vec<f32>>>,
+    ) -> Result<()> {
+        let Transformer { config, layers, .. } = self.transformer;
+        let heads = config.heads();
+        let Slot { rows: placed, room } = &self.slots[slot];
+        let (backend, b, rows) = (&mut self.backend, &mut self.buffers, room.rows);
+        let eps = config.rms_norm_eps;
+        for i in range {
+            let layer = &layers[i];
+            let LayerPlan { reuse, store } = plan.layer(i);
+            let delta = (i > 0).then_some(&b.delta);
+            backend.add_norm(&mut b.x, delta, &layer.attn_norm, eps, &mut b.normed, rows)?;
+            if i > 0
+                && let Some(hidden) = &mut hidden
+            {
+                hidden.push(backend.read(&b.x, rows, config.d_model)?);
+            }
+            backend.linear(&b.normed, &layer.qkv, &mut b.qkv, rows)?;
+            let cache = if store { b.cache.as_mut().map(|cache| (cache, i)) } else { None };
+            assert!(!store || cache.is_some(), "the session keeps no cache");
+            backend.rope(&mut b.qkv, heads, placed, cache)?;
+            let cache = if reuse { b.cache.as_ref().map(|cache| (cache, i)) } else { None };
+            assert!(!reuse || cache.is_some(), "the session keeps no cache");
+            backend.attention(&b.qkv, heads, placed, cache, &mut b.attn)?;
+            if i + 1 == layers.len() {
+                break; // the rest of the last layer only for the rows whose logits are asked for
+            }
+            backend.linear(&b.attn, &layer.attn_out, &mut b.delta, rows)?;
+            backend.add_norm(&mut b.x, Some(&b.delta), &layer.mlp_norm, eps, &mut b.normed, rows)?;
+            backend.linear(&b.normed, &layer.gate_up, &mut b.gate_up, rows)?;
+            backend.swiglu(&b.gate_up, config.mlp_hidden_size, &mut b.act, rows)?;
+            backend.linear(&b.act, &layer.down, &mut b.delta, rows)?;
+        }
+        Ok(())
+    }
+
+    /// The rest of the last layer, and the head: the logits of the i-th scored row become row `i` of the logits buffer.
+    pub(super) fn head(&mut self, slot: usize, hidden: Option<&mut Vec<Vec<f32>>>) -> Result<()> {
+        let Transformer { config, embedding, layers, final_norm, head } = self.transformer;
+        let Some(last) = layers.last() else { return Ok(()) };
+        let Slot { rows: placed, room } = &self.slots[slot];
+        let (backend, b, rows) = (&mut self.backend, &mut self.buffers, room.scored);
+        if rows == 0 {
+            return Ok(());
+        }
+        let eps = config.rms_norm_eps;
+        backend.gather(&b.x, placed, config.d_model, &mut b.scored_x)?;
+        backend.gather(&b.attn, placed, config.q_width(), &mut b.scored_attn)?;
+        backend.linear(&b.scored_attn, &last.attn_out, &mut b.delta, rows)?;
+        backend.add_norm(&mut b.scored_x, Some(&b.delta), &last.mlp_norm, eps, &mut b.normed, rows)?;
+        backend.linear(&b.normed, &last.gate_up, &mut b.gate_up, rows)?;
+        backend.swiglu(&b.gate_up, config.mlp_hidden_size, &mut b.act, rows)?;
+        backend.linear(&b.act, &last.down, &mut b.delta, rows)?;
+        backend.add_norm(&mut b.scored_x, Some(&b.delta), final_norm, eps, &mut b.normed, rows)?;
+        if let Some(hidden) = hidden {
+            hidden.push(backend.read(&b.normed, rows, config.d_model)?);
+        }
+        backend.linear(&b.normed, head.as_ref().unwrap_or(embedding), &mut b.logits, rows)
+    }
+
+    /// Runs one pass. The logits of row `index[i]` of it become row `i` of the logits buffer; `hidden` as in the layers above:
+    /// the residual stream after the embedding and after every layer but the last, and the final norm's output.
+    ///
+    /// # Errors
+    /// The device's; the CPU has none.
     ///
     /// # Panics
     /// When the pass is larger than the session's [`Sizes`], a token is not in the vocabulary, or a plan uses a cache that
@@ -287,83 +499,49 @@ impl<'m, B: Backend> Session<'m, B> {
         windows: &[(usize, Range<usize>)],
         plan: &dyn CachePlan,
         index: &[usize],
-        mut hidden: Option<&mut Vec<Vec<f32>>>,
-    ) {
-        let Transformer { config, embedding, layers, final_norm, head } = self.transformer;
-        let (spans, ids) = self.rows(tokens, windows);
-        let rows = ids.len();
-        let heads = Heads { num_heads: config.num_heads, num_kv_heads: config.num_kv_heads, head_dim: config.head_dim };
-        let (backend, b) = (&mut self.backend, &mut self.buffers);
-        let eps = config.rms_norm_eps;
-        backend.embed(embedding, &ids, &mut b.x);
-        if let Some(hidden) = &mut hidden {
-            hidden.push(backend.read(&b.x, rows, config.d_model));
-        }
-        let Some((last, before)) = layers.split_last() else { return };
-        for (i, layer) in layers.iter().enumerate() {
-            let LayerPlan { reuse, store } = plan.layer(i);
-            let delta = (i > 0).then_some(&b.delta);
-            backend.add_norm(&mut b.x, delta, &layer.attn_norm, eps, &mut b.normed, rows);
-            if i > 0
-                && let Some(hidden) = &mut hidden
-            {
-                hidden.push(backend.read(&b.x, rows, config.d_model));
-            }
-            backend.linear(&b.normed, &layer.qkv, &mut b.qkv, rows);
-            let cache = if store { b.cache.as_mut().map(|cache| (cache, i)) } else { None };
-            assert!(!store || cache.is_some(), "the session keeps no cache");
-            backend.rope(&mut b.qkv, heads, &spans, config.rope_theta, cache);
-            let cache = if reuse { b.cache.as_ref().map(|cache| (cache, i)) } else { None };
-            assert!(!reuse || cache.is_some(), "the session keeps no cache");
-            backend.attention(&b.qkv, heads, &spans, cache, &mut b.attn);
-            if i == before.len() {
-                break; // the rest of the last layer only for the rows whose logits are asked for
-            }
-            backend.linear(&b.attn, &layer.attn_out, &mut b.delta, rows);
-            backend.add_norm(&mut b.x, Some(&b.delta), &layer.mlp_norm, eps, &mut b.normed, rows);
-            backend.linear(&b.normed, &layer.gate_up, &mut b.gate_up, rows);
-            backend.swiglu(&b.gate_up, config.mlp_hidden_size, &mut b.act, rows);
-            backend.linear(&b.act, &layer.down, &mut b.delta, rows);
-        }
-        let rows = index.len();
-        backend.gather(&b.x, index, config.d_model, &mut b.scored_x);
-        backend.gather(&b.attn, index, config.q_width(), &mut b.scored_attn);
-        backend.linear(&b.scored_attn, &last.attn_out, &mut b.delta, rows);
-        backend.add_norm(&mut b.scored_x, Some(&b.delta), &last.mlp_norm, eps, &mut b.normed, rows);
-        backend.linear(&b.normed, &last.gate_up, &mut b.gate_up, rows);
-        backend.swiglu(&b.gate_up, config.mlp_hidden_size, &mut b.act, rows);
-        backend.linear(&b.act, &last.down, &mut b.delta, rows);
-        backend.add_norm(&mut b.scored_x, Some(&b.delta), final_norm, eps, &mut b.normed, rows);
-        if let Some(hidden) = &mut hidden {
-            hidden.push(backend.read(&b.normed, rows, config.d_model));
-        }
-        backend.linear(&b.normed, head.as_ref().unwrap_or(embedding), &mut b.logits, rows);
+        hidden: Option<&mut Vec<Vec<f32>>>,
+    ) -> Result<()> {
+        let flat = self.flat(tokens);
+        self.backend.write_tokens(&flat)?;
+        self.place(0, windows, index, None)?;
+        let mut hidden = hidden;
+        self.embed(0, hidden.as_deref_mut())?;
+        self.layers(0, plan, 0..self.transformer.layers.len(), hidden.as_deref_mut())?;
+        self.head(0, hidden)
     }
 
     /// The first `rows` rows of the logits that [`Session::forward`] left, `[rows, vocab_size]`.
-    pub fn logits(&self, rows: usize) -> Vec<f32> {
+    pub fn logits(&self, rows: usize) -> Result<Vec<f32>> {
         self.backend.read(&self.buffers.logits, rows, self.transformer.config.vocab_size)
     }
-}
 
-impl<B: Backend> Network for Session<'_, B> {
-    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
-        let config = &self.transformer.config;
-        let rows: usize = pass.windows.iter().map(|(_, window)| window.len()).sum();
+    /// The rows of a pass whose logits decide about the groups' positions; with guidance those of the twins behind them.
+    pub(super) fn scored(&self, windows: &[(usize, Range<usize>)], groups: &[(usize, &[usize])]) -> Vec<usize> {
+        let family = self.transformer.config.family;
+        let rows: usize = windows.iter().map(|(_, window)| window.len()).sum();
         let mut index = Vec::new();
         for twin in 0..self.sizes.twins() {
-            for group in pass.groups {
+            for (group, positions) in groups {
                 let mut first = twin * rows;
-                for (sequence, window) in pass.windows {
-                    if *sequence == group.sequence {
-                        index.extend(group.positions.iter().map(|p| first + source_row(config.family, window, *p)));
+                for (sequence, window) in windows {
+                    if sequence == group {
+                        index.extend(positions.iter().map(|p| first + source_row(family, window, *p)));
                     }
                     first += window.len();
                 }
             }
         }
-        self.forward(tokens, pass.windows, pass.plan, &index, None);
-        self.backend.unmask(&mut self.buffers.logits, config.vocab_size, pass.groups, pass.unmask)
+        index
+    }
+}
+
+impl<B: HostUnmask> Network for Session<'_, B> {
+    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
+        let groups: Vec<_> = pass.groups.iter().map(|group| (group.sequence, &group.positions[..])).collect();
+        let index = self.scored(pass.windows, &groups);
+        self.forward(tokens, pass.windows, pass.plan, &index, None)?;
+        let vocab_size = self.transformer.config.vocab_size;
+        self.backend.unmask(&mut self.buffers.logits, vocab_size, pass.groups, pass.unmask)
     }
 }
 
@@ -373,5 +551,13 @@ pub fn source_row(family: Family, window: &Range<usize>, position: usize) -> usi
     match family {
         Family::Llada => position - window.start,
         Family::Dream => (position - window.start).saturating_sub(1),
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Session<'_, crate::backend::cuda::Cuda> {
+    /// Where the logits lie on the device.
+    pub(super) fn logits_address(&self) -> u64 {
+        self.buffers.logits.address()
     }
 }

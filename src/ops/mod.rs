@@ -7,6 +7,7 @@
 //!
 //! All ops may be called from several threads. They know pointers and streams, no models.
 
+pub mod advance;
 pub mod attention;
 pub mod cut;
 pub mod embed;

@@ -4,6 +4,7 @@
 //! kernels. What rounds where is part of what the kernels compute, so some functions here take a rounding: they work in
 //! f64 and round where the kernel's results, in f32 or in the type of the tensors, are rounded.
 
+pub mod advance;
 pub mod attention;
 pub mod embed;
 pub mod merge;
@@ -38,7 +39,7 @@ impl Span {
 }
 
 /// Head counts and widths, in elements.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {
     /// Query heads.
     pub num_heads: usize,

@@ -14,7 +14,7 @@ pub use simd::Isa;
 #[doc(hidden)]
 pub use simd::fma_roof;
 
-use super::{Backend, Heads, Span};
+use super::{Backend, Heads, HostUnmask, Needs, Placement, Span};
 use crate::error::{Error, Result};
 use crate::oracle::unmask::{self, Group, Unmask, Verdict};
 use crate::oracle::{norm, rope};
@@ -27,6 +27,15 @@ use rayon::prelude::*;
 pub struct Cpu {
     packed: Vec<f32>,
     angles: rope::Angles,
+    tokens: Vec<u32>,
+}
+
+/// Where the rows of a pass stand.
+#[derive(Debug, Default)]
+pub struct Rows {
+    spans: Vec<Span>,
+    tokens: Vec<usize>,
+    scored: Vec<usize>,
 }
 
 /// Keys and values `[layers, positions, width]`.
@@ -78,6 +87,7 @@ impl Backend for Cpu {
     type Matrix = Matrix;
     type Vector = Vec<f32>;
     type Cache = KvCache;
+    type Rows = Rows;
 
     fn matrix(&self, parts: Vec<Tensor>, biases: Vec<Tensor>) -> Result<Matrix> {
         Ok(Matrix::new(parts, biases.iter().flat_map(Tensor::to_f32).collect()))
@@ -87,8 +97,17 @@ impl Backend for Cpu {
         Ok(tensor.to_f32())
     }
 
+    fn prepare(&mut self, needs: &Needs, theta: f32) -> Result<()> {
+        self.angles.extend(theta, needs.heads.head_dim, needs.longest);
+        Ok(())
+    }
+
     fn buffer(&self, rows: usize, width: usize) -> Result<Vec<f32>> {
         zeroed("activations", &[rows, width])
+    }
+
+    fn logits(&self, rows: usize, vocab_size: usize) -> Result<Vec<f32>> {
+        zeroed("logits", &[rows, vocab_size])
     }
 
     fn cache(&self, layers: usize, positions: usize, width: usize) -> Result<KvCache> {
@@ -97,10 +116,27 @@ impl Backend for Cpu {
         Ok(KvCache { k, v, positions, width })
     }
 
-    fn embed(&mut self, table: &Matrix, tokens: &[u32], out: &mut Vec<f32>) {
-        for (token, row) in tokens.iter().zip(out.chunks_exact_mut(table.cols())) {
-            table.row_into(*token as usize, row);
+    fn rows(&self, _needs: &Needs) -> Result<Rows> {
+        Ok(Rows::default())
+    }
+
+    fn write_tokens(&mut self, tokens: &[u32]) -> Result<()> {
+        self.tokens.clear();
+        self.tokens.extend_from_slice(tokens);
+        Ok(())
+    }
+
+    fn place(&mut self, rows: &mut Rows, placement: &Placement) -> Result<()> {
+        let Placement { spans, tokens, scored, .. } = *placement;
+        *rows = Rows { spans: spans.to_vec(), tokens: tokens.to_vec(), scored: scored.to_vec() };
+        Ok(())
+    }
+
+    fn embed(&mut self, table: &Matrix, rows: &Rows, out: &mut Vec<f32>) -> Result<()> {
+        for (index, row) in rows.tokens.iter().zip(out.chunks_exact_mut(table.cols())) {
+            table.row_into(self.tokens[*index] as usize, row);
         }
+        Ok(())
     }
 
     fn add_norm(
@@ -111,7 +147,7 @@ impl Backend for Cpu {
         eps: f32,
         out: &mut Vec<f32>,
         rows: usize,
-    ) {
+    ) -> Result<()> {
         let width = weight.len();
         let rows = rows * width;
         let pairs = x[..rows].par_chunks_exact_mut(width).zip(out[..rows].par_chunks_exact_mut(width));
@@ -122,30 +158,29 @@ impl Backend for Cpu {
             }),
             None => pairs.for_each(|(x, out)| norm::rms_norm(x, weight, eps, out)),
         }
+        Ok(())
     }
 
-    fn linear(&mut self, x: &Vec<f32>, w: &Matrix, out: &mut Vec<f32>, rows: usize) {
+    fn linear(&mut self, x: &Vec<f32>, w: &Matrix, out: &mut Vec<f32>, rows: usize) -> Result<()> {
         let needed = packed_len(rows, w.cols());
         if self.packed.len() < needed {
             self.packed.resize(needed, 0.0);
         }
         linear::linear(x, w, out, rows, &mut self.packed);
+        Ok(())
     }
 
     fn rope(
         &mut self,
         qkv: &mut Vec<f32>,
         heads: Heads,
-        spans: &[Span],
-        theta: f32,
+        rows: &Rows,
         mut store: Option<(&mut KvCache, usize)>,
-    ) {
-        let positions = spans.iter().map(|s| s.end).max().unwrap_or(0);
-        self.angles.extend(theta, heads.head_dim, positions);
+    ) -> Result<()> {
         let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
-        let mut rows = qkv.chunks_exact_mut(heads.qkv_width());
-        for span in spans {
-            for (position, row) in (span.start..span.end).zip(&mut rows) {
+        let mut rows_of_all = qkv.chunks_exact_mut(heads.qkv_width());
+        for span in &rows.spans {
+            for (position, row) in (span.start..span.end).zip(&mut rows_of_all) {
                 rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(position));
                 if let Some((cache, layer)) = &mut store {
                     let at = (*layer * cache.positions + span.cache_base + position) * kv;
@@ -154,29 +189,39 @@ impl Backend for Cpu {
                 }
             }
         }
+        Ok(())
     }
 
     fn attention(
         &mut self,
         qkv: &Vec<f32>,
         heads: Heads,
-        spans: &[Span],
+        rows: &Rows,
         reuse: Option<(&KvCache, usize)>,
         out: &mut Vec<f32>,
-    ) {
-        attention::attention(qkv, heads, spans, reuse.map(|(cache, layer)| cache.layer(layer)), out);
+    ) -> Result<()> {
+        attention::attention(qkv, heads, &rows.spans, reuse.map(|(cache, layer)| cache.layer(layer)), out);
+        Ok(())
     }
 
-    fn swiglu(&mut self, gate_up: &Vec<f32>, width: usize, out: &mut Vec<f32>, rows: usize) {
+    fn swiglu(&mut self, gate_up: &Vec<f32>, width: usize, out: &mut Vec<f32>, rows: usize) -> Result<()> {
         swiglu::swiglu(gate_up, width, out, rows);
+        Ok(())
     }
 
-    fn gather(&mut self, x: &Vec<f32>, index: &[usize], width: usize, out: &mut Vec<f32>) {
-        for (from, row) in index.iter().zip(out.chunks_exact_mut(width)) {
+    fn gather(&mut self, x: &Vec<f32>, rows: &Rows, width: usize, out: &mut Vec<f32>) -> Result<()> {
+        for (from, row) in rows.scored.iter().zip(out.chunks_exact_mut(width)) {
             row.copy_from_slice(&x[from * width..(from + 1) * width]);
         }
+        Ok(())
     }
 
+    fn read(&self, buffer: &Vec<f32>, rows: usize, width: usize) -> Result<Vec<f32>> {
+        Ok(buffer[..rows * width].to_vec())
+    }
+}
+
+impl HostUnmask for Cpu {
     fn unmask(
         &mut self,
         logits: &mut Vec<f32>,
@@ -185,9 +230,5 @@ impl Backend for Cpu {
         unmask: &Unmask,
     ) -> Result<Vec<Verdict>> {
         unmask::unmask(logits, vocab_size, groups, unmask)
-    }
-
-    fn read(&self, buffer: &Vec<f32>, rows: usize, width: usize) -> Vec<f32> {
-        buffer[..rows * width].to_vec()
     }
 }

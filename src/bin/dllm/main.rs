@@ -8,6 +8,7 @@ mod doctor;
 mod eval;
 mod generate;
 mod inspect;
+mod machine;
 mod output;
 mod report;
 mod screen;

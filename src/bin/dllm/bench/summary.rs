@@ -19,6 +19,8 @@ pub struct Summary {
     prompt_length: usize,
     gen_length: usize,
     block_length: usize,
+    batch: usize,
+    device: String,
     threads: usize,
     rounds: usize,
     /// Weights that every forward reads at least once.
@@ -49,6 +51,9 @@ struct Line {
     seconds: Vec<f64>,
     ms_per_forward: f64,
     kinds: Kinds,
+    /// On a CUDA device: kernels and products of a layer, as nodes of the graph of a block's pass.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    launches_per_layer: Option<usize>,
     /// All generated tokens, over the median of the seconds.
     tokens_per_second: f64,
     /// How many times faster than vanilla the whole decode is.
@@ -128,7 +133,8 @@ impl Summary {
                     suffix: kind(PassKind::Suffix),
                     block: kind(PassKind::Block),
                 },
-                tokens_per_second: setup.gen_length as f64 / seconds,
+                launches_per_layer: run.launches_per_layer,
+                tokens_per_second: (setup.batch * setup.gen_length) as f64 / seconds,
                 ratio_to_vanilla: vanilla.map(|v| v / seconds),
                 original_nfe: measured.then_some(run.original_nfe),
                 original_ms_per_forward: original,
@@ -148,6 +154,8 @@ impl Summary {
             prompt_length: setup.prompt.len(),
             gen_length: setup.gen_length,
             block_length: setup.block_length,
+            batch: setup.batch,
+            device: subject.device.clone(),
             threads: setup.threads,
             rounds: runs.first().map_or(0, |r| r.seconds.len()),
             weight_bytes_per_forward: subject.bytes_per_forward,
@@ -170,8 +178,10 @@ impl Summary {
         };
         let parameters = subject.parameters as f64 / 1e6;
         let mut text = format!(
-            "{name} ({}, {parameters:.1} M parameters), {} prompt tokens, {} generated in blocks of {}, {}, {}\n\n",
+            "{name} ({}, {parameters:.1} M parameters), {}, {} of {} prompt tokens, {} generated in blocks of {}, {}, {}\n\n",
             self.family,
+            self.device,
+            count(self.batch, "sequence"),
             self.prompt_length,
             self.gen_length,
             self.block_length,
@@ -182,7 +192,13 @@ impl Summary {
         text += "\nTimes are medians; full, suffix and block are ms of the forwards of that kind.\n\n";
         text += &table(&self.kind_rows(setup, runs));
         let read = bytes(self.weight_bytes_per_forward);
-        text += &format!("\nEvery forward reads {read} of weights at least once; GB/s is that over its time.\n\n");
+        text += &format!("\nEvery forward reads {read} of weights at least once; GB/s is that over its time.\n");
+        if let Some(launches) = self.modes.iter().filter_map(|line| line.launches_per_layer).min() {
+            text += &format!(
+                "A layer of a block's pass is {launches} launches: kernels and products, nodes of its graph.\n"
+            );
+        }
+        text += "\n";
         text + &self.originals_text()
     }
 
@@ -252,8 +268,9 @@ impl Summary {
                 line.speedup.map_or(String::new(), |r| format!("{r:.2}")),
             ]);
         }
+        let place = if self.device == "cpu" { "in f32 on the CPU" } else { "in bf16 on the same device" };
         let random = if self.shape.is_some() { ", random weights of its own" } else { "" };
-        format!("originals: Fast-dLLM {revision}, torch {torch} in f32 on the CPU{random}{stopped}\n\n{}", table(&rows))
+        format!("originals: Fast-dLLM {revision}, torch {torch} {place}{random}{stopped}\n\n{}", table(&rows))
     }
 }
 

@@ -1,0 +1,100 @@
+//! A stretch of passes that a network runs by itself: everything it has to know at the beginning.
+
+use super::forward::CachePlan;
+use crate::error::Result;
+use crate::oracle::unmask::{Selection, Unmask};
+use std::ops::Range;
+
+/// How many of a sequence's masks a pass commits, or among how many it chooses.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Schedule {
+    /// As many as there are.
+    None,
+    /// `masked / steps`, the first `masked % steps` passes one more; after `steps` passes one.
+    Llada {
+        /// Passes of the schedule, at least one.
+        steps: usize,
+    },
+    /// Pass i the share `ratios[i]` of the masks that are left, rounded down; the last all of them.
+    Dream(Vec<f32>),
+    /// `per_step`, and as many as earlier passes have left over; a sequence that has something left over after its last
+    /// pass gets another.
+    Among,
+}
+
+/// Where a sequence stands when the passes begin. Positions count from the start of its prompt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CourseSequence {
+    /// First generated position.
+    pub generated: usize,
+    /// Forwards that it has taken part in.
+    pub forwards: usize,
+    /// It takes part as long as there is a mask in here.
+    pub open: Range<usize>,
+    /// Masks in here count for [`Schedule::Dream`] and [`Schedule::Among`].
+    pub reach: Range<usize>,
+    /// Masks in `open` at the beginning.
+    pub masked: usize,
+    /// Of [`Schedule::Among`].
+    pub per_step: usize,
+    /// Of [`Schedule::Among`].
+    pub left: usize,
+    /// Passes at most.
+    pub limit: usize,
+    /// Whether it takes part in the first pass; if not, it takes part in none.
+    pub active: bool,
+    /// Quota of the first pass.
+    pub first_quota: usize,
+    /// Candidates from here on are only looked at in the first pass.
+    pub first_commit_before: usize,
+}
+
+/// What a pass runs.
+#[derive(Clone, Copy)]
+pub struct CourseStage<'a> {
+    /// Cache use, layer by layer.
+    pub plan: &'a dyn CachePlan,
+    /// (sequence, positions) that run.
+    pub windows: &'a [(usize, Range<usize>)],
+    /// (sequence, positions, ascending) that may be committed if they are still masked, in the order of the windows.
+    pub candidates: &'a [(usize, Vec<usize>)],
+    /// Whether windows of later courses are shorter: launches are then sized for a few lengths only.
+    pub shrinks: bool,
+}
+
+/// A stretch of passes: they go on until no sequence takes part any more.
+pub struct Course<'a> {
+    /// The first pass, and all later ones.
+    pub stages: [CourseStage<'a>; 2],
+    /// Whether both are the same.
+    pub one_stage: bool,
+    /// Quotas.
+    pub schedule: &'a Schedule,
+    /// Which candidates to commit; numbers of them are the schedule's.
+    pub selection: Selection,
+    /// One for each sequence of the batch.
+    pub sequences: &'a [CourseSequence],
+    /// How to score candidates.
+    pub unmask: &'a Unmask,
+    /// A sequence ends when one of these stands with no mask before it.
+    pub end_tokens: &'a [u32],
+}
+
+/// What has run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ran {
+    /// Passes in which a sequence took part.
+    pub passes: usize,
+    /// Forwards that each sequence has taken part in, those before included.
+    pub forwards: Vec<usize>,
+    /// Whether it was stopped before the end.
+    pub interrupted: bool,
+    /// Of each pass, from the end of the one before to the moment when the host knew what came of it.
+    pub seconds: Vec<f64>,
+}
+
+/// A network that runs whole courses.
+pub trait Autonomous {
+    /// Runs a course and writes what was committed into `tokens`. `go_on` is asked before each pass.
+    fn run(&mut self, tokens: &mut [Vec<u32>], course: &Course, go_on: &dyn Fn() -> bool) -> Result<Ran>;
+}
