@@ -13,7 +13,7 @@ use crate::abi::*;
 use crate::backend::cuda::{Cuda, Staging};
 use crate::backend::{Backend, Room};
 use crate::error::{Error, Result};
-use crate::gpu::{Buffer, Device, Graph, Pinned, Stream};
+use crate::gpu::{Buffer, Device, Graph, Pinned, Stream, nvtx};
 use crate::ops;
 use crate::oracle::unmask::{Confidence, Selection, Unmask, Verdict};
 use std::collections::HashMap;
@@ -392,6 +392,7 @@ impl<'m> Resident<'m> {
     /// Puts a part of a pass into the stream: as a graph, from its second run on recorded.
     fn launch(&mut self, slot: usize, part: Part, unmask: &Unmask, decision: Decision) -> Result<()> {
         let Stage { plan, room, .. } = &self.stages[slot];
+        let _range = nvtx::range_of(|| format!("step, {} rows: {part:?}", room.rows));
         // The first part decides nothing.
         let decision = if part == Part::Ahead { Decision::default() } else { decision };
         let key = Key { slot, part, room: *room, plan: plan.clone(), decision };
@@ -416,6 +417,10 @@ impl<'m> Resident<'m> {
 
     /// The launches of a part of a pass.
     fn work(&mut self, slot: usize, part: Part, unmask: &Unmask, decision: Decision) -> Result<()> {
+        let _range = nvtx::range(match part {
+            Part::Ahead => "first layer",
+            Part::Rest => "other layers, head, unmask",
+        });
         let (ahead, layers) = (self.ahead(), self.session.num_layers());
         let plan = self.stages[slot].plan.clone();
         match part {
