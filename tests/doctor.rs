@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// Ops that have to be there, each twice.
-const OPS: [&str; 11] =
-    ["attention", "merge", "unmask", "cut", "vverify", "rows", "embed", "norm", "rope", "swiglu", "product"];
+const OPS: [&str; 12] =
+    ["attention", "merge", "unmask", "cut", "advance", "vverify", "rows", "embed", "norm", "rope", "swiglu", "product"];
 
 fn doctor(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dllm"));
@@ -45,9 +45,9 @@ fn every_op_is_right() {
         "PTX 8.0, sources ",
         "driver   knows CUDA 13.0\n",
         "0: software device 9.0, compute capability 9.0, 8.0 GiB",
-        "loads    compute_80 (the only one): attention, cut,",
+        "loads    compute_80 (the only one): advance, attention, cut,",
         "This is a device in software: results count, times would mean nothing and are left out.",
-        "all ok: 22 checks",
+        "all ok: 24 checks",
     ] {
         assert!(shown.contains(part), "{part:?} in {shown}");
     }
@@ -87,6 +87,11 @@ fn json_is_one_object_with_everything() {
         assert_eq!(row["verdict"], "ok", "{row}");
         assert!(row["error"].as_f64().unwrap() <= row["bound"].as_f64().unwrap(), "{row}");
         assert!(row["bytes"].as_u64().unwrap() > 0 && row.get("median_us").is_none(), "{row}");
+    }
+    // Every module is the file of an op that has been looked at, or measures a roof.
+    for module in modules {
+        let name = module["name"].as_str().unwrap();
+        assert!(OPS.contains(&name) || name == "roof", "{name} is not checked");
     }
     // More than rounding has been looked at: something is not exact.
     assert!(rows.iter().any(|row| row["error"].as_f64() > Some(0.0)), "{json}");
@@ -136,7 +141,7 @@ fn a_wrong_kernel_is_named() {
             rows.map(|row| row.rsplit(' ').next().unwrap().into()).collect()
         };
         assert!(verdicts(op).contains(&"WRONG".to_string()), "{shown}");
-        assert!(error.contains("of 22 checks did not pass: ") && error.contains(&format!("{op} (")), "{error}");
+        assert!(error.contains("of 24 checks did not pass: ") && error.contains(&format!("{op} (")), "{error}");
         for other in OPS.iter().filter(|other| **other != op) {
             assert_eq!(verdicts(other), ["ok", "ok"], "{other}: {shown}");
         }

@@ -1,8 +1,7 @@
 //! NVTX ranges as a profiler gets them: a library in C that writes down what it is told, in a process of its own.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
-mod common;
-
+use dllm_kernels::gpu::Device;
 use dllm_kernels::ops::rows::{self, Copy, Rows};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -97,7 +96,8 @@ fn child() {
     if std::env::var_os(CHILD).is_none() {
         return;
     }
-    let device = common::device();
+    softgpu::install();
+    let device = Device::open(0).unwrap();
     let stream = device.stream().unwrap();
     let source = stream.upload(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]).unwrap();
     let index = stream.upload(&[1, 0, 1]).unwrap();
@@ -115,7 +115,7 @@ fn child() {
 fn record(folder: &Path, tool: &Path, mood: &str) -> Vec<String> {
     let record = folder.join(mood);
     let mut child = Command::new(std::env::current_exe().unwrap());
-    child.args(["--exact", "child", "--nocapture"]).env(CHILD, "1").env("DLLM_TEST_DEVICE", "soft");
+    child.args(["--exact", "child", "--nocapture"]).env(CHILD, "1");
     child.env("NVTX_INJECTION64_PATH", tool).env("MOOD", mood).env("RECORD", &record);
     let output = child.output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);

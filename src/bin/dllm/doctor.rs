@@ -18,7 +18,7 @@ pub struct Doctor {
     /// CUDA device to run on
     #[arg(long, value_name = "N", default_value_t = 0)]
     device: usize,
-    /// Small shapes, as on the software device: whether it works, not how fast
+    /// Few rows, as on the software device: whether it works, not how fast
     #[arg(long)]
     small: bool,
     /// Print one JSON object

@@ -34,7 +34,17 @@ impl Entry {
         shape: String,
         make: impl Fn(&Stream) -> Result<C> + 'static,
     ) -> Entry {
-        Entry { op, shape, dtype: T::NAME, make: Box::new(move |stream| Ok(Box::new(make(stream)?))) }
+        Entry::of(op, shape, T::NAME, make)
+    }
+
+    /// Of numbers of no type that models have.
+    pub fn of<C: Case + 'static>(
+        op: &'static str,
+        shape: String,
+        dtype: &'static str,
+        make: impl Fn(&Stream) -> Result<C> + 'static,
+    ) -> Entry {
+        Entry { op, shape, dtype, make: Box::new(move |stream| Ok(Box::new(make(stream)?))) }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Every op at two shapes: one as a model has it, and one whose sizes and contents are awkward.
 
+mod advance;
 mod attention;
 mod cut;
 mod embed;
@@ -16,7 +17,7 @@ use super::case::Entry;
 
 /// All checks; `small` ones take seconds on the software device.
 pub fn all(small: bool) -> Vec<Entry> {
-    [attention::entries, merge::entries, unmask::entries, cut::entries, vverify::entries]
+    [attention::entries, merge::entries, unmask::entries, cut::entries, advance::entries, vverify::entries]
         .into_iter()
         .chain([rows::entries, embed::entries, norm::entries, rope::entries, swiglu::entries, product::entries])
         .flat_map(|entries: fn(bool) -> Vec<Entry>| entries(small))

@@ -151,6 +151,7 @@ impl<T: Float> Case for Sequences<T> {
             tiles: self.tiles.as_ref().map(DeviceTiles::tiles),
             scale: 1.0 / (heads.head_dim as f32).sqrt(),
             max_splits: self.splits,
+            form: None,
             out,
             lse: Some(lse),
             workspace,

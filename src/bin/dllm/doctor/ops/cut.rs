@@ -14,7 +14,7 @@ use half::{bf16, f16};
 const DOUBT: f64 = 1e-6;
 
 pub fn entries(small: bool) -> Vec<Entry> {
-    let (rows, vocab_size) = pick(small, (32, 126_464), (3, 1000));
+    let (rows, vocab_size) = pick(small, (32, 126_464), (2, 126_464));
     vec![
         Entry::new::<bf16, _>("cut", format!("top-p {rows}x{vocab_size}"), move |stream| {
             Rows::<bf16>::new(stream, rows, vocab_size, Kept { top_p: 0.9, top_k: None, temperature: 1.0 })

@@ -10,7 +10,7 @@ use dllm_kernels::oracle::embed::embed as oracle;
 use half::{bf16, f16};
 
 pub fn entries(small: bool) -> Vec<Entry> {
-    let (rows, width, vocab_size) = pick(small, (256, 4096, 4096), (5, 256, 100));
+    let (rows, width, vocab_size) = pick(small, (256, 4096, 4096), (3, 4096, 100));
     vec![
         Entry::new::<bf16, _>("embed", format!("{rows}x{width}"), move |stream| {
             Tokens::<bf16>::new(stream, rows, width, vocab_size, None)

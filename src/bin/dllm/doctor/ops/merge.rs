@@ -9,7 +9,7 @@ use dllm_kernels::{Error, Result};
 use half::{bf16, f16};
 
 pub fn entries(small: bool) -> Vec<Entry> {
-    let (rows, num_heads, head_dim) = pick(small, (256, 32, 128), (4, 4, 128));
+    let (rows, num_heads, head_dim) = pick(small, (256, 32, 128), (2, 32, 128));
     vec![
         Entry::new::<bf16, _>("merge", format!("{rows}x{num_heads}x{head_dim}"), move |stream| {
             Sides::<bf16>::new(stream, [rows, num_heads, head_dim], false)

@@ -11,7 +11,7 @@ use half::{bf16, f16};
 const EPS: f32 = 1e-5;
 
 pub fn entries(small: bool) -> Vec<Entry> {
-    let (rows, width) = pick(small, (256, 4096), (4, 512));
+    let (rows, width) = pick(small, (256, 4096), (2, 4096));
     vec![
         Entry::new::<bf16, _>("norm", format!("{rows}x{width}"), move |stream| {
             Residual::<bf16>::new(stream, rows, width, None)

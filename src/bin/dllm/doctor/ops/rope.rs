@@ -13,7 +13,7 @@ use half::{bf16, f16};
 const THETA: f32 = 500_000.0;
 
 pub fn entries(small: bool) -> Vec<Entry> {
-    let (rows, num_heads) = pick(small, (256, 32), (4, 4));
+    let (rows, num_heads) = pick(small, (256, 32), (2, 32));
     let llada = Heads { num_heads, num_kv_heads: num_heads, head_dim: 128 };
     let odd = Heads { num_heads: 6, num_kv_heads: 2, head_dim: 32 };
     vec![

@@ -10,7 +10,7 @@ use dllm_kernels::oracle::rows::{gather, scatter};
 use half::{bf16, f16};
 
 pub fn entries(small: bool) -> Vec<Entry> {
-    let (rows, width) = pick(small, (256, 4096), (5, 256));
+    let (rows, width) = pick(small, (256, 4096), (3, 4096));
     vec![
         Entry::new::<bf16, _>("rows", format!("gather {rows}x{width}"), move |stream| {
             Copied::<bf16>::new(stream, Copy::Gather, rows, width, None)

@@ -9,7 +9,7 @@ use dllm_kernels::oracle::swiglu::{silu, swiglu_rounded};
 use half::{bf16, f16};
 
 pub fn entries(small: bool) -> Vec<Entry> {
-    let (rows, width) = pick(small, (256, 12_288), (4, 512));
+    let (rows, width) = pick(small, (256, 12_288), (2, 12_288));
     vec![
         Entry::new::<bf16, _>("swiglu", format!("{rows}x{width}"), move |stream| {
             Gate::<bf16>::new(stream, rows, width, None)

@@ -19,7 +19,7 @@ const FACTOR: f32 = 1.5;
 const CONFIDENCE: f64 = 4e-6;
 
 pub fn entries(small: bool) -> Vec<Entry> {
-    let (rows, vocab_size) = pick(small, (32, 126_464), (4, 1000));
+    let (rows, vocab_size) = pick(small, (32, 126_464), (2, 126_464));
     vec![
         Entry::new::<bf16, _>("unmask", format!("{rows}x{vocab_size}, threshold"), move |stream| {
             Block::<bf16>::new(stream, &[rows], vocab_size, false)

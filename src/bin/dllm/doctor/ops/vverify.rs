@@ -11,7 +11,7 @@ use dllm_kernels::oracle::vverify::{cosine, lowest};
 use half::{bf16, f16};
 
 pub fn entries(small: bool) -> Vec<Entry> {
-    let (rows, width) = pick(small, (256, 4096), (3, 256));
+    let (rows, width) = pick(small, (256, 4096), (3, 4096));
     let real = [rows; 4];
     vec![
         Entry::new::<bf16, _>("vverify", format!("4x{rows}x{width}, a quarter"), move |stream| {
