@@ -260,9 +260,14 @@ fn unmask_workspace(sequences: usize, candidates: usize, vocab_size: usize) -> R
 pub fn supports(config: &Config) -> Result<()> {
     let sizes = [
         ("head_dim", config.head_dim, "32, 64 or 128", [32, 64, 128].contains(&config.head_dim)),
-        ("d_model", config.d_model, "a multiple of 8, at most 8192", config.d_model % 8 == 0 && config.d_model <= 8192),
-        ("mlp_hidden_size", config.mlp_hidden_size, "a multiple of 8", config.mlp_hidden_size % 8 == 0),
-        ("vocab_size", config.vocab_size, "a multiple of 8", config.vocab_size % 8 == 0),
+        (
+            "d_model",
+            config.d_model,
+            "a multiple of 8, at most 8192",
+            config.d_model.is_multiple_of(8) && config.d_model <= 8192,
+        ),
+        ("mlp_hidden_size", config.mlp_hidden_size, "a multiple of 8", config.mlp_hidden_size.is_multiple_of(8)),
+        ("vocab_size", config.vocab_size, "a multiple of 8", config.vocab_size.is_multiple_of(8)),
         ("vocab_size", config.vocab_size, "at most 16777215", config.vocab_size < 1 << 24),
     ];
     match sizes.into_iter().find(|(.., fits)| !fits) {
