@@ -66,7 +66,7 @@ impl Module {
         if self.has_lines() {
             // The driver's compiler drops them unasked.
             options.push(sys::CUjit_option_enum::CU_JIT_GENERATE_LINE_INFO);
-            values.push(1 as *mut c_void);
+            values.push(std::ptr::without_provenance_mut(1)); // on
         }
         let mut module = std::ptr::null_mut();
         // SAFETY: the image ends in a zero byte; there are as many values as options; the log outlives the call.
