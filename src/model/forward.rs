@@ -432,6 +432,8 @@ impl<'m, B: Backend> Session<'m, B> {
         let (backend, b, rows) = (&mut self.backend, &mut self.buffers, room.rows);
         let eps = config.rms_norm_eps;
         for i in range {
+            #[cfg(feature = "cuda")]
+            let _range = crate::gpu::nvtx::range_of(|| format!("layer {i}"));
             let layer = &layers[i];
             let LayerPlan { reuse, store } = plan.layer(i);
             let delta = (i > 0).then_some(&b.delta);

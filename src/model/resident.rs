@@ -13,7 +13,7 @@ use crate::abi::*;
 use crate::backend::cuda::{Cuda, Staging};
 use crate::backend::{Backend, Room};
 use crate::error::{Error, Result};
-use crate::gpu::{Buffer, Device, Graph, Pinned, Stream};
+use crate::gpu::{Buffer, Device, Graph, Pinned, Stream, nvtx};
 use crate::ops;
 use crate::oracle::unmask::{Confidence, Selection, Unmask, Verdict};
 use std::collections::HashMap;
@@ -260,9 +260,14 @@ fn unmask_workspace(sequences: usize, candidates: usize, vocab_size: usize) -> R
 pub fn supports(config: &Config) -> Result<()> {
     let sizes = [
         ("head_dim", config.head_dim, "32, 64 or 128", [32, 64, 128].contains(&config.head_dim)),
-        ("d_model", config.d_model, "a multiple of 8, at most 8192", config.d_model % 8 == 0 && config.d_model <= 8192),
-        ("mlp_hidden_size", config.mlp_hidden_size, "a multiple of 8", config.mlp_hidden_size % 8 == 0),
-        ("vocab_size", config.vocab_size, "a multiple of 8", config.vocab_size % 8 == 0),
+        (
+            "d_model",
+            config.d_model,
+            "a multiple of 8, at most 8192",
+            config.d_model.is_multiple_of(8) && config.d_model <= 8192,
+        ),
+        ("mlp_hidden_size", config.mlp_hidden_size, "a multiple of 8", config.mlp_hidden_size.is_multiple_of(8)),
+        ("vocab_size", config.vocab_size, "a multiple of 8", config.vocab_size.is_multiple_of(8)),
         ("vocab_size", config.vocab_size, "at most 16777215", config.vocab_size < 1 << 24),
     ];
     match sizes.into_iter().find(|(.., fits)| !fits) {
@@ -392,6 +397,7 @@ impl<'m> Resident<'m> {
     /// Puts a part of a pass into the stream: as a graph, from its second run on recorded.
     fn launch(&mut self, slot: usize, part: Part, unmask: &Unmask, decision: Decision) -> Result<()> {
         let Stage { plan, room, .. } = &self.stages[slot];
+        let _range = nvtx::range_of(|| format!("step, {} rows: {part:?}", room.rows));
         // The first part decides nothing.
         let decision = if part == Part::Ahead { Decision::default() } else { decision };
         let key = Key { slot, part, room: *room, plan: plan.clone(), decision };
@@ -416,6 +422,10 @@ impl<'m> Resident<'m> {
 
     /// The launches of a part of a pass.
     fn work(&mut self, slot: usize, part: Part, unmask: &Unmask, decision: Decision) -> Result<()> {
+        let _range = nvtx::range(match part {
+            Part::Ahead => "first layer",
+            Part::Rest => "other layers, head, unmask",
+        });
         let (ahead, layers) = (self.ahead(), self.session.num_layers());
         let plan = self.stages[slot].plan.clone();
         match part {

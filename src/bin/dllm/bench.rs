@@ -5,7 +5,7 @@ mod summary;
 mod timed;
 
 use crate::args::{argument, length, model_dir, threads};
-use crate::machine::{Device, Place, device};
+use crate::machine::{Device, Place, Roofs, device};
 use crate::output::{INTERRUPT, catch_interrupts, interrupted, note, print, print_json};
 use crate::report::Shape;
 use clap::ValueEnum;
@@ -17,7 +17,7 @@ use dllm_kernels::{CacheMode, Error, Family, Options, Policy, Result};
 use originals::{Answer, Originals};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use timed::{Timed, Timing, weight_bytes_per_forward};
+use timed::{Timed, Timing, bf16_bytes_per_forward, weight_bytes_per_forward};
 
 /// Time the decode modes side by side on one prompt
 #[derive(clap::Args, Debug)]
@@ -144,6 +144,7 @@ struct Run {
 struct Subject {
     model: Model,
     device: String,
+    roofs: Option<Roofs>,
     parameters: usize,
     bytes_per_forward: usize,
 }
@@ -172,8 +173,12 @@ pub fn run(args: &Bench) -> Result<()> {
     let subject = Subject {
         model: place.bring(Model::new(setup.config.clone(), weights.clone())?)?,
         device: place.name.clone(),
+        roofs: place.roofs()?,
         parameters: setup.config.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum(),
-        bytes_per_forward: weight_bytes_per_forward(&setup.config, &weights)?,
+        bytes_per_forward: match setup.device {
+            Device::Cpu => weight_bytes_per_forward(&setup.config, &weights)?,
+            Device::Cuda(_) => bf16_bytes_per_forward(&setup.config),
+        },
     };
     let empty = |mode: &Mode| Run {
         mode: *mode,

@@ -56,6 +56,15 @@ impl Machine {
     }
 }
 
+/// What a device reaches at the most, measured.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Roofs {
+    /// Of reading memory.
+    pub bytes_per_second: f64,
+    /// Of products of bf16 matrices into f32.
+    pub operations_per_second: f64,
+}
+
 /// A device that is ready.
 pub struct Place {
     /// As answers name it: `cpu`, or the number and name of a CUDA device.
@@ -91,10 +100,20 @@ impl Place {
         }
     }
 
-    /// The CUDA device, if it is one.
+    /// What the CUDA device reaches at the most, if it is one in hardware.
     #[cfg(feature = "cuda")]
-    pub fn device(&self) -> Option<&gpu::Device> {
-        self.device.as_ref()
+    pub fn roofs(&self) -> Result<Option<Roofs>> {
+        let Some(device) = self.device.as_ref().filter(|_| !self.name.contains("software device")) else {
+            return Ok(None);
+        };
+        let bytes_per_second = dllm_kernels::ops::roof::read_rate(&device.stream()?, 2 << 30, 30)?;
+        Ok(Some(Roofs { bytes_per_second, operations_per_second: gpu::blas::matrix_rate(device, 8192, 10)? }))
+    }
+
+    /// No CUDA device has any.
+    #[cfg(not(feature = "cuda"))]
+    pub fn roofs(&self) -> Result<Option<Roofs>> {
+        Ok(None)
     }
 
     /// Brings the weights to where the work is done.

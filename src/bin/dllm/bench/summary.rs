@@ -3,6 +3,7 @@
 use super::originals::Answer;
 use super::timed::Timing;
 use super::{Run, Setup, Source, Subject, median};
+use crate::machine::Roofs;
 use crate::report::{bytes, count, table};
 use dllm_kernels::Config;
 use dllm_kernels::cache::PassKind;
@@ -25,6 +26,8 @@ pub struct Summary {
     rounds: usize,
     /// Weights that every forward reads at least once.
     weight_bytes_per_forward: usize,
+    /// Measured in this run; null on a CPU.
+    roofs: Option<Roofs>,
     originals: Versions,
     modes: Vec<Line>,
 }
@@ -159,6 +162,7 @@ impl Summary {
             threads: setup.threads,
             rounds: runs.first().map_or(0, |r| r.seconds.len()),
             weight_bytes_per_forward: subject.bytes_per_forward,
+            roofs: subject.roofs,
             originals: match answer {
                 Some(Answer { torch, revision, .. }) => {
                     let rounds = runs.first().map_or(0, |r| r.original.len());
@@ -198,6 +202,13 @@ impl Summary {
                 "A layer of a block's pass is {launches} launches: kernels and products, nodes of its graph.\n"
             );
         }
+        if let Some(Roofs { bytes_per_second, operations_per_second }) = self.roofs {
+            let (reads, products) = (digits(bytes_per_second / 1e9), digits(operations_per_second / 1e12));
+            text += &format!(
+                "Measured in this run: reads {reads} GB/s, products of bf16 matrices {products} TFLOP/s. The floor is "
+            );
+            text += "the larger of what reading the weights and what the multiply-adds take at these.\n";
+        }
         text += "\n";
         text + &self.originals_text()
     }
@@ -228,13 +239,16 @@ impl Summary {
 
     /// Forwards by kind, all modes together.
     fn kind_rows(&self, setup: &Setup, runs: &[Run]) -> Vec<Vec<String>> {
-        let head = ["forward", "rows", "ms", "min-max", "G multiply-adds", "GFLOP/s", "GB/s"];
-        let mut rows = vec![head.map(String::from).to_vec()];
+        let mut head = vec!["forward", "rows", "ms", "min-max", "G multiply-adds", "GFLOP/s", "GB/s"];
+        if self.roofs.is_some() {
+            head.extend(["floor ms", "x floor"]);
+        }
+        let mut rows = vec![head.into_iter().map(String::from).collect::<Vec<_>>()];
         let kinds = [("full", PassKind::Full), ("suffix", PassKind::Suffix), ("block", PassKind::Block)];
         for (name, kind) in kinds {
             let timings = runs.iter().flat_map(|r| &r.timings);
             let Some(k) = Kind::of(&setup.config, timings, kind, 1) else { continue };
-            rows.push(vec![
+            let mut row = vec![
                 name.into(),
                 k.rows.to_string(),
                 digits(k.ms),
@@ -242,7 +256,13 @@ impl Summary {
                 digits(k.multiply_adds / 1e9),
                 digits(k.gflops),
                 digits(1e-6 * self.weight_bytes_per_forward as f64 / k.ms.max(1e-6)),
-            ]);
+            ];
+            if let Some(Roofs { bytes_per_second, operations_per_second }) = self.roofs {
+                let reading = self.weight_bytes_per_forward as f64 / bytes_per_second;
+                let floor_ms = 1000.0 * reading.max(2.0 * k.multiply_adds / operations_per_second);
+                row.extend([digits(floor_ms), format!("{:.2}", k.ms / floor_ms)]);
+            }
+            rows.push(row);
         }
         rows
     }

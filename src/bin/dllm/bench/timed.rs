@@ -110,3 +110,9 @@ pub fn weight_bytes_per_forward(config: &Config, weights: &Weights) -> Result<us
     }
     Ok(bytes)
 }
+
+/// The same where all of them are bf16.
+pub fn bf16_bytes_per_forward(config: &Config) -> usize {
+    let read = config.tensors().into_iter().enumerate().filter(|(i, _)| *i > 0 || config.tied_head);
+    read.map(|(_, (_, shape))| 2 * shape.iter().product::<usize>()).sum()
+}
