@@ -519,6 +519,7 @@ fn numbers_that_cannot_be() {
     }
     for (steps, pass, masked, want) in [
         (0, 0, 7, 1),
+        (0, MAX, 7, 1),
         (-1, 0, 7, 1),
         (MIN, MAX, 7, 1),
         (-1, MAX, MIN, 1),
