@@ -31,6 +31,7 @@ python=${PYTHON:-python3}
 # Names that the tests really have: a wrong one fails the stage. Left out are long cases, and those whose point is an error
 # of the driver.
 declare -A small=(
+  [advance]="failures lies_do_no_harm masks_and_ends_at_every_position numbers_that_cannot_be replays unmasks_by_itself"
   [attention]="hostile::on_device::a_graph_follows_the_device hostile::on_device::absent_segments
     hostile::on_device::in_place_from_a_projection hostile::on_device::without_lse reference::on_device::equals_pytorch
     the_same_bits_in_every_order"
