@@ -4,7 +4,8 @@
 #   benches/gpu_round.sh pack         where cargo is: puts all that a round needs into target/gpu_round, below 64 MiB
 #   benches/gpu_round.sh [stage ...]  where the GPU is, with that folder carried there: all stages, or these
 #
-# stages  tests     every test of the kernels, on the device
+# stages  doctor    dllm doctor: the machine, and every op against its oracle
+#         tests     every test of the kernels, on the device
 #         sanitize  their small cases under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
 #         kernels   the benches, and PyTorch's rivals in the same run
 # A stage is a function stage_<name>, and a name in `stages` below.
@@ -15,7 +16,7 @@
 # exit status         0: all ran and passed. 1: a stage failed. 2: nothing to run. 3: none failed, but something did not run
 set -uo pipefail
 
-stages=(tests sanitize kernels)
+stages=(doctor tests sanitize kernels)
 stage_seconds=600
 most_bytes=$((64 << 20))
 
@@ -55,11 +56,11 @@ die() {
 
 # ---- where cargo is
 
-# Lines "name path" of the programs of one kind, test or bench, that cargo builds.
+# Lines "name path" of the programs of one kind, bin, test or bench, that cargo builds.
 programs() {
   local kind=$1
   shift
-  cargo "$@" --no-run --message-format=json |
+  cargo "$@" --message-format=json |
     sed -n "s/.*\"kind\":\[\"$kind\"\].*\"name\":\"\([^\"]*\)\",\"src_path\".*\"executable\":\"\([^\"]*\)\".*/\1 \2/p"
 }
 
@@ -69,11 +70,12 @@ pack() {
   for file in $(grep -l '^mod common;' tests/*.rs); do tests+=(--test "$(basename "$file" .rs)"); done
   for file in $(grep -l '^mod gpu;' benches/*.rs); do benches+=(--bench "$(basename "$file" .rs)"); done
   rm -rf "$folder"
-  mkdir -p "$folder"/{tests,benches,golden} || return 1
-  programs test test --release "${tests[@]}" >"$folder/built.tests" || return 1
-  programs bench bench "${benches[@]}" >"$folder/built.benches" || return 1
+  mkdir -p "$folder"/{bin,tests,benches,golden} || return 1
+  programs bin build --release --bin dllm >"$folder/built.bin" || return 1
+  programs test test --release --no-run "${tests[@]}" >"$folder/built.tests" || return 1
+  programs bench bench --no-run "${benches[@]}" >"$folder/built.benches" || return 1
   local kind glibc=()
-  for kind in tests benches; do
+  for kind in bin tests benches; do
     [[ -s $folder/built.$kind ]] || { echo "cargo told of no $kind" >&2; return 1; }
     while read -r name path; do
       glibc+=("$(objdump -T "$path" | grep -o 'GLIBC_[0-9.]*' | sort -V | tail -1)")
@@ -98,7 +100,7 @@ pack() {
   git describe --always --dirty >"$folder/commit" || return 1
 
   bytes=$(du -sb "$folder" | cut -f1)
-  echo "$folder: $((bytes >> 20)) MiB, $(find "$folder/tests" "$folder/benches" -type f | wc -l) programs, $(cat "$folder/commit")," \
+  echo "$folder: $((bytes >> 20)) MiB, $(find "$folder" -name '*.gz' | wc -l) programs, $(cat "$folder/commit")," \
     "runs where glibc has $(printf '%s\n' "${glibc[@]}" | sort -V | tail -1)"
   if ((bytes > most_bytes)); then
     echo "that is more than $((most_bytes >> 20)) MiB" >&2
@@ -149,6 +151,26 @@ why() {
     124 | 137) echo "out of time" ;;
     *) echo "exit status $1" ;;
   esac
+}
+
+stage_doctor() {
+  local log=$OUT/doctor.txt path=${LD_LIBRARY_PATH-} library status
+  if [[ $device == soft ]]; then
+    library=$(ls -t "$folder"/../release/build/softgpu-*/out/libcuda.so 2>/dev/null | head -1)
+    [[ -n $library ]] || { not_run "doctor: dllm" "there is no software device beside $folder"; return; }
+    path=$(dirname "$library")${path:+:$path}
+  fi
+  LD_LIBRARY_PATH=$path bounded 300 "$(program bin/dllm)" doctor >"$log" 2>&1
+  status=$?
+  # It says itself what it ran on: a round that is told of a GPU counts nothing else.
+  if [[ $device == gpu ]] && grep -q 'device in software' "$log"; then
+    tell "doctor: dllm" "FAILED: it ran on a device in software; see $log"
+    return 1
+  elif ((status != 0)) || ! grep -q '^all ok: ' "$log"; then
+    tell "doctor: dllm" "FAILED: $(why $status); $(tail -1 "$log"); see $log"
+    return 1
+  fi
+  tell "doctor: dllm" "$(sed -n 's/^all //p' "$log"); $(sed -n 's/^roofs  *//p' "$log")"
 }
 
 stage_tests() {

@@ -129,8 +129,14 @@ fn token_rows(tensors: &Tensors, name: &str, batch: usize) -> Vec<Vec<u32>> {
 }
 
 fn session(model: &Model, batch: usize, length: usize, cached: bool) -> Session<'_, Cpu> {
-    let sizes =
-        Sizes { prompt_lens: vec![0; batch], gen_length: length, candidates: batch * length, cached, guided: false };
+    let sizes = Sizes {
+        prompt_lens: vec![0; batch],
+        gen_length: length,
+        candidates: batch * length,
+        cached,
+        guided: false,
+        ratios: 0,
+    };
     Session::new(model.transformer(), Cpu::default(), sizes).unwrap()
 }
 

@@ -165,7 +165,7 @@ impl Decoder<'_> {
             let open = state.sequences[s].ended.is_none() && !state.masks(s, course.open.clone()).is_empty();
             (open && i < course.limit).then(|| Turn {
                 sequence: s,
-                block: course.open.clone(),
+                block: state.block(s, stretch.block.unwrap_or(0)),
                 candidates: stage.candidates(state, s, &course.open, observed),
                 commit_before: stage.commit_before(&course.open),
                 selection: match stage.first_only {
@@ -194,16 +194,23 @@ impl Decoder<'_> {
         if turns.is_empty() {
             return Ok(());
         }
-        let stage = |stage: &Stage| -> (BlockPlan, Vec<_>, Vec<_>) {
+        let parts = stretch.stages.each_ref().map(|stage| {
             let window = |t: &Turn| (t.sequence, stage.pass.window(&t.block, state.tokens[t.sequence].len()));
-            let masks =
-                |t: &Turn| (t.sequence, state.masks(t.sequence, stage.candidates(state, t.sequence, &t.block, false)));
+            let candidates = |t: &Turn| {
+                let range = stage.candidates(state, t.sequence, &sequences[t.sequence].open, false);
+                (t.sequence, state.masks(t.sequence, range))
+            };
             let plan = BlockPlan { mode: state.options.cache, pass: stage.pass };
-            (plan, turns.iter().map(window).collect(), turns.iter().map(masks).collect())
-        };
-        let stages = stretch.stages.each_ref().map(stage);
+            let windows: Vec<_> = turns.iter().map(window).collect();
+            (plan, windows, turns.iter().map(candidates).collect::<Vec<_>>())
+        });
         let course = Course {
-            stages: stages.each_ref().map(|(plan, windows, candidates)| CourseStage { plan, windows, candidates }),
+            stages: parts.each_ref().map(|(plan, windows, candidates)| CourseStage {
+                plan,
+                windows,
+                candidates,
+                shrinks: plan.pass == PassKind::Suffix,
+            }),
             one_stage: stretch.stages[0] == stretch.stages[1],
             schedule: &stretch.schedule,
             selection: state.selection(0),

@@ -3,10 +3,9 @@
 use super::generate::{decode, end_tokens};
 use super::observer::Observer;
 use super::options::{Options, Policy};
-use crate::backend::cpu::{Cpu, ensure_memory};
 use crate::cache::CacheMode;
 use crate::error::Result;
-use crate::model::{Model, Session};
+use crate::model::Model;
 use crate::oracle::unmask::Confidence;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -139,12 +138,9 @@ impl<'m> Generator<'m> {
         let config = self.model.config();
         self.options.validate(config, prompts)?;
         let sizes = self.options.sizes(config, prompts);
-        let needed = sizes.memory(config, rayon::current_num_threads()).total();
-        let what = format!("{} sequences of up to {} positions", prompts.len(), sizes.longest());
-        ensure_memory(&what, needed)?;
-        let mut session = Session::new(self.model.transformer(), Cpu::default(), sizes)?;
+        let mut network = self.model.network(sizes)?;
         let start = Instant::now();
-        let decoded = decode(&mut session, config, prompts, &self.options, self.interrupt, observer)?;
+        let decoded = decode(&mut *network, config, prompts, &self.options, self.interrupt, observer)?;
         Ok(Generation {
             tokens: decoded.tokens,
             nfe: decoded.nfe,

@@ -260,6 +260,15 @@ impl Options {
             candidates: prompts.iter().map(|p| in_reach(p) + masks(p)).sum(),
             cached: self.cache != CacheMode::None,
             guided: self.cfg_scale > 0.0,
+            end_tokens: match self.early_stop {
+                true => config.eos_token_ids.len() + self.end_tokens.len(),
+                false => 0,
+            },
+            ratios: match (rule, self.policy) {
+                (Rule::Dream, _) => self.steps(),
+                (Rule::DreamBlock, Policy::Fixed) => (self.steps() / (self.gen_length / self.block_length())).max(1),
+                _ => 0,
+            },
         }
     }
 }

@@ -58,6 +58,8 @@ pub struct CourseStage<'a> {
     pub windows: &'a [(usize, Range<usize>)],
     /// (sequence, positions, ascending) that may be committed if they are still masked, in the order of the windows.
     pub candidates: &'a [(usize, Vec<usize>)],
+    /// Whether windows of later courses are shorter: launches are then sized for a few lengths only.
+    pub shrinks: bool,
 }
 
 /// A stretch of passes: they go on until no sequence takes part any more.
@@ -79,7 +81,7 @@ pub struct Course<'a> {
 }
 
 /// What has run.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Ran {
     /// Passes in which a sequence took part.
     pub passes: usize,
@@ -87,6 +89,8 @@ pub struct Ran {
     pub forwards: Vec<usize>,
     /// Whether it was stopped before the end.
     pub interrupted: bool,
+    /// Of each pass, from the end of the one before to the moment when the host knew what came of it.
+    pub seconds: Vec<f64>,
 }
 
 /// A network that runs whole courses.

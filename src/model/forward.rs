@@ -11,7 +11,7 @@ use crate::tensor::Tensor;
 use std::ops::Range;
 
 /// What a layer does with the key/value cache during a pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LayerPlan {
     /// Attend to cached keys and values outside the rows of the pass.
     pub reuse: bool,
@@ -23,6 +23,13 @@ pub struct LayerPlan {
 pub trait CachePlan {
     /// What layer `layer` does.
     fn layer(&self, layer: usize) -> LayerPlan;
+}
+
+/// A plan written down.
+impl CachePlan for Vec<LayerPlan> {
+    fn layer(&self, layer: usize) -> LayerPlan {
+        self[layer]
+    }
 }
 
 /// One forward pass and the decision that follows it.
@@ -47,6 +54,12 @@ pub trait Network {
     fn autonomous(&mut self) -> Option<&mut dyn Autonomous> {
         None
     }
+
+    /// Kernels and products of one layer of a recorded pass, where passes are recorded as graphs and one was: the one of
+    /// fewest rows, a block's.
+    fn launches_per_layer(&self) -> Result<Option<usize>> {
+        Ok(None)
+    }
 }
 
 /// Weights of one layer; Q, K and V stacked, gate and up stacked.
@@ -70,6 +83,11 @@ pub struct Transformer<B: Backend> {
 }
 
 impl<B: Backend> Transformer<B> {
+    /// Sizes and constants.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
     /// Takes the tensors that `config` calls for from `weights`.
     ///
     /// # Errors
@@ -119,6 +137,10 @@ pub struct Sizes {
     pub cached: bool,
     /// Whether each sequence has an unconditional twin (classifier-free guidance).
     pub guided: bool,
+    /// Steps of a schedule by shares, if there is one: [`super::Schedule::Dream`].
+    pub ratios: usize,
+    /// Tokens that end a sequence early.
+    pub end_tokens: usize,
 }
 
 /// Bytes that a decode takes besides the mapped weights (f32 activations).
@@ -156,7 +178,7 @@ impl Sizes {
     }
 
     /// The same, as a backend wants to know it.
-    fn needs(&self, config: &Config) -> Needs {
+    pub(super) fn needs(&self, config: &Config) -> Needs {
         let positions: usize = self.prompt_lens.iter().map(|p| p + self.gen_length).sum();
         Needs {
             rows: self.rows(),
@@ -166,6 +188,21 @@ impl Sizes {
             tokens: positions + 1,
             heads: config.heads(),
         }
+    }
+
+    /// Elements of keys and values; of activations; of logits.
+    #[cfg(feature = "cuda")]
+    pub(super) fn elements(&self, config: &Config) -> [usize; 3] {
+        let (rows, scored, widths) = (self.rows(), self.candidates * self.twins(), Widths::of(config));
+        let cache = if self.cached { 2 * config.num_layers * rows * config.kv_width() } else { 0 };
+        [cache, rows * widths.row() + scored * widths.scored_row(), scored * config.vocab_size]
+    }
+
+    /// What a session of these sizes allocates on a CUDA device with so many multiprocessors, besides the weights.
+    #[cfg(feature = "cuda")]
+    pub fn device_memory(&self, config: &Config, multiprocessors: usize) -> Result<Memory> {
+        let [cache, workspace] = super::resident::memory(self, config, multiprocessors)?;
+        Ok(Memory { cache, workspace, scratch: 0 })
     }
 
     /// What a CPU session of these sizes allocates with `threads` threads.
@@ -273,6 +310,22 @@ impl<'m, B: Backend> Session<'m, B> {
         Ok(Session { transformer, backend, sizes, buffers, slots })
     }
 
+    /// Sizes and constants of the model.
+    #[cfg(feature = "cuda")]
+    pub(super) fn config(&self) -> &'m Config {
+        &self.transformer.config
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(super) fn num_layers(&self) -> usize {
+        self.transformer.layers.len()
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(super) fn guided(&self) -> bool {
+        self.sizes.guided
+    }
+
     /// The cache, when the session keeps one.
     pub fn cache(&self) -> Option<&B::Cache> {
         self.buffers.cache.as_ref()
@@ -288,12 +341,11 @@ impl<'m, B: Backend> Session<'m, B> {
     fn rows(&self, windows: &[(usize, Range<usize>)]) -> (Vec<Span>, Vec<usize>) {
         let sequences = self.sizes.prompt_lens.len();
         let length = |sequence: usize| self.sizes.prompt_lens[sequence] + self.sizes.gen_length;
-        let base = |sequence: usize| (0..sequence).map(length).sum::<usize>();
-        let positions = base(sequences);
+        let positions = self.first_token(sequences);
         let (mut spans, mut tokens) = (Vec::new(), Vec::new());
         for twin in 0..self.sizes.twins() {
             for (sequence, window) in windows {
-                let base = base(*sequence);
+                let base = self.first_token(*sequence);
                 spans.push(Span {
                     sequence: twin * sequences + sequence,
                     start: window.start,
@@ -309,6 +361,25 @@ impl<'m, B: Backend> Session<'m, B> {
             }
         }
         (spans, tokens)
+    }
+
+    /// Where the tokens of a sequence begin among the flat ones.
+    pub(super) fn first_token(&self, sequence: usize) -> usize {
+        self.sizes.prompt_lens[..sequence].iter().map(|prompt| prompt + self.sizes.gen_length).sum()
+    }
+
+    /// What launches are sized for, of passes over these windows and so many scored rows: just these rows, or with `rooms` a
+    /// multiple of that part of all rows.
+    #[cfg(feature = "cuda")]
+    pub(super) fn room(&self, windows: &[(usize, Range<usize>)], scored: usize, rooms: usize) -> Room {
+        let needs = self.sizes.needs(&self.transformer.config);
+        let rows: usize = windows.iter().map(|(_, window)| window.len()).sum::<usize>() * self.sizes.twins();
+        let longest = windows.iter().map(|(_, window)| window.len()).max().unwrap_or(0);
+        let up = |size: usize, most: usize| match rooms {
+            0 => size,
+            rooms => size.next_multiple_of(most.div_ceil(rooms).max(1)).min(most),
+        };
+        Room { rows: up(rows, needs.rows), longest: up(longest, needs.longest), scored }
     }
 
     /// Which rows the passes of slot `slot` run, and of which of them logits are asked for. Launches are sized for `room`, or
@@ -334,12 +405,20 @@ impl<'m, B: Backend> Session<'m, B> {
         self.backend.place(&mut slot.rows, &Placement { spans: &spans, tokens: &tokens, scored, room })
     }
 
-    /// Runs layers of the pass that slot `slot` holds: with the first the embedding, with the last the head, after which the
-    /// logits of the i-th scored row are row `i` of the logits buffer. All layers have run when the ranges of the calls,
-    /// one after the other, are all layers.
+    /// Embeds the rows of the pass that slot `slot` holds; then come its layers, and the head.
     ///
-    /// `hidden`, when given, receives the residual stream after the embedding and after every layer but the last (all
-    /// rows), and then the final norm's output (scored rows).
+    /// Here and there `hidden`, when given, receives the residual stream after the embedding and after every layer but the last
+    /// (all rows), and then the final norm's output (scored rows).
+    pub(super) fn embed(&mut self, slot: usize, hidden: Option<&mut Vec<Vec<f32>>>) -> Result<()> {
+        let Slot { rows: placed, room } = &self.slots[slot];
+        self.backend.embed(&self.transformer.embedding, placed, &mut self.buffers.x)?;
+        if let Some(hidden) = hidden {
+            hidden.push(self.backend.read(&self.buffers.x, room.rows, self.transformer.config.d_model)?);
+        }
+        Ok(())
+    }
+
+    /// Layers of the pass that slot `slot` holds, in their order; of the last one only what the head goes on from.
     pub(super) fn layers(
         &mut self,
         slot: usize,
@@ -347,18 +426,14 @@ impl<'m, B: Backend> Session<'m, B> {
         range: Range<usize>,
         mut hidden: Option<&mut Vec<Vec<f32>>>,
     ) -> Result<()> {
-        let Transformer { config, embedding, layers, .. } = self.transformer;
+        let Transformer { config, layers, .. } = self.transformer;
         let heads = config.heads();
         let Slot { rows: placed, room } = &self.slots[slot];
         let (backend, b, rows) = (&mut self.backend, &mut self.buffers, room.rows);
         let eps = config.rms_norm_eps;
-        if range.start == 0 {
-            backend.embed(embedding, placed, &mut b.x)?;
-            if let Some(hidden) = &mut hidden {
-                hidden.push(backend.read(&b.x, rows, config.d_model)?);
-            }
-        }
-        for i in range.clone() {
+        for i in range {
+            #[cfg(feature = "cuda")]
+            let _range = crate::gpu::nvtx::range_of(|| format!("layer {i}"));
             let layer = &layers[i];
             let LayerPlan { reuse, store } = plan.layer(i);
             let delta = (i > 0).then_some(&b.delta);
@@ -384,14 +459,11 @@ impl<'m, B: Backend> Session<'m, B> {
             backend.swiglu(&b.gate_up, config.mlp_hidden_size, &mut b.act, rows)?;
             backend.linear(&b.act, &layer.down, &mut b.delta, rows)?;
         }
-        if range.end == layers.len() {
-            self.head(slot, hidden)?;
-        }
         Ok(())
     }
 
-    /// The rest of the last layer, and the head.
-    fn head(&mut self, slot: usize, hidden: Option<&mut Vec<Vec<f32>>>) -> Result<()> {
+    /// The rest of the last layer, and the head: the logits of the i-th scored row become row `i` of the logits buffer.
+    pub(super) fn head(&mut self, slot: usize, hidden: Option<&mut Vec<Vec<f32>>>) -> Result<()> {
         let Transformer { config, embedding, layers, final_norm, head } = self.transformer;
         let Some(last) = layers.last() else { return Ok(()) };
         let Slot { rows: placed, room } = &self.slots[slot];
@@ -434,7 +506,10 @@ impl<'m, B: Backend> Session<'m, B> {
         let flat = self.flat(tokens);
         self.backend.write_tokens(&flat)?;
         self.place(0, windows, index, None)?;
-        self.layers(0, plan, 0..self.transformer.layers.len(), hidden)
+        let mut hidden = hidden;
+        self.embed(0, hidden.as_deref_mut())?;
+        self.layers(0, plan, 0..self.transformer.layers.len(), hidden.as_deref_mut())?;
+        self.head(0, hidden)
     }
 
     /// The first `rows` rows of the logits that [`Session::forward`] left, `[rows, vocab_size]`.
@@ -478,5 +553,13 @@ pub fn source_row(family: Family, window: &Range<usize>, position: usize) -> usi
     match family {
         Family::Llada => position - window.start,
         Family::Dream => (position - window.start).saturating_sub(1),
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Session<'_, crate::backend::cuda::Cuda> {
+    /// Where the logits lie on the device.
+    pub(super) fn logits_address(&self) -> u64 {
+        self.buffers.logits.address()
     }
 }

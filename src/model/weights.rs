@@ -12,15 +12,15 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// The tensors of a checkpoint by name.
-#[derive(Debug)]
+/// The tensors of a checkpoint by name. Cloning copies no data.
+#[derive(Clone, Debug)]
 pub struct Weights {
     source: PathBuf,
     tensors: HashMap<String, Entry>,
 }
 
 /// What a file holds under a name.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Entry {
     Tensor(Tensor),
     /// In an element type that is not read here. Only an error if the model needs it.

@@ -57,7 +57,15 @@ fn generate(model: &Model, options: &Options, prompts: &[Vec<u32>]) -> Result<Ge
 /// Logits at every position of `tokens`.
 fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
     let n = tokens.len();
-    let sizes = Sizes { prompt_lens: vec![n], gen_length: 0, candidates: n, cached: false, guided: false };
+    let sizes = Sizes {
+        prompt_lens: vec![n],
+        gen_length: 0,
+        candidates: n,
+        cached: false,
+        guided: false,
+        ratios: 0,
+        end_tokens: 0,
+    };
     let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
     let plan = BlockPlan { mode: CacheMode::None, pass: PassKind::Full };
     session.forward(&[tokens.to_vec()], &[(0, 0..n)], &plan, &(0..n).collect::<Vec<_>>(), None).unwrap();

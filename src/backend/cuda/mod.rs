@@ -58,7 +58,7 @@ pub enum Activations {
 }
 
 impl Activations {
-    fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         match self {
             Activations::Bf16(buffer) => buffer.address(),
             Activations::F32(buffer) => buffer.address(),
