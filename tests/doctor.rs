@@ -201,7 +201,7 @@ fn without_a_driver_it_says_what_is_needed() {
     let output = run(&[]);
     let (shown, error) = (text(&output.stdout), text(&output.stderr));
     assert_eq!(output.status.code(), Some(1), "{shown}{error}");
-    assert!(shown.contains("compute_80  attention (") && shown.contains("unmask ("), "{shown}");
+    assert!(shown.contains("  compute_80  ") && shown.contains("unmask ("), "{shown}");
     let needed = "no CUDA driver: libcuda was not found; needed: an NVIDIA driver of 525 or later, and a device of compute \
                   capability 8.0 or later";
     assert!(error.contains(needed), "{error}");

@@ -20,12 +20,15 @@ pub trait Case {
     fn check(&self) -> Result<Vec<Measure>>;
 }
 
+/// Makes a case on a stream's device.
+type Make = Box<dyn Fn(&Stream) -> Result<Box<dyn Case>>>;
+
 /// A case that is yet to be made.
 pub struct Entry {
     pub op: &'static str,
     pub shape: String,
     pub dtype: &'static str,
-    pub make: Box<dyn Fn(&Stream) -> Result<Box<dyn Case>>>,
+    pub make: Make,
 }
 
 impl Entry {
