@@ -3,7 +3,8 @@
 //! `ptx/` holds every module, built by one pinned compiler. While `ptx/SOURCE_HASH` matches `cuda/` and the flags below,
 //! those modules are taken, whatever compiler the machine has. When it does not match, nvcc compiles them; without nvcc
 //! that is an error, because nobody reads the warnings of a dependency. `UPDATE_PTX=1` compiles and rewrites `ptx/`:
-//! the only case in which anything is written outside `OUT_DIR`. See `docs/building.md`.
+//! the only case in which anything is written outside `OUT_DIR`. `DLLM_LINEINFO=1` compiles modules that know their source
+//! lines, for a profiler, and leaves `ptx/` alone. See `docs/building.md`.
 
 use std::env;
 use std::ffi::OsString;
@@ -15,6 +16,8 @@ use std::process::{Command, exit};
 /// the kernels need no more than this, which drivers from 525 on load.
 const PTX_ISA: &str = "8.0";
 const FLAGS: &[&str] = &["-std=c++17", "-O3", "-ptx", "-Icuda/common", "-Icuda/include"];
+/// What `DLLM_LINEINFO` adds.
+const LINEINFO: &str = "-lineinfo";
 /// Folder of `cuda/`, what its kernels are compiled for, and what follows the kernel's name in its module's file name.
 const TARGETS: &[(&str, &str, &str)] =
     &[("any", "compute_80", ".ptx"), ("sm80", "compute_80", ".ptx"), ("sm90a", "compute_90a", ".sm90a.ptx")];
@@ -27,18 +30,40 @@ fn main() {
     // Folders count with all that is in them, so that an added or removed kernel is seen.
     println!("cargo::rerun-if-changed=cuda");
     println!("cargo::rerun-if-changed=ptx");
-    println!("cargo::rerun-if-env-changed=UPDATE_PTX");
+    for variable in ["UPDATE_PTX", "DLLM_LINEINFO"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let update = env::var_os("UPDATE_PTX").is_some_and(|value| !value.is_empty() && value != "0");
-    if let Err(message) = build(&root, &out, update, find_nvcc(|name| env::var_os(name)).as_deref()) {
+    let is_set = |name| env::var_os(name).is_some_and(|value| !value.is_empty() && value != "0");
+    let wish = match (is_set("UPDATE_PTX"), is_set("DLLM_LINEINFO")) {
+        (false, false) => Ok(Wish::Modules),
+        (true, false) => Ok(Wish::Update),
+        (false, true) => Ok(Wish::Lines),
+        (true, true) => {
+            Err("UPDATE_PTX and DLLM_LINEINFO are both set: modules with source lines do not go into ptx/.".into())
+        }
+    };
+    let nvcc = find_nvcc(|name| env::var_os(name));
+    if let Err(message) = wish.and_then(|wish| build(&root, &out, wish, nvcc.as_deref())) {
         message.lines().for_each(|line| println!("cargo::error={line}"));
         exit(1);
     }
 }
 
+/// What is to be built.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Wish {
+    /// The modules, those of `ptx/` while they are right.
+    Modules,
+    /// The modules and `ptx/`.
+    Update,
+    /// Modules that know their source lines.
+    Lines,
+}
+
 /// Puts every module and `modules.rs`, which lists them, into `out`.
-pub fn build(root: &Path, out: &Path, update: bool, nvcc: Option<&Path>) -> Result<(), String> {
+pub fn build(root: &Path, out: &Path, wish: Wish, nvcc: Option<&Path>) -> Result<(), String> {
     let sources = sources(root)?;
     let kernels = kernels(&sources)?;
     let hash = source_hash(&sources);
@@ -47,7 +72,7 @@ pub fn build(root: &Path, out: &Path, update: bool, nvcc: Option<&Path>) -> Resu
     let recorded = manifest.lines().find_map(|line| line.strip_prefix("source ")).unwrap_or("nothing");
     let complete = kernels.iter().all(|kernel| ptx.join(&kernel.file).is_file());
 
-    if recorded == hash && complete && !update {
+    if recorded == hash && complete && wish == Wish::Modules {
         for kernel in &kernels {
             write(&out.join(&kernel.file), &read(&ptx.join(&kernel.file))?)?;
         }
@@ -56,9 +81,10 @@ pub fn build(root: &Path, out: &Path, update: bool, nvcc: Option<&Path>) -> Resu
         for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
             println!("cargo::rerun-if-env-changed={variable}");
         }
-        let nvcc = nvcc.ok_or_else(|| match update {
-            true => format!("UPDATE_PTX is set, but there is no nvcc.\n{WHERE_NVCC}"),
-            false => format!(
+        let nvcc = nvcc.ok_or_else(|| match wish {
+            Wish::Update => format!("UPDATE_PTX is set, but there is no nvcc.\n{WHERE_NVCC}"),
+            Wish::Lines => format!("DLLM_LINEINFO is set, but there is no nvcc.\n{WHERE_NVCC}"),
+            Wish::Modules => format!(
                 "ptx/ was not built from the kernels in cuda/ (cuda/ and build.rs hash to {hash}, ptx/SOURCE_HASH says \
                  {recorded}), and there is no nvcc to compile them.\n{WHERE_NVCC}\nOr take back the change: \
                  `git status cuda ptx build.rs` shows it. Whoever meant it rebuilds ptx/ with UPDATE_PTX=1."
@@ -66,15 +92,17 @@ pub fn build(root: &Path, out: &Path, update: bool, nvcc: Option<&Path>) -> Resu
         })?;
         let version = compiler_version(nvcc)?;
         for kernel in &kernels {
-            write(&out.join(&kernel.file), &compile(nvcc, root, kernel, out)?)?;
+            write(&out.join(&kernel.file), &compile(nvcc, root, kernel, out, wish)?)?;
         }
-        if update {
-            rewrite(&ptx, out, &kernels, &hash, &version)?;
-        } else {
-            println!("cargo::warning=ptx/ is not what cuda/ says: built with {version}; UPDATE_PTX=1 renews ptx/");
+        match wish {
+            Wish::Update => rewrite(&ptx, out, &kernels, &hash, &version)?,
+            Wish::Lines => println!("cargo::warning=DLLM_LINEINFO: the kernels know their source lines, by {version}"),
+            Wish::Modules => {
+                println!("cargo::warning=ptx/ is not what cuda/ says: built with {version}; UPDATE_PTX=1 renews ptx/");
+            }
         }
     }
-    write(&out.join("modules.rs"), &module_list(&kernels))
+    write(&out.join("modules.rs"), &module_list(&kernels, &hash))
 }
 
 const WHERE_NVCC: &str = "It is looked for in NVCC (the program itself; empty: none), CUDA_HOME/bin, CUDA_PATH/bin, \
@@ -166,11 +194,17 @@ fn compiler_version(nvcc: &Path) -> Result<String, String> {
 }
 
 /// The kernel's PTX, stamped: the same in every checkout.
-fn compile(nvcc: &Path, root: &Path, kernel: &Kernel, out: &Path) -> Result<String, String> {
+fn compile(nvcc: &Path, root: &Path, kernel: &Kernel, out: &Path, wish: Wish) -> Result<String, String> {
     let unstamped = out.join(format!("{}.nvcc", kernel.file));
     let mut command = Command::new(nvcc);
     command.current_dir(root).env_remove("NVCC_PREPEND_FLAGS").env_remove("NVCC_APPEND_FLAGS");
-    command.args(FLAGS).arg(format!("-arch={}", kernel.target)).arg(&kernel.source).arg("-o").arg(&unstamped);
+    command
+        .args(FLAGS)
+        .args((wish == Wish::Lines).then_some(LINEINFO))
+        .arg(format!("-arch={}", kernel.target))
+        .arg(&kernel.source)
+        .arg("-o")
+        .arg(&unstamped);
     let output = command.output().map_err(|e| format!("{}: cannot be run: {e}", nvcc.display()))?;
     let messages = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() {
@@ -214,8 +248,9 @@ fn rewrite(ptx: &Path, out: &Path, kernels: &[Kernel], hash: &str, version: &str
 }
 
 /// The Rust file that the library includes.
-fn module_list(kernels: &[Kernel]) -> String {
-    let mut list = String::from("/// Every module, by name.\npub static MODULES: &[Module] = &[\n");
+fn module_list(kernels: &[Kernel], hash: &str) -> String {
+    let mut list = format!("const PTX_ISA: &str = {PTX_ISA:?};\nconst SOURCE_HASH: &str = {hash:?};\n");
+    list += "/// Every module, by name.\npub static MODULES: &[Module] = &[\n";
     for Kernel { name, target, file, .. } in kernels {
         list += &format!("    Module {{ name: {name:?}, target: {target:?}, ptx: include_str!({file:?}) }},\n");
     }

@@ -1,11 +1,11 @@
-//! attention: streaming (32 rows against a cache in three segments), full (all rows against all keys), and lists that keep a
-//! quarter of the tiles.
+//! attention: streaming (32 rows against a cache in three segments), full (all rows against all keys), lists that keep a
+//! quarter of the tiles; and both forms of blocks around the number of rows where the plan goes from one to the other.
 
 mod gpu;
 
 use dllm_kernels::Result;
 use dllm_kernels::gpu::{Buffer, Stream};
-use dllm_kernels::ops::attention::{self, Attention, Heads, KEY_TILE, QUERY_TILE, Rows, Segment, Tiles};
+use dllm_kernels::ops::attention::{self, Attention, Form, Heads, KEY_TILE, QUERY_TILE, Rows, Segment, Tiles};
 use dllm_kernels::oracle::attention::attend;
 use gpu::{Bench, Case, Float, L2, Random, assert_close, bytes_of, few};
 use half::bf16;
@@ -21,6 +21,8 @@ struct Shape {
     keys: [usize; 3],
     /// Every so many tiles one is visited.
     every: usize,
+    /// The plan's, if not given.
+    form: Option<Form>,
 }
 
 impl Shape {
@@ -64,9 +66,9 @@ struct Sequences {
 
 impl Sequences {
     fn new(stream: &Stream, shape: Shape) -> Result<Sequences> {
-        let Shape { heads, sequences, rows, keys, every } = shape;
+        let Shape { heads, sequences, rows, keys, every, .. } = shape;
         let mut random = Random(1);
-        let splits = attention::splits(rows, heads.num_heads, heads.num_kv_heads, stream.device().multiprocessors()?);
+        let splits = attention::splits(rows, heads, stream.device().multiprocessors()?);
         let multiples = |n: usize, of: usize| -> Vec<i32> { (0..n as i32).map(|i| i * of as i32).collect() };
         let mut matrix = |rows: usize, width: usize| stream.upload(&random.floats::<bf16>(rows * width, 1.0));
         let mut segment = |keys: usize| -> Result<Keys> {
@@ -126,6 +128,7 @@ impl Case for Sequences {
             tiles: tiles.as_ref().map(|[offsets, indices]| Tiles { offsets, indices, per_head: false }),
             scale: 1.0 / (shape.heads.head_dim as f32).sqrt(),
             max_splits: self.splits,
+            form: shape.form,
             out,
             lse: None,
             workspace,
@@ -183,8 +186,25 @@ fn main() {
         let (sequences, rows, keys) = (bench.size(sequences, 1), bench.size(32, 8), bench.size(keys, 512));
         // A quarter of what is not the block lies behind it.
         let behind = (keys - rows) / 4;
-        let shape = Shape { heads, sequences, rows, keys: [keys - rows - behind, rows, behind], every };
+        let shape = Shape { heads, sequences, rows, keys: [keys - rows - behind, rows, behind], every, form: None };
         bench.case::<bf16, _>(name, &[L2::Cold], |stream| Sequences::new(stream, shape));
+    }
+    let boundary = [
+        ("dream 1x32 28/4x128 4096 keys", dream, 1, 32, 4096),
+        ("dream 8x32 28/4x128 4096 keys", dream, 8, 32, 4096),
+        ("dream 8x64 28/4x128 4096 keys", dream, 8, 64, 4096),
+        ("llada 1x128 32/32x128 4096 keys", llada, 1, 128, 4096),
+        ("llada 1x256 32/32x128 4096 keys", llada, 1, 256, 4096),
+        ("llada 1x512 32/32x128 4096 keys", llada, 1, 512, 4096),
+        ("llada 8x256 32/32x128 1024 keys", llada, 8, 256, 1024),
+    ];
+    for (name, heads, sequences, rows, keys) in boundary {
+        let (sequences, rows, keys) = (bench.size(sequences, 1), bench.size(rows, 40), bench.size(keys, 512));
+        for (form, form_name) in [(Form::Streaming, "streaming"), (Form::Full, "full")] {
+            let shape = Shape { heads, sequences, rows, keys: [keys - rows, rows, 0], every: 1, form: Some(form) };
+            let name = format!("{name}, form {form_name}");
+            bench.case::<bf16, _>(&name, &[L2::Cold], |stream| Sequences::new(stream, shape));
+        }
     }
     let full = [
         ("full 16x1024 16/16x128", 16, 1024, 1),
@@ -195,7 +215,7 @@ fn main() {
     for (name, sequences, length, every) in full {
         let (sequences, rows) = (bench.size(sequences, 1), bench.size(length, 300));
         let heads = Heads { num_heads: bench.size(16, 2), num_kv_heads: bench.size(16, 2), ..few_heads };
-        let shape = Shape { heads, sequences, rows, keys: [0, rows, 0], every };
+        let shape = Shape { heads, sequences, rows, keys: [0, rows, 0], every, form: None };
         bench.case::<bf16, _>(name, &[L2::Cold], |stream| Sequences::new(stream, shape));
     }
 }

@@ -7,6 +7,7 @@ safetensors. One JSON object comes in on stdin:
     originals     folder with a checkout of github.com/NVlabs/Fast-dLLM: <dir>/Fast-dLLM,
                   <dir>/fast-dllm, or <dir> itself (the one that holds llada/)
     threads       torch threads (default 1)
+    device        cpu (default; f32), or a CUDA device as torch names it (bf16)
     checkpoint    folder of a LLaDA checkpoint, or null for random weights of `shape`
     shape         d_model, n_heads, n_kv_heads, n_layers, mlp_hidden_size, vocab_size, rope_theta,
                   rms_norm_eps, max_sequence_length, mask_token_id; with a checkpoint only
@@ -23,7 +24,7 @@ and one comes out, on the last line of stdout; everything else goes to stderr:
      "modes": [{"name", "nfe", "seconds": [one a run], "ms_per_forward": median run / nfe}]}
 
 A failure exits with status 1 and a message on stderr. The published functions are called as they
-are: batch 1, temperature 0, low_confidence remasking, f32 on the CPU, torch.compile off. They never
+are: batch 1, temperature 0, low_confidence remasking, torch.compile off. They never
 end, or raise IndexError, when the model predicts the mask token itself; random weights cannot.
 """
 
@@ -64,10 +65,11 @@ def revision(checkout):
         return None
 
 
-def import_originals(checkout, threads):
-    """torch and Fast-dLLM's `generate` module, set up for a plain run on the CPU."""
+def import_originals(checkout, threads, device):
+    """torch and Fast-dLLM's `generate` module, set up for a plain run."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # its attention is wrapped in torch.compile
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["OMP_NUM_THREADS"] = str(threads)
     sys.dont_write_bytecode = True  # leave the checkout as it is
@@ -85,11 +87,12 @@ def import_originals(checkout, threads):
     return torch, importlib.import_module("llada.generate")
 
 
-def load_model(torch, generate, checkpoint, shape):
+def load_model(torch, generate, checkpoint, shape, device):
     """(model, mask id), from the checkpoint or with random weights."""
     model_class = generate.LLaDAModelLM
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     if checkpoint is not None:
-        model = model_class.from_pretrained(checkpoint, torch_dtype=torch.float32)
+        model = model_class.from_pretrained(checkpoint, torch_dtype=dtype).to(device)
         return model.eval(), shape.get("mask_token_id", model.config.mask_token_id)
     sizes = dict(shape, embedding_size=shape["vocab_size"])
     config = model_class.config_class(
@@ -97,7 +100,10 @@ def load_model(torch, generate, checkpoint, shape):
         include_bias=False, include_qkv_bias=False, bias_for_layer_norm=False, weight_tying=False,
         attention_dropout=0.0, residual_dropout=0.0, embedding_dropout=0.0,
     )
-    model = model_class(config).float().eval()
+    torch.set_default_dtype(dtype)  # 8 billion parameters in f32 would be made first, and take twice the memory
+    with torch.device(device):
+        model = model_class(config).to(dtype=dtype, device=device).eval()
+    torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
     for weight in model.parameters():
         if weight.dim() > 1:
@@ -127,9 +133,11 @@ def bind_mode(generate, mode, common):
 
 def run(request):
     checkout = find_checkout(request["originals"])
-    torch, generate = import_originals(checkout, request.get("threads", 1))
-    model, mask_id = load_model(torch, generate, request.get("checkpoint"), request.get("shape") or {})
-    prompt = torch.tensor([request["prompt"]], dtype=torch.long)
+    device = request.get("device", "cpu")
+    torch, generate = import_originals(checkout, request.get("threads", 1), device)
+    synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
+    model, mask_id = load_model(torch, generate, request.get("checkpoint"), request.get("shape") or {}, device)
+    prompt = torch.tensor([request["prompt"]], dtype=torch.long, device=device)
     common = {
         "model": model, "prompt": prompt, "mask_id": mask_id, "temperature": 0.0,
         "gen_length": request["gen_length"], "block_length": request["block_length"],
@@ -142,8 +150,10 @@ def run(request):
     model(torch.nn.functional.pad(prompt, (0, request["gen_length"]), value=mask_id))  # warm-up
     for _ in range(request.get("repeat", 1)):
         for row, call in zip(rows, calls):
+            synchronize()
             start = time.perf_counter()
             _, row["nfe"] = call()
+            synchronize()
             row["seconds"].append(time.perf_counter() - start)
             print(f"{row['name']}: {row['nfe']} forwards, {row['seconds'][-1]:.3f} s", file=sys.stderr)
     for row in rows:

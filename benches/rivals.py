@@ -290,7 +290,7 @@ def vverify(to):
 
 
 def attention_shapes(to):
-    """name, sequences, rows, keys, heads, kv heads, share of the tiles: those of benches/attention.rs."""
+    """name, sequences, rows, keys, heads, kv heads, share of the tiles: those of benches/attention.rs, without those of forced forms."""
     llada, dream, wide = (32, 32), (28, 4), (16, 16)
     yield "llada 1x32 32/32x128 1024 keys", 1, 32, 1024, *llada, 1
     yield "dream 1x32 28/4x128 1024 keys", 1, 32, 1024, *dream, 1

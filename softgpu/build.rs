@@ -17,7 +17,8 @@ struct SharedLibrary<'a> {
 
 impl SharedLibrary<'_> {
     /// `cc` knows the compiler and how to make objects; it only links archives, so the last step is ours. Leaves both
-    /// commands in `NAME.compile` and `NAME.link`, for whoever builds the library again from other sources.
+    /// commands in `NAME.compile` and `NAME.link` and the objects in `NAME.objects`, for whoever builds the library again from
+    /// other sources.
     fn build(&self, out: &Path) {
         let mut build = cc::Build::new();
         build
@@ -44,13 +45,16 @@ impl SharedLibrary<'_> {
         record(&out.join(format!("{}.compile", self.name)), &build.get_compiler().to_command(), &[]);
         let objects = build.compile_intermediates();
 
+        let names: Vec<String> = objects.iter().map(|object| object.display().to_string()).collect();
+        fs::write(out.join(format!("{}.objects", self.name)), names.join("\n")).expect("OUT_DIR can be written to");
+
         let library = out.join(format!("lib{}.so", self.name));
         let mut link = cc::Build::new().cpp(true).opt_level(2).get_compiler().to_command();
         // Its own functions before others of the same name: the C library has an `advance` too.
         let soname = format!("-Wl,-soname,lib{}.so", self.name).into();
         let mut behind = vec!["-shared".into(), "-Wl,-Bsymbolic-functions".into(), soname];
         behind.extend(self.needs.iter().map(|name| out.join(name).into()));
-        behind.push("-lpthread".into());
+        behind.extend(["-lpthread", "-ldl"].map(OsString::from));
         record(&out.join(format!("{}.link", self.name)), &link, &behind);
         let status = link.arg("-o").arg(&library).args(&objects).args(&behind).status();
         let status = status.expect("the C++ compiler starts");

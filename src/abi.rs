@@ -849,6 +849,14 @@ const _: () = {
     ["Offset of field: dllm_swiglu_params::dtype"][::core::mem::offset_of!(dllm_swiglu_params, dtype) - 56usize];
     ["Offset of field: dllm_swiglu_params::reserved"][::core::mem::offset_of!(dllm_swiglu_params, reserved) - 60usize];
 };
+/// As the plan chooses, by the packed rows of the longest sequence.
+pub const DLLM_ATTENTION_FORM_PLANNED: dllm_attention_form = 0;
+/// Few rows, many keys: blocks of two warps, several to a multiprocessor.
+pub const DLLM_ATTENTION_FORM_STREAMING: dllm_attention_form = 1;
+/// Many rows: blocks of eight warps.
+pub const DLLM_ATTENTION_FORM_FULL: dllm_attention_form = 2;
+/// How an attention launch is cut into blocks. Both forms give the same bits.
+pub type dllm_attention_form = u32;
 /// Keys and values of one part of a sequence, read where they are. 64 bytes.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -938,10 +946,14 @@ pub struct dllm_attention_params {
     /// 1: each key/value head has lists of its own, head after head.
     pub per_head: i32,
     pub num_tile_indices: i32,
+    /// dllm_attention_form
+    pub form: i32,
+    /// 0
+    pub reserved: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of dllm_attention_params"][::core::mem::size_of::<dllm_attention_params>() - 328usize];
+    ["Size of dllm_attention_params"][::core::mem::size_of::<dllm_attention_params>() - 336usize];
     ["Alignment of dllm_attention_params"][::core::mem::align_of::<dllm_attention_params>() - 8usize];
     ["Offset of field: dllm_attention_params::size"][::core::mem::offset_of!(dllm_attention_params, size) - 0usize];
     ["Offset of field: dllm_attention_params::q"][::core::mem::offset_of!(dllm_attention_params, q) - 8usize];
@@ -985,6 +997,9 @@ const _: () = {
         [::core::mem::offset_of!(dllm_attention_params, per_head) - 320usize];
     ["Offset of field: dllm_attention_params::num_tile_indices"]
         [::core::mem::offset_of!(dllm_attention_params, num_tile_indices) - 324usize];
+    ["Offset of field: dllm_attention_params::form"][::core::mem::offset_of!(dllm_attention_params, form) - 328usize];
+    ["Offset of field: dllm_attention_params::reserved"]
+        [::core::mem::offset_of!(dllm_attention_params, reserved) - 332usize];
 };
 /// merge: two attentions of the same queries, over keys that have none in common, become the attention over both.
 ///

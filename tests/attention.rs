@@ -9,7 +9,7 @@ mod reference;
 
 use common::{Float, Random, on_device, poison, stream};
 use dllm_kernels::gpu::{Buffer, Stream};
-use dllm_kernels::ops::attention::{self as op, Attention, Heads, KEY_TILE, QUERY_TILE, Rows, Segment, Tiles};
+use dllm_kernels::ops::attention::{self as op, Attention, Form, Heads, KEY_TILE, QUERY_TILE, Rows, Segment, Tiles};
 use dllm_kernels::oracle::attention::attend;
 use half::{bf16, f16};
 
@@ -20,6 +20,7 @@ on_device!(
     many_rows,
     lists_of_tiles,
     any_number_of_splits,
+    either_form,
     the_same_bits_in_every_order,
     scores_of_any_size,
 );
@@ -45,6 +46,7 @@ struct Case<T> {
     sparse: bool,
     per_head: bool,
     splits: usize,
+    form: Option<Form>,
     /// `[rows, q_stride]`, queries from column `first` on.
     q: Vec<T>,
     first: usize,
@@ -92,6 +94,7 @@ impl<T: Float> Case<T> {
             sparse: false,
             per_head: false,
             splits,
+            form: None,
             q,
             first,
             q_stride,
@@ -206,6 +209,7 @@ impl<T: Float> OnDevice<T> {
             tiles,
             scale: case.scale,
             max_splits: case.splits,
+            form: case.form,
             out: &mut self.out,
             lse: Some(&mut self.lse),
             workspace: &mut self.workspace,
@@ -367,25 +371,70 @@ fn lists_of_tiles() {
     }
 }
 
-/// Parts of the keys in any number: the same up to the rounding of f32, before the result is rounded to f16.
+/// Parts of the keys in any number: the same up to the rounding of f32, before the result is rounded to f16. Of 13 tiles,
+/// and of 43, so that more than 32 parts have keys.
 fn any_number_of_splits() {
-    let mut case = Case::<f16>::new(&mut Random(4), MHA, vec![dense(32, [500, 32, 300])], 1);
-    let one = run(&case);
-    for splits in [2, 3, 7, 13, 64] {
-        case.splits = splits;
-        let parts = run(&case);
-        for (a, b) in one.out.iter().zip(&parts.out) {
-            assert!((a - b).abs() <= 2e-3 * a.abs().max(0.05), "{splits}: {a} {b}");
+    for (sequence, heads) in [
+        (dense(32, [500, 32, 300]), MHA),
+        (dense(3, [1500, 3, 1200]), Heads { head_dim: 32, ..MHA }),
+        (dense(3, [1500, 3, 1200]), Heads { head_dim: 128, num_heads: 2, num_kv_heads: 1 }),
+    ] {
+        let mut case = Case::<f16>::new(&mut Random(4), heads, vec![sequence], 1);
+        let one = run(&case);
+        check(&case, &one, "one part");
+        for splits in [2, 3, 7, 8, 9, 13, 33, 64] {
+            case.splits = splits;
+            let parts = run(&case);
+            for (a, b) in one.out.iter().zip(&parts.out) {
+                assert!((a - b).abs() <= 2e-3 * a.abs().max(0.05), "{splits}: {a} {b}");
+            }
+            for (a, b) in one.lse.iter().zip(&parts.lse) {
+                assert!((a - b).abs() < 2e-6 * a.abs().max(1.0), "{splits}: {a} {b}");
+            }
         }
-        for (a, b) in one.lse.iter().zip(&parts.lse) {
-            assert!((a - b).abs() < 2e-6 * a.abs().max(1.0), "{splits}: {a} {b}");
+    }
+}
+
+/// Both forms, forced, on shapes that the plan would give to one or the other: right, and the same bits.
+fn either_form() {
+    fn both<T: Float>(random: &mut Random, heads: Heads, splits: usize) {
+        let mut sequences = vec![dense(140, [70, 140, 30]), dense(3, [200, 3, 0]), dense(17, [0, 17, 64])];
+        sequences[0].tiles = vec![vec![3, 0], vec![1, 2, 0]];
+        sequences[1].tiles = vec![vec![2]];
+        let mut case = Case::<T>::new(random, heads, sequences, splits);
+        for (sparse, sequences) in [(false, 0..3), (true, 0..3), (false, 1..3)] {
+            let name = format!("{} {heads:?}, {splits} splits, lists {sparse}, {sequences:?}", T::NAME);
+            let skipped: usize = case.sequences[..sequences.start].iter().map(|s| s.rows).sum();
+            case.sparse = sparse;
+            case.q.drain(..skipped * case.q_stride);
+            case.sequences.drain(..sequences.start);
+            case.segments.iter_mut().for_each(|(_, _, starts)| _ = starts.drain(..sequences.start));
+            let [planned, streaming, full] = [None, Some(Form::Streaming), Some(Form::Full)].map(|form| {
+                case.form = form;
+                run(&case)
+            });
+            check(&case, &streaming, &name);
+            assert_eq!(bits(&streaming), bits(&full), "{name}");
+            assert_eq!(bits(&planned), bits(&full), "{name}");
+        }
+    }
+    let mut random = Random(9);
+    for head_dim in [32, 64, 128] {
+        for (num_heads, num_kv_heads, splits) in [(2, 2, 1), (6, 2, 3)] {
+            let heads = Heads { num_heads, num_kv_heads, head_dim };
+            both::<bf16>(&mut random, heads, splits);
+            both::<f16>(&mut random, heads, splits);
         }
     }
 }
 
 fn the_same_bits_in_every_order() -> Vec<u32> {
     let sequences = [dense(32, [130, 32, 60]), dense(7, [3, 7, 0])];
-    let bits = [1, 4].map(|splits| bits(&run(&Case::<bf16>::new(&mut Random(5), MHA, sequences.to_vec(), splits))));
+    let forms = [(1, Form::Streaming), (4, Form::Streaming), (1, Form::Full), (4, Form::Full)];
+    let bits = forms.map(|(splits, form)| {
+        let case = Case::<bf16>::new(&mut Random(5), MHA, sequences.to_vec(), splits);
+        bits(&run(&Case { form: Some(form), ..case }))
+    });
     bits.concat()
 }
 

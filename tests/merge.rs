@@ -340,6 +340,7 @@ impl<T: Float> Whole<T> {
             tiles: None,
             scale: 1.0 / (head_dim as f32).sqrt(),
             max_splits: 1,
+            form: None,
             out: &mut out,
             lse: Some(&mut lse),
             workspace: &mut stream.alloc(0).unwrap(),

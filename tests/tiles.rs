@@ -184,6 +184,7 @@ impl<T: Float> Loaded<T> {
             tiles,
             scale: SCALE,
             max_splits: self.splits,
+            form: None,
             out: &mut self.out,
             lse: Some(&mut self.lse),
             workspace: &mut self.workspace,

@@ -121,7 +121,7 @@ __device__ __forceinline__ void advance_sequence(const dllm_advance_params& p, c
     const int32_t* tokens = at<const int32_t>(p.tokens, first);
     const auto masks = [&](int start, int end) {
       start = within(start, 0, length);
-      return count_masks(tokens + start, min(end, length) - start, p.mask_token);
+      return count_masks(tokens + start, within(end, start, length) - start, p.mask_token);
     };
 
     const int pass = one_more(control.pass);
@@ -188,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) advance(DLLM_PARAMS dllm_
   if (failed != kNone && control.failed_sequence == DLLM_NONE_FAILED) {
     control.failed_sequence = failed;
     control.failed_position = at<const int32_t>(p.failed)[failed];
-    control.failed_step = at<const dllm_advance_sequence>(p.sequences)[failed].forwards - 1;
+    control.failed_step = int(uint32_t(at<const dllm_advance_sequence>(p.sequences)[failed].forwards) - 1u);
   }
   *at<dllm_advance_control>(p.control) = control;
   tell_host(control, go_on, at<dllm_progress>(p.progress));

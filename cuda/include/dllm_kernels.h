@@ -346,6 +346,13 @@ typedef struct dllm_swiglu_params {
 /** Keys of a tile. */
 #define DLLM_KEY_TILE 64
 
+/** How an attention launch is cut into blocks. Both forms give the same bits. */
+typedef enum dllm_attention_form {
+  DLLM_ATTENTION_FORM_PLANNED = 0,   /**< As the plan chooses, by the packed rows of the longest sequence. */
+  DLLM_ATTENTION_FORM_STREAMING = 1, /**< Few rows, many keys: blocks of two warps, several to a multiprocessor. */
+  DLLM_ATTENTION_FORM_FULL = 2       /**< Many rows: blocks of eight warps. */
+} dllm_attention_form;
+
 /** Keys and values of one part of a sequence, read where they are. 64 bytes. */
 typedef struct dllm_segment {
   uint64_t k;        /**< [num_rows, num_kv_heads, head_dim]; 0 when nobody has keys here. */
@@ -391,6 +398,8 @@ typedef struct dllm_attention_params {
   int32_t query_tiles;  /**< Lists a sequence has: max_sequence_rows / DLLM_QUERY_TILE, rounded up. Read with tile_offsets. */
   int32_t per_head;     /**< 1: each key/value head has lists of its own, head after head. */
   int32_t num_tile_indices;
+  int32_t form;     /**< dllm_attention_form */
+  int32_t reserved; /**< 0 */
 } dllm_attention_params;
 
 /**
@@ -449,7 +458,7 @@ DLLM_ASSERT_LAYOUT(dllm_norm_params, eps, 84, 88);
 DLLM_ASSERT_LAYOUT(dllm_rope_params, reserved, 116, 120);
 DLLM_ASSERT_LAYOUT(dllm_swiglu_params, reserved, 60, 64);
 DLLM_ASSERT_LAYOUT(dllm_segment, reserved1, 56, 64);
-DLLM_ASSERT_LAYOUT(dllm_attention_params, num_tile_indices, 324, 328);
+DLLM_ASSERT_LAYOUT(dllm_attention_params, reserved, 332, 336);
 DLLM_ASSERT_LAYOUT(dllm_merge_params, dtype, 100, 104);
 DLLM_ASSERT_LAYOUT(dllm_roof_params, bytes, 24, 32);
 

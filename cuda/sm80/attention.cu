@@ -6,8 +6,9 @@
 //         one split of the key tiles they visit.
 // block   kWarps warps; each owns 16 packed rows from the first product to the last
 // shared  two buffers for keys and two for values, 64 rows of head_dim each: 64 KiB at head_dim 128; rows are swizzled by 16
-//         bytes, so that ldmatrix reads eight rows without bank conflicts. The queries pass through the first of them.
-// loop    copy(k[i + 1]) | s = q k[i]^T | softmax | copy(v[i + 1]) | o += p v[i]; a copy is waited for one product later
+//         bytes, so that ldmatrix reads eight rows without bank conflicts. The queries pass through those of values.
+// loop    copy(k[i + 1], v[i + 1]) | s = q k[i]^T | softmax | o += p v[i]; keys are waited for before the first product, values
+//         before the second
 // bytes   2 * keys * head_dim * sizeof(element) a kv head and sequence; queries, outputs and partial results are small
 // bound   streaming (32 rows, long keys): memory bandwidth, 32 FLOP a byte without groups. Full: mma rate.
 //
@@ -21,6 +22,7 @@
 namespace {
 
 constexpr int kKeys = DLLM_KEY_TILE;
+constexpr int kMostKeys = 1 << 30;  // of a sequence; more are not read
 constexpr float kLog2e = 1.4426950408889634f;
 
 // Numbers in device memory may be anything: brought to within before they are used.
@@ -47,7 +49,7 @@ __device__ __forceinline__ uint32_t packed(float low, float high) {
 }
 
 // Where 16 bytes of a row lie in a tile of shared memory: eight rows that ldmatrix reads together fall into eight
-// different groups of four banks.
+// different groups of four banks. Eight rows further on lie the same, 16 * D bytes on; chunk ^ c is found at offset ^ 16 * c.
 template <int D>
 __device__ __forceinline__ int tile_offset(int row, int chunk) {
   const int swizzle = D == 32 ? row >> 1 & 3 : row & 7;
@@ -56,8 +58,8 @@ __device__ __forceinline__ int tile_offset(int row, int chunk) {
 
 // The part of a segment that holds a sequence's keys.
 struct Part {
-  int end;        // keys of this sequence up to here
-  int64_t first;  // key j lies in row first + j of the segment
+  int end;    // keys of this sequence up to here
+  int first;  // key j lies in row first + j of the segment
 
   __device__ Part(const dllm_segment& segment, int sequence, int before) {
     int start = 0, len = 0;
@@ -65,8 +67,8 @@ struct Part {
       if (segment.start) start = within(at<const int32_t>(segment.start)[sequence], 0, segment.num_rows);
       len = within(at<const int32_t>(segment.len)[sequence], 0, segment.num_rows - start);
     }
-    first = int64_t(start) - before;
-    end = before + min(len, (1 << 30) - before);  // more keys than that are not read
+    first = start - before;
+    end = before + min(len, kMostKeys - before);
   }
 };
 
@@ -78,31 +80,60 @@ struct Keys {
   __device__ __forceinline__ int count() const { return c.end; }
 };
 
+// Where the keys (or values) of a segment lie, for some key of the sequence.
+struct Source {
+  uint64_t base;
+  int64_t stride;
+  int first, end;
+
+  // Chosen without branches and without arrays, which would lie in local memory.
+  __device__ __forceinline__ Source(const dllm_attention_params& p, const Keys& keys, bool values, int key) {
+    const dllm_segment& a = p.segments[0];
+    const dllm_segment& b = p.segments[1];
+    const dllm_segment& c = p.segments[2];
+    const bool in_a = key < keys.a.end, in_b = key < keys.b.end;
+    base = values ? in_a ? a.v : in_b ? b.v : c.v : in_a ? a.k : in_b ? b.k : c.k;
+    stride = values ? in_a ? a.v_stride : in_b ? b.v_stride : c.v_stride
+                    : in_a ? a.k_stride : in_b ? b.k_stride : c.k_stride;
+    first = in_a ? keys.a.first : in_b ? keys.b.first : keys.c.first;
+    end = in_a ? keys.a.end : in_b ? keys.b.end : keys.c.end;
+  }
+};
+
 // Copies tile `tile` of the keys (or values) of a kv head into shared memory. Every thread copies 16 bytes of every
-// kRows-th row. Which segment a row is in is chosen without branches and without arrays, which would lie in local memory.
+// kRows-th row. In a tile that lies in one segment, as most do, these are equally far apart; in others each row is looked
+// up, in a loop that is not unrolled, because it is rare.
 template <class T, int D, int kThreads>
 __device__ __forceinline__ void copy_tile(const dllm_attention_params& p, const Keys& keys, bool values, int head, int tile,
                                           unsigned char* to) {
   constexpr int kChunks = D / 8, kRows = kThreads / kChunks;
-  const int chunk = threadIdx.x % kChunks;
-  const dllm_segment& a = p.segments[0];
-  const dllm_segment& b = p.segments[1];
-  const dllm_segment& c = p.segments[2];
+  static_assert(kRows % 4 == 0, "every second row of a thread is swizzled alike");
+  const int first_row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  const int key = tile * kKeys;
+  const Source source(p, keys, values, key);
+  if (key + kKeys <= source.end) {
+    const T* from = at<const T>(source.base, (source.first + key + first_row) * source.stride + head * D + chunk * 8);
+    unsigned char* const even = to + tile_offset<D>(first_row, chunk);
+    unsigned char* const odd = to + tile_offset<D>(first_row + kRows, chunk);
 #pragma unroll
-  for (int row = threadIdx.x / kChunks; row < kKeys; row += kRows) {
-    const int64_t key = int64_t(tile) * kKeys + row;
-    const bool inside = tile >= 0 && key < keys.count(), in_a = key < keys.a.end, in_b = key < keys.b.end;
-    const uint64_t base = values ? in_a ? a.v : in_b ? b.v : c.v : in_a ? a.k : in_b ? b.k : c.k;
-    const int64_t stride = values ? in_a ? a.v_stride : in_b ? b.v_stride : c.v_stride
-                                  : in_a ? a.k_stride : in_b ? b.k_stride : c.k_stride;
-    const int64_t first = in_a ? keys.a.first : in_b ? keys.b.first : keys.c.first;
-    const int64_t from_row = inside ? first + key : 0;  // a tile that is not there may have any number
-    const T* from = at<const T>(base, from_row * stride + head * D + chunk * 8);
+    for (int i = 0; i < kKeys / kRows; i++) {
+      cp_async_16((i % 2 ? odd : even) + i / 2 * 2 * kRows * D * 2, from);
+      from += kRows * source.stride;
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int row = first_row; row < kKeys; row += kRows) {
+    const bool inside = key + row < keys.count();
+    const Source source(p, keys, values, key + row);
+    const int from_row = inside ? source.first + key + row : 0;
+    const T* from = at<const T>(source.base, from_row * source.stride + head * D + chunk * 8);
     cp_async_16(to + tile_offset<D>(row, chunk), inside ? from : at<const T>(p.q), inside ? 16 : 0);
   }
 }
 
-// The key tiles that a block visits: `count` of them, the i-th being list[i], or i without a list.
+// The key tiles that a block visits: the i-th is list[i], or i without a list. A list may hold any number: what cannot be a
+// tile becomes one that has no keys.
 struct Visits {
   const int32_t* list;
   int begin, end;
@@ -123,7 +154,9 @@ struct Visits {
     end = min(count, begin + share);
   }
 
-  __device__ __forceinline__ int tile(int i) const { return list ? list[i] : i; }
+  __device__ __forceinline__ int tile(int i) const {
+    return list && i < end ? int(min(uint32_t(list[i]), uint32_t(kMostKeys / kKeys))) : i;
+  }
 };
 
 // The running result of a warp's 16 rows. Of a row, lane 4 * (row % 8) + j holds columns 8 n + 2 j and the next.
@@ -207,49 +240,62 @@ __device__ __forceinline__ void attention(const dllm_attention_params& p) {
   const int first_row = within(cu_rows[sequence], 0, p.max_rows);
   const int rows = within(cu_rows[sequence + 1], first_row, p.max_rows) - first_row;
   const int first_packed = blockIdx.x * kRows;
+  const Keys keys(p, sequence);  // before it is known whether there are rows: so that no load waits for another
   if (first_packed >= rows * group) return;
-
-  const Keys keys(p, sequence);
   const Visits visits(p, sequence, head, first_packed / (DLLM_QUERY_TILE * group), keys.count(), split, splits);
 
-  // Queries: through shared memory into the registers that mma reads.
+  const auto copy = [&](bool values, int i, int tile) {
+    unsigned char* to = (values ? value_buffer : key_buffer) + (i - visits.begin) % 2 * kTileBytes;
+    if (i < visits.end) copy_tile<T, D, kThreads>(p, keys, values, head, tile, to);
+    cp_async_commit_group();  // empty at the end: so that the count of groups under way stays the same
+  };
+  int tile = visits.tile(visits.begin), next_tile = visits.tile(visits.begin + 1);
+
+  // Queries: through shared memory into the registers that mma reads. They take the end of the value buffers, so that the
+  // first keys, and the first values if there is room, are under way with them.
+  constexpr bool kRoomForValues = kRows <= kKeys;
+  unsigned char* const query_buffer = value_buffer + 2 * kTileBytes - kRows * D * 2;
   const T* queries = at<const T>(p.q, first_row * p.q_stride);
   for (int i = threadIdx.x; i < kRows * (D / 8); i += kThreads) {
     const int row = i / (D / 8), chunk = i % (D / 8), r = first_packed + row;
     const bool inside = r < rows * group;
     const T* from = queries + r / group * p.q_stride + (head * group + r % group) * D + chunk * 8;
-    cp_async_16(shared + tile_offset<D>(row, chunk), inside ? from : queries, inside ? 16 : 0);
+    cp_async_16(query_buffer + tile_offset<D>(row, chunk), inside ? from : queries, inside ? 16 : 0);
   }
-  cp_async_wait_all();
+  cp_async_commit_group();
+  copy(false, visits.begin, tile);
+  if (kRoomForValues) copy(true, visits.begin, tile);
+  cp_async_wait_group<kRoomForValues ? 2 : 1>();  // the queries are there
   __syncthreads();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   uint32_t query[kSteps][4];
 #pragma unroll
   for (int step = 0; step < kSteps; step++) {
-    ldmatrix_x4(query[step], shared + tile_offset<D>(warp * 16 + lane % 16, step * 2 + lane / 16));
+    ldmatrix_x4(query[step], query_buffer + tile_offset<D>(warp * 16 + lane % 16, step * 2 + lane / 16));
     // The maximum is taken before scaling, so the sign of the scale goes to the queries.
 #pragma unroll
     for (int j = 0; j < 4; j++) query[step][j] ^= p.scale < 0.f ? 0x80008000u : 0u;
   }
-  __syncthreads();
+  if (!kRoomForValues) {
+    __syncthreads();  // all have read their queries
+    copy(true, visits.begin, tile);
+  }
 
   const float scale = fabsf(p.scale);
   const float scale_log2 = fmaxf(scale * kLog2e, FLT_MIN);  // 0 times minus infinity would not be a number
   Running<D> running;
-  const auto copy = [&](bool values, int i) {
-    unsigned char* to = (values ? value_buffer : key_buffer) + (i - visits.begin) % 2 * kTileBytes;
-    if (i < visits.end) copy_tile<T, D, kThreads>(p, keys, values, head, visits.tile(i), to);
-    cp_async_commit_group();  // empty at the end: so that the count of groups under way stays the same
-  };
-  copy(false, visits.begin);
-  copy(true, visits.begin);
+  // Where a lane begins to read: of two blocks of eight keys, and of 16 values.
+  const int key_offset = tile_offset<D>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  const int value_offset = tile_offset<D>(lane % 16, lane / 16);
   for (int i = visits.begin; i < visits.end; i++) {
     const unsigned char* tile_keys = key_buffer + (i - visits.begin) % 2 * kTileBytes;
     const unsigned char* tile_values = value_buffer + (i - visits.begin) % 2 * kTileBytes;
 
     cp_async_wait_group<1>();  // the keys are there, the values may be under way
-    __syncthreads();           // for all threads; and nobody reads the other buffer of keys any more
-    copy(false, i + 1);
+    __syncthreads();           // for all threads; and nobody reads the other two buffers any more
+    copy(false, i + 1, next_tile);
+    copy(true, i + 1, next_tile);
+    const int tile_after_next = visits.tile(i + 2);  // loaded while the products run
     float scores[kKeys / 8][4];
 #pragma unroll
     for (int n = 0; n < kKeys / 8; n++) {
@@ -261,26 +307,25 @@ __device__ __forceinline__ void attention(const dllm_attention_params& p) {
 #pragma unroll
       for (int n = 0; n < kKeys / 8; n += 2) {
         uint32_t key[4];  // two blocks of eight keys
-        ldmatrix_x4(key, tile_keys + tile_offset<D>(n * 8 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+        ldmatrix_x4(key, tile_keys + n * 8 * D * 2 + (key_offset ^ step * 32));
         mma<T>(scores[n], query[step], {key[0], key[1]});
         mma<T>(scores[n + 1], query[step], {key[2], key[3]});
       }
     }
-    const int64_t left = keys.count() - int64_t(visits.tile(i)) * kKeys;
-    if (left < kKeys || visits.tile(i) < 0) {
+    const int left = keys.count() - tile * kKeys;
+    if (left < kKeys) {
 #pragma unroll
       for (int n = 0; n < kKeys / 8; n++) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          if (visits.tile(i) < 0 || n * 8 + lane % 4 * 2 + j % 2 >= left) scores[n][j] = -INFINITY;
+          if (n * 8 + lane % 4 * 2 + j % 2 >= left) scores[n][j] = -INFINITY;
         }
       }
     }
     running.soften(scores, scale_log2);
 
-    cp_async_wait_group<1>();  // the values are there, the next keys may be under way
-    __syncthreads();
-    copy(true, i + 1);
+    cp_async_wait_group<2>();  // the values are there, the next keys and values may be under way
+    __syncthreads();           // for all threads
 #pragma unroll
     for (int step = 0; step < kKeys / 16; step++) {
       const uint32_t weights[4] = {
@@ -289,11 +334,13 @@ __device__ __forceinline__ void attention(const dllm_attention_params& p) {
 #pragma unroll
       for (int n = 0; n < D / 8; n += 2) {
         uint32_t value[4];  // two blocks of eight columns
-        ldmatrix_x4_trans(value, tile_values + tile_offset<D>(step * 16 + lane % 16, n + lane / 16));
+        ldmatrix_x4_trans(value, tile_values + step * 16 * D * 2 + (value_offset ^ n * 16));
         mma<T>(running.out[n], weights, {value[0], value[1]});
         mma<T>(running.out[n + 1], weights, {value[2], value[3]});
       }
     }
+    tile = next_tile;
+    next_tile = tile_after_next;
   }
   cp_async_wait_all();  // the empty groups
 
@@ -327,46 +374,79 @@ __device__ __forceinline__ void attention(const dllm_attention_params& p) {
   }
 }
 
-// attention_combine: one warp for each query row and head; parts in order, so that the bits do not change.
+// attention_combine: one warp for each query row and head; parts are added in order, so that the bits do not change.
 //
 // grid    (rows * num_heads / 8, rounded up), block 256 threads
+// loads   lane l has the log-sum-exps of parts l and l + 32 and columns 4 l to 4 l + 3. The first parts are loaded before
+//         it is known what they count, so that no load waits for another; of the others those that count nothing are not read.
 template <class T>
 __device__ __forceinline__ void combine(const dllm_attention_params& p) {
+  constexpr int kBatch = 8;
   const int row_head = blockIdx.x * (256 / kWarp) + threadIdx.x / kWarp;  // max_rows * num_heads is checked to fit
   const int rows = within(at<const int32_t>(p.cu_rows)[p.num_sequences], 0, p.max_rows);
   if (row_head >= rows * p.num_heads) return;
+  const int lane = threadIdx.x % kWarp, column = lane * 4;
+  const bool has_columns = column < p.head_dim;
   const int64_t rows_of_all = int64_t(p.max_rows) * p.num_heads;
   const float* lse = at<const float>(p.workspace) + row_head;
-  const float* parts = at<const float>(p.workspace, (p.max_splits * rows_of_all + 3) / 4 * 4);
+  const float* parts =
+      at<const float>(p.workspace, (p.max_splits * rows_of_all + 3) / 4 * 4 + int64_t(row_head) * p.head_dim + column);
 
-  float top = -FLT_MAX;
-  for (int s = 0; s < p.max_splits; s++) top = fmaxf(top, lse[s * rows_of_all]);
-  float total = 0.f;
-  for (int s = 0; s < p.max_splits; s++) total += ex2_approx((lse[s * rows_of_all] - top) * kLog2e);
-
-  const int lane = threadIdx.x % kWarp;
+  float weights[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int s = lane + i * kWarp;
+    weights[i] = s < p.max_splits ? lse[s * rows_of_all] : -INFINITY;
+  }
+  float4 part[kBatch];
+#pragma unroll
+  for (int i = 0; i < kBatch; i++) {
+    if (i < p.max_splits && has_columns) part[i] = *reinterpret_cast<const float4*>(parts + i * rows_of_all * p.head_dim);
+  }
+  const auto larger = [](float a, float b) { return fmaxf(a, b); };  // of a NaN and a number, the number
+  const float top = fmaxf(warp_reduce(fmaxf(weights[0], weights[1]), larger), -FLT_MAX);
+#pragma unroll
+  for (int i = 0; i < 2; i++) weights[i] = ex2_approx((weights[i] - top) * kLog2e);
+  const float total = warp_reduce(weights[0] + weights[1], Sum());
   const float inverse = total == 0.f ? 0.f : 1.f / total;
-  T* out = at<T>(p.out, int64_t(row_head / p.num_heads) * p.out_stride + row_head % p.num_heads * p.head_dim);
-  for (int column = lane * 2; column < p.head_dim; column += kWarp * 2) {
-    float2 sum = make_float2(0.f, 0.f);
-    for (int s = 0; s < p.max_splits; s++) {
-      const float weight = ex2_approx((lse[s * rows_of_all] - top) * kLog2e) * inverse;
-      if (weight == 0.f) continue;  // splits without keys
-      const float2 part = *reinterpret_cast<const float2*>(parts + (s * rows_of_all + row_head) * p.head_dim + column);
-      sum.x += weight * part.x;
-      sum.y += weight * part.y;
+
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+  for (int first = 0; first < p.max_splits; first += kBatch) {
+    float weight[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      const int s = first + i;
+      weight[i] = __shfl_sync(kAllLanes, s < kWarp ? weights[0] : weights[1], s % kWarp) * inverse;  // 0 past the last part
+      const bool counts = weight[i] != 0.f && has_columns;
+      if (first > 0 && counts) part[i] = *reinterpret_cast<const float4*>(parts + s * rows_of_all * p.head_dim);
     }
-    *reinterpret_cast<uint32_t*>(out + column) = packed<T>(sum.x, sum.y);
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      if (weight[i] == 0.f) continue;  // parts without keys
+      sum.x += weight[i] * part[i].x;
+      sum.y += weight[i] * part[i].y;
+      sum.z += weight[i] * part[i].z;
+      sum.w += weight[i] * part[i].w;
+    }
+  }
+  if (has_columns) {
+    T* out = at<T>(p.out, int64_t(row_head / p.num_heads) * p.out_stride + row_head % p.num_heads * p.head_dim + column);
+    *reinterpret_cast<uint2*>(out) = make_uint2(packed<T>(sum.x, sum.y), packed<T>(sum.z, sum.w));
   }
   if (p.lse && lane == 0) at<float>(p.lse)[row_head] = total == 0.f ? -INFINITY : top + logf(total);
 }
 
 }  // namespace
 
-#define ATTENTION(name, T, D, warps)                                                                             \
-  extern "C" __global__ void __launch_bounds__(warps * 32) name(DLLM_PARAMS dllm_attention_params p) {           \
-    attention<T, D, warps>(p);                                                                                   \
-  }                                                                                                              \
+// Blocks on a multiprocessor that registers are kept for; 0: as it comes. Eight warps at head_dim 64 would take five too many
+// for two blocks. (Said for the others too, 1 makes them take more.)
+constexpr int kept_for(int D, int warps) { return warps == 8 && D == 64 ? 2 : 0; }
+
+#define ATTENTION(name, T, D, warps)                                                                     \
+  extern "C" __global__ void __launch_bounds__(warps * 32, kept_for(D, warps))                           \
+      name(DLLM_PARAMS dllm_attention_params p) {                                                        \
+    attention<T, D, warps>(p);                                                                           \
+  }                                                                                                      \
   SOFTGPU_KERNEL(name)
 
 ATTENTION(attention_bf16_32_w2, __nv_bfloat16, 32, 2)

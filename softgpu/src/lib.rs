@@ -53,6 +53,9 @@ pub enum Opt {
     LiveAllocations = 13,
 }
 
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
 #[cfg(softgpu_supported)]
 mod loaded;
 
@@ -98,6 +101,39 @@ pub fn report() -> String {
     return loaded::device().report();
     #[cfg(not(softgpu_supported))]
     return String::new();
+}
+
+/// The folder of the three libraries. A process that the loader sends there, as through `LD_LIBRARY_PATH`, has the software
+/// device without any code of its own: the driver loads the kernels at `cuInit`.
+///
+/// With the feature `embed` the libraries are written to a new folder below the temporary one, once a process, and stay there.
+///
+/// # Panics
+///
+/// If the target is not [`SUPPORTED`].
+pub fn library_dir() -> PathBuf {
+    #[cfg(softgpu_supported)]
+    return loaded::library_dir();
+    #[cfg(not(softgpu_supported))]
+    panic!("the software device needs Linux on x86-64");
+}
+
+/// Makes the software device that of the process which `command` starts: puts [`library_dir`] before what the child's
+/// `LD_LIBRARY_PATH` would be, and has the device write what it finds wrong, in calls of any thread, to the file `report`,
+/// a line each. What is not quiet goes to the child's stderr as well. The file is there, and empty at first, once the device
+/// has started: where there is none, the child did not use it.
+///
+/// # Panics
+///
+/// If the target is not [`SUPPORTED`].
+pub fn lend(command: &mut Command, report: &Path) {
+    let own = command.get_envs().find(|(name, _)| *name == "LD_LIBRARY_PATH").map(|(_, value)| value.map(Into::into));
+    let paths = own.unwrap_or_else(|| std::env::var_os("LD_LIBRARY_PATH")).unwrap_or_default();
+    // An empty entry would be the current folder.
+    let paths = std::env::split_paths(&paths).filter(|path| !path.as_os_str().is_empty());
+    let joined =
+        std::env::join_paths([library_dir()].into_iter().chain(paths)).expect("no folder has a colon in its name");
+    command.env("LD_LIBRARY_PATH", joined).env("SOFTGPU_REPORT", report);
 }
 
 /// Names of all kernels that were built for the host, sorted.

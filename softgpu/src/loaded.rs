@@ -3,6 +3,7 @@
 use crate::Opt;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use std::ffi::{CStr, c_char, c_int};
+use std::path::PathBuf;
 use std::sync::OnceLock;
 
 pub struct Device {
@@ -37,6 +38,19 @@ fn open(name: &str) -> Library {
     open_file(&format!("{}/lib{name}.so", env!("OUT_DIR")))
 }
 
+#[cfg(not(feature = "embed"))]
+pub fn library_dir() -> PathBuf {
+    env!("OUT_DIR").into()
+}
+
+/// The libraries, in the order in which they need each other.
+#[cfg(feature = "embed")]
+const IMAGES: [(&str, &[u8]); 3] = [
+    ("cuda", include_bytes!(concat!(env!("OUT_DIR"), "/libcuda.so"))),
+    ("cublasLt", include_bytes!(concat!(env!("OUT_DIR"), "/libcublasLt.so"))),
+    ("kernels", include_bytes!(concat!(env!("OUT_DIR"), "/libkernels.so"))),
+];
+
 #[cfg(feature = "embed")]
 fn open(name: &str) -> Library {
     use std::ffi::c_uint;
@@ -47,11 +61,7 @@ fn open(name: &str) -> Library {
         fn memfd_create(name: *const c_char, flags: c_uint) -> c_int;
     }
 
-    let image: &[u8] = match name {
-        "cuda" => include_bytes!(concat!(env!("OUT_DIR"), "/libcuda.so")),
-        "cublasLt" => include_bytes!(concat!(env!("OUT_DIR"), "/libcublasLt.so")),
-        _ => include_bytes!(concat!(env!("OUT_DIR"), "/libkernels.so")),
-    };
+    let (_, image) = IMAGES.iter().find(|(known, _)| *known == name).expect("one of the three");
     // SAFETY: the name is a C string; the result is a new descriptor that nobody else owns, or negative.
     let descriptor = unsafe { memfd_create(c"softgpu".as_ptr(), 0) };
     assert!(descriptor >= 0, "memfd_create failed");
@@ -62,6 +72,24 @@ fn open(name: &str) -> Library {
     // The loader takes a path that it saw before for the same library: keep the descriptor, so that none comes twice.
     std::mem::forget(file);
     library
+}
+
+#[cfg(feature = "embed")]
+pub fn library_dir() -> PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    let unpack = || {
+        let of_this_process = std::env::temp_dir().join(format!("softgpu-{}", std::process::id()));
+        // One of that name may be left of an earlier process.
+        let mut names = (0..1000).map(|n| of_this_process.with_extension(n.to_string()));
+        let folder = names.find(|folder| std::fs::create_dir(folder).is_ok());
+        let folder = folder.unwrap_or_else(|| panic!("{}: no folder can be made", of_this_process.display()));
+        for (name, image) in IMAGES {
+            let file = folder.join(format!("lib{name}.so"));
+            std::fs::write(&file, image).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        }
+        folder
+    };
+    FOLDER.get_or_init(unpack).clone()
 }
 
 /// Loads the libraries in the order in which they need each other. From then on, whoever asks the system for

@@ -1,4 +1,4 @@
-use super::{DriverResult, Module, Stream};
+use super::{DriverResult, Module, Stream, nvtx};
 use crate::error::{Error, Result};
 use cudarc::driver::{CudaContext, result, sys};
 use std::collections::HashMap;
@@ -122,6 +122,7 @@ impl Device {
 
     /// Loads every kernel that this device can run; without this, each is loaded at its first launch.
     pub fn preload(&self) -> Result<()> {
+        let _range = nvtx::range("preload");
         self.bind()?;
         for module in Module::all() {
             if Module::choose(module.name, self.capability()).is_some_and(|chosen| chosen.target == module.target) {
@@ -151,6 +152,7 @@ impl Device {
         let capability = self.capability();
         let chosen = Module::choose(name, capability)
             .ok_or_else(|| Error::Unavailable(format!("no kernel module {name} for capability {capability:?}")))?;
+        let _range = nvtx::range_of(|| format!("load {name} ({})", chosen.target));
         let module = chosen.load()?;
         loaded.modules.insert(name, Handle(module));
         Ok(module)
@@ -185,9 +187,10 @@ impl Device {
     /// 1. `stream` is a stream of this device's primary context, or null for the legacy default stream.
     /// 2. `params` is the parameter type of the kernel, and what it points to is as its op demands.
     pub(crate) unsafe fn launch<P: Copy>(&self, stream: *mut c_void, launch: Launch, params: &P) -> Result<()> {
+        let [x, y, z] = launch.grid;
+        let _range = nvtx::range_of(|| format!("{} {} {x}x{y}x{z}", launch.module, launch.kernel));
         self.bind()?;
         let function = self.function(&launch)?;
-        let [x, y, z] = launch.grid;
         let mut pointers = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
         // SAFETY: by the caller's word; the driver copies the parameters before it returns.
         unsafe {

@@ -6,13 +6,16 @@
 pub mod blas;
 mod buffer;
 mod device;
+mod info;
 mod modules;
+pub(crate) mod nvtx;
 mod pinned;
 mod stream;
 
 pub use buffer::Buffer;
 pub use device::Device;
 pub(crate) use device::Launch;
+pub use info::DeviceInfo;
 pub use modules::Module;
 pub use pinned::Pinned;
 pub(crate) use stream::Event;

@@ -24,6 +24,21 @@ impl Module {
         MODULES
     }
 
+    /// The PTX version that they are stamped with, major and minor: what a driver must know.
+    pub fn isa() -> &'static str {
+        PTX_ISA
+    }
+
+    /// A hash of the kernels' sources and the compiler's flags, as in `ptx/SOURCE_HASH`.
+    pub fn source_hash() -> &'static str {
+        SOURCE_HASH
+    }
+
+    /// Whether it knows its source lines, for a profiler: built with `DLLM_LINEINFO=1`.
+    pub fn has_lines(&self) -> bool {
+        self.ptx.contains("\n\t.loc\t")
+    }
+
     /// The module of a file that a device of this compute capability should run: the most special one that it can.
     pub fn choose(name: &str, capability: (i32, i32)) -> Option<&'static Module> {
         let fits = |module: &&Module| match module.target {
@@ -43,16 +58,21 @@ impl Module {
         const LOG_BYTES: usize = 8192;
         let image = CString::new(self.ptx).map_err(|e| self.refused("cuModuleLoadDataEx", e.to_string()))?;
         let mut log = vec![0u8; LOG_BYTES];
-        let mut options = [
+        let mut options = vec![
             sys::CUjit_option_enum::CU_JIT_ERROR_LOG_BUFFER,
             sys::CUjit_option_enum::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES,
         ];
-        let mut values = [log.as_mut_ptr().cast::<c_void>(), LOG_BYTES as *mut c_void];
+        let mut values = vec![log.as_mut_ptr().cast::<c_void>(), LOG_BYTES as *mut c_void];
+        if self.has_lines() {
+            // The driver's compiler drops them unasked.
+            options.push(sys::CUjit_option_enum::CU_JIT_GENERATE_LINE_INFO);
+            values.push(std::ptr::without_provenance_mut(1)); // on
+        }
         let mut module = std::ptr::null_mut();
         // SAFETY: the image ends in a zero byte; there are as many values as options; the log outlives the call.
         let result = unsafe {
-            let (options, values) = (options.as_mut_ptr(), values.as_mut_ptr());
-            sys::cuModuleLoadDataEx(&mut module, image.as_ptr().cast(), 2, options, values)
+            let (count, options, values) = (options.len() as u32, options.as_mut_ptr(), values.as_mut_ptr());
+            sys::cuModuleLoadDataEx(&mut module, image.as_ptr().cast(), count, options, values)
         };
         result.result().of("cuModuleLoadDataEx").map_err(|error| {
             let end = log.iter().position(|byte| *byte == 0).unwrap_or(LOG_BYTES);

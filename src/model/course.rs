@@ -81,7 +81,7 @@ pub struct Course<'a> {
 }
 
 /// What has run.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Ran {
     /// Passes in which a sequence took part.
     pub passes: usize,
@@ -89,6 +89,8 @@ pub struct Ran {
     pub forwards: Vec<usize>,
     /// Whether it was stopped before the end.
     pub interrupted: bool,
+    /// Of each pass, from the end of the one before to the moment when the host knew what came of it.
+    pub seconds: Vec<f64>,
 }
 
 /// A network that runs whole courses.

@@ -8,6 +8,7 @@ use crate::backend::{Backend, HostUnmask, Needs, Placement, Room, Span};
 use crate::error::Result;
 use crate::oracle::unmask::{Group, Unmask, Verdict};
 use crate::tensor::Tensor;
+use serde::Serialize;
 use std::ops::Range;
 
 /// What a layer does with the key/value cache during a pass.
@@ -54,6 +55,21 @@ pub trait Network {
     fn autonomous(&mut self) -> Option<&mut dyn Autonomous> {
         None
     }
+
+    /// What a pass is made of, where passes are recorded as graphs and one was: of those recorded the one of fewest rows, a
+    /// block's.
+    fn launches(&self) -> Result<Option<Launches>> {
+        Ok(None)
+    }
+}
+
+/// Kernels and products of a recorded pass, as nodes of its graphs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Launches {
+    /// Of a layer.
+    pub layer: usize,
+    /// Of everything.
+    pub pass: usize,
 }
 
 /// Weights of one layer; Q, K and V stacked, gate and up stacked.
@@ -426,6 +442,8 @@ impl<'m, B: Backend> Session<'m, B> {
         let (backend, b, rows) = (&mut self.backend, &mut self.buffers, room.rows);
         let eps = config.rms_norm_eps;
         for i in range {
+            #[cfg(feature = "cuda")]
+            let _range = crate::gpu::nvtx::range_of(|| format!("layer {i}"));
             let layer = &layers[i];
             let LayerPlan { reuse, store } = plan.layer(i);
             let delta = (i > 0).then_some(&b.delta);

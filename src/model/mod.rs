@@ -11,9 +11,9 @@ pub mod weights;
 
 pub use config::{Config, Family};
 pub use course::{Autonomous, Course, CourseSequence, CourseStage, Ran, Schedule};
-pub use forward::{CachePlan, LayerPlan, Memory, Network, Pass, Session, Sizes, Transformer};
+pub use forward::{CachePlan, Launches, LayerPlan, Memory, Network, Pass, Session, Sizes, Transformer};
 #[cfg(feature = "cuda")]
-pub use resident::Resident;
+pub use resident::{Resident, supports as supports_cuda};
 pub use weights::Weights;
 
 use crate::backend::cpu::{Cpu, ensure_memory};
@@ -27,6 +27,7 @@ use std::path::Path;
 /// A model ready to run: on the CPU, or on a CUDA device that its weights were brought to.
 pub struct Model {
     config: Config,
+    #[cfg(feature = "cuda")]
     weights: Weights,
     transformer: Transformer<Cpu>,
     #[cfg(feature = "cuda")]
@@ -73,6 +74,7 @@ impl Model {
         let on_device = None;
         Ok(Model {
             config,
+            #[cfg(feature = "cuda")]
             weights,
             transformer,
             #[cfg(feature = "cuda")]

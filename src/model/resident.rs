@@ -8,15 +8,16 @@
 
 use super::config::Config;
 use super::course::{Autonomous, Course, CourseSequence, CourseStage, Ran, Schedule};
-use super::forward::{LayerPlan, Network, Pass, Session, Sizes, Transformer};
+use super::forward::{Launches, LayerPlan, Network, Pass, Session, Sizes, Transformer};
 use crate::abi::*;
 use crate::backend::cuda::{Cuda, Staging};
 use crate::backend::{Backend, Room};
 use crate::error::{Error, Result};
-use crate::gpu::{Buffer, Device, Graph, Pinned, Stream};
+use crate::gpu::{Buffer, Device, Graph, Pinned, Stream, nvtx};
 use crate::ops;
 use crate::oracle::unmask::{Confidence, Selection, Unmask, Verdict};
 use std::collections::HashMap;
+use std::time::Instant;
 
 /// Where windows shrink from block to block, launches are sized for multiples of this part of the largest: at most so many
 /// graphs, and an eighth of the rows in vain.
@@ -259,9 +260,14 @@ fn unmask_workspace(sequences: usize, candidates: usize, vocab_size: usize) -> R
 pub fn supports(config: &Config) -> Result<()> {
     let sizes = [
         ("head_dim", config.head_dim, "32, 64 or 128", [32, 64, 128].contains(&config.head_dim)),
-        ("d_model", config.d_model, "a multiple of 8, at most 8192", config.d_model % 8 == 0 && config.d_model <= 8192),
-        ("mlp_hidden_size", config.mlp_hidden_size, "a multiple of 8", config.mlp_hidden_size % 8 == 0),
-        ("vocab_size", config.vocab_size, "a multiple of 8", config.vocab_size % 8 == 0),
+        (
+            "d_model",
+            config.d_model,
+            "a multiple of 8, at most 8192",
+            config.d_model.is_multiple_of(8) && config.d_model <= 8192,
+        ),
+        ("mlp_hidden_size", config.mlp_hidden_size, "a multiple of 8", config.mlp_hidden_size.is_multiple_of(8)),
+        ("vocab_size", config.vocab_size, "a multiple of 8", config.vocab_size.is_multiple_of(8)),
         ("vocab_size", config.vocab_size, "at most 16777215", config.vocab_size < 1 << 24),
     ];
     match sizes.into_iter().find(|(.., fits)| !fits) {
@@ -323,17 +329,6 @@ impl<'m> Resident<'m> {
         let session = Session::new(transformer, cuda, sizes).map_err(named)?;
         device.preload()?;
         Ok(Resident { graphs: HashMap::new(), session, control, stages })
-    }
-
-    /// Kernels and products of one layer of a recorded pass, as nodes of a graph; None before one was recorded. Of the
-    /// passes recorded it is the one of fewest rows: a block's.
-    pub fn launches_per_layer(&self) -> Result<Option<usize>> {
-        let recorded = self.graphs.iter().filter_map(|(key, recorded)| match recorded {
-            Recorded::Graph(graph) if key.part == Part::Ahead && self.ahead() == 1 => Some((key.room.rows, graph)),
-            _ => None,
-        });
-        // The embedding is in it too.
-        recorded.min_by_key(|(rows, _)| *rows).map(|(_, graph)| Ok(graph.nodes()? - 1)).transpose()
     }
 
     fn stream(&self) -> &Stream {
@@ -402,6 +397,7 @@ impl<'m> Resident<'m> {
     /// Puts a part of a pass into the stream: as a graph, from its second run on recorded.
     fn launch(&mut self, slot: usize, part: Part, unmask: &Unmask, decision: Decision) -> Result<()> {
         let Stage { plan, room, .. } = &self.stages[slot];
+        let _range = nvtx::range_of(|| format!("step, {} rows: {part:?}", room.rows));
         // The first part decides nothing.
         let decision = if part == Part::Ahead { Decision::default() } else { decision };
         let key = Key { slot, part, room: *room, plan: plan.clone(), decision };
@@ -426,6 +422,10 @@ impl<'m> Resident<'m> {
 
     /// The launches of a part of a pass.
     fn work(&mut self, slot: usize, part: Part, unmask: &Unmask, decision: Decision) -> Result<()> {
+        let _range = nvtx::range(match part {
+            Part::Ahead => "first layer",
+            Part::Rest => "other layers, head, unmask",
+        });
         let (ahead, layers) = (self.ahead(), self.session.num_layers());
         let plan = self.stages[slot].plan.clone();
         match part {
@@ -602,14 +602,18 @@ impl Autonomous for Resident<'_> {
     fn run(&mut self, tokens: &mut [Vec<u32>], course: &Course, go_on: &dyn Fn() -> bool) -> Result<Ran> {
         let decision = Decision::of(course.selection);
         let later = if course.one_stage { 0 } else { 1 };
+        let mut start = Instant::now();
         self.begin(tokens, course)?;
         self.launch(0, Part::Ahead, course.unmask, decision)?;
         self.launch(0, Part::Rest, course.unmask, decision)?;
         let mut interrupted = false;
+        let mut seconds = Vec::new();
         loop {
             self.launch(later, Part::Ahead, course.unmask, decision)?;
             self.control.passes = self.control.passes.wrapping_add(1);
             self.wait(self.control.passes)?;
+            seconds.push(start.elapsed().as_secs_f64());
+            start = Instant::now();
             if !self.outcome()? {
                 break;
             }
@@ -625,7 +629,7 @@ impl Autonomous for Resident<'_> {
         let sequences = state[self.control.layout.sequences..].chunks(size_of::<dllm_advance_sequence>() / 4);
         const FORWARDS: usize = std::mem::offset_of!(dllm_advance_sequence, forwards) / 4;
         let forwards = sequences.take(tokens.len()).map(|s| s[FORWARDS].max(0) as usize).collect();
-        Ok(Ran { passes: self.control.progress.get(NFE).max(0) as usize, forwards, interrupted })
+        Ok(Ran { passes: self.control.progress.get(NFE).max(0) as usize, forwards, interrupted, seconds })
     }
 }
 
@@ -698,6 +702,22 @@ impl Network for Resident<'_> {
 
     fn autonomous(&mut self) -> Option<&mut dyn Autonomous> {
         Some(self)
+    }
+
+    fn launches(&self) -> Result<Option<Launches>> {
+        let of_part = |part: Part| {
+            self.graphs.iter().filter_map(move |(key, recorded)| match recorded {
+                Recorded::Graph(graph) if key.part == part => Some((key, graph)),
+                _ => None,
+            })
+        };
+        let least = of_part(Part::Ahead).min_by_key(|(key, _)| key.room.rows);
+        let Some((key, ahead)) = least.filter(|_| self.ahead() == 1) else { return Ok(None) };
+        let same = |other: &Key| (other.slot, other.room, &other.plan) == (key.slot, key.room, &key.plan);
+        let Some((_, rest)) = of_part(Part::Rest).find(|(other, _)| same(other)) else { return Ok(None) };
+        let ahead = ahead.nodes()?;
+        // The embedding is the one that is not the layer's.
+        Ok(Some(Launches { layer: ahead.saturating_sub(1), pass: ahead + rest.nodes()? }))
     }
 }
 

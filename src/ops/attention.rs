@@ -11,8 +11,17 @@ use std::ffi::c_void;
 pub const KEY_TILE: usize = abi::DLLM_KEY_TILE as usize;
 /// Query rows that share a list of tiles; `DLLM_QUERY_TILE`.
 pub const QUERY_TILE: usize = abi::DLLM_QUERY_TILE as usize;
-/// Packed rows of a sequence up to which it counts as short: one block of the eight-warp form.
+/// Packed rows of a sequence up to which it counts as short: two blocks of the full form, eight of the streaming one.
 const SHORT: i64 = 256;
+
+/// How a launch is cut into blocks. Both forms give the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// Few rows, many keys: blocks of two warps, several to a multiprocessor.
+    Streaming,
+    /// Many rows: blocks of eight warps.
+    Full,
+}
 
 /// What a launch takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,17 +40,25 @@ pub struct Plan {
     pub combine: Option<(&'static str, u32)>,
 }
 
-/// How many parts the keys should be cut into on a device of so many multiprocessors: enough blocks for three on each, when
-/// sequences have few query rows; none when they have many.
+/// How many parts the keys should be cut into on a device of so many multiprocessors, when sequences have few query rows: so
+/// that one sequence makes as many blocks of the streaming form as an H100 holds at once, but at most 64 parts. When they have
+/// many: one.
 ///
-/// It depends on the shape of one sequence and nothing else, so that a sequence gives the same bits alone and in a batch.
-pub fn splits(max_sequence_rows: usize, num_heads: usize, num_kv_heads: usize, multiprocessors: usize) -> usize {
-    let packed = max_sequence_rows.saturating_mul(num_heads / num_kv_heads.max(1));
+/// The number of parts shows in the bits. Whoever wants those of a sequence to be the same alone and in any batch gives `rows`
+/// that do not depend on the batch, such as the length of a block, and not those of its longest sequence.
+pub fn splits(rows: usize, heads: Heads, multiprocessors: usize) -> usize {
+    let Heads { num_heads, num_kv_heads, head_dim } = heads;
+    let packed = rows.saturating_mul(num_heads / num_kv_heads.max(1));
     if packed > SHORT as usize {
         return 1;
     }
     let blocks = packed.div_ceil(32).max(1).saturating_mul(num_kv_heads).max(1);
-    multiprocessors.saturating_mul(3).div_ceil(blocks).clamp(1, 64)
+    let held = match head_dim {
+        ..=32 => 10,
+        33..=64 => 6,
+        _ => 3,
+    };
+    multiprocessors.saturating_mul(held).div_ceil(blocks).clamp(1, 64)
 }
 
 /// Checks every field but what the addresses point to.
@@ -98,6 +115,8 @@ pub fn validate(params: &dllm_attention_params) -> Result<()> {
         // More, and the parts of a list could overflow.
         check::within("num_tile_indices", params.num_tile_indices.into(), 0, 1 << 30)?;
     }
+    check::within("form", params.form.into(), 0, abi::DLLM_ATTENTION_FORM_FULL.into())?;
+    check::reserved(params.reserved)?;
     let needed = plan(params).workspace_bytes;
     if needed > 0 {
         check::address("workspace", params.workspace, 16)?;
@@ -141,14 +160,20 @@ fn in_places_of_their_own(params: &dllm_attention_params, bytes: i64, workspace_
     Ok(())
 }
 
-/// What a launch takes. Sequences of few packed rows (query rows times heads of a group) run on blocks of two warps, several
-/// to a multiprocessor, which is what streaming keys needs; others on blocks of eight.
+/// What a launch takes. Unless `form` says which, it is streaming when the longest sequence has at most 256 packed rows (query
+/// rows times heads of a group), and full otherwise.
 pub fn plan(params: &dllm_attention_params) -> Plan {
     let group = i64::from(params.num_heads.max(1) / params.num_kv_heads.max(1)).max(1);
     let packed = i64::from(params.max_sequence_rows.max(1)) * group;
-    let (warps, kernels) = match packed <= SHORT {
-        true => (2, &SHORT_KERNELS),
-        false => (8, &LONG_KERNELS),
+    let form = match params.form as abi::dllm_attention_form {
+        abi::DLLM_ATTENTION_FORM_STREAMING => Form::Streaming,
+        abi::DLLM_ATTENTION_FORM_FULL => Form::Full,
+        _ if packed <= SHORT => Form::Streaming,
+        _ => Form::Full,
+    };
+    let (warps, kernels) = match form {
+        Form::Streaming => (2, &STREAMING_KERNELS),
+        Form::Full => (8, &FULL_KERNELS),
     };
     let of_type = usize::from(params.dtype as u32 != abi::DLLM_BF16);
     let kernel = kernels[of_type][match params.head_dim {
@@ -174,11 +199,11 @@ pub fn plan(params: &dllm_attention_params) -> Plan {
     }
 }
 
-const SHORT_KERNELS: [[&str; 3]; 2] = [
+const STREAMING_KERNELS: [[&str; 3]; 2] = [
     ["attention_bf16_32_w2", "attention_bf16_64_w2", "attention_bf16_128_w2"],
     ["attention_f16_32_w2", "attention_f16_64_w2", "attention_f16_128_w2"],
 ];
-const LONG_KERNELS: [[&str; 3]; 2] = [
+const FULL_KERNELS: [[&str; 3]; 2] = [
     ["attention_bf16_32_w8", "attention_bf16_64_w8", "attention_bf16_128_w8"],
     ["attention_f16_32_w8", "attention_f16_64_w8", "attention_f16_128_w8"],
 ];
@@ -276,6 +301,8 @@ pub struct Attention<'a, T> {
     pub scale: f32,
     /// Parts that the keys are cut into, 1 to 64: see [`splits`].
     pub max_splits: usize,
+    /// Which form the blocks have; if not given, the plan chooses.
+    pub form: Option<Form>,
     /// Out, `[any, num_heads, head_dim]`, packed.
     pub out: &'a mut Buffer<T>,
     /// Out, `[any, num_heads]`: log-sum-exps.
@@ -301,7 +328,7 @@ pub fn workspace_len(max_rows: usize, heads: Heads, max_splits: usize) -> usize 
 /// [`Error::Argument`] when a buffer is too short, belongs to another stream, or a number is out of range; the driver's.
 pub fn launch<T: Element>(stream: &Stream, attention: Attention<T>) -> Result<()> {
     let Attention { heads, q, cu_rows, max_sequence_rows, segments, tiles, scale, .. } = attention;
-    let Attention { max_splits, out, lse, workspace, .. } = attention;
+    let Attention { max_splits, form, out, lse, workspace, .. } = attention;
     let width = heads.num_heads.saturating_mul(heads.head_dim).max(1);
     let kv_width = heads.num_kv_heads.saturating_mul(heads.head_dim).max(1);
     let num_sequences = cu_rows.len().saturating_sub(1);
@@ -331,7 +358,11 @@ pub fn launch<T: Element>(stream: &Stream, attention: Attention<T>) -> Result<()
     };
     let query_tiles = max_sequence_rows.div_ceil(QUERY_TILE);
     let lists_of_tile = if tiles.is_some_and(|t| t.per_head) { heads.num_kv_heads } else { 1 };
-    let lists = num_sequences.saturating_mul(query_tiles).saturating_mul(lists_of_tile);
+    let offsets = num_sequences.saturating_mul(query_tiles).saturating_mul(lists_of_tile).saturating_add(1);
+    // More lists than that are those of other sequences, or of more heads or rows: the right ones would not be found.
+    if let Some(Tiles { offsets: given, .. }) = tiles.filter(|t| t.offsets.len() != offsets) {
+        return Err(Error::argument("tile_offsets", format!("{offsets} elements"), given.len()));
+    }
     let params = dllm_attention_params {
         size: size_of::<dllm_attention_params>() as u64,
         q: place("q", q, stream)?,
@@ -339,7 +370,7 @@ pub fn launch<T: Element>(stream: &Stream, attention: Attention<T>) -> Result<()
         lse: safe::optional("lse", lse.as_deref(), safe::elements(max_rows, heads.num_heads), stream)?,
         cu_rows: safe::buffer("cu_rows", cu_rows, 0, stream)?,
         segments: [segment(segments[0])?, segment(segments[1])?, segment(segments[2])?],
-        tile_offsets: safe::optional("tile_offsets", tiles.map(|t| t.offsets), lists.saturating_add(1), stream)?,
+        tile_offsets: safe::optional("tile_offsets", tiles.map(|t| t.offsets), offsets, stream)?,
         tile_indices: safe::optional("tile_indices", tiles.map(|t| t.indices), 0, stream)?,
         workspace: safe::buffer("workspace", workspace, workspace_len(max_rows, heads, max_splits), stream)?,
         workspace_bytes: 4 * workspace.len() as u64,
@@ -357,6 +388,12 @@ pub fn launch<T: Element>(stream: &Stream, attention: Attention<T>) -> Result<()
         query_tiles: safe::count("query_tiles", query_tiles)?,
         per_head: tiles.is_some_and(|t| t.per_head).into(),
         num_tile_indices: safe::count("tile_indices", tiles.map_or(0, |t| t.indices.len()))?,
+        form: match form {
+            None => abi::DLLM_ATTENTION_FORM_PLANNED,
+            Some(Form::Streaming) => abi::DLLM_ATTENTION_FORM_STREAMING,
+            Some(Form::Full) => abi::DLLM_ATTENTION_FORM_FULL,
+        } as i32,
+        reserved: 0,
     };
     // SAFETY: addresses and sizes come from buffers of this stream; the kernel brings every start, length and list to within
     // them. What is written is borrowed alone.
@@ -416,6 +453,8 @@ mod tests {
             query_tiles: 0,
             per_head: 0,
             num_tile_indices: 0,
+            form: abi::DLLM_ATTENTION_FORM_PLANNED as i32,
+            reserved: 0,
         }
     }
 
@@ -443,6 +482,12 @@ mod tests {
         assert_eq!(plan_of(|p| p.max_splits = 5), five);
         let long = Plan { kernel: "attention_bf16_128_w8", grid: [3, 4, 2], block: 256, ..one };
         assert_eq!(plan_of(|p| p.max_sequence_rows = 37), long, "259 packed rows: three blocks of 128");
+        let full = Plan { kernel: "attention_bf16_128_w8", grid: [2, 4, 2], block: 256, ..one };
+        assert_eq!(plan_of(|p| p.form = abi::DLLM_ATTENTION_FORM_FULL as i32), full, "forced");
+        let streaming = |p: &mut dllm_attention_params| {
+            (p.form, p.max_sequence_rows) = (abi::DLLM_ATTENTION_FORM_STREAMING as i32, 37);
+        };
+        assert_eq!(plan_of(streaming), Plan { grid: [9, 4, 2], ..one }, "forced: nine blocks of 32");
         let narrow = |p: &mut dllm_attention_params| {
             (p.dtype, p.head_dim, p.max_splits, p.max_rows) = (abi::DLLM_F16 as i32, 32, 3, 1);
             (p.num_heads, p.num_kv_heads) = (3, 3);
@@ -473,16 +518,21 @@ mod tests {
 
     #[test]
     fn splits_follow_the_shape_of_a_sequence() {
-        assert_eq!(splits(32, 32, 32, 132), 13, "LLaDA-8B: 32 blocks, 396 wanted");
-        assert_eq!(splits(32, 28, 4, 132), 15, "Dream-7B: 7 x 4 blocks");
-        assert_eq!(splits(256, 8, 8, 132), 7);
-        assert_eq!(splits(257, 8, 8, 132), 1, "many rows");
-        assert_eq!(splits(37, 28, 4, 132), 1, "many packed rows");
-        assert_eq!(splits(1, 1, 1, 132), 64, "no more than 64");
-        assert_eq!(splits(32, 512, 512, 132), 1);
+        let of = |rows, num_heads, num_kv_heads, head_dim, multiprocessors| {
+            splits(rows, Heads { num_heads, num_kv_heads, head_dim }, multiprocessors)
+        };
+        assert_eq!(of(32, 32, 32, 128, 132), 13, "LLaDA-8B: 32 blocks, 396 wanted");
+        assert_eq!(of(32, 28, 4, 128, 132), 15, "Dream-7B: 7 x 4 blocks");
+        assert_eq!(of(32, 32, 32, 64, 132), 25, "792 wanted");
+        assert_eq!(of(32, 32, 32, 32, 132), 42, "1,320 wanted");
+        assert_eq!(of(256, 8, 8, 128, 132), 7);
+        assert_eq!(of(257, 8, 8, 128, 132), 1, "many rows");
+        assert_eq!(of(37, 28, 4, 128, 132), 1, "many packed rows");
+        assert_eq!(of(1, 1, 1, 128, 132), 64, "no more than 64");
+        assert_eq!(of(32, 512, 512, 128, 132), 1);
         for odd in [0, 1, usize::MAX] {
             for (heads, kv_heads) in [(0, 0), (1, 0), (0, 1), (usize::MAX, 1), (usize::MAX, usize::MAX)] {
-                assert!((1..=64).contains(&splits(odd, heads, kv_heads, odd)));
+                assert!((1..=64).contains(&of(odd, heads, kv_heads, odd, odd)));
             }
         }
     }
@@ -495,7 +545,7 @@ mod tests {
             let error = validate(&params).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");
         };
-        wrong(|p| p.size = 0, "size: expected 328");
+        wrong(|p| p.size = 0, "size: expected 336");
         wrong(|p| p.q = 0, "q: expected a device address");
         wrong(|p| p.q += 8, "q: expected an address aligned to 16");
         wrong(|p| p.out = 0, "out: expected a device address");
@@ -547,6 +597,9 @@ mod tests {
             |p| (p.tile_offsets, p.tile_indices, p.query_tiles, p.num_tile_indices) = (4, 4, 1, -1),
             "num_tile_indices: expected 0 to",
         );
+        wrong(|p| p.form = 3, "form: expected 0 to 2, found 3");
+        wrong(|p| p.form = -1, "form: expected 0 to 2, found -1");
+        wrong(|p| p.reserved = 1, "reserved: expected 0, found 1");
         wrong(|p| (p.max_splits, p.workspace) = (2, 0), "workspace: expected a device address");
         wrong(|p| (p.max_splits, p.workspace) = (2, 8), "workspace: expected an address aligned to 16");
         wrong(|p| (p.max_splits, p.workspace_bytes) = (2, 4), "workspace_bytes: expected at least 1849344, found 4");

@@ -54,3 +54,16 @@ pub fn launch(stream: &Stream, source: &Buffer<u8>, sink: &mut Buffer<u32>) -> R
     // SAFETY: addresses and sizes come from buffers of this stream.
     unsafe { launch_raw(stream.device(), stream.raw(), &params) }
 }
+
+/// Bytes a second at which the device reads: the roof of whatever is bound by reading. The median of `repetitions` over
+/// `bytes` after one that is not timed.
+pub fn read_rate(stream: &Stream, bytes: usize, repetitions: usize) -> Result<f64> {
+    let (source, mut sink) = (stream.zeros::<u8>(bytes)?, stream.zeros::<u32>(1)?);
+    let mut times = Vec::new();
+    for _ in 0..=repetitions.max(1) {
+        times.push(stream.time_ms(|| launch(stream, &source, &mut sink))?);
+    }
+    times.remove(0);
+    times.sort_by(f32::total_cmp);
+    Ok(bytes as f64 / (f64::from(times[times.len() / 2]) / 1e3))
+}

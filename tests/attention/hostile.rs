@@ -161,6 +161,8 @@ fn absent_segments() {
             query_tiles: 0,
             per_head: 0,
             num_tile_indices: 0,
+            form: abi::DLLM_ATTENTION_FORM_PLANNED as i32,
+            reserved: 0,
         };
         // SAFETY: addresses and sizes are those of the buffers above, which outlive the read below.
         unsafe { op::launch_raw(stream.device(), stream.raw(), &params) }.unwrap();
@@ -313,9 +315,10 @@ fn in_place_from_a_projection() {
     }
 }
 
+/// In the batch the longest sequence makes the plan choose the full form, alone the others are of the streaming one.
 fn alone_as_in_a_batch() {
     for splits in [1, 5] {
-        let sequences = vec![dense(3, [10, 3, 200]), dense(32, [130, 32, 0]), dense(140, [0, 140, 7])];
+        let sequences = vec![dense(3, [10, 3, 200]), dense(32, [130, 32, 0]), dense(260, [0, 260, 7])];
         let batch = Case::<bf16>::new(&mut Random(26), MHA, sequences, splits);
         let together = run(&batch);
         let mut first = 0;
@@ -425,6 +428,8 @@ fn wrong_buffers_are_errors() {
     refused!("segment.start: expected 3 elements, found 2", a => a.segments[0].as_mut().unwrap().start = Some(&few));
     refused!("segment.len: expected 3 elements, found 2", a => a.segments[0].as_mut().unwrap().len = &few);
     refused!("tile_offsets: expected 4 elements, found 2", a => a.tiles.as_mut().unwrap().offsets = &few);
+    let more = stream.zeros::<i32>(5).unwrap();
+    refused!("tile_offsets: expected 4 elements, found 5", a => a.tiles.as_mut().unwrap().offsets = &more);
     refused!("tile_offsets: expected 7 elements, found 4", a => a.tiles.as_mut().unwrap().per_head = true);
     refused!("lse: expected 30 elements, found 3", a => a.lse = Some(&mut few_floats));
     refused!("workspace: expected 3900 elements, found 3", a => a.workspace = &mut few_floats);

@@ -48,6 +48,7 @@ fn equals<T: Float>(recorded: &Recorded, tensors: &SafeTensors, tolerance: f64) 
             sparse: recorded.tiles.is_some(),
             per_head: false,
             splits,
+            form: None,
             q: elements("q"),
             first: 0,
             q_stride: num_heads * head_dim,

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "driver.h"
+#include "start.h"
 
 namespace softgpu {
 
@@ -74,6 +75,7 @@ static const std::map<int, int> kFixedAttributes = {
 using namespace softgpu;
 
 DRIVER_API Result cuInit(unsigned) {
+    if (Result error = start_alone()) return error;
     initialized = true;
     return kSuccess;
 }

@@ -115,6 +115,8 @@ JitLog find_jit_log(unsigned count, const int* options, void* const* values) {
 
 }  // namespace
 
+bool has_host_kernels() { return !host_kernels().empty(); }
+
 }  // namespace softgpu
 
 using namespace softgpu;

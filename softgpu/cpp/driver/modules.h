@@ -17,4 +17,7 @@ struct Function {
     int max_dynamic_shared = kDefaultSharedLimit;  // at the start, what the static arrays leave of it
 };
 
+// Whether a library of kernels was loaded.
+bool has_host_kernels();
+
 }  // namespace softgpu

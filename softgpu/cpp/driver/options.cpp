@@ -1,11 +1,11 @@
-// Options, reports and the environment.
+// Options, reports, and what the environment says of both.
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 
 #include "driver.h"
-#include "faults.h"
+#include "start.h"
 
 namespace softgpu {
 
@@ -30,6 +30,7 @@ Result fail(Result code, const char* format, ...) {
     va_end(arguments);
     // Printed at once as well: an error in a destructor reaches the caller only with some later, unrelated call.
     if (!thread_options().quiet) fprintf(stderr, "softgpu: %s\n", line);
+    write_report(line);
     last_line = line;
     pending_report += last_line;
     pending_report += '\n';
@@ -63,7 +64,7 @@ static std::atomic<int64_t>* process_option(Option option) {
     }
 }
 
-static void read_environment() {
+void read_environment() {
     if (const char* seed = getenv("SOFTGPU_SEED")) process_options.default_seed = atoll(seed);
     if (const char* lazy = getenv("SOFTGPU_LAZY")) process_options.lazy = atoll(lazy);
     if (const char* capability = getenv("SOFTGPU_CC")) {
@@ -79,11 +80,6 @@ static void read_environment() {
 }  // namespace softgpu
 
 using namespace softgpu;
-
-DRIVER_API void softgpu_start() {
-    read_environment();
-    install_fault_handlers();
-}
 
 DRIVER_API int softgpu_set(int option, int64_t value) {
     if (int64_t* place = thread_option(Option(option))) {

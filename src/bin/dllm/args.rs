@@ -217,58 +217,6 @@ impl Decoding {
     }
 }
 
-/// What to run on.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Device {
-    /// `auto`, `cpu`
-    Cpu,
-    /// `cuda`, `cuda:N`
-    Cuda,
-}
-
-fn device(text: &str) -> Result<Device, String> {
-    let ordinal = |n: &str| n.parse::<u16>().is_ok();
-    match text.split_once(':') {
-        None if text == "auto" || text == "cpu" => Ok(Device::Cpu),
-        None if text == "cuda" => Ok(Device::Cuda),
-        Some(("cuda", n)) if ordinal(n) => Ok(Device::Cuda),
-        _ => Err("expected auto, cpu, cuda or cuda:N".into()),
-    }
-}
-
-/// Where the work is done.
-#[derive(Args, Clone, Debug, Default)]
-#[command(next_help_heading = "Machine")]
-pub struct Machine {
-    /// auto, cpu, cuda or cuda:N (CUDA is not in this version) [default: auto]
-    #[arg(long, value_name = "DEVICE", value_parser = device)]
-    device: Option<Device>,
-    /// CPU threads [default: all]; DLLM_CPU=amx, avx512, avx2 or plain in the environment limits the instructions
-    #[arg(long, value_name = "N", value_parser = threads())]
-    threads: Option<usize>,
-}
-
-impl Machine {
-    /// Gets the device ready; returns its name.
-    pub fn start(&self) -> Result<&'static str> {
-        if self.device == Some(Device::Cuda) {
-            let message = "--device cuda: the CUDA backend is not part of this version; there are auto and cpu";
-            return Err(Error::Unavailable(message.into()));
-        }
-        if let Some(limit) = std::env::var_os("DLLM_CPU")
-            && !["amx", "avx512", "avx2", "plain"].iter().any(|known| limit == *known)
-        {
-            let message = format!("DLLM_CPU: expected amx, avx512, avx2 or plain, found {limit:?}");
-            return Err(Error::Unavailable(message));
-        }
-        if let Some(threads) = self.threads {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-            pool.map_err(|e| Error::Unavailable(format!("--threads {threads}: {e}")))?;
-        }
-        Ok("cpu")
-    }
-}
-
 /// The checkpoint directory: the one given, or the one that comes with the program, looked for in the current directory
 /// and in those above the executable.
 pub fn model_dir(given: Option<&Path>) -> Result<PathBuf> {

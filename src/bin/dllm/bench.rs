@@ -5,18 +5,19 @@ mod summary;
 mod timed;
 
 use crate::args::{argument, length, model_dir, threads};
+use crate::machine::{Device, Place, Roofs, device};
 use crate::output::{INTERRUPT, catch_interrupts, interrupted, note, print, print_json};
 use crate::report::Shape;
 use clap::ValueEnum;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind};
 use dllm_kernels::decode::decode;
-use dllm_kernels::model::{Config, Model, Session, Weights};
+use dllm_kernels::model::{Config, Launches, Model, Network, Session, Weights};
 use dllm_kernels::{CacheMode, Error, Family, Options, Policy, Result};
 use originals::{Answer, Originals};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use timed::{Timed, Timing, weight_bytes_per_forward};
+use timed::{Timed, Timing, bf16_bytes_per_forward, weight_bytes_per_forward};
 
 /// Time the decode modes side by side on one prompt
 #[derive(clap::Args, Debug)]
@@ -45,6 +46,12 @@ pub struct Bench {
     /// Modes to time
     #[arg(long, value_enum, value_delimiter = ',', value_name = "MODES", default_values_t = Mode::ALL)]
     modes: Vec<Mode>,
+    /// Sequences decoded together; prompts are random ones of the same length, or the same
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1024))]
+    batch: u64,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", value_parser = device)]
+    device: Option<Device>,
     /// Rounds; each runs every mode once
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=1000))]
     repeat: u64,
@@ -112,6 +119,8 @@ pub struct Setup {
     source: Source,
     config: Config,
     prompt: Vec<u32>,
+    batch: usize,
+    device: Device,
     gen_length: usize,
     block_length: usize,
     threads: usize,
@@ -122,6 +131,7 @@ pub struct Setup {
 struct Run {
     mode: Mode,
     nfe: usize,
+    launches: Option<Launches>,
     /// Of each round.
     seconds: Vec<f64>,
     timings: Vec<Timing>,
@@ -133,6 +143,8 @@ struct Run {
 /// The model itself, and what a forward reads of it at least.
 struct Subject {
     model: Model,
+    device: String,
+    roofs: Option<Roofs>,
     parameters: usize,
     bytes_per_forward: usize,
 }
@@ -141,7 +153,7 @@ struct Subject {
 pub fn run(args: &Bench) -> Result<()> {
     // All that can be refused is refused before weights are made up.
     let setup = setup(args)?;
-    let prompts = [setup.prompt.clone()];
+    let prompts = prompts(&setup, args)?;
     for mode in &setup.modes {
         mode.options(&setup).validate(&setup.config, &prompts).map_err(|error| match error {
             // Here the prompt has flags of its own.
@@ -153,17 +165,30 @@ pub fn run(args: &Bench) -> Result<()> {
     }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(setup.threads).build();
     let pool = pool.map_err(|e| Error::Unavailable(format!("{} threads: {e}", setup.threads)))?;
+    let place = Place::open(setup.device)?;
     let weights = match &setup.source {
         Source::Checkpoint(dir) => Weights::open(dir)?,
         Source::Random(_) => Weights::random(&setup.config, args.seed)?,
     };
     let subject = Subject {
-        model: Model::new(setup.config.clone(), weights.clone())?,
+        model: place.bring(Model::new(setup.config.clone(), weights.clone())?)?,
+        device: place.name.clone(),
+        roofs: place.roofs()?,
         parameters: setup.config.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum(),
-        bytes_per_forward: weight_bytes_per_forward(&setup.config, &weights)?,
+        bytes_per_forward: match setup.device {
+            Device::Cpu => weight_bytes_per_forward(&setup.config, &weights)?,
+            Device::Cuda(_) => bf16_bytes_per_forward(&setup.config),
+        },
     };
-    let empty =
-        |mode: &Mode| Run { mode: *mode, nfe: 0, seconds: vec![], timings: vec![], original: vec![], original_nfe: 0 };
+    let empty = |mode: &Mode| Run {
+        mode: *mode,
+        nfe: 0,
+        launches: None,
+        seconds: vec![],
+        timings: vec![],
+        original: vec![],
+        original_nfe: 0,
+    };
     let mut runs: Vec<Run> = setup.modes.iter().map(empty).collect();
     let mut originals = Originals::find(&setup);
     let mut answer = None;
@@ -222,12 +247,23 @@ fn setup(args: &Bench) -> Result<Setup> {
     Ok(Setup {
         source,
         prompt,
+        batch: args.batch as usize,
+        device: args.device.unwrap_or_default(),
         config,
         gen_length: args.gen_length,
         block_length: args.block_length.unwrap_or(args.gen_length.min(32)),
         threads: args.threads.unwrap_or_else(rayon::current_num_threads),
         modes,
     })
+}
+
+/// As many prompts as are decoded together.
+fn prompts(setup: &Setup, args: &Bench) -> Result<Vec<Vec<u32>>> {
+    let prompt = |i: usize| match (i, args.prompt_ids.is_empty()) {
+        (1.., true) => random_prompt(&setup.config, args.prompt_length, args.seed.wrapping_add(i as u64)),
+        _ => Ok(setup.prompt.clone()),
+    };
+    (0..setup.batch).map(prompt).collect()
 }
 
 fn open_config(dir: &Path) -> Result<Config> {
@@ -256,16 +292,23 @@ fn our_round(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>], runs: &mut 
     let mut results = Vec::new();
     for run in &*runs {
         let options = run.mode.options(setup);
-        let session = Session::new(subject.model.transformer(), Cpu::default(), options.sizes(&setup.config, prompts))?;
-        let mut network = Timed { session, cache: options.cache, timings: vec![] };
+        let network = subject.model.network(options.sizes(&setup.config, prompts))?;
+        let mut network = Timed { network, cache: options.cache, timings: vec![] };
+        if setup.device != Device::Cpu {
+            // Once more than is timed: graphs are recorded when a pass of a kind runs for the second time.
+            decode(&mut network, &setup.config, prompts, &options, Some(&INTERRUPT), &mut ())?;
+            network.timings.clear();
+        }
         let start = Instant::now();
         let decoded = decode(&mut network, &setup.config, prompts, &options, Some(&INTERRUPT), &mut ())?;
         if decoded.interrupted {
             return Ok(false);
         }
-        results.push((start.elapsed().as_secs_f64(), decoded.nfe, network.timings));
+        let seconds = start.elapsed().as_secs_f64();
+        results.push((seconds, decoded.nfe, network.launches()?, network.timings));
     }
-    for (run, (seconds, nfe, timings)) in runs.iter_mut().zip(results) {
+    for (run, (seconds, nfe, launches, timings)) in runs.iter_mut().zip(results) {
+        run.launches = launches;
         run.seconds.push(seconds);
         run.nfe = nfe;
         run.timings.extend(timings);
@@ -275,6 +318,9 @@ fn our_round(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>], runs: &mut 
 
 /// One forward over everything, so that mapped weights are in memory and threads are awake.
 fn warm_up(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>]) -> Result<()> {
+    if setup.device != Device::Cpu {
+        return Ok(());
+    }
     let sizes = Mode::Vanilla.options(setup).sizes(&setup.config, prompts);
     let mut session = Session::new(subject.model.transformer(), Cpu::default(), sizes)?;
     let mask = setup.config.mask_token_id;

@@ -1,7 +1,8 @@
 //! `dllm eval`: what a decode setting costs in accuracy, and saves in forwards and time.
 
-use crate::args::{Decoding, Machine};
+use crate::args::Decoding;
 use crate::generate::Checkpoint;
+use crate::machine::Machine;
 use crate::output::{self, INTERRUPT};
 use clap::Args;
 use dllm_kernels::text::Text;
@@ -114,8 +115,8 @@ impl Score {
 /// Runs the command.
 pub fn run(args: &Eval) -> Result<()> {
     let settings = settings(args)?;
-    args.machine.start()?;
-    let checkpoint = Checkpoint::open(args.model.as_deref())?;
+    let place = args.machine.start()?;
+    let checkpoint = Checkpoint::open(args.model.as_deref(), &place)?;
     let Some(text) = &checkpoint.text else {
         let message = "no tokenizer.json or vocab.json, which eval needs".into();
         return Err(Error::Text { path: checkpoint.dir, message });

@@ -1,6 +1,7 @@
 //! `dllm generate`: prompts in, answers out.
 
-use crate::args::{Decoding, Machine, argument, model_dir};
+use crate::args::{Decoding, argument, model_dir};
+use crate::machine::{Machine, Place};
 use crate::output::{self, INTERRUPT, Target, io_error};
 use crate::watch::Watch;
 use clap::{ArgGroup, Args};
@@ -124,8 +125,8 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a directory, or the shipped one.
-    pub fn open(dir: Option<&Path>) -> Result<Checkpoint> {
+    /// Opens a directory, or the shipped one, and brings its weights to where the work is done.
+    pub fn open(dir: Option<&Path>, place: &Place) -> Result<Checkpoint> {
         let dir = model_dir(dir)?;
         // Draws nothing unless stderr is a terminal.
         let spinner = ProgressBar::new_spinner().with_message(format!("opening {}", dir.display()));
@@ -133,7 +134,7 @@ impl Checkpoint {
         let model = Model::open(&dir);
         let text = model.as_ref().ok().map(|model| Text::open(&dir, model.config().vocab_size));
         spinner.finish_and_clear();
-        let (model, text) = (model?, text.transpose()?.flatten());
+        let (model, text) = (place.bring(model?)?, text.transpose()?.flatten());
         let of_text = text.as_ref().map(Text::end_tokens).unwrap_or_default();
         let end_tokens = [&model.config().eos_token_ids[..], &of_text].concat();
         Ok(Checkpoint { dir, model, text, end_tokens })
@@ -144,11 +145,11 @@ impl Checkpoint {
 pub fn run(args: &Generate) -> Result<()> {
     let mut options = args.decoding.options()?;
     let trace_file = args.trace.as_deref().map(Target::new).transpose()?;
-    let device = args.machine.start()?;
+    let place = args.machine.start()?;
     for flag in args.decoding.idle_flags() {
         output::note(format_args!("note: {flag} has no effect here"));
     }
-    let checkpoint = Checkpoint::open(args.model.as_deref())?;
+    let checkpoint = Checkpoint::open(args.model.as_deref(), &place)?;
     let Checkpoint { model, text, end_tokens, .. } = &checkpoint;
     let config = model.config();
     let prompts = args.prompts(&checkpoint.dir, text.as_ref())?;
@@ -173,11 +174,11 @@ pub fn run(args: &Generate) -> Result<()> {
 
     // The answer first: a disk that is full by now must not cost it.
     let printed = match args.json {
-        true => print_json(&generation, config, text.as_ref(), device),
+        true => print_json(&generation, config, text.as_ref(), &place.name),
         false => print_answers(answer, &generation, config, text.as_ref()),
     };
     if printed.is_ok() {
-        summary(&generation, config, device);
+        summary(&generation, config, &place.name);
     }
     let mut written = Ok(());
     if let (Some(trace), Some(file)) = (trace, trace_file) {

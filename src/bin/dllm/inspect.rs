@@ -84,6 +84,9 @@ struct Answer {
     cfg_scale: f64,
     threads: usize,
     bytes: Bytes,
+    /// On a CUDA device; none when the kernels cannot run the model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device_bytes: Option<DeviceBytes>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tensor_list: Option<Vec<TensorLine>>,
 }
@@ -96,6 +99,32 @@ struct Bytes {
     scratch_per_thread: usize,
     scratch: usize,
     anonymous: usize,
+}
+
+#[derive(Serialize)]
+struct DeviceBytes {
+    weights: usize,
+    cache: usize,
+    workspace: usize,
+}
+
+/// That of an H100 or H200; how attention is split, and so its workspace, depends on it.
+#[cfg(feature = "cuda")]
+const MULTIPROCESSORS: usize = 132;
+
+#[cfg(feature = "cuda")]
+fn device_bytes(config: &Config, sizes: &dllm_kernels::model::Sizes) -> Result<Option<DeviceBytes>> {
+    if dllm_kernels::model::supports_cuda(config).is_err() {
+        return Ok(None);
+    }
+    let memory = sizes.device_memory(config, MULTIPROCESSORS)?;
+    let weights = config.tensors().iter().map(|(_, shape)| 2 * shape.iter().product::<usize>()).sum();
+    Ok(Some(DeviceBytes { weights, cache: memory.cache, workspace: memory.workspace }))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn device_bytes(_: &Config, _: &dllm_kernels::model::Sizes) -> Result<Option<DeviceBytes>> {
+    Ok(None)
 }
 
 /// Runs the command.
@@ -158,6 +187,7 @@ fn answer(args: &Inspect, source: String, config: Config, tensors: Vec<TensorLin
     let threads = args.threads.unwrap_or_else(rayon::current_num_threads);
     let memory = sizes.memory(&config, threads);
     let dtypes: BTreeSet<_> = tensors.iter().map(|t| t.dtype).collect();
+    let device_bytes = device_bytes(&config, &sizes)?;
     Ok(Answer {
         source,
         family: config.family.to_string(),
@@ -191,6 +221,7 @@ fn answer(args: &Inspect, source: String, config: Config, tensors: Vec<TensorLin
             scratch: memory.scratch,
             anonymous: memory.total(),
         },
+        device_bytes,
         tensor_list: args.tensors.then_some(tensors),
     })
 }
@@ -236,6 +267,13 @@ fn text(a: &Answer) -> String {
     text += &row("workspace", a.bytes.workspace, "activations and logits, f32");
     text += &row("scratch", a.bytes.scratch, &format!("{per_thread} a thread"));
     text += &row("anonymous", a.bytes.anonymous, "cache, workspace and scratch");
+    if let Some(DeviceBytes { weights, cache, workspace }) = a.device_bytes {
+        text += "\nOn a CUDA device with 132 multiprocessors\n";
+        text += &row("weights", weights, "bf16");
+        text += &row("cache", cache, "keys and values, bf16");
+        text += &row("workspace", workspace, "activations in bf16, logits in f32, tables");
+        text += &row("all", weights + cache + workspace, "");
+    }
     if let Some(list) = &a.tensor_list {
         let mut rows = vec![["tensor", "type", "shape", "size"].map(String::from).to_vec()];
         for t in list {

@@ -4,9 +4,11 @@
 
 mod args;
 mod bench;
+mod doctor;
 mod eval;
 mod generate;
 mod inspect;
+mod machine;
 mod output;
 mod report;
 mod screen;
@@ -23,6 +25,7 @@ Examples:
   dllm generate --help                        every flag of a decode
   dllm eval --limit 50                        what caches and policies cost in accuracy, and save in time
   dllm inspect DIR                            what a checkpoint holds
+  dllm doctor                                 what the CUDA devices are, and whether the kernels are right on them
 ";
 
 /// Diffusion language models (LLaDA, Dream): decode, measure, inspect
@@ -45,6 +48,8 @@ enum Command {
     Inspect(inspect::Inspect),
     /// The decode modes side by side
     Bench(bench::Bench),
+    /// Driver, devices, and every CUDA op against its oracle
+    Doctor(doctor::Doctor),
 }
 
 fn main() -> ExitCode {
@@ -84,5 +89,6 @@ fn run(command: Option<Command>) -> Result<()> {
         Some(Command::Eval(args)) => eval::run(&args),
         Some(Command::Inspect(args)) => inspect::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
+        Some(Command::Doctor(args)) => doctor::run(&args),
     }
 }

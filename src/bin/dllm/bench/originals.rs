@@ -1,6 +1,7 @@
 //! The original Fast-dLLM, timed by `benches/originals.py` in a Python of the user's.
 
 use super::{Setup, Source};
+use crate::machine::Device;
 use crate::output::interrupted;
 use dllm_kernels::Family;
 use dllm_kernels::decode::Policy;
@@ -46,6 +47,9 @@ impl Originals {
     pub fn find(setup: &Setup) -> Result<Originals, String> {
         let folder = std::env::var_os("DLLM_ORIGINALS").filter(|v| !v.is_empty());
         let folder = folder.ok_or("not measured (DLLM_ORIGINALS is not set)")?;
+        if setup.batch > 1 {
+            return Err("not measured: the originals decode one sequence at a time".into());
+        }
         if setup.config.family != Family::Llada {
             return Err(format!(
                 "not measured: the script runs Fast-dLLM for LLaDA only, not for {}",
@@ -93,6 +97,10 @@ fn request(setup: &Setup, folder: &str) -> Value {
     json!({
         "originals": folder,
         "threads": setup.threads,
+        "device": match setup.device {
+            Device::Cpu => "cpu".to_string(),
+            Device::Cuda(n) => format!("cuda:{n}"),
+        },
         "checkpoint": match &setup.source {
             Source::Checkpoint(dir) => dir.to_string_lossy().into(),
             Source::Random(_) => Value::Null,

@@ -3,9 +3,11 @@
 use super::originals::Answer;
 use super::timed::Timing;
 use super::{Run, Setup, Source, Subject, median};
+use crate::machine::Roofs;
 use crate::report::{bytes, count, table};
 use dllm_kernels::Config;
 use dllm_kernels::cache::PassKind;
+use dllm_kernels::model::Launches;
 use serde::Serialize;
 
 /// All results.
@@ -19,10 +21,14 @@ pub struct Summary {
     prompt_length: usize,
     gen_length: usize,
     block_length: usize,
+    batch: usize,
+    device: String,
     threads: usize,
     rounds: usize,
     /// Weights that every forward reads at least once.
     weight_bytes_per_forward: usize,
+    /// Measured in this run; null on a CPU.
+    roofs: Option<Roofs>,
     originals: Versions,
     modes: Vec<Line>,
 }
@@ -49,6 +55,9 @@ struct Line {
     seconds: Vec<f64>,
     ms_per_forward: f64,
     kinds: Kinds,
+    /// On a CUDA device: kernels and products, as nodes of the graphs of a pass.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    launches: Option<Launches>,
     /// All generated tokens, over the median of the seconds.
     tokens_per_second: f64,
     /// How many times faster than vanilla the whole decode is.
@@ -128,7 +137,8 @@ impl Summary {
                     suffix: kind(PassKind::Suffix),
                     block: kind(PassKind::Block),
                 },
-                tokens_per_second: setup.gen_length as f64 / seconds,
+                launches: run.launches,
+                tokens_per_second: (setup.batch * setup.gen_length) as f64 / seconds,
                 ratio_to_vanilla: vanilla.map(|v| v / seconds),
                 original_nfe: measured.then_some(run.original_nfe),
                 original_ms_per_forward: original,
@@ -148,9 +158,12 @@ impl Summary {
             prompt_length: setup.prompt.len(),
             gen_length: setup.gen_length,
             block_length: setup.block_length,
+            batch: setup.batch,
+            device: subject.device.clone(),
             threads: setup.threads,
             rounds: runs.first().map_or(0, |r| r.seconds.len()),
             weight_bytes_per_forward: subject.bytes_per_forward,
+            roofs: subject.roofs,
             originals: match answer {
                 Some(Answer { torch, revision, .. }) => {
                     let rounds = runs.first().map_or(0, |r| r.original.len());
@@ -170,8 +183,10 @@ impl Summary {
         };
         let parameters = subject.parameters as f64 / 1e6;
         let mut text = format!(
-            "{name} ({}, {parameters:.1} M parameters), {} prompt tokens, {} generated in blocks of {}, {}, {}\n\n",
+            "{name} ({}, {parameters:.1} M parameters), {}, {} of {} prompt tokens, {} generated in blocks of {}, {}, {}\n\n",
             self.family,
+            self.device,
+            count(self.batch, "sequence"),
             self.prompt_length,
             self.gen_length,
             self.block_length,
@@ -182,7 +197,21 @@ impl Summary {
         text += "\nTimes are medians; full, suffix and block are ms of the forwards of that kind.\n\n";
         text += &table(&self.kind_rows(setup, runs));
         let read = bytes(self.weight_bytes_per_forward);
-        text += &format!("\nEvery forward reads {read} of weights at least once; GB/s is that over its time.\n\n");
+        text += &format!("\nEvery forward reads {read} of weights at least once; GB/s is that over its time.\n");
+        let launches = self.modes.iter().filter_map(|line| line.launches);
+        if let Some(Launches { layer, pass }) = launches.min_by_key(|launches| launches.pass) {
+            text += &format!(
+                "A block's pass is {pass} launches, a layer of it {layer}: kernels and products, nodes of its graphs.\n"
+            );
+        }
+        if let Some(Roofs { bytes_per_second, operations_per_second }) = self.roofs {
+            let (reads, products) = (digits(bytes_per_second / 1e9), digits(operations_per_second / 1e12));
+            text += &format!(
+                "Measured in this run: reads {reads} GB/s, products of bf16 matrices {products} TFLOP/s. The floor is "
+            );
+            text += "the larger of what reading the weights and what the multiply-adds take at these.\n";
+        }
+        text += "\n";
         text + &self.originals_text()
     }
 
@@ -212,13 +241,16 @@ impl Summary {
 
     /// Forwards by kind, all modes together.
     fn kind_rows(&self, setup: &Setup, runs: &[Run]) -> Vec<Vec<String>> {
-        let head = ["forward", "rows", "ms", "min-max", "G multiply-adds", "GFLOP/s", "GB/s"];
-        let mut rows = vec![head.map(String::from).to_vec()];
+        let mut head = vec!["forward", "rows", "ms", "min-max", "G multiply-adds", "GFLOP/s", "GB/s"];
+        if self.roofs.is_some() {
+            head.extend(["floor ms", "x floor"]);
+        }
+        let mut rows = vec![head.into_iter().map(String::from).collect::<Vec<_>>()];
         let kinds = [("full", PassKind::Full), ("suffix", PassKind::Suffix), ("block", PassKind::Block)];
         for (name, kind) in kinds {
             let timings = runs.iter().flat_map(|r| &r.timings);
             let Some(k) = Kind::of(&setup.config, timings, kind, 1) else { continue };
-            rows.push(vec![
+            let mut row = vec![
                 name.into(),
                 k.rows.to_string(),
                 digits(k.ms),
@@ -226,7 +258,13 @@ impl Summary {
                 digits(k.multiply_adds / 1e9),
                 digits(k.gflops),
                 digits(1e-6 * self.weight_bytes_per_forward as f64 / k.ms.max(1e-6)),
-            ]);
+            ];
+            if let Some(Roofs { bytes_per_second, operations_per_second }) = self.roofs {
+                let reading = self.weight_bytes_per_forward as f64 / bytes_per_second;
+                let floor_ms = 1000.0 * reading.max(2.0 * k.multiply_adds / operations_per_second);
+                row.extend([digits(floor_ms), format!("{:.2}", k.ms / floor_ms)]);
+            }
+            rows.push(row);
         }
         rows
     }
@@ -252,8 +290,9 @@ impl Summary {
                 line.speedup.map_or(String::new(), |r| format!("{r:.2}")),
             ]);
         }
+        let place = if self.device == "cpu" { "in f32 on the CPU" } else { "in bf16 on the same device" };
         let random = if self.shape.is_some() { ", random weights of its own" } else { "" };
-        format!("originals: Fast-dLLM {revision}, torch {torch} in f32 on the CPU{random}{stopped}\n\n{}", table(&rows))
+        format!("originals: Fast-dLLM {revision}, torch {torch} {place}{random}{stopped}\n\n{}", table(&rows))
     }
 }
 

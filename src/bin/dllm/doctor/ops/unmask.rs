@@ -1,0 +1,187 @@
+//! Logits to tokens by probability and threshold; and by margin and factor, with NaN, rows that are no masks, a mask token
+//! that would win, rows past the window, and a sequence without rows.
+
+use super::super::case::{Both, Case, Entry, Float, Measure, Numbers};
+use super::pick;
+use dllm_kernels::abi::DLLM_NONE_FAILED;
+use dllm_kernels::gpu::Stream;
+use dllm_kernels::ops::Workspace;
+use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, Rule};
+use dllm_kernels::oracle::unmask::{Selection, Unmask, score_row, select};
+use dllm_kernels::{Confidence, Result};
+use half::{bf16, f16};
+
+pub const MASK: i32 = 3;
+pub const TEXT: i32 = 5;
+const THRESHOLD: f32 = 0.5;
+const FACTOR: f32 = 1.5;
+/// Relative error of a probability or a margin: sums of a vocabulary in f32, and exponentials good to two places.
+const CONFIDENCE: f64 = 4e-6;
+
+pub fn entries(small: bool) -> Vec<Entry> {
+    let (rows, vocab_size) = pick(small, (32, 126_464), (2, 126_464));
+    vec![
+        Entry::new::<bf16, _>("unmask", format!("{rows}x{vocab_size}, threshold"), move |stream| {
+            Block::<bf16>::new(stream, &[rows], vocab_size, false)
+        }),
+        Entry::new::<f16, _>("unmask", "5, 0 and 7 x 1003, margin, factor, NaN".into(), |stream| {
+            Block::<f16>::new(stream, &[5, 0, 7], 1003, true)
+        }),
+    ]
+}
+
+/// Logits as they count: NaN as minus infinity.
+pub fn clean<T: Float>(logits: &[T]) -> Vec<f32> {
+    let clean = |l: f32| if l.is_nan() { f32::NEG_INFINITY } else { l.min(f32::MAX) };
+    logits.iter().map(|l| clean(l.wide() as f32)).collect()
+}
+
+struct Block<T> {
+    stream: Stream,
+    odd: bool,
+    lengths: Vec<usize>,
+    vocab_size: usize,
+    stride: usize,
+    table: RowTable,
+    logits: Both<T>,
+    tokens: Both<i32>,
+    commit_before: Option<Both<i32>>,
+    outcome: Outcome,
+    workspace: Workspace,
+}
+
+impl<T: Float> Block<T> {
+    fn new(stream: &Stream, lengths: &[usize], vocab_size: usize, odd: bool) -> Result<Block<T>> {
+        let rows: usize = lengths.iter().sum();
+        let stride = vocab_size.next_multiple_of(16 / size_of::<T>());
+        let mut logits: Vec<T> = Numbers::new(10).logits(rows * stride);
+        let mut tokens = vec![MASK; rows];
+        if odd {
+            tokens[1] = TEXT;
+            logits[2 * stride + 17] = T::of(f64::NAN);
+            logits[3 * stride + MASK as usize] = T::of(60.0);
+        }
+        let mut first = 0;
+        let mut sequences = Vec::new();
+        for length in lengths {
+            let row = |position: usize| Row { token: first + position, logits_row: first + position, position };
+            sequences.push((0..*length).map(row).collect());
+            first += length;
+        }
+        let table = RowTable::new(stream, &sequences)?;
+        // The last row of each is past the window.
+        let window: Option<Vec<i32>> = odd.then(|| lengths.iter().map(|length| *length as i32 - 1).collect());
+        Ok(Block {
+            stream: stream.clone(),
+            odd,
+            lengths: lengths.to_vec(),
+            vocab_size,
+            stride,
+            logits: Both::new(stream, logits)?,
+            tokens: Both::new(stream, tokens)?,
+            commit_before: window.map(|window| Both::new(stream, window)).transpose()?,
+            outcome: Outcome::new(stream, &table)?,
+            workspace: op::workspace(stream, &table, vocab_size)?,
+            table,
+        })
+    }
+
+    /// As the oracle has it.
+    fn rule(&self) -> Unmask {
+        Unmask {
+            confidence: if self.odd { Confidence::Margin } else { Confidence::Probability },
+            temperature: 0.0,
+            tempered_confidence: false,
+            f32_confidence: true,
+            top_p: None,
+            top_k: None,
+            cfg_scale: 0.0,
+            alg_temp: 0.0,
+            seed: 7,
+            mask_token: Some(MASK as u32),
+        }
+    }
+}
+
+impl<T: Float> Case for Block<T> {
+    fn bytes(&self) -> usize {
+        self.tokens.host.len() * self.vocab_size * size_of::<T>()
+    }
+
+    /// A committed token is no mask, and its row would not be read again.
+    fn reset(&mut self) -> Result<()> {
+        self.tokens.device.write(&self.tokens.host)
+    }
+
+    fn launch(&mut self) -> Result<()> {
+        let oracle = self.rule();
+        let rule = Rule {
+            confidence: oracle.confidence,
+            policy: match self.odd {
+                true => Policy::Factor(FACTOR),
+                false => Policy::Threshold { threshold: THRESHOLD, among: None },
+            },
+            temperature: 0.0,
+            tempered_confidence: false,
+            cfg_scale: 0.0,
+            alg_temp: 0.0,
+            seed: oracle.seed,
+            mask_token: MASK as u32,
+        };
+        let args = op::Unmask {
+            logits: &self.logits.device,
+            uncond_logits: None,
+            vocab_size: self.vocab_size,
+            logits_stride: self.stride,
+            rows: &self.table,
+            tokens: &mut self.tokens.device,
+            commit_before: self.commit_before.as_ref().map(|window| &window.device),
+            steps: None,
+            cut: None,
+            outcome: &mut self.outcome,
+            workspace: &mut self.workspace,
+        };
+        op::launch(&self.stream, args, &rule)
+    }
+
+    /// Each row's token and confidence; and what the oracle commits by the confidences that the kernel found.
+    fn check(&self) -> Result<Vec<Measure>> {
+        let (chosen, confidence) = (self.outcome.chosen.read()?, self.outcome.confidence.read()?);
+        let is_mask = |row: usize| self.tokens.host[row] == MASK;
+        let selection = match self.odd {
+            true => Selection::Factor(FACTOR.into()),
+            false => Selection::Threshold(THRESHOLD.into()),
+        };
+        let (mut want_chosen, mut confidences) = (Vec::new(), Vec::new());
+        let mut want = self.tokens.host.clone();
+        let (mut committed, mut masks_left) = (Vec::new(), Vec::new());
+        let mut first = 0;
+        for (sequence, length) in self.lengths.iter().enumerate() {
+            for position in 0..*length {
+                let row = first + position;
+                let mut logits = clean(&self.logits.host[row * self.stride..][..self.vocab_size]);
+                let scored = score_row(&mut logits, &self.rule(), 0, position).filter(|_| is_mask(row));
+                let (token, score) = scored.map_or((-1, 0.0), |(token, score)| (token as i32, score));
+                want_chosen.push(token);
+                confidences.push((f64::from(confidence[row]), score, score.abs().max(1e-3)));
+            }
+            let window = self.commit_before.as_ref().map_or(*length as i32, |window| window.host[sequence]);
+            let masked: Vec<usize> = (first..first + window.max(0) as usize).filter(|row| is_mask(*row)).collect();
+            let found: Vec<f64> = masked.iter().map(|row| confidence[*row].into()).collect();
+            let selected = select(&found, &found, selection);
+            selected.iter().for_each(|i| want[masked[*i]] = chosen[masked[*i]]);
+            committed.push(selected.len() as i32);
+            masks_left.push((masked.len() - selected.len()) as i32);
+            first += length;
+        }
+        let Outcome { masks_left: left, committed: counted, failed, .. } = &self.outcome;
+        Ok(vec![
+            Measure::within("confidences, relative", confidences.into_iter(), CONFIDENCE),
+            Measure::bits("rows that choose another token", &chosen, &want_chosen),
+            Measure::bits("tokens that differ", &self.tokens.device.read()?, &want),
+            Measure::bits("counts of commits that differ", &counted.read()?, &committed),
+            Measure::bits("counts of masks left that differ", &left.read()?, &masks_left),
+            Measure::bits("failures told otherwise", &failed.read()?, &vec![DLLM_NONE_FAILED; self.lengths.len()]),
+        ])
+    }
+}

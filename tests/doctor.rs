@@ -1,0 +1,212 @@
+//! `dllm doctor`: the program itself, in a process of its own, on the software device and without one.
+#![cfg(all(feature = "cli", feature = "cuda", target_os = "linux", target_arch = "x86_64"))]
+
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// Ops that have to be there, each twice.
+const OPS: [&str; 12] =
+    ["attention", "merge", "unmask", "cut", "advance", "vverify", "rows", "embed", "norm", "rope", "swiglu", "product"];
+
+fn doctor(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dllm"));
+    command.arg("doctor").args(args);
+    command
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// Runs on the software device; also what that found wrong.
+fn on_software(args: &[&str], change: impl FnOnce(&mut Command)) -> (Output, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let report = folder.path().join("report");
+    let mut command = doctor(args);
+    softgpu::lend(&mut command, &report);
+    change(&mut command);
+    let output = command.output().unwrap();
+    let report = std::fs::read_to_string(&report).unwrap_or_else(|error| panic!("no device started: {error}"));
+    (output, report)
+}
+
+#[test]
+fn every_op_is_right() {
+    let (output, report) = on_software(&[], |_| {});
+    let shown = text(&output.stdout);
+    assert_eq!((output.status.code(), report.as_str()), (Some(0), ""), "{shown}{}", text(&output.stderr));
+    for op in OPS {
+        let rows: Vec<_> = shown.lines().filter(|line| line.split(' ').next() == Some(op)).collect();
+        assert_eq!(rows.len(), 2, "{op}: {shown}");
+        assert!(rows.iter().all(|row| row.ends_with("  ok")), "{shown}");
+    }
+    for part in [
+        "PTX 8.0, sources ",
+        "driver   knows CUDA 13.0\n",
+        "0: software device 9.0, compute capability 9.0, 8.0 GiB",
+        "loads    compute_80 (the only one): advance, attention, cut,",
+        "This is a device in software: results count, times would mean nothing and are left out.",
+        "all ok: 24 checks",
+    ] {
+        assert!(shown.contains(part), "{part:?} in {shown}");
+    }
+    for number in ["GB/s", "TFLOP/s", "us, cold", "% of roof"] {
+        assert!(!shown.contains(number), "{number} in {shown}");
+    }
+}
+
+#[test]
+fn threads_in_other_orders_and_an_older_device_are_as_well() {
+    for seed in ["1", "2"] {
+        let (output, report) = on_software(&["--small"], |command| {
+            command.env("SOFTGPU_SEED", seed).env("SOFTGPU_CC", "8.0").env("SOFTGPU_LAZY", "1");
+        });
+        let shown = text(&output.stdout);
+        assert_eq!((output.status.code(), report.as_str()), (Some(0), ""), "{shown}{}", text(&output.stderr));
+        assert!(shown.contains("compute capability 8.0") && shown.contains("all ok"), "{shown}");
+    }
+}
+
+#[test]
+fn json_is_one_object_with_everything() {
+    let (output, _) = on_software(&["--json"], |_| {});
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["verdict"], "ok");
+    assert_eq!((&json["software"], &json["device"], &json["error"]), (&true.into(), &0.into(), &Value::Null));
+    assert_eq!(json["machine"]["cuda"], "13.0");
+    assert_eq!(json["machine"]["devices"][0]["capability"], "9.0");
+    assert_eq!(json["read_gb_per_s"], Value::Null);
+    let modules = json["modules"].as_array().unwrap();
+    assert_eq!(modules.len(), json["build"]["modules"].as_array().unwrap().len());
+    assert!(modules.iter().all(|module| module["target"] == "compute_80"), "{json}");
+    let rows = json["ops"].as_array().unwrap();
+    assert_eq!(rows.len(), 2 * OPS.len());
+    for row in rows {
+        assert_eq!(row["verdict"], "ok", "{row}");
+        assert!(row["error"].as_f64().unwrap() <= row["bound"].as_f64().unwrap(), "{row}");
+        assert!(row["bytes"].as_u64().unwrap() > 0 && row.get("median_us").is_none(), "{row}");
+    }
+    // Every module is the file of an op that has been looked at, or measures a roof.
+    for module in modules {
+        let name = module["name"].as_str().unwrap();
+        assert!(OPS.contains(&name) || name == "roof", "{name} is not checked");
+    }
+    // More than rounding has been looked at: something is not exact.
+    assert!(rows.iter().any(|row| row["error"].as_f64() > Some(0.0)), "{json}");
+}
+
+/// A library of kernels in which one line of one file is another.
+fn faulty_kernels(folder: &Path, file: &str, good: &str, bad: &str) -> PathBuf {
+    let cuda = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda");
+    let source = std::fs::read_to_string(cuda.join(file)).unwrap();
+    assert_eq!(source.matches(good).count(), 1, "{good:?} in {file}");
+    let name = Path::new(file).file_stem().unwrap().to_str().unwrap();
+    let (changed, object) = (folder.join(format!("{name}.cu")), folder.join(format!("{name}.o")));
+    std::fs::write(&changed, source.replace(good, bad)).unwrap();
+    let built = |what: &str| std::fs::read_to_string(softgpu::library_dir().join(format!("kernels.{what}"))).unwrap();
+    let run = |command: &mut Command| {
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    };
+    let compile = built("compile");
+    let mut words = compile.lines();
+    run(Command::new(words.next().unwrap()).args(words).arg("-c").arg(&changed).arg("-o").arg(&object));
+    let objects = built("objects");
+    let others: Vec<_> = objects.lines().filter(|path| !path.ends_with(&format!("-{name}.o"))).collect();
+    assert_eq!(others.len() + 1, objects.lines().count());
+    let (link, library) = (built("link"), folder.join("libkernels.so"));
+    let mut words = link.lines();
+    run(Command::new(words.next().unwrap()).args(others).arg(&object).args(words).arg("-o").arg(&library));
+    library
+}
+
+#[test]
+fn a_wrong_kernel_is_named() {
+    for (file, good, bad, op) in [
+        // Rows are copied from where they go; the last row is left out.
+        ("any/rows.cu", "const int64_t from = kGather ? indexed : row,", "const int64_t from = row,", "rows"),
+        ("any/merge.cu", "row < num_rows(p.count, p.max_rows);", "row + 1 < num_rows(p.count, p.max_rows);", "merge"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let library = faulty_kernels(folder.path(), file, good, bad);
+        let (output, _) = on_software(&[], |command| {
+            command.env("SOFTGPU_KERNELS", &library);
+        });
+        let (shown, error) = (text(&output.stdout), text(&output.stderr));
+        assert_eq!(output.status.code(), Some(1), "{shown}{error}");
+        let verdicts = |op: &str| -> Vec<String> {
+            let rows = shown.lines().filter(|line| line.split(' ').next() == Some(op));
+            rows.map(|row| row.rsplit(' ').next().unwrap().into()).collect()
+        };
+        assert!(verdicts(op).contains(&"WRONG".to_string()), "{shown}");
+        assert!(error.contains("of 24 checks did not pass: ") && error.contains(&format!("{op} (")), "{error}");
+        for other in OPS.iter().filter(|other| **other != op) {
+            assert_eq!(verdicts(other), ["ok", "ok"], "{other}: {shown}");
+        }
+        let (output, _) = on_software(&["--json"], |command| {
+            command.env("SOFTGPU_KERNELS", &library);
+        });
+        let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!((output.status.code(), &json["verdict"]), (Some(1), &"wrong".into()));
+        let wrong = |row: &&Value| row["op"] == op && row["verdict"] == "wrong";
+        let row = json["ops"].as_array().unwrap().iter().find(wrong).unwrap();
+        assert!(row["message"].as_str().unwrap().contains("at most"), "{row}");
+    }
+}
+
+/// An error of the driver is told with what would be needed.
+#[test]
+fn a_driver_that_fails_is_told() {
+    let (output, report) = on_software(&[], |command| {
+        command.env("SOFTGPU_KERNELS", "/nowhere/libkernels.so");
+    });
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("cuInit: CUDA_ERROR_NOT_FOUND") && error.contains("needed: an NVIDIA driver"), "{error}");
+    assert!(report.starts_with("no kernels: "), "{report}");
+}
+
+#[test]
+fn an_old_device_is_listed_and_refused() {
+    let (output, _) = on_software(&[], |command| {
+        command.env("SOFTGPU_CC", "7.5");
+    });
+    let (shown, error) = (text(&output.stdout), text(&output.stderr));
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(shown.contains("compute capability 7.5") && shown.contains(": too old for the kernels"), "{shown}");
+    assert!(error.contains("compute capability 7.5; the kernels need 8.0"), "{error}");
+}
+
+#[test]
+fn wrong_arguments_are_2() {
+    let (output, _) = on_software(&["--device", "3"], |_| {});
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.contains("error: --device: expected a device from 0 to 0, found 3"), "{error}");
+    for args in [&["--device", "-1"][..], &["--device", "cuda"], &["--nothing"], &["model"]] {
+        assert_eq!(doctor(args).output().unwrap().status.code(), Some(2), "{args:?}");
+    }
+}
+
+/// Where there is a driver, it is hidden behind files that are none.
+#[test]
+fn without_a_driver_it_says_what_is_needed() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut names = vec!["libcuda.so".to_string(), "libnvcuda.so".into()];
+    names.extend((1..=13).map(|version| format!("libcuda.so.{version}")));
+    names.iter().for_each(|name| std::fs::write(folder.path().join(name), "no library").unwrap());
+    let run = |args: &[&str]| doctor(args).env("LD_LIBRARY_PATH", folder.path()).output().unwrap();
+    let output = run(&[]);
+    let (shown, error) = (text(&output.stdout), text(&output.stderr));
+    assert_eq!(output.status.code(), Some(1), "{shown}{error}");
+    assert!(shown.contains("  compute_80  ") && shown.contains("unmask ("), "{shown}");
+    let needed = "no CUDA driver: libcuda was not found; needed: an NVIDIA driver of 525 or later, and a device of compute \
+                  capability 8.0 or later";
+    assert!(error.contains(needed), "{error}");
+    let json: Value = serde_json::from_slice(&run(&["--json"]).stdout).unwrap();
+    assert_eq!((&json["verdict"], &json["machine"]), (&"failed".into(), &Value::Null));
+    assert!(json["error"].as_str().unwrap().contains("no CUDA driver"), "{json}");
+    assert_eq!(json["build"]["ptx_isa"], "8.0");
+}

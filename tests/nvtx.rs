@@ -1,0 +1,173 @@
+//! NVTX ranges as a profiler gets them: a library in C that writes down what it is told, in a process of its own.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+use dllm_kernels::gpu::Device;
+use dllm_kernels::ops::rows::{self, Copy, Rows};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// What a child is told to do, in the environment.
+const CHILD: &str = "DLLM_NVTX_CHILD";
+
+/// Says what it is told to the file `RECORD`. The structs are those of NVTX 3.
+const TOOL: &str = r#"
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct attributes {
+    uint16_t version, size;
+    uint32_t category;
+    int32_t color_type;
+    uint32_t color;
+    int32_t payload_type, reserved;
+    union { uint64_t u; double d; } payload;
+    int32_t message_type;
+    union { const char* ascii; void* other; } message;
+};
+typedef void (*function)(void);
+struct callbacks {
+    size_t size;
+    int (*get_table)(int module, function*** table, unsigned* size);
+};
+struct version_info {
+    size_t size;
+    uint32_t version, reserved;
+    void (*set_version)(uint32_t);
+};
+
+static void say(const char* what, const char* name) {
+    FILE* file = fopen(getenv("RECORD"), "a");
+    if (file == NULL) abort();
+    fprintf(file, "%s %s\n", what, name);
+    fclose(file);
+}
+
+static char domain;
+
+static void* create(const char* name) {
+    say("domain", name);
+    return &domain;
+}
+static int push(void* to, const struct attributes* a) {
+    if (to != &domain || a->version != 3 || a->size != sizeof *a || a->message_type != 1) abort();
+    say("push", a->message.ascii);
+    return 0;
+}
+static int pop(void* from) {
+    if (from != &domain) abort();
+    say("pop", "");
+    return 0;
+}
+
+int InitializeInjectionNvtx2(const void* (*get)(uint32_t)) {
+    static const unsigned sizes[] = {0, 16, 9, 15, 7, 16, 7};
+    const char* mood = getenv("MOOD");
+    const struct callbacks* callbacks = get(1);
+    const struct version_info* info = get(3);
+    if (get(0) != NULL || get(99) != NULL) abort();
+    if (callbacks->size != sizeof *callbacks || info->size != sizeof *info || info->version != 3) abort();
+    info->set_version(3);
+    for (int module = 0; module <= 7; module++) {
+        function** table = NULL;
+        unsigned size = 0;
+        const int known = module >= 1 && module <= 6;
+        if (callbacks->get_table(module, &table, &size) != known || (known && size != sizes[module])) abort();
+        if (callbacks->get_table(module, NULL, NULL) != known) abort();
+        if (!known) continue;
+        if (table[0] != NULL || table[size] != NULL) abort();
+        /* As profilers do, it takes every module; what has no business to be called ends the process. */
+        for (unsigned id = 1; id < size; id++) *table[id] = (function)abort;
+        if (module != 5) continue;
+        *table[4] = (function)push;
+        *table[5] = strcmp(mood, "half") == 0 ? NULL : (function)pop;
+        *table[12] = (function)create;
+    }
+    say("initialised", mood);
+    return strcmp(mood, "refuses") != 0;
+}
+"#;
+
+/// Not a test by itself: what the children run.
+#[test]
+fn child() {
+    if std::env::var_os(CHILD).is_none() {
+        return;
+    }
+    softgpu::install();
+    let device = Device::open(0).unwrap();
+    let stream = device.stream().unwrap();
+    let source = stream.upload(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]).unwrap();
+    let index = stream.upload(&[1, 0, 1]).unwrap();
+    for copy in [Copy::Gather, Copy::Gather] {
+        let mut target = stream.zeros(12).unwrap();
+        let rows = Rows { index: &index, count: None, width: 4, source: &source, target: &mut target, failed: None };
+        rows::launch(&stream, rows, copy).unwrap();
+        assert_eq!(target.read().unwrap()[..5], [5.0, 6.0, 7.0, 8.0, 1.0]);
+    }
+    device.preload().unwrap();
+    println!("done");
+}
+
+/// Runs the child under a tool in this mood; what the tool wrote down.
+fn record(folder: &Path, tool: &Path, mood: &str) -> Vec<String> {
+    let record = folder.join(mood);
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", "child", "--nocapture"]).env(CHILD, "1");
+    child.env("NVTX_INJECTION64_PATH", tool).env("MOOD", mood).env("RECORD", &record);
+    let output = child.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("done"), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    let text = std::fs::read_to_string(record).unwrap_or_default();
+    text.lines().map(|line| line.trim_end().to_owned()).collect()
+}
+
+/// A shared library of this C.
+fn build(folder: &Path, name: &str, text: &str) -> PathBuf {
+    let [source, library] = [format!("{name}.c"), format!("lib{name}.so")].map(|file| folder.join(file));
+    std::fs::write(&source, text).unwrap();
+    let compiler = std::env::var("CC").unwrap_or("gcc".into());
+    let mut command = Command::new(&compiler);
+    command.args(["-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o"]).args([&library, &source]);
+    let output = command.output().unwrap_or_else(|e| panic!("{compiler}, which this test needs, cannot be run: {e}"));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    library
+}
+
+#[test]
+fn a_profiler_sees_every_launch() {
+    let folder = tempfile::tempdir().unwrap();
+    let tool = build(folder.path(), "tool", TOOL);
+    let seen = record(folder.path(), &tool, "attends");
+    let first = [
+        "initialised attends",
+        "domain dllm",
+        "push rows gather_rows 3x1x1",
+        "push load rows (compute_80)",
+        "pop",
+        "pop",
+        "push rows gather_rows 3x1x1",
+        "pop",
+        "push preload",
+        "push load attention (compute_80)",
+        "pop",
+    ];
+    assert_eq!(seen[..first.len()], first);
+    let count = |what: &str| seen.iter().filter(|line| line.starts_with(what)).count();
+    assert_eq!((count("push"), seen.last().unwrap().as_str()), (count("pop"), "pop"));
+}
+
+#[test]
+fn tools_that_do_not_work_are_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let tool = build(folder.path(), "tool", TOOL);
+    assert_eq!(record(folder.path(), &tool, "refuses"), ["initialised refuses"]);
+    assert_eq!(record(folder.path(), &tool, "half"), ["initialised half"]);
+    let nothing: [&str; 0] = [];
+    assert_eq!(record(folder.path(), Path::new(""), "unset"), nothing);
+    assert_eq!(record(folder.path(), &folder.path().join("nowhere.so"), "absent"), nothing);
+    let other = build(folder.path(), "other", "int nothing;");
+    assert_eq!(record(folder.path(), &other, "another"), nothing);
+}
