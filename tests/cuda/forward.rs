@@ -44,7 +44,9 @@ pub fn logits_are_within_the_margin() {
         }
         let rows = recorded.0.len();
         let ([median, recorded], [_, cpu]) = (recorded.finish(), cpu.finish());
-        println!("{name}: {rows} rows, largest error of a row: median {median:.4}, most {recorded:.4}; by the CPU's {cpu:.4}");
+        println!(
+            "{name}: {rows} rows, largest error of a row: median {median:.4}, most {recorded:.4}; by the CPU's {cpu:.4}"
+        );
         assert!(recorded <= ERROR && cpu <= ERROR, "{name}: {recorded} {cpu}");
     }
 }
@@ -113,8 +115,13 @@ pub fn statistics() {
                             n += 1;
                         }
                     }
-                    if n > 0 { gaps.push(worst / d); }
-                    let lo = |x: &[f32]| { let m = x[best] as f64; -(0..v).filter(|t| *t != best).map(|t| (x[t] as f64 - m).exp()).sum::<f64>().ln() };
+                    if n > 0 {
+                        gaps.push(worst / d);
+                    }
+                    let lo = |x: &[f32]| {
+                        let m = x[best] as f64;
+                        -(0..v).filter(|t| *t != best).map(|t| (x[t] as f64 - m).exp()).sum::<f64>().ln()
+                    };
                     odds.push((lo(g) - lo(w)).abs() / d);
                 }
             };
@@ -123,7 +130,15 @@ pub fn statistics() {
         for (n, x) in [("eps", &mut eps), ("z", &mut z), ("gap", &mut gaps), ("odds", &mut odds)] {
             x.sort_by(f64::total_cmp);
             let q = |p: f64| x[((x.len() - 1) as f64 * p) as usize];
-            println!("{name} {n} {}: {:.4} {:.4} {:.4} {:.4} max {:.4}", x.len(), q(0.1), q(0.5), q(0.9), q(0.99), q(1.0));
+            println!(
+                "{name} {n} {}: {:.4} {:.4} {:.4} {:.4} max {:.4}",
+                x.len(),
+                q(0.1),
+                q(0.5),
+                q(0.9),
+                q(0.99),
+                q(1.0)
+            );
         }
     }
 }
@@ -164,7 +179,7 @@ fn run2(model: &Model, case: &Value, tensors: &Tensors, f: &mut dyn FnMut(&[f32]
         here.forward(&tokens, &windows, &plan, &index, None).unwrap();
         let got = there.logits(index.len()).unwrap();
         let vocab_size = model.config().vocab_size;
-        let _ = tensors; f(&got, &here.logits(index.len()).unwrap(), vocab_size);
+        let _ = tensors;
+        f(&got, &here.logits(index.len()).unwrap(), vocab_size);
     }
 }
-
