@@ -389,7 +389,9 @@ impl<'m, B: Backend> Session<'m, B> {
             0 => size,
             rooms => size.next_multiple_of(most.div_ceil(rooms).max(1)).min(most),
         };
-        Room { rows: up(rows, needs.rows), longest: up(longest, needs.longest), scored }
+        let longest = up(longest, needs.longest);
+        // Spans hold no more than that, and the workspace of attention is made for no more.
+        Room { rows: up(rows, needs.rows).min(needs.spans * longest), longest, scored }
     }
 
     /// Which rows the passes of slot `slot` run, and of which of them logits are asked for. Launches are sized for `room`, or
