@@ -10,7 +10,9 @@ use common::{device, once_on_device};
 use dllm_kernels::decode::decode;
 use dllm_kernels::model::{Course, CourseSequence, CourseStage, LayerPlan, Schedule};
 use dllm_kernels::oracle::unmask::{Selection, Unmask};
-use dllm_kernels::{CacheMode, Confidence, Config, Error, Family, Generation, Generator, Model, Observer, Options, Policy};
+use dllm_kernels::{
+    CacheMode, Confidence, Config, Error, Family, Generation, Generator, Model, Observer, Options, Policy,
+};
 use softgpu::Opt;
 use std::cell::Cell;
 use std::sync::Mutex;
@@ -91,7 +93,11 @@ fn fail_each(what: &str, mut work: impl FnMut() -> dllm_kernels::Result<()>, mut
         let left = softgpu::get(Opt::FailAlloc);
         softgpu::set(Opt::FailAlloc, -1);
         softgpu::report();
-        assert_eq!([Opt::LiveAllocations, Opt::UsedMemory].map(softgpu::get), before, "{what}, allocation {failed}: leaks");
+        assert_eq!(
+            [Opt::LiveAllocations, Opt::UsedMemory].map(softgpu::get),
+            before,
+            "{what}, allocation {failed}: leaks"
+        );
         match result {
             Ok(()) => {
                 assert!(left >= 0, "{what}: allocation {failed} failed and nobody noticed");
@@ -371,8 +377,13 @@ fn interrupted() {
     let model = on_device(Family::Llada);
     let config = model.config();
     let prompt = vec![3, 14, 15, 9, 26];
-    let options =
-        Options { gen_length: 8, block_length: Some(8), cache: CacheMode::None, policy: Policy::Fixed, ..Options::default() };
+    let options = Options {
+        gen_length: 8,
+        block_length: Some(8),
+        cache: CacheMode::None,
+        policy: Policy::Fixed,
+        ..Options::default()
+    };
     let whole = Generator::new(&model).options(options.clone()).generate(&[prompt.clone()]).unwrap().tokens.remove(0);
     let start = [prompt.clone(), vec![MASK; 8]].concat();
     let unmask = Unmask {

@@ -55,6 +55,18 @@ impl Tally {
         self.commit_differs += other.commit_differs;
     }
 
+    /// That of the candidates no more than these shares differ in token and commit, and are in doubt.
+    #[track_caller]
+    pub fn assert_few(&self, differ: [f64; 2], in_doubt: [f64; 2]) {
+        let share = |n: usize| n as f64 / self.candidates as f64;
+        for (seen, most) in [self.token_differs, self.commit_differs].into_iter().zip(differ) {
+            assert!(share(seen) <= most, "{seen} differ: {self}");
+        }
+        for (seen, most) in self.in_doubt().into_iter().zip(in_doubt) {
+            assert!(seen <= most, "{seen} in doubt: {self}");
+        }
+    }
+
     /// Shares of the candidates in doubt, tokens and commits.
     pub fn in_doubt(&self) -> [f64; 2] {
         [self.token_in_doubt, self.commit_in_doubt].map(|n| n as f64 / self.candidates.max(1) as f64)
@@ -122,13 +134,7 @@ pub fn mean_error(got: &[f32], want: &[f32]) -> f64 {
 }
 
 /// Of the verdicts of a pass, CPU and device: what is in doubt is counted, all else has to be equal.
-pub fn compare(
-    what: &str,
-    logits: &Logits,
-    groups: &[Group],
-    unmask: &Unmask,
-    [cpu, gpu]: [&[Verdict]; 2],
-) -> Tally {
+pub fn compare(what: &str, logits: &Logits, groups: &[Group], unmask: &Unmask, [cpu, gpu]: [&[Verdict]; 2]) -> Tally {
     let mut tally = Tally { passes: 1, ..Tally::default() };
     assert_eq!(cpu.len(), gpu.len(), "{what}");
     let mut first = 0;
@@ -143,7 +149,12 @@ pub fn compare(
             tally.candidates += 1;
             tally.token_in_doubt += usize::from(leeway.tokens.len() > 1);
             tally.token_differs += usize::from(got.token != want.token);
-            assert!(leeway.tokens.contains(&got.token), "{}: {got:?}, CPU {want:?}: not of {:?}", place(), leeway.tokens);
+            assert!(
+                leeway.tokens.contains(&got.token),
+                "{}: {got:?}, CPU {want:?}: not of {:?}",
+                place(),
+                leeway.tokens
+            );
             if got.token == want.token {
                 let [low, high] = leeway.confidence;
                 let fits = low - ROUNDING <= got.confidence && got.confidence <= high + ROUNDING;
@@ -173,9 +184,7 @@ fn commits(
 ) {
     let eligible = group.positions.partition_point(|p| *p < group.commit_before);
     let ranks = |i: usize, confidence: f64| match unmask.alg_temp > 0.0 {
-        true => {
-            confidence / unmask.alg_temp + gumbel(unmask.seed, Purpose::Rank, group.step, group.positions[i], 0)
-        }
+        true => confidence / unmask.alg_temp + gumbel(unmask.seed, Purpose::Rank, group.step, group.positions[i], 0),
         false => confidence,
     };
     let slack = if unmask.alg_temp > 0.0 { ROUNDING / unmask.alg_temp + NOISE } else { ROUNDING };
@@ -205,10 +214,9 @@ fn commits(
         let (surely, surely_not) = match group.selection {
             Selection::Quota(count) => (most < count, least >= count),
             Selection::Threshold(t) => (low(i) >= t || most == 0, high(i) < t && least > 0),
-            Selection::ThresholdAmong { threshold: t, among } => (
-                most < among && (low(i) >= t || most == 0),
-                least >= among || (high(i) < t && least > 0),
-            ),
+            Selection::ThresholdAmong { threshold: t, among } => {
+                (most < among && (low(i) >= t || most == 0), least >= among || (high(i) < t && least > 0))
+            }
             Selection::Factor(_) => (most < sorted(0), least >= sorted(1)),
         };
         assert!(if cpu.commit { !surely_not } else { !surely }, "{what}: {group:?}: the rule contradicts {cpu:?}");
