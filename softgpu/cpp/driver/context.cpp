@@ -54,7 +54,7 @@ static const std::map<int, int> kFixedAttributes = {
     {10, 32},         // WARP_SIZE
     {12, 65536},      // MAX_REGISTERS_PER_BLOCK
     {13, 1980000},    // CLOCK_RATE, kHz
-    {16, 132},        // MULTIPROCESSOR_COUNT
+    {16, 4},          // MULTIPROCESSOR_COUNT: few, for attention is split so that all have work
     {18, 0},          // INTEGRATED
     {19, 1},          // CAN_MAP_HOST_MEMORY
     {31, 1},          // CONCURRENT_KERNELS
