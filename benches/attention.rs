@@ -68,7 +68,7 @@ impl Sequences {
     fn new(stream: &Stream, shape: Shape) -> Result<Sequences> {
         let Shape { heads, sequences, rows, keys, every, .. } = shape;
         let mut random = Random(1);
-        let splits = attention::splits(rows, heads.num_heads, heads.num_kv_heads, stream.device().multiprocessors()?);
+        let splits = attention::splits(rows, heads, stream.device().multiprocessors()?);
         let multiples = |n: usize, of: usize| -> Vec<i32> { (0..n as i32).map(|i| i * of as i32).collect() };
         let mut matrix = |rows: usize, width: usize| stream.upload(&random.floats::<bf16>(rows * width, 1.0));
         let mut segment = |keys: usize| -> Result<Keys> {

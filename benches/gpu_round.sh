@@ -7,7 +7,9 @@
 # stages  doctor    dllm doctor: the machine, and every op against its oracle
 #         tests     every test of the kernels, on the device
 #         sanitize  their small cases under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
-#         kernels   the benches, and PyTorch's rivals in the same run
+#         kernels   the benches of the ops
+#         e2e       dllm bench: whole decodes on the shapes of LLaDA-8B and Dream-7B
+#         rivals    PyTorch beside the benches' numbers; Fast-dLLM beside dllm bench, where DLLM_ORIGINALS is its folder
 # A stage is a function stage_<name>, and a name in `stages` below.
 #
 # OUT                 where the record goes: record.md, record.csv, and what the programs printed [target/gpu_round/out]
@@ -16,7 +18,7 @@
 # exit status         0: all ran and passed. 1: a stage failed. 2: nothing to run. 3: none failed, but something did not run
 set -uo pipefail
 
-stages=(doctor tests sanitize kernels)
+stages=(doctor tests sanitize kernels e2e rivals)
 stage_seconds=600
 most_bytes=$((64 << 20))
 
@@ -29,6 +31,7 @@ python=${PYTHON:-python3}
 # Names that the tests really have: a wrong one fails the stage. Left out are long cases, and those whose point is an error
 # of the driver.
 declare -A small=(
+  [advance]="failures lies_do_no_harm masks_and_ends_at_every_position numbers_that_cannot_be replays unmasks_by_itself"
   [attention]="hostile::on_device::a_graph_follows_the_device hostile::on_device::absent_segments
     hostile::on_device::in_place_from_a_projection hostile::on_device::without_lse reference::on_device::equals_pytorch
     the_same_bits_in_every_order"
@@ -69,7 +72,7 @@ pack() {
   for file in $(grep -l '^mod common;' tests/*.rs); do tests+=(--test "$(basename "$file" .rs)"); done
   for file in $(grep -l '^mod gpu;' benches/*.rs); do benches+=(--bench "$(basename "$file" .rs)"); done
   rm -rf "$folder"
-  mkdir -p "$folder"/{bin,tests,benches,golden} || return 1
+  mkdir -p "$folder"/{bin,tests,benches} || return 1
   programs bin build --release --bin dllm >"$folder/built.bin" || return 1
   programs test test --release --no-run "${tests[@]}" >"$folder/built.tests" || return 1
   programs bench bench --no-run "${benches[@]}" >"$folder/built.benches" || return 1
@@ -83,18 +86,15 @@ pack() {
     rm "$folder/built.$kind"
   done
 
-  # Only what these tests read, and nothing by a path of this machine.
+  # Nothing by a path of this machine.
   for path in "$folder"/tests/*; do
     name=$(basename "$path" .gz)
-    if grep -n CARGO_MANIFEST_DIR "tests/$name.rs"; then
-      echo "tests/$name.rs finds files by a path of this machine: use common::golden_dir" >&2
+    if grep -rn CARGO_MANIFEST_DIR "tests/$name.rs" $(ls -d "tests/$name" 2>/dev/null); then
+      echo "tests/$name.rs finds files by a path of this machine: use common::golden_dir or common::model_dir" >&2
       return 1
     fi
-    for file in tests/golden/*.{json,safetensors}; do
-      stem=$(basename "${file%.*}")
-      if grep -qE "\"$stem(\"|\.)" "tests/$name.rs"; then cp "$file" "$folder/golden/"; fi
-    done
   done
+  tar -czf "$folder/golden.tar.gz" -C tests golden && tar -czf "$folder/models.tar.gz" models || return 1
   cp benches/rivals.py benches/gpu_round.sh "$folder/" || return 1
   git describe --always --dirty >"$folder/commit" || return 1
 
@@ -153,13 +153,8 @@ why() {
 }
 
 stage_doctor() {
-  local log=$OUT/doctor.txt path=${LD_LIBRARY_PATH-} library status
-  if [[ $device == soft ]]; then
-    library=$(ls -t "$folder"/../release/build/softgpu-*/out/libcuda.so 2>/dev/null | head -1)
-    [[ -n $library ]] || { not_run "doctor: dllm" "there is no software device beside $folder"; return; }
-    path=$(dirname "$library")${path:+:$path}
-  fi
-  LD_LIBRARY_PATH=$path bounded 300 "$(program bin/dllm)" doctor >"$log" 2>&1
+  local log=$OUT/doctor.txt status
+  dllm 300 doctor >"$log" 2>&1
   status=$?
   # It says itself what it ran on: a round that is told of a GPU counts nothing else.
   if [[ $device == gpu ]] && grep -q 'device in software' "$log"; then
@@ -262,31 +257,99 @@ stage_kernels() {
       tell "kernels: $name" "$cases cases"
     fi
   done
+  record_csv
+  return $failed
+}
+
+# The machine in lines with #, our numbers, those of rivals beside them.
+record_csv() {
+  {
+    sed 's/^/# /' "$OUT/machine.txt"
+    cat "$OUT/kernels/ours.csv" 2>/dev/null
+    tail -n +2 "$OUT/kernels/rivals.csv" 2>/dev/null
+  } >"$OUT/record.csv"
+}
+
+# Runs `dllm` on the device that the round is for.
+dllm() {
+  local path=${LD_LIBRARY_PATH-} library
+  if [[ $device == soft ]]; then
+    library=$(ls -t "$folder"/../release/build/softgpu-*/out/libcuda.so 2>/dev/null | head -1)
+    path=$(dirname "${library:-none}")${path:+:$path}
+  fi
+  LD_LIBRARY_PATH=$path bounded "$1" "$(program bin/dllm)" "${@:2}"
+}
+
+# One call of `dllm bench`; its tables go into the record.
+bench() {
+  local what=$1 log=$OUT/e2e/${1/: /-}.txt status
+  shift
+  dllm 280 bench --device cuda "$@" >"$log" 2>"$log.err"
+  status=$?
+  if ((status != 0)) || ! grep -q '^Every forward reads' "$log"; then
+    tell "$what" "FAILED: $(why $status); $(tail -1 "$log.err"); see $log.err"
+    return 1
+  fi
+  tell "$what" "$(sed -n 's/  */ /g; s/^\(full\|suffix\|block\) \([0-9]*\) \([0-9.]*\) .*/\1: \3 ms of \2 rows/p' "$log" | paste -sd, )"
+}
+
+stage_e2e() {
+  local failed=0 shape
+  mkdir -p "$OUT/e2e"
+  rm -f "$OUT"/e2e/e2e-*
+  if [[ $device == soft ]]; then # the round itself; no shape of 8 billion runs on it
+    bench "e2e: tiny" --model "$unpacked/golden/tiny-llada" --prompt-length 8 --gen-length 16 --block-length 8
+    return
+  fi
+  for shape in llada-8b dream-7b; do
+    bench "e2e: $shape" --shape $shape --random-weights --prompt-length 1024 --gen-length 256 --repeat 2 || failed=1
+    bench "e2e: $shape, 8 sequences" --shape $shape --random-weights --prompt-length 1024 --gen-length 256 --repeat 2 \
+      --batch 8 --modes dual-fixed,dual-threshold || failed=1
+  done
+  local length
+  for length in 64 1024; do
+    bench "e2e: llada-8b, $length new tokens" --shape llada-8b --random-weights --prompt-length 1024 \
+      --gen-length $length --repeat 2 --modes prefix-fixed,dual-fixed || failed=1
+  done
+  return $failed
+}
+
+# Others on this machine, in this round: PyTorch's kernels beside ours, and the original decoding code beside `dllm bench`.
+stage_rivals() {
+  local log status cases failed=0
+  mkdir -p "$OUT/kernels" "$OUT/e2e"
   local arguments=()
   [[ -e $OUT/kernels/ours.csv ]] && arguments+=(--ours "$OUT/kernels/ours.csv")
   [[ $device == soft ]] && arguments+=(--smoke)
   if ! command -v "$python" >/dev/null; then
-    not_run "kernels: rivals" "there is no $python"
+    not_run "rivals: torch" "there is no $python"
   else
     bounded 300 "$python" "$folder/rivals.py" "${arguments[@]}" >"$OUT/kernels/rivals.csv" 2>"$OUT/kernels/rivals.txt"
     status=$?
     cases=$(tail -n +2 "$OUT/kernels/rivals.csv" | wc -l)
     if ((status != 0)); then
       failed=1
-      tell "kernels: rivals" "FAILED: $(why $status) after $cases rows; see $OUT/kernels/rivals.txt"
+      tell "rivals: torch" "FAILED: $(why $status) after $cases rows; see $OUT/kernels/rivals.txt"
     elif ((cases == 0)); then
-      not_run "kernels: rivals" "$(tail -1 "$OUT/kernels/rivals.txt")"
+      not_run "rivals: torch" "$(tail -1 "$OUT/kernels/rivals.txt")"
     else
-      tell "kernels: rivals" "$cases rows"
+      tell "rivals: torch" "$cases rows"
       # Single rivals, such as torch.compile where no compiler is.
-      while IFS= read -r line; do not_run "kernels: rivals" "$line"; done < <(grep 'not measured' "$OUT/kernels/rivals.txt")
+      while IFS= read -r line; do not_run "rivals: torch" "$line"; done < <(grep 'not measured' "$OUT/kernels/rivals.txt")
     fi
   fi
-  {
-    sed 's/^/# /' "$OUT/machine.txt"
-    cat "$OUT/kernels/ours.csv" 2>/dev/null
-    tail -n +2 "$OUT/kernels/rivals.csv" 2>/dev/null
-  } >"$OUT/record.csv"
+  record_csv
+  if [[ -z ${DLLM_ORIGINALS-} ]]; then
+    not_run "rivals: originals" "DLLM_ORIGINALS is not set"
+  elif [[ $device == soft ]]; then
+    not_run "rivals: originals" "they know no device in software"
+  else
+    export DLLM_PYTHON=$python
+    bench "rivals: originals" --shape llada-8b --random-weights --prompt-length 1024 --gen-length 256 --repeat 1 \
+      --modes prefix-fixed,dual-fixed || failed=1
+    log="$OUT/e2e/rivals-originals.txt"
+    ((failed)) || ! grep -q '^originals: not measured' "$log" || not_run "rivals: originals" "$(grep '^originals:' "$log")"
+  fi
   return $failed
 }
 
@@ -308,7 +371,7 @@ machine() {
 }
 
 round() {
-  local stage before failed=() passed=() incomplete=()
+  local stage before log failed=() passed=() incomplete=()
   [[ -e $folder/commit ]] || die "there is no $folder/commit: run 'gpu_round.sh pack' where cargo is, and carry $folder here"
   case $device in gpu | soft) ;; *) die "DLLM_ROUND_DEVICE=$device: gpu or soft" ;; esac
   for stage in "$@"; do
@@ -318,7 +381,8 @@ round() {
   mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 1
   unpacked=$(mktemp -d) || exit 1
   trap 'rm -rf "$unpacked"' EXIT
-  export DLLM_TEST_DEVICE=$device DLLM_GOLDEN_DIR=$folder/golden
+  tar -xzf "$folder/golden.tar.gz" -C "$unpacked" && tar -xzf "$folder/models.tar.gz" -C "$unpacked" || die "$folder is damaged"
+  export DLLM_TEST_DEVICE=$device DLLM_GOLDEN_DIR=$unpacked/golden DLLM_MODELS_DIR=$unpacked/models
   rm -f "$OUT/record.csv" # of an earlier round
   machine >"$OUT/machine.txt" 2>&1
   { echo "# GPU round"; echo; sed 's/^/    /' "$OUT/machine.txt"; echo; echo "| stage | what | result |"; echo "|---|---|---|"; } \
@@ -340,6 +404,9 @@ round() {
     echo "Stages passed: ${passed[*]:-none}. Failed: ${failed[*]:-none}. No failure, but not all ran: ${incomplete[*]:-none}."
     echo
     ((${#did_not_run[@]} == 0)) || printf -- '- did not run: %s\n' "${did_not_run[@]}"
+    for log in "$OUT"/e2e/*.txt; do
+      [[ ! -e $log ]] || { echo; sed 's/^/    /' "$log"; }
+    done
   } >>"$OUT/record.md"
   echo "record: $OUT/record.md$([[ -e $OUT/record.csv ]] && echo ", $OUT/record.csv")"
   ((${#failed[@]} == 0)) || { echo "failed: ${failed[*]}"; exit 1; }

@@ -1,29 +1,41 @@
 //! The CUDA backend: whole decodes on the device, against the CPU backend and against what the originals computed.
+//! `cuda/margin.rs` states what of it has to be equal.
 #![cfg(feature = "cuda")]
 
+mod checkpoint;
 mod common;
+mod recorded;
 
-use common::{device, golden_dir};
-use dllm_kernels::{CacheMode, Generator, Model, Policy};
+#[path = "cuda/forward.rs"]
+mod forward;
+#[path = "cuda/lockstep.rs"]
+mod lockstep;
+#[path = "cuda/margin.rs"]
+mod margin;
+#[path = "cuda/recorded_decodes.rs"]
+mod recorded_decodes;
+#[path = "cuda/watched.rs"]
+mod watched;
 
-fn open(name: &str) -> Model {
-    Model::open(golden_dir().join(name)).unwrap()
+use common::{device, golden_dir, once_on_device};
+use dllm_kernels::{Family, Model};
+
+const FAMILIES: [Family; 2] = [Family::Llada, Family::Dream];
+
+/// A recorded checkpoint, its weights on the device.
+fn on_device(name: &str) -> Model {
+    Model::open(golden_dir().join(name)).unwrap().to_device(&device(), |_, _| ()).unwrap()
 }
 
-#[test]
-fn smoke() {
-    let cpu = open("tiny-llada");
-    let gpu = open("tiny-llada").to_device(&device(), |_, _| ()).unwrap();
-    for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
-        for policy in [Policy::Fixed, Policy::Threshold(0.9), Policy::Factor(1.0)] {
-            let generate = |model| {
-                let g = Generator::new(model).gen_length(32).block_length(8).cache(cache).policy(policy);
-                g.generate(&[vec![3, 14, 15, 9, 26]]).unwrap()
-            };
-            let (a, b) = (generate(&cpu), generate(&gpu));
-            println!("{cache:?} {policy:?} nfe {} {} {}", a.nfe, b.nfe, a.tokens == b.tokens);
-            println!("{:?}\n{:?}", a.tokens[0], b.tokens[0]);
-        }
-    }
-    assert_eq!(softgpu::report(), "");
+/// A made-up one.
+fn made_up(family: Family) -> Model {
+    let dir = checkpoint::Checkpoint::new(family).write();
+    Model::open(dir.path()).unwrap().to_device(&device(), |_, _| ()).unwrap()
 }
+
+use forward::logits_are_within_the_margin;
+use recorded_decodes::recorded_decodes;
+use watched::{masks_in_the_prompt, watched_or_not};
+
+use forward::statistics;
+once_on_device!(statistics, logits_are_within_the_margin, recorded_decodes, watched_or_not, masks_in_the_prompt);

@@ -6,9 +6,12 @@
 //!   that order its fence speaks for what all of them stored;
 //! - fence again in that thread after the count, and wait once more before anything is read;
 //! - read what other blocks wrote past the L1 cache, which is not coherent.
+//!
+//! A kernel that tells the host something must do so after a barrier of its block, then fence for the whole system, and only
+//! then store the word that the host waits for, as the last thing that it stores.
 #![cfg(feature = "cuda")]
 
-use dllm_kernels::abi::{dllm_unmask_params, dllm_vverify_params};
+use dllm_kernels::abi::{dllm_progress, dllm_unmask_params, dllm_vverify_params};
 use dllm_kernels::gpu::Module;
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::offset_of;
@@ -219,6 +222,42 @@ fn handing_over(entry: &Entry, workspace: usize, atomics: usize) -> Result<(), S
     if reads == 0 { Err(format!("{}: nothing is read from the workspace", entry.name)) } else { Ok(()) }
 }
 
+fn is_told_to_host(line: &str) -> bool {
+    opcode(line).starts_with("st.relaxed.sys.global")
+}
+
+/// What is wrong with how a kernel tells the host, in `words` words.
+fn telling_the_host(entry: &Entry, words: usize) -> Result<(), String> {
+    let lines = &entry.lines;
+    let wrong = |at: usize, what: &str| Err(format!("{}: {what}: {}", entry.name, lines[at]));
+    let told: Vec<usize> = (0..lines.len()).filter(|at| is_told_to_host(lines[*at])).collect();
+    let Some(last) = told.last().copied().filter(|_| told.len() == words) else {
+        return Err(format!("{}: {} words to the host, expected {words}", entry.name, told.len()));
+    };
+    // Straight up from the last word: the fence, and no access in between.
+    let straight = lines[..last].iter().rposition(|line| is_device_access(line) || line.ends_with(':'));
+    let fences = ["membar.sys", "fence.sc.sys", "fence.acq_rel.sys"];
+    if !lines[straight.unwrap_or(0)..last].iter().any(|line| fences.contains(line)) {
+        return wrong(last, "no fence for the whole system straight before the last word");
+    }
+    // It is the last, and what any thread stores before is behind a barrier: but what the thread that tells stores itself,
+    // which is all that follows the last barrier.
+    let stores = |line: &str| is_device_access(line) && !is_device_load(line);
+    if let Some(at) = not_before(entry, last + 1, |_| false, stores) {
+        return wrong(at, "stored after the last word");
+    }
+    let barrier = lines[..last].iter().rposition(|line| is_barrier(line)).unwrap_or(0);
+    for store in (0..barrier).filter(|at| stores(lines[*at])) {
+        if not_before(entry, store + 1, is_barrier, is_told_to_host).is_some() {
+            return wrong(store, "told to the host without a barrier");
+        }
+    }
+    if not_before(entry, 0, is_barrier, is_told_to_host).is_some() || barrier == 0 {
+        return wrong(last, "reached without a barrier");
+    }
+    Ok(())
+}
+
 /// Where a kernel's workspace stands in its parameters and how many counters it has; none if blocks do not meet.
 fn counters(kernel: &str) -> Option<(usize, usize)> {
     match kernel {
@@ -226,6 +265,11 @@ fn counters(kernel: &str) -> Option<(usize, usize)> {
         name if name.starts_with("vverify") => Some((offset_of!(dllm_vverify_params, workspace), 1)),
         _ => None,
     }
+}
+
+/// How many words a kernel tells the host.
+fn words_to_host(kernel: &str) -> usize {
+    if kernel == "advance" { offset_of!(dllm_progress, reserved) / 4 } else { 0 }
 }
 
 /// All that is asked of a module's text.
@@ -248,6 +292,13 @@ fn check(module: &str, target: &str, ptx: &str) -> Result<(), String> {
                 let atomic = entry.lines.iter().find(|line| is_global_atomic(line));
                 must(atomic.is_none(), format!("{}: blocks meet, and `counters` does not know it", entry.name))?;
             }
+        }
+        match words_to_host(entry.name) {
+            0 => {
+                let told = entry.lines.iter().find(|line| is_told_to_host(line));
+                must(told.is_none(), format!("{}: tells the host, and `words_to_host` does not know it", entry.name))?;
+            }
+            words => telling_the_host(&entry, words)?,
         }
     }
     Ok(())
@@ -333,6 +384,38 @@ fn texts_with_a_fault_are_refused() {
     assert!(check("rows", rows.target, &wrong).unwrap_err().contains("f64"));
     let wrong = rows.ptx.replacen("\tret;", "\tred.global.add.u32 [%rd1], 1;\n\tret;", 1);
     assert!(check("rows", rows.target, &wrong).unwrap_err().contains("blocks meet"));
+}
+
+/// The same of the fence and the barriers before the host is told.
+#[test]
+fn telling_the_host_too_early_is_refused() {
+    let good = module("advance");
+    let lines: Vec<&str> = good.ptx.split_inclusive('\n').collect();
+    let refused = |ptx: &str, says: &str| {
+        let error = check("advance", good.target, ptx).expect_err(says);
+        assert!(error.contains(says), "{error}");
+    };
+    let with = |at: usize, line: &str| [&lines[..at].concat(), line, &lines[at + 1..].concat()].concat();
+    let places = |what: &str| (0..lines.len()).filter(|at| lines[*at].contains(what)).collect::<Vec<_>>();
+    let told = places("st.relaxed.sys.global");
+    let last = *told.last().unwrap();
+    let &[fence] = &places("membar.sys")[..] else { panic!("not one fence") };
+    for weaker in ["", "\tmembar.gl;\n", "\t@%p1 membar.sys;\n"] {
+        refused(&with(fence, weaker), "no fence for the whole system");
+    }
+    let mut swapped = lines.clone();
+    swapped.swap(fence, *told.first().unwrap());
+    refused(&swapped.concat(), "no fence for the whole system");
+    let mut swapped = lines.clone();
+    swapped.swap(fence, last);
+    refused(&swapped.concat(), "no fence for the whole system");
+    refused(&with(last, &format!("{}\tst.global.u32 [%rd1], %r1;\n", lines[last])), "stored after the last word");
+    refused(&with(last, "\tst.global.u32 [%rd1], %r1;\n"), "5 words to the host, expected 6");
+    let without: String = lines.iter().filter(|line| !line.contains("bar.sync")).copied().collect();
+    refused(&without, "without a barrier");
+    let rows = module("rows");
+    let wrong = rows.ptx.replacen("\tret;", "\tst.relaxed.sys.global.s32 [%rd1], %r1;\n\tret;", 1);
+    assert!(check("rows", rows.target, &wrong).unwrap_err().contains("tells the host"));
 }
 
 /// The kernels of the PTX are those that the software device runs; it has a few more, for its own tests.

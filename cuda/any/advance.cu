@@ -121,7 +121,7 @@ __device__ __forceinline__ void advance_sequence(const dllm_advance_params& p, c
     const int32_t* tokens = at<const int32_t>(p.tokens, first);
     const auto masks = [&](int start, int end) {
       start = within(start, 0, length);
-      return count_masks(tokens + start, min(end, length) - start, p.mask_token);
+      return count_masks(tokens + start, within(end, start, length) - start, p.mask_token);
     };
 
     const int pass = one_more(control.pass);

@@ -8,6 +8,7 @@ use crate::backend::{Backend, HostUnmask, Needs, Placement, Room, Span};
 use crate::error::Result;
 use crate::oracle::unmask::{Group, Unmask, Verdict};
 use crate::tensor::Tensor;
+use serde::Serialize;
 use std::ops::Range;
 
 /// What a layer does with the key/value cache during a pass.
@@ -55,11 +56,20 @@ pub trait Network {
         None
     }
 
-    /// Kernels and products of one layer of a recorded pass, where passes are recorded as graphs and one was: the one of
-    /// fewest rows, a block's.
-    fn launches_per_layer(&self) -> Result<Option<usize>> {
+    /// What a pass is made of, where passes are recorded as graphs and one was: of those recorded the one of fewest rows, a
+    /// block's.
+    fn launches(&self) -> Result<Option<Launches>> {
         Ok(None)
     }
+}
+
+/// Kernels and products of a recorded pass, as nodes of its graphs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Launches {
+    /// Of a layer.
+    pub layer: usize,
+    /// Of everything.
+    pub pass: usize,
 }
 
 /// Weights of one layer; Q, K and V stacked, gate and up stacked.

@@ -8,7 +8,7 @@
 
 use super::config::Config;
 use super::course::{Autonomous, Course, CourseSequence, CourseStage, Ran, Schedule};
-use super::forward::{LayerPlan, Network, Pass, Session, Sizes, Transformer};
+use super::forward::{Launches, LayerPlan, Network, Pass, Session, Sizes, Transformer};
 use crate::abi::*;
 use crate::backend::cuda::{Cuda, Staging};
 use crate::backend::{Backend, Room};
@@ -704,13 +704,20 @@ impl Network for Resident<'_> {
         Some(self)
     }
 
-    fn launches_per_layer(&self) -> Result<Option<usize>> {
-        let recorded = self.graphs.iter().filter_map(|(key, recorded)| match recorded {
-            Recorded::Graph(graph) if key.part == Part::Ahead && self.ahead() == 1 => Some((key.room.rows, graph)),
-            _ => None,
-        });
-        // The embedding is in it too.
-        recorded.min_by_key(|(rows, _)| *rows).map(|(_, graph)| Ok(graph.nodes()?.saturating_sub(1))).transpose()
+    fn launches(&self) -> Result<Option<Launches>> {
+        let of_part = |part: Part| {
+            self.graphs.iter().filter_map(move |(key, recorded)| match recorded {
+                Recorded::Graph(graph) if key.part == part => Some((key, graph)),
+                _ => None,
+            })
+        };
+        let least = of_part(Part::Ahead).min_by_key(|(key, _)| key.room.rows);
+        let Some((key, ahead)) = least.filter(|_| self.ahead() == 1) else { return Ok(None) };
+        let same = |other: &Key| (other.slot, other.room, &other.plan) == (key.slot, key.room, &key.plan);
+        let Some((_, rest)) = of_part(Part::Rest).find(|(other, _)| same(other)) else { return Ok(None) };
+        let ahead = ahead.nodes()?;
+        // The embedding is the one that is not the layer's.
+        Ok(Some(Launches { layer: ahead.saturating_sub(1), pass: ahead + rest.nodes()? }))
     }
 }
 

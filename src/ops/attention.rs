@@ -40,18 +40,25 @@ pub struct Plan {
     pub combine: Option<(&'static str, u32)>,
 }
 
-/// How many parts the keys should be cut into on a device of so many multiprocessors: enough blocks for three on each, when
-/// sequences have few query rows; none when they have many.
+/// How many parts the keys should be cut into on a device of so many multiprocessors, when sequences have few query rows: so
+/// that one sequence makes as many blocks of the streaming form as an H100 holds at once, but at most 64 parts. When they have
+/// many: one.
 ///
 /// The number of parts shows in the bits. Whoever wants those of a sequence to be the same alone and in any batch gives `rows`
 /// that do not depend on the batch, such as the length of a block, and not those of its longest sequence.
-pub fn splits(rows: usize, num_heads: usize, num_kv_heads: usize, multiprocessors: usize) -> usize {
+pub fn splits(rows: usize, heads: Heads, multiprocessors: usize) -> usize {
+    let Heads { num_heads, num_kv_heads, head_dim } = heads;
     let packed = rows.saturating_mul(num_heads / num_kv_heads.max(1));
     if packed > SHORT as usize {
         return 1;
     }
     let blocks = packed.div_ceil(32).max(1).saturating_mul(num_kv_heads).max(1);
-    multiprocessors.saturating_mul(3).div_ceil(blocks).clamp(1, 64)
+    let held = match head_dim {
+        ..=32 => 10,
+        33..=64 => 6,
+        _ => 3,
+    };
+    multiprocessors.saturating_mul(held).div_ceil(blocks).clamp(1, 64)
 }
 
 /// Checks every field but what the addresses point to.
@@ -351,7 +358,11 @@ pub fn launch<T: Element>(stream: &Stream, attention: Attention<T>) -> Result<()
     };
     let query_tiles = max_sequence_rows.div_ceil(QUERY_TILE);
     let lists_of_tile = if tiles.is_some_and(|t| t.per_head) { heads.num_kv_heads } else { 1 };
-    let lists = num_sequences.saturating_mul(query_tiles).saturating_mul(lists_of_tile);
+    let offsets = num_sequences.saturating_mul(query_tiles).saturating_mul(lists_of_tile).saturating_add(1);
+    // More lists than that are those of other sequences, or of more heads or rows: the right ones would not be found.
+    if let Some(Tiles { offsets: given, .. }) = tiles.filter(|t| t.offsets.len() != offsets) {
+        return Err(Error::argument("tile_offsets", format!("{offsets} elements"), given.len()));
+    }
     let params = dllm_attention_params {
         size: size_of::<dllm_attention_params>() as u64,
         q: place("q", q, stream)?,
@@ -359,7 +370,7 @@ pub fn launch<T: Element>(stream: &Stream, attention: Attention<T>) -> Result<()
         lse: safe::optional("lse", lse.as_deref(), safe::elements(max_rows, heads.num_heads), stream)?,
         cu_rows: safe::buffer("cu_rows", cu_rows, 0, stream)?,
         segments: [segment(segments[0])?, segment(segments[1])?, segment(segments[2])?],
-        tile_offsets: safe::optional("tile_offsets", tiles.map(|t| t.offsets), lists.saturating_add(1), stream)?,
+        tile_offsets: safe::optional("tile_offsets", tiles.map(|t| t.offsets), offsets, stream)?,
         tile_indices: safe::optional("tile_indices", tiles.map(|t| t.indices), 0, stream)?,
         workspace: safe::buffer("workspace", workspace, workspace_len(max_rows, heads, max_splits), stream)?,
         workspace_bytes: 4 * workspace.len() as u64,
@@ -507,16 +518,21 @@ mod tests {
 
     #[test]
     fn splits_follow_the_shape_of_a_sequence() {
-        assert_eq!(splits(32, 32, 32, 132), 13, "LLaDA-8B: 32 blocks, 396 wanted");
-        assert_eq!(splits(32, 28, 4, 132), 15, "Dream-7B: 7 x 4 blocks");
-        assert_eq!(splits(256, 8, 8, 132), 7);
-        assert_eq!(splits(257, 8, 8, 132), 1, "many rows");
-        assert_eq!(splits(37, 28, 4, 132), 1, "many packed rows");
-        assert_eq!(splits(1, 1, 1, 132), 64, "no more than 64");
-        assert_eq!(splits(32, 512, 512, 132), 1);
+        let of = |rows, num_heads, num_kv_heads, head_dim, multiprocessors| {
+            splits(rows, Heads { num_heads, num_kv_heads, head_dim }, multiprocessors)
+        };
+        assert_eq!(of(32, 32, 32, 128, 132), 13, "LLaDA-8B: 32 blocks, 396 wanted");
+        assert_eq!(of(32, 28, 4, 128, 132), 15, "Dream-7B: 7 x 4 blocks");
+        assert_eq!(of(32, 32, 32, 64, 132), 25, "792 wanted");
+        assert_eq!(of(32, 32, 32, 32, 132), 42, "1,320 wanted");
+        assert_eq!(of(256, 8, 8, 128, 132), 7);
+        assert_eq!(of(257, 8, 8, 128, 132), 1, "many rows");
+        assert_eq!(of(37, 28, 4, 128, 132), 1, "many packed rows");
+        assert_eq!(of(1, 1, 1, 128, 132), 64, "no more than 64");
+        assert_eq!(of(32, 512, 512, 128, 132), 1);
         for odd in [0, 1, usize::MAX] {
             for (heads, kv_heads) in [(0, 0), (1, 0), (0, 1), (usize::MAX, 1), (usize::MAX, usize::MAX)] {
-                assert!((1..=64).contains(&splits(odd, heads, kv_heads, odd)));
+                assert!((1..=64).contains(&of(odd, heads, kv_heads, odd, odd)));
             }
         }
     }

@@ -29,6 +29,8 @@ use std::ops::Range;
 const MOST_KEYS: usize = 1 << 30;
 /// Tiles in all lists of a launch, at most.
 const MOST_TILES: usize = 1 << 30;
+/// Lists of a launch, at most.
+const MOST_LISTS: usize = 1 << 30;
 
 /// Rows and keys of one sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +73,19 @@ impl Batch<'_> {
     /// Lists that each sequence has, of each head.
     fn query_tiles(&self) -> usize {
         self.max_sequence_rows.div_ceil(QUERY_TILE)
+    }
+
+    /// Checks the batch; how many lists it has.
+    fn num_lists(&self, per_head: Option<usize>) -> Result<usize> {
+        self.check()?;
+        if per_head == Some(0) {
+            return Err(Error::argument("per_head", "at least 1 head", 0));
+        }
+        let lists = self.sequences.len().saturating_mul(self.query_tiles()).saturating_mul(per_head.unwrap_or(1));
+        match lists <= MOST_LISTS {
+            true => Ok(lists),
+            false => Err(Error::argument("tile_offsets", format!("at most {MOST_LISTS} lists"), lists)),
+        }
     }
 
     fn check(&self) -> Result<()> {
@@ -179,7 +194,7 @@ impl TileLists {
             return Err(Error::argument("key_tiles", format!("at least {needed}"), key_tiles));
         }
         let (query_tiles, heads) = (batch.query_tiles(), per_head.unwrap_or(1));
-        let lists = batch.sequences.len().saturating_mul(query_tiles).saturating_mul(heads);
+        let lists = batch.num_lists(per_head)?;
         if scores.len() != lists.saturating_mul(key_tiles) {
             return Err(Error::argument("scores", format!("{lists} x {key_tiles} scores"), scores.len()));
         }
@@ -208,7 +223,7 @@ impl TileLists {
     ///
     /// # Errors
     /// [`Error::Argument`] when a sequence has more rows than `max_sequence_rows` or more keys than the kernels read, 2^30; when
-    /// the tiles of all lists are more than 2^30, or `per_head` is 0; and as [`TileLists::validate`].
+    /// the lists, or the tiles of all of them, are more than 2^30, or `per_head` is 0; and as [`TileLists::validate`].
     pub fn from_lists<L: AsRef<[i32]>>(batch: &Batch, per_head: Option<usize>, lists: &[L]) -> Result<TileLists> {
         let mut made = TileLists::new(batch, per_head)?;
         for list in lists {
@@ -220,10 +235,7 @@ impl TileLists {
 
     /// Without lists yet.
     fn new(batch: &Batch, per_head: Option<usize>) -> Result<TileLists> {
-        batch.check()?;
-        if per_head == Some(0) {
-            return Err(Error::argument("per_head", "at least 1 head", 0));
-        }
+        batch.num_lists(per_head)?;
         Ok(TileLists { offsets: vec![0], indices: Vec::new(), per_head, query_tiles: batch.query_tiles() })
     }
 
@@ -274,13 +286,12 @@ impl TileLists {
     /// # Errors
     /// [`Error::Argument`] with the sequence, the query tile, the head and what was found there.
     pub fn validate(&self, batch: &Batch) -> Result<()> {
-        batch.check()?;
+        let lists = batch.num_lists(self.per_head)?;
         let (query_tiles, heads) = (batch.query_tiles(), self.per_head.unwrap_or(1));
         if self.query_tiles != query_tiles {
             return Err(Error::argument("query_tiles", query_tiles.to_string(), self.query_tiles));
         }
-        let lists = batch.sequences.len().saturating_mul(query_tiles).saturating_mul(heads);
-        if self.offsets.len() != lists.saturating_add(1) {
+        if self.offsets.len() != lists + 1 {
             return Err(Error::argument("tile_offsets", format!("{lists} lists and the end"), self.offsets.len()));
         }
         let ascending = self.offsets[0] == 0 && self.offsets.is_sorted();
@@ -595,6 +606,15 @@ mod tests {
         says(TileLists::top_k(&batch(&short), None, 1, &[], 0), "key_tiles: expected at least 1, found 0");
         says(TileLists::top_k(&batch(&short), None, 1, &[0.0; 3], 2), "scores: expected 1 x 2 scores, found 3");
         says(TileLists::top_k(&batch(&short), Some(0), 1, &[], 1), "per_head: expected at least 1 head");
+        // Without keys no score is missing; the lists alone would fill all memory.
+        let keyless = [sequence(5, [0, 0, 0])];
+        says(
+            TileLists::top_k(&batch(&keyless), Some(usize::MAX), 1, &[], 0),
+            "tile_offsets: expected at most 1073741824 lists",
+        );
+        let mut no_heads = TileLists::dense(&batch(&[])).unwrap();
+        no_heads.per_head = Some(0);
+        says(no_heads.validate(&batch(&short)).map(|()| no_heads.clone()), "per_head: expected at least 1 head");
     }
 
     #[test]

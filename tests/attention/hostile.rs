@@ -428,6 +428,8 @@ fn wrong_buffers_are_errors() {
     refused!("segment.start: expected 3 elements, found 2", a => a.segments[0].as_mut().unwrap().start = Some(&few));
     refused!("segment.len: expected 3 elements, found 2", a => a.segments[0].as_mut().unwrap().len = &few);
     refused!("tile_offsets: expected 4 elements, found 2", a => a.tiles.as_mut().unwrap().offsets = &few);
+    let more = stream.zeros::<i32>(5).unwrap();
+    refused!("tile_offsets: expected 4 elements, found 5", a => a.tiles.as_mut().unwrap().offsets = &more);
     refused!("tile_offsets: expected 7 elements, found 4", a => a.tiles.as_mut().unwrap().per_head = true);
     refused!("lse: expected 30 elements, found 3", a => a.lse = Some(&mut few_floats));
     refused!("workspace: expected 3900 elements, found 3", a => a.workspace = &mut few_floats);

@@ -58,6 +58,27 @@ macro_rules! on_device {
 }
 pub(crate) use on_device;
 
+/// Makes tests of these functions, which need a device, and are too long to run in several orders.
+macro_rules! once_on_device {
+    ($($test:ident),* $(,)?) => {
+        mod once_on_device {
+            $(
+                #[test]
+                #[cfg_attr(
+                    not(all(target_os = "linux", target_arch = "x86_64")),
+                    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+                )]
+                fn $test() {
+                    crate::common::device();
+                    super::$test();
+                    crate::common::assert_nothing_reported();
+                }
+            )*
+        }
+    };
+}
+pub(crate) use once_on_device;
+
 /// Runs `work` with the threads of kernels in several orders, or twice on a GPU: what it returns must not change.
 pub fn in_every_order<R: PartialEq + Debug>(mut work: impl FnMut() -> R) -> R {
     device();

@@ -145,7 +145,7 @@ fn attention_workspace(needs: &Needs, multiprocessors: usize) -> usize {
     let Heads { num_heads, num_kv_heads, head_dim } = needs.heads;
     let heads = ops::attention::Heads { num_heads, num_kv_heads, head_dim };
     let of = |longest: usize| {
-        let splits = ops::attention::splits(longest, num_heads, num_kv_heads, multiprocessors);
+        let splits = ops::attention::splits(longest, heads, multiprocessors);
         ops::attention::workspace_len((needs.spans * longest).min(needs.rows), heads, splits)
     };
     // Longer spans are not split.
@@ -341,7 +341,8 @@ impl Backend for Cuda {
             };
             segments = [part(rows.prefix())?, live, part(rows.suffix())?];
         }
-        let splits = ops::attention::splits(room.longest, num_heads, num_kv_heads, self.multiprocessors);
+        let shape = ops::attention::Heads { num_heads, num_kv_heads, head_dim };
+        let splits = ops::attention::splits(room.longest, shape, self.multiprocessors);
         let params = abi::dllm_attention_params {
             size: size_of::<abi::dllm_attention_params>() as u64,
             q: qkv.address(),

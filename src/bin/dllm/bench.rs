@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind};
 use dllm_kernels::decode::decode;
-use dllm_kernels::model::{Config, Model, Network, Session, Weights};
+use dllm_kernels::model::{Config, Launches, Model, Network, Session, Weights};
 use dllm_kernels::{CacheMode, Error, Family, Options, Policy, Result};
 use originals::{Answer, Originals};
 use std::path::{Path, PathBuf};
@@ -131,7 +131,7 @@ pub struct Setup {
 struct Run {
     mode: Mode,
     nfe: usize,
-    launches_per_layer: Option<usize>,
+    launches: Option<Launches>,
     /// Of each round.
     seconds: Vec<f64>,
     timings: Vec<Timing>,
@@ -183,7 +183,7 @@ pub fn run(args: &Bench) -> Result<()> {
     let empty = |mode: &Mode| Run {
         mode: *mode,
         nfe: 0,
-        launches_per_layer: None,
+        launches: None,
         seconds: vec![],
         timings: vec![],
         original: vec![],
@@ -305,10 +305,10 @@ fn our_round(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>], runs: &mut 
             return Ok(false);
         }
         let seconds = start.elapsed().as_secs_f64();
-        results.push((seconds, decoded.nfe, network.launches_per_layer()?, network.timings));
+        results.push((seconds, decoded.nfe, network.launches()?, network.timings));
     }
     for (run, (seconds, nfe, launches, timings)) in runs.iter_mut().zip(results) {
-        run.launches_per_layer = launches;
+        run.launches = launches;
         run.seconds.push(seconds);
         run.nfe = nfe;
         run.timings.extend(timings);

@@ -7,6 +7,7 @@ use crate::machine::Roofs;
 use crate::report::{bytes, count, table};
 use dllm_kernels::Config;
 use dllm_kernels::cache::PassKind;
+use dllm_kernels::model::Launches;
 use serde::Serialize;
 
 /// All results.
@@ -54,9 +55,9 @@ struct Line {
     seconds: Vec<f64>,
     ms_per_forward: f64,
     kinds: Kinds,
-    /// On a CUDA device: kernels and products of a layer, as nodes of the graph of a block's pass.
+    /// On a CUDA device: kernels and products, as nodes of the graphs of a pass.
     #[serde(skip_serializing_if = "Option::is_none")]
-    launches_per_layer: Option<usize>,
+    launches: Option<Launches>,
     /// All generated tokens, over the median of the seconds.
     tokens_per_second: f64,
     /// How many times faster than vanilla the whole decode is.
@@ -136,7 +137,7 @@ impl Summary {
                     suffix: kind(PassKind::Suffix),
                     block: kind(PassKind::Block),
                 },
-                launches_per_layer: run.launches_per_layer,
+                launches: run.launches,
                 tokens_per_second: (setup.batch * setup.gen_length) as f64 / seconds,
                 ratio_to_vanilla: vanilla.map(|v| v / seconds),
                 original_nfe: measured.then_some(run.original_nfe),
@@ -197,9 +198,10 @@ impl Summary {
         text += &table(&self.kind_rows(setup, runs));
         let read = bytes(self.weight_bytes_per_forward);
         text += &format!("\nEvery forward reads {read} of weights at least once; GB/s is that over its time.\n");
-        if let Some(launches) = self.modes.iter().filter_map(|line| line.launches_per_layer).min() {
+        let launches = self.modes.iter().filter_map(|line| line.launches);
+        if let Some(Launches { layer, pass }) = launches.min_by_key(|launches| launches.pass) {
             text += &format!(
-                "A layer of a block's pass is {launches} launches: kernels and products, nodes of its graph.\n"
+                "A block's pass is {pass} launches, a layer of it {layer}: kernels and products, nodes of its graphs.\n"
             );
         }
         if let Some(Roofs { bytes_per_second, operations_per_second }) = self.roofs {

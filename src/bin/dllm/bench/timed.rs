@@ -1,7 +1,7 @@
 //! A session with a stopwatch around every forward, and what a forward has to do at least.
 
 use dllm_kernels::cache::{CacheMode, PassKind};
-use dllm_kernels::model::{Autonomous, Config, Course, Network, Pass, Ran, Weights};
+use dllm_kernels::model::{Autonomous, Config, Course, Launches, Network, Pass, Ran, Weights};
 use dllm_kernels::oracle::unmask::Verdict;
 use dllm_kernels::{Error, Result};
 use std::ops::Range;
@@ -59,8 +59,8 @@ impl Network for Timed<'_> {
         self.network.autonomous().is_some().then_some(self as &mut dyn Autonomous)
     }
 
-    fn launches_per_layer(&self) -> Result<Option<usize>> {
-        self.network.launches_per_layer()
+    fn launches(&self) -> Result<Option<Launches>> {
+        self.network.launches()
     }
 }
 

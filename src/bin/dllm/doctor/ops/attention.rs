@@ -88,7 +88,7 @@ impl<T: Float> Sequences<T> {
             Some((near, every)) => TileLists::pruned_suffix(&batch, near, every)?,
         };
         let multiprocessors = stream.device().multiprocessors()?;
-        let splits = attention::splits(max_sequence_rows, heads.num_heads, heads.num_kv_heads, multiprocessors);
+        let splits = attention::splits(max_sequence_rows, heads, multiprocessors);
         Ok(Sequences {
             stream: stream.clone(),
             heads,

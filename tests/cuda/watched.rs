@@ -1,0 +1,122 @@
+//! A decode that the device runs by itself, block by block, is the one that the host leads through every pass: the kernel
+//! `advance`, the graphs and what they are sized for, against the loop in Rust.
+
+use crate::checkpoint::MASK;
+use crate::common::assert_nothing_reported;
+use crate::{FAMILIES, made_up};
+use dllm_kernels::decode::Rule;
+use dllm_kernels::{CacheMode, Confidence, Generator, Model, Observer, Options, Policy};
+
+/// Wants every step, and forgets it.
+struct Watcher;
+impl Observer for Watcher {
+    fn wants_steps(&self) -> bool {
+        true
+    }
+}
+
+/// Every cache and policy, in blocks and without: together they reach every rule.
+pub fn loops() -> Vec<Options> {
+    let mut list = Vec::new();
+    for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
+        for block_length in [4, 8] {
+            for policy in [Policy::Fixed, Policy::Threshold(0.9), Policy::Threshold(0.4), Policy::Factor(1.0)] {
+                let block_length = Some(block_length);
+                list.push(Options { gen_length: 8, block_length, cache, policy, ..Options::default() });
+            }
+        }
+    }
+    list
+}
+
+/// Every confidence that the policy of `base` allows, under every way of sampling.
+pub fn samplings(base: &Options) -> Vec<Options> {
+    let fixed = base.policy == Policy::Fixed;
+    let mut list = Vec::new();
+    for confidence in [Confidence::Probability, Confidence::Margin, Confidence::Entropy, Confidence::Random] {
+        if confidence == Confidence::Entropy && !fixed {
+            continue;
+        }
+        let base = Options { confidence: Some(confidence), seed: 5, ..base.clone() };
+        list.extend([
+            base.clone(),
+            Options { temperature: 0.8, ..base.clone() },
+            Options { temperature: 0.8, top_p: Some(0.9), top_k: Some(7), ..base.clone() },
+            Options { cfg_scale: 1.5, ..base.clone() },
+            Options { cfg_scale: 1.5, temperature: 0.8, top_p: Some(0.5), ..base.clone() },
+        ]);
+        if fixed {
+            list.push(Options { alg_temp: 0.5, ..base.clone() });
+            list.push(Options { steps: Some(4), ..base.clone() });
+            list.push(Options { steps: Some(24), ..base });
+        }
+    }
+    list
+}
+
+/// Ragged, from one token on; no masks.
+pub fn prompts() -> Vec<Vec<u32>> {
+    vec![vec![3, 14, 15, 9, 26], vec![5], (0..17).map(|i| i * 2 % 37).collect()]
+}
+
+/// The same tokens and forwards, watched or not.
+fn same_watched(model: &Model, options: &Options, prompts: &[Vec<u32>]) {
+    // What else is in the batch may change the last bits of a product on a GPU; here it does not.
+    if prompts.len() > 1 && !softgpu::active() {
+        return;
+    }
+    let generator = || Generator::new(model).options(options.clone());
+    let what = || format!("{} {options:?} {prompts:?}", model.config().family);
+    let led = generator().generate_observed(prompts, &mut Watcher).unwrap_or_else(|e| panic!("{}: {e}", what()));
+    let alone = generator().generate(prompts).unwrap_or_else(|e| panic!("{}: {e}", what()));
+    assert_eq!(alone.tokens, led.tokens, "{}", what());
+    assert_eq!(alone.nfe, led.nfe, "{}: forwards", what());
+    assert_nothing_reported();
+}
+
+pub fn watched_or_not() {
+    for family in FAMILIES {
+        let model = made_up(family);
+        let (mut settings, mut early) = (0, 0);
+        for base in loops() {
+            for options in samplings(&base) {
+                same_watched(&model, &options, &prompts()[..1]);
+                same_watched(&model, &options, &prompts());
+                settings += 1;
+            }
+            // Ends that come up, and at different times.
+            for end_tokens in [vec![3, 7, 11, 30], (0..20).collect()] {
+                let options = Options { early_stop: true, end_tokens, temperature: 0.8, ..base.clone() };
+                same_watched(&model, &options, &prompts()[2..]);
+                same_watched(&model, &options, &prompts());
+                early += 1;
+            }
+        }
+        println!("{family}: {settings} settings, {early} with an early stop, one sequence and a batch of three");
+    }
+    if !softgpu::active() {
+        println!("not run: batches, whose products a GPU may round differently");
+    }
+}
+
+/// Masks in the prompt, some or nothing else, alone and beside prompts without.
+pub fn masks_in_the_prompt() {
+    let prompts = [vec![3, MASK, 15, MASK], vec![MASK; 5], vec![7, 8, 9], vec![MASK], vec![1; 4]];
+    for family in FAMILIES {
+        let model = made_up(family);
+        for base in loops() {
+            // The one number of steps that divides the masks of every prompt.
+            let steps = (base.rule(family) == Rule::DreamThreshold).then_some(1);
+            for options in [
+                Options { steps, ..base.clone() },
+                Options { steps, temperature: 0.8, cfg_scale: 1.5, ..base.clone() },
+                Options { steps, confidence: Some(Confidence::Margin), top_p: Some(0.7), ..base.clone() },
+                Options { steps, confidence: Some(Confidence::Random), ..base.clone() },
+            ] {
+                same_watched(&model, &options, &prompts[..1]);
+                same_watched(&model, &options, &prompts[1..2]);
+                same_watched(&model, &options, &prompts);
+            }
+        }
+    }
+}
