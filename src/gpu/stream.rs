@@ -86,7 +86,15 @@ impl Stream {
     }
 
     /// Milliseconds that the device takes for what `work` puts into this stream, by its own clock; waits for it.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] where not [`Device::tells_times`]; that of `work`; the driver's.
     pub fn time_ms(&self, work: impl FnOnce() -> Result<()>) -> Result<f32> {
+        if !Device::tells_times()? {
+            let message =
+                "times need a driver of 570 or later, or a build with the feature cuda-12 in place of cuda-13";
+            return Err(Error::Unavailable(message.into()));
+        }
         let record = || self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).of("cuEventRecord");
         let before = record()?;
         work()?;
