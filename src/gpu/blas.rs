@@ -7,6 +7,7 @@ use super::{Buffer, Device, Stream};
 use crate::error::{Error, Result};
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
+use half::bf16;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::fmt;
@@ -235,8 +236,15 @@ impl fmt::Debug for Blas {
 pub fn matrix_rate(device: &Device, size: usize, repetitions: usize) -> Result<f64> {
     let stream = device.stream()?;
     let mut blas = Blas::new(&stream)?;
-    let [x, w, y] = [(); 3].map(|()| stream.zeros::<half::bf16>(size * size));
-    let (x, w, y) = (x?, w?, y?);
+    // Zeros would draw less power, and run faster than what is of use. Any numbers around 1 do.
+    let mut state = 1u32;
+    let mut number = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let (mantissa, sign) = ((state >> 25) as u16, (state >> 8) as u16 & 1);
+        bf16::from_bits(sign << 15 | 0x3f00 | mantissa)
+    };
+    let numbers: Vec<bf16> = (0..size * size).map(|_| number()).collect();
+    let (x, w, y) = (stream.upload(&numbers)?, stream.upload(&numbers)?, stream.zeros::<bf16>(size * size)?);
     let shape = Shape { rows: size, out: size, inner: size, f32_out: false, biased: false };
     let mut times = Vec::new();
     for _ in 0..=repetitions.max(1) {
