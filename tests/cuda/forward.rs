@@ -1,57 +1,70 @@
 //! Logits of the recorded passes, and how far bf16 takes them from f32.
 
 use crate::common::device;
-use crate::margin::{ERROR, deviation};
+use crate::lockstep::Both;
+use crate::margin::{F32, REACH, ROUNDED, deviation};
 use crate::recorded::{Tensors, cases, json, numbers, token_rows};
+use crate::rounded::Rounded;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::backend::cuda::Cuda;
 use dllm_kernels::cache::{BlockPlan, CacheMode, PassKind};
-use dllm_kernels::model::{Model, Session, Sizes};
+use dllm_kernels::model::{Session, Sizes};
 use serde_json::Value;
 use std::ops::Range;
 
-/// Errors of logits in standard deviations of their row: the largest of each row.
+/// Errors of rows of logits, in standard deviations of the row.
 #[derive(Default)]
-struct Errors(Vec<f64>);
+struct Errors {
+    /// Root mean squares, one a row.
+    mean: Vec<f64>,
+    /// The largest error of a difference between the largest logit and one not far below it.
+    gap: Vec<f64>,
+}
 
 impl Errors {
     fn add(&mut self, got: &[f32], want: &[f32], vocab_size: usize) {
         assert_eq!(got.len(), want.len());
         for (got, want) in got.chunks(vocab_size).zip(want.chunks(vocab_size)) {
-            assert!(got.iter().all(|l| l.is_finite()));
-            let worst = got.iter().zip(want).map(|(g, w)| f64::from((g - w).abs())).fold(0.0, f64::max);
-            self.0.push(worst / deviation(want));
+            let error: Vec<f64> = got.iter().zip(want).map(|(g, w)| f64::from(g - w)).collect();
+            assert!(error.iter().all(|e| e.is_finite()));
+            let unit = deviation(want);
+            self.mean.push((error.iter().map(|e| e * e).sum::<f64>() / vocab_size as f64).sqrt() / unit);
+            let best = (0..vocab_size).max_by(|a, b| want[*a].total_cmp(&want[*b])).unwrap();
+            let near = (0..vocab_size).filter(|t| f64::from(want[best] - want[*t]) <= REACH * unit);
+            self.gap.push(near.map(|t| (error[t] - error[best]).abs()).fold(0.0, f64::max) / unit);
         }
     }
 
-    /// Median and largest.
-    fn finish(&mut self) -> [f64; 2] {
-        self.0.sort_by(f64::total_cmp);
-        [self.0[self.0.len() / 2], self.0[self.0.len() - 1]]
+    /// The largest gap.
+    fn finish(mut self, what: &str) -> f64 {
+        self.mean.sort_by(f64::total_cmp);
+        let most = self.gap.iter().copied().fold(0.0, f64::max);
+        let rows = self.mean.len();
+        let (median, largest) = (self.mean[rows / 2], self.mean[rows - 1]);
+        println!("{what}: {rows} rows, mean error {median:.4}, at most {largest:.4}; of a difference at most {most:.4}");
+        most
     }
 }
 
-/// The recorded passes of every kind, with the cache that the first leaves to the others: no logit is off by more than the
-/// margin rule grants it, by the recorded f32 logits and by the CPU's.
+/// The recorded passes of every kind, with the cache that the first leaves to the others: against the recorded f32 logits,
+/// the CPU's, and those of the CPU that rounds.
 pub fn logits_are_within_the_margin() {
     for name in ["tiny-llada", "tiny-llada-b", "tiny-dream"] {
-        let model = crate::on_device(name);
+        let both = Both::recorded(name);
         let file = format!("forward_{name}.json");
         let (json, tensors) = (json(&file), Tensors::open(&file));
-        let (mut recorded, mut cpu) = (Errors::default(), Errors::default());
+        let mut errors = <[Errors; 3]>::default();
         for case in cases(&json) {
-            run(&model, case, &tensors, &mut recorded, &mut cpu);
+            run(&both, case, &tensors, &mut errors);
         }
-        let rows = recorded.0.len();
-        let ([median, recorded], [_, cpu]) = (recorded.finish(), cpu.finish());
-        println!(
-            "{name}: {rows} rows, largest error of a row: median {median:.4}, most {recorded:.4}; by the CPU's {cpu:.4}"
-        );
-        assert!(recorded <= ERROR && cpu <= ERROR, "{name}: {recorded} {cpu}");
+        let [recorded, cpu, rounded] = errors;
+        assert!(recorded.finish(&format!("{name}, recorded")) <= F32);
+        assert!(cpu.finish(&format!("{name}, CPU")) <= F32);
+        assert!(rounded.finish(&format!("{name}, rounded CPU")) <= ROUNDED);
     }
 }
 
-fn run(model: &Model, case: &Value, tensors: &Tensors, recorded: &mut Errors, cpu: &mut Errors) {
+fn run(both: &Both, case: &Value, tensors: &Tensors, errors: &mut [Errors; 3]) {
     let name = case["name"].as_str().unwrap();
     let size = |key: &str| -> usize { numbers(&case[key]) };
     let (batch, length) = (size("batch"), size("length"));
@@ -64,122 +77,36 @@ fn run(model: &Model, case: &Value, tensors: &Tensors, recorded: &mut Errors, cp
         ratios: 0,
         end_tokens: 0,
     };
+    let model = &both.model;
     let cuda = Cuda::new(&device()).unwrap();
-    let mut there = Session::new(model.device_transformer().unwrap(), cuda, sizes.clone()).unwrap();
-    let mut here = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
+    let mut gpu = Session::new(model.device_transformer().unwrap(), cuda, sizes.clone()).unwrap();
+    let mut cpu = Session::new(model.transformer(), Cpu::default(), sizes.clone()).unwrap();
+    let mut rounded = Session::new(&both.rounded, Rounded::default(), sizes).unwrap();
     let (mode, later) = match case["kind"].as_str().unwrap() {
         "full" => (CacheMode::None, None),
         "suffix" => (CacheMode::Prefix, Some(PassKind::Suffix)),
         "block" => (CacheMode::Dual, Some(PassKind::Block)),
         other => panic!("unknown kind {other}"),
     };
-    let passes: Vec<(String, PassKind)> = match later {
-        None => vec![(String::new(), PassKind::Full)],
-        Some(later) => vec![("0".into(), PassKind::Full), ("1".into(), later), ("2".into(), later)],
+    let passes: Vec<(&str, PassKind)> = match later {
+        None => vec![("", PassKind::Full)],
+        Some(later) => vec![("0", PassKind::Full), ("1", later), ("2", later)],
     };
+    let block: Range<usize> = if later.is_some() { size("start")..size("end") } else { 0..length };
     for (call, pass) in passes {
-        let block: Range<usize> = if later.is_some() { size("start")..size("end") } else { 0..length };
         let window = pass.window(&block, length);
         let windows: Vec<_> = (0..batch).map(|s| (s, window.clone())).collect();
         let index: Vec<usize> = (0..batch * window.len()).collect();
         let tokens = token_rows(tensors, &format!("{name}.ids{call}"), batch);
         let plan = BlockPlan { mode, pass };
-        there.forward(&tokens, &windows, &plan, &index, None).unwrap();
-        here.forward(&tokens, &windows, &plan, &index, None).unwrap();
-        let got = there.logits(index.len()).unwrap();
-        let vocab_size = model.config().vocab_size;
-        recorded.add(&got, &tensors.f32(&format!("{name}.logits{call}")), vocab_size);
-        cpu.add(&got, &here.logits(index.len()).unwrap(), vocab_size);
-    }
-}
-
-pub fn statistics() {
-    for name in ["tiny-llada", "tiny-llada-b", "tiny-dream"] {
-        let model = crate::on_device(name);
-        let file = format!("forward_{name}.json");
-        let (json, tensors) = (json(&file), Tensors::open(&file));
-        let (mut eps, mut z, mut gaps, mut odds) = (vec![], vec![], vec![], vec![]);
-        for case in cases(&json) {
-            let mut f = |got: &[f32], want: &[f32], v: usize| {
-                for (g, w) in got.chunks(v).zip(want.chunks(v)) {
-                    let err: Vec<f64> = g.iter().zip(w).map(|(g, w)| f64::from(g - w)).collect();
-                    let rms = (err.iter().map(|e| e * e).sum::<f64>() / v as f64).sqrt();
-                    let d = deviation(w);
-                    eps.push(rms / d);
-                    z.push(err.iter().fold(0.0, |m: f64, e| m.max(e.abs())) / rms);
-                    let best = (0..v).max_by(|a, b| w[*a].total_cmp(&w[*b])).unwrap();
-                    let (mut worst, mut n) = (0.0f64, 0);
-                    for t in 0..v {
-                        if t != best && w[t] > w[best] - 2.0 * d as f32 {
-                            worst = worst.max((err[t] - err[best]).abs());
-                            n += 1;
-                        }
-                    }
-                    if n > 0 {
-                        gaps.push(worst / d);
-                    }
-                    let lo = |x: &[f32]| {
-                        let m = x[best] as f64;
-                        -(0..v).filter(|t| *t != best).map(|t| (x[t] as f64 - m).exp()).sum::<f64>().ln()
-                    };
-                    odds.push((lo(g) - lo(w)).abs() / d);
-                }
-            };
-            run2(&model, case, &tensors, &mut f);
+        gpu.forward(&tokens, &windows, &plan, &index, None).unwrap();
+        cpu.forward(&tokens, &windows, &plan, &index, None).unwrap();
+        rounded.forward(&tokens, &windows, &plan, &index, None).unwrap();
+        let got = gpu.logits(index.len()).unwrap();
+        let recorded = tensors.f32(&format!("{name}.logits{call}"));
+        let others = [recorded, cpu.logits(index.len()).unwrap(), rounded.logits(index.len()).unwrap()];
+        for (errors, want) in errors.iter_mut().zip(&others) {
+            errors.add(&got, want, model.config().vocab_size);
         }
-        for (n, x) in [("eps", &mut eps), ("z", &mut z), ("gap", &mut gaps), ("odds", &mut odds)] {
-            x.sort_by(f64::total_cmp);
-            let q = |p: f64| x[((x.len() - 1) as f64 * p) as usize];
-            println!(
-                "{name} {n} {}: {:.4} {:.4} {:.4} {:.4} max {:.4}",
-                x.len(),
-                q(0.1),
-                q(0.5),
-                q(0.9),
-                q(0.99),
-                q(1.0)
-            );
-        }
-    }
-}
-fn run2(model: &Model, case: &Value, tensors: &Tensors, f: &mut dyn FnMut(&[f32], &[f32], usize)) {
-    let name = case["name"].as_str().unwrap();
-    let size = |key: &str| -> usize { numbers(&case[key]) };
-    let (batch, length) = (size("batch"), size("length"));
-    let sizes = Sizes {
-        prompt_lens: vec![0; batch],
-        gen_length: length,
-        candidates: batch * length,
-        cached: true,
-        guided: false,
-        ratios: 0,
-        end_tokens: 0,
-    };
-    let cuda = Cuda::new(&device()).unwrap();
-    let mut there = Session::new(model.device_transformer().unwrap(), cuda, sizes.clone()).unwrap();
-    let mut here = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
-    let (mode, later) = match case["kind"].as_str().unwrap() {
-        "full" => (CacheMode::None, None),
-        "suffix" => (CacheMode::Prefix, Some(PassKind::Suffix)),
-        "block" => (CacheMode::Dual, Some(PassKind::Block)),
-        other => panic!("unknown kind {other}"),
-    };
-    let passes: Vec<(String, PassKind)> = match later {
-        None => vec![(String::new(), PassKind::Full)],
-        Some(later) => vec![("0".into(), PassKind::Full), ("1".into(), later), ("2".into(), later)],
-    };
-    for (call, pass) in passes {
-        let block: Range<usize> = if later.is_some() { size("start")..size("end") } else { 0..length };
-        let window = pass.window(&block, length);
-        let windows: Vec<_> = (0..batch).map(|s| (s, window.clone())).collect();
-        let index: Vec<usize> = (0..batch * window.len()).collect();
-        let tokens = token_rows(tensors, &format!("{name}.ids{call}"), batch);
-        let plan = BlockPlan { mode, pass };
-        there.forward(&tokens, &windows, &plan, &index, None).unwrap();
-        here.forward(&tokens, &windows, &plan, &index, None).unwrap();
-        let got = there.logits(index.len()).unwrap();
-        let vocab_size = model.config().vocab_size;
-        let _ = tensors;
-        f(&got, &here.logits(index.len()).unwrap(), vocab_size);
     }
 }

@@ -47,6 +47,8 @@ static int64_t* thread_option(Option option) {
         case Option::Guard: return &options.guard;
         case Option::Quiet: return &options.quiet;
         case Option::Launches: return &options.launches;
+        case Option::LaunchCalls: return &options.launch_calls;
+        case Option::FailKernel: return &options.fail_kernel;
         case Option::BlockingCalls: return &options.blocking_calls;
         default: return nullptr;
     }
@@ -58,6 +60,7 @@ static std::atomic<int64_t>* process_option(Option option) {
         case Option::ComputeCapability: return &process_options.compute_capability;
         case Option::TotalMemory: return &process_options.total_memory;
         case Option::MaxPtx: return &process_options.max_ptx;
+        case Option::Multiprocessors: return &process_options.multiprocessors;
         case Option::UsedMemory: return &process_options.used_memory;
         case Option::LiveAllocations: return &process_options.live_allocations;
         default: return nullptr;
