@@ -10,7 +10,9 @@ use common::{device, once_on_device};
 use dllm_kernels::decode::decode;
 use dllm_kernels::model::{Course, CourseSequence, CourseStage, LayerPlan, Schedule};
 use dllm_kernels::oracle::unmask::{Selection, Unmask};
-use dllm_kernels::{CacheMode, Confidence, Config, Error, Family, Generation, Generator, Model, Observer, Options, Policy};
+use dllm_kernels::{
+    CacheMode, Confidence, Config, Error, Family, Generation, Generator, Model, Observer, Options, Policy,
+};
 use softgpu::Opt;
 use std::cell::Cell;
 use std::sync::Mutex;
@@ -76,7 +78,11 @@ fn fail_each(what: &str, mut work: impl FnMut() -> dllm_kernels::Result<()>, mut
         let left = softgpu::get(Opt::FailAlloc);
         softgpu::set(Opt::FailAlloc, -1);
         softgpu::report();
-        assert_eq!([Opt::LiveAllocations, Opt::UsedMemory].map(softgpu::get), before, "{what}, allocation {failed}: leaks");
+        assert_eq!(
+            [Opt::LiveAllocations, Opt::UsedMemory].map(softgpu::get),
+            before,
+            "{what}, allocation {failed}: leaks"
+        );
         match result {
             Ok(()) => {
                 assert!(left >= 0, "{what}: allocation {failed} failed and nobody noticed");
@@ -180,7 +186,9 @@ fn no_blocking_call_inside_a_block() {
                     ] {
                         let generator = generator(&model, cache, policy).steps(steps);
                         let (between, all, nfe) = blocks(&model, &generator);
-                        println!("{family} {cache:?} {policy:?} {steps}: {nfe} passes, {between:?} blocking calls, {all} in all");
+                        println!(
+                            "{family} {cache:?} {policy:?} {steps}: {nfe} passes, {between:?} blocking calls, {all} in all"
+                        );
                         assert_eq!(between, [4; 3], "{family} {cache:?} {policy:?}");
                         around.push(all - 4 * 4);
                     }
@@ -343,8 +351,13 @@ fn interrupted_between_passes() {
     let model = on_device(Family::Llada);
     let config = model.config();
     let prompt = vec![3, 14, 15, 9, 26];
-    let options =
-        Options { gen_length: 8, block_length: Some(8), cache: CacheMode::None, policy: Policy::Fixed, ..Options::default() };
+    let options = Options {
+        gen_length: 8,
+        block_length: Some(8),
+        cache: CacheMode::None,
+        policy: Policy::Fixed,
+        ..Options::default()
+    };
     let whole = Generator::new(&model).options(options.clone()).generate(&[prompt.clone()]).unwrap().tokens.remove(0);
     let start = [prompt.clone(), vec![MASK; 8]].concat();
     let unmask = Unmask {

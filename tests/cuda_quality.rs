@@ -29,11 +29,8 @@ fn as_many_answers_as_on_the_cpu() {
         .collect();
     assert_eq!(problems.len(), PROBLEMS);
     let run = |model| -> (Vec<bool>, Vec<Vec<u32>>, usize, f64) {
-        let generator = Generator::new(model)
-            .gen_length(64)
-            .block_length(32)
-            .cache(CacheMode::Dual)
-            .policy(Policy::Threshold(0.9));
+        let generator =
+            Generator::new(model).gen_length(64).block_length(32).cache(CacheMode::Dual).policy(Policy::Threshold(0.9));
         let start = Instant::now();
         let (mut right, mut answers, mut nfe) = (vec![], vec![], 0);
         for (prompt, answer) in &problems {
@@ -50,6 +47,11 @@ fn as_many_answers_as_on_the_cpu() {
     let count = |right: &[bool]| right.iter().filter(|right| **right).count();
     let same = a.1.iter().zip(&b.1).filter(|(a, b)| a == b).count();
     println!("CPU:    {} of {PROBLEMS} right, {} passes, {:.1} s", count(&a.0), a.2, a.3);
-    println!("device: {} of {PROBLEMS} right, {} passes, {:.1} s; {same} answers the same token for token", count(&b.0), b.2, b.3);
+    println!(
+        "device: {} of {PROBLEMS} right, {} passes, {:.1} s; {same} answers the same token for token",
+        count(&b.0),
+        b.2,
+        b.3
+    );
     assert!(count(&a.0).abs_diff(count(&b.0)) <= 1);
 }

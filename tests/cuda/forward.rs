@@ -41,7 +41,9 @@ impl Errors {
         let most = self.gap.iter().copied().fold(0.0, f64::max);
         let rows = self.mean.len();
         let (median, largest) = (self.mean[rows / 2], self.mean[rows - 1]);
-        println!("{what}: {rows} rows, mean error {median:.4}, at most {largest:.4}; of a difference at most {most:.4}");
+        println!(
+            "{what}: {rows} rows, mean error {median:.4}, at most {largest:.4}; of a difference at most {most:.4}"
+        );
         most
     }
 }

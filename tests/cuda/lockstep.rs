@@ -96,8 +96,7 @@ impl Network for Lockstep<'_> {
         let compared = |logits: Vec<f32>, margin: f64| -> Result<(Vec<Verdict>, Tally)> {
             let want = unmask(&mut logits.clone(), config.vocab_size, pass.groups, pass.unmask)?;
             let what = format!("{what}, margin {margin}");
-            let tally =
-                compare(&what, margin, &logits, config.vocab_size, pass.groups, pass.unmask, [&want, &got]);
+            let tally = compare(&what, margin, &logits, config.vocab_size, pass.groups, pass.unmask, [&want, &got]);
             Ok((want, tally))
         };
         let (_, of_rounded) = compared(rounded.logits(scored.len())?, ROUNDED)?;

@@ -155,9 +155,7 @@ fn commits(
 ) {
     let eligible = group.positions.partition_point(|p| *p < group.commit_before);
     let ranks = |i: usize, confidence: f64| match unmask.alg_temp > 0.0 {
-        true => {
-            confidence / unmask.alg_temp + gumbel(unmask.seed, Purpose::Rank, group.step, group.positions[i], 0)
-        }
+        true => confidence / unmask.alg_temp + gumbel(unmask.seed, Purpose::Rank, group.step, group.positions[i], 0),
         false => confidence,
     };
     let slack = if unmask.alg_temp > 0.0 { ROUNDING / unmask.alg_temp + NOISE } else { ROUNDING };
@@ -187,10 +185,9 @@ fn commits(
         let (surely, surely_not) = match group.selection {
             Selection::Quota(count) => (most < count, least >= count),
             Selection::Threshold(t) => (low(i) >= t || most == 0, high(i) < t && least > 0),
-            Selection::ThresholdAmong { threshold: t, among } => (
-                most < among && (low(i) >= t || most == 0),
-                least >= among || (high(i) < t && least > 0),
-            ),
+            Selection::ThresholdAmong { threshold: t, among } => {
+                (most < among && (low(i) >= t || most == 0), least >= among || (high(i) < t && least > 0))
+            }
             Selection::Factor(_) => (most < sorted(0), least >= sorted(1)),
         };
         assert!(if cpu.commit { !surely_not } else { !surely }, "{what}: {group:?}: the rule contradicts {cpu:?}");

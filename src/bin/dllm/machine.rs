@@ -104,9 +104,11 @@ impl Place {
     /// What the CUDA device reaches at the most, if it is one in hardware.
     #[cfg(feature = "cuda")]
     pub fn roofs(&self) -> Result<Option<Roofs>> {
+        let Some(device) = &self.device else { return Ok(None) };
         // Older drivers do not tell times, nor does the software device any that mean something.
-        let timed = gpu::Device::tells_times()? && !self.name.contains("software device");
-        let Some(device) = self.device.as_ref().filter(|_| timed) else { return Ok(None) };
+        if !gpu::Device::tells_times()? || self.name.contains("software device") {
+            return Ok(None);
+        }
         let bytes_per_second = dllm_kernels::ops::roof::read_rate(&device.stream()?, 2 << 30, 30)?;
         Ok(Some(Roofs { bytes_per_second, operations_per_second: gpu::blas::matrix_rate(device, 8192, 10)? }))
     }
