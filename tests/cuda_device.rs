@@ -32,20 +32,35 @@ once_on_device!(
 
 const FAMILIES: [Family; 2] = [Family::Llada, Family::Dream];
 
-/// The software device's options are back where they were after each test, one test at a time.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// Puts the software device's options back, whatever happened.
+struct Restore(Vec<(Opt, i64)>);
+impl Drop for Restore {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|(option, value)| softgpu::set(*option, *value));
+    }
+}
+
+/// One test at a time: in lazy mode, whoever waits runs the work of all.
+fn in_turn(work: impl FnOnce()) {
+    let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
+    work();
+}
+
+/// Work that sets options of the software device.
 fn with_soft(work: impl FnOnce()) {
-    static TURN: Mutex<()> = Mutex::new(());
     if !softgpu::active() {
         println!("not run: needs the software device");
         return;
     }
-    let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
-    let before = [Opt::Lazy, Opt::TotalMemory].map(|option| (option, softgpu::get(option)));
-    softgpu::set(Opt::Quiet, 1);
-    work();
-    for (option, value) in before.into_iter().chain([(Opt::FailAlloc, -1), (Opt::FailKernel, -1), (Opt::Quiet, 0)]) {
-        softgpu::set(option, value);
-    }
+    in_turn(|| {
+        let process = [Opt::Lazy, Opt::TotalMemory].map(|option| (option, softgpu::get(option)));
+        let thread = [(Opt::FailAlloc, -1), (Opt::FailKernel, -1), (Opt::Quiet, 0)];
+        let _restore = Restore(process.into_iter().chain(thread).collect());
+        softgpu::set(Opt::Quiet, 1);
+        work();
+    });
 }
 
 fn open(family: Family) -> Model {
@@ -149,8 +164,8 @@ fn too_little_memory() {
     });
 }
 
-/// What was allocated is what was asked for beforehand, so that "free" is enough whenever it says so.
-fn blocks(model: &Model, generator: &Generator) -> (Vec<i64>, i64, usize) {
+/// Blocking calls between the ends of blocks, and those of the whole decode.
+fn blocks(generator: &Generator) -> (Vec<i64>, i64) {
     struct Blocks(Vec<i64>);
     impl Observer for Blocks {
         fn decided(&mut self, sequence: usize, _tokens: &[u32]) {
@@ -159,12 +174,11 @@ fn blocks(model: &Model, generator: &Generator) -> (Vec<i64>, i64, usize) {
             }
         }
     }
-    let _ = model;
     let before = softgpu::get(Opt::BlockingCalls);
     let mut blocks = Blocks(vec![]);
-    let nfe = generator.generate_observed(&prompts(), &mut blocks).unwrap().nfe;
+    generator.generate_observed(&prompts(), &mut blocks).unwrap();
     let between = blocks.0.windows(2).map(|pair| pair[1] - pair[0]).collect();
-    (between, softgpu::get(Opt::BlockingCalls) - before, nfe)
+    (between, softgpu::get(Opt::BlockingCalls) - before)
 }
 
 /// Four calls wait for the device between a block and the next, two for each of what is read back there, the tokens and the
@@ -185,15 +199,12 @@ fn no_blocking_call_inside_a_block() {
                         (Policy::Factor(1.0), 16),
                     ] {
                         let generator = generator(&model, cache, policy).steps(steps);
-                        let (between, all, nfe) = blocks(&model, &generator);
-                        println!(
-                            "{family} {cache:?} {policy:?} {steps}: {nfe} passes, {between:?} blocking calls, {all} in all"
-                        );
+                        let (between, all) = blocks(&generator);
                         assert_eq!(between, [4; 3], "{family} {cache:?} {policy:?}");
                         around.push(all - 4 * 4);
                     }
                     // What begins and ends a decode waits too, no more for many passes than for few.
-                    assert!(around.iter().all(|n| n == &around[0] && *n <= 4), "{around:?}");
+                    assert_eq!(around, [2; 5], "{family} {cache:?}");
                 }
             }
         }
@@ -224,6 +235,10 @@ fn work_put_off() {
 }
 
 fn launches_of_a_layer() {
+    in_turn(launches);
+}
+
+fn launches() {
     let config = |family| open(family).config().clone();
     for family in FAMILIES {
         let model = on_device(family);
@@ -274,6 +289,10 @@ fn graphs_are_recorded_once() {
 }
 
 fn models_that_the_kernels_cannot_take() {
+    in_turn(refused_models);
+}
+
+fn refused_models() {
     let base = Config {
         d_model: 64,
         num_layers: 1,
@@ -301,8 +320,12 @@ fn models_that_the_kernels_cannot_take() {
     }
 }
 
-/// NaN in the weights: the same sequence, position and forward as on the CPU.
 fn a_row_without_a_finite_logit() {
+    in_turn(no_finite_logit);
+}
+
+/// NaN in the weights: the same sequence, position and forward as on the CPU.
+fn no_finite_logit() {
     let errors = |checkpoint: &Checkpoint, options: &Options, prompts: &[Vec<u32>]| {
         let dir = checkpoint.write();
         let cpu = Model::open(dir.path()).unwrap();
@@ -313,7 +336,6 @@ fn a_row_without_a_finite_logit() {
             error.to_string()
         };
         let (cpu, gpu) = (error(&cpu), error(&gpu));
-        println!("{cpu}");
         assert_eq!(gpu, cpu);
     };
     for family in FAMILIES {
@@ -346,8 +368,12 @@ fn a_row_without_a_finite_logit() {
     }
 }
 
-/// A course may be stopped before any pass: what was committed stands, masks are left, and the next course is sound.
 fn interrupted_between_passes() {
+    in_turn(interrupted);
+}
+
+/// A course may be stopped before any pass: what was committed stands, masks are left, and the next course is sound.
+fn interrupted() {
     let model = on_device(Family::Llada);
     let config = model.config();
     let prompt = vec![3, 14, 15, 9, 26];
@@ -438,9 +464,9 @@ fn a_failing_kernel_ends_the_decode() {
                 assert!(softgpu::report().contains("failed on request"), "{failing} of {kernels}");
                 match result {
                     Err(Error::Driver { name, .. }) => assert!(name.contains("ILLEGAL_ADDRESS"), "{name}"),
-                    // What fails in what runs in vain at the end may go unnoticed.
-                    Ok(generation) => assert_eq!(generation.tokens, want, "{failing} of {kernels}"),
-                    Err(other) => panic!("{failing} of {kernels}: {other}"),
+                    // The software device goes on after a failure, with numbers that are none: they may be noticed first.
+                    Err(Error::NoFiniteLogit { .. }) if lazy == 1 => {}
+                    other => panic!("{failing} of {kernels}: {other:?}"),
                 }
                 assert_eq!(generate(&model).unwrap().tokens, want, "after a failure of {failing}");
             }

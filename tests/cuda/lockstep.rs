@@ -1,7 +1,7 @@
 //! CPU and device in lockstep: the same tokens before every pass, the CPU's decisions after it.
 
 use crate::common::{device, golden_dir};
-use crate::margin::{F32, ROUNDED, Tally, compare};
+use crate::margin::{Logits, Tally, compare};
 use crate::rounded::Rounded;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::decode::{Decoded, Observer, decode};
@@ -33,26 +33,6 @@ impl Both {
     }
 }
 
-/// The device against the CPU, and against the CPU that rounds.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Tallies {
-    pub f32: Tally,
-    pub rounded: Tally,
-}
-
-impl Tallies {
-    pub fn add(&mut self, other: Tallies) {
-        self.f32.add(other.f32);
-        self.rounded.add(other.rounded);
-    }
-}
-
-impl std::fmt::Display for Tallies {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        write!(f, "{} passes\n  CPU:         {}\n  rounded CPU: {}", self.f32.passes, self.f32, self.rounded)
-    }
-}
-
 /// The networks of a decode.
 struct Lockstep<'m> {
     what: String,
@@ -60,7 +40,7 @@ struct Lockstep<'m> {
     cpu: Session<'m, Cpu>,
     rounded: Session<'m, Rounded>,
     gpu: Box<dyn Network + 'm>,
-    tallies: Tallies,
+    tally: Tally,
 }
 
 /// Decodes in lockstep, and compares every pass.
@@ -70,7 +50,7 @@ pub fn decode_both(
     prompts: &[Vec<u32>],
     what: &str,
     observer: &mut dyn Observer,
-) -> (Decoded, Tallies) {
+) -> (Decoded, Tally) {
     let config = both.model.config();
     options.validate(config, prompts).unwrap_or_else(|e| panic!("{what}: {e}"));
     let sizes = options.sizes(config, prompts);
@@ -80,29 +60,24 @@ pub fn decode_both(
         cpu: Session::new(both.model.transformer(), Cpu::default(), sizes.clone()).unwrap(),
         rounded: Session::new(&both.rounded, Rounded::default(), sizes.clone()).unwrap(),
         gpu: both.model.network(sizes).unwrap(),
-        tallies: Tallies::default(),
+        tally: Tally::default(),
     };
     let decoded = decode(&mut lockstep, config, prompts, options, None, observer);
-    (decoded.unwrap_or_else(|e| panic!("{what}: {e}")), lockstep.tallies)
+    (decoded.unwrap_or_else(|e| panic!("{what}: {e}")), lockstep.tally)
 }
 
 impl Network for Lockstep<'_> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
-        let Lockstep { what, config, cpu, rounded, gpu, tallies } = self;
+        let Lockstep { what, config, cpu, rounded, gpu, tally } = self;
         let scored = scored(config.family, pass);
-        let got = gpu.step(tokens, pass)?;
         cpu.forward(tokens, pass.windows, pass.plan, &scored, None)?;
         rounded.forward(tokens, pass.windows, pass.plan, &scored, None)?;
-        let compared = |logits: Vec<f32>, margin: f64| -> Result<(Vec<Verdict>, Tally)> {
-            let want = unmask(&mut logits.clone(), config.vocab_size, pass.groups, pass.unmask)?;
-            let what = format!("{what}, margin {margin}");
-            let tally = compare(&what, margin, &logits, config.vocab_size, pass.groups, pass.unmask, [&want, &got]);
-            Ok((want, tally))
-        };
-        let (_, of_rounded) = compared(rounded.logits(scored.len())?, ROUNDED)?;
-        let (verdicts, of_f32) = compared(cpu.logits(scored.len())?, F32)?;
-        tallies.add(Tallies { f32: of_f32, rounded: of_rounded });
-        Ok(verdicts)
+        let (cpu, rounded) = (cpu.logits(scored.len())?, rounded.logits(scored.len())?);
+        let want = unmask(&mut cpu.clone(), config.vocab_size, pass.groups, pass.unmask)?;
+        let logits = Logits { cpu, rounded, vocab_size: config.vocab_size };
+        let got = gpu.step(tokens, pass)?;
+        tally.add(compare(what, &logits, pass.groups, pass.unmask, [&want, &got]));
+        Ok(want)
     }
 }
 

@@ -1,7 +1,8 @@
 //! Random settings in lockstep: lengths, blocks, batches, caches, policies, families, confidences, ways of sampling.
 
 use crate::common::Random;
-use crate::lockstep::{Both, Tallies, decode_both};
+use crate::lockstep::{Both, decode_both};
+use crate::margin::Tally;
 use dllm_kernels::decode::Rule;
 use dllm_kernels::{CacheMode, Confidence, Family, Options, Policy};
 
@@ -51,12 +52,12 @@ fn in_lockstep(family: Family) {
     const SETTINGS: usize = 500;
     let both = Both::made_up(family);
     let mut random = Random(0x5eed + family as u64);
-    let mut all = Tallies::default();
+    let mut all = Tally::default();
     for i in 0..SETTINGS {
         let (options, prompts) = setting(&mut random, family);
         let what = format!("{family}, setting {i}, {options:?}, {prompts:?}");
-        let (_, tallies) = decode_both(&both, &options, &prompts, &what, &mut ());
-        all.add(tallies);
+        let (_, tally) = decode_both(&both, &options, &prompts, &what, &mut ());
+        all.add(tally);
     }
     println!("{family}: {SETTINGS} settings, {all}");
 }

@@ -1,6 +1,7 @@
 //! The originals' decodes, step by step: the CPU reproduces every token of them, and the device is given those.
 
-use crate::lockstep::{Both, Tallies, decode_both};
+use crate::lockstep::{Both, decode_both};
+use crate::margin::Tally;
 use crate::recorded::{compare, json, names, numbers, options};
 use dllm_kernels::decode::trace::Trace;
 use std::collections::BTreeMap;
@@ -8,7 +9,7 @@ use std::collections::BTreeMap;
 pub fn recorded_decodes() {
     let models: BTreeMap<_, Both> =
         ["tiny-llada", "tiny-llada-b", "tiny-dream"].into_iter().map(|name| (name, Both::recorded(name))).collect();
-    let (mut all, mut replayed, mut left_out) = (Tallies::default(), 0, 0);
+    let (mut all, mut replayed, mut left_out) = (Tally::default(), 0, 0);
     for name in names("trajectory_") {
         let case = json(&format!("{name}.json"));
         if case["algorithm"].as_str().unwrap().starts_with("dllm_cache.") {
