@@ -89,6 +89,7 @@ struct ProcessOptions {
     std::atomic<int64_t> live_allocations{0};
     std::atomic<int64_t> multiprocessors{132};
     std::atomic<int64_t> default_seed{0};
+    std::atomic<int> cuda_version{13000};  // that the driver knows
 };
 
 ThreadOptions& thread_options();

@@ -67,17 +67,23 @@ static std::atomic<int64_t>* process_option(Option option) {
     }
 }
 
+// A variable of the form 9.0, weighed; 0 where it is not set.
+static int version_in(const char* variable, int major_weight, int minor_weight) {
+    const char* text = getenv(variable);
+    if (text == nullptr) return 0;
+    int major = 0, minor = 0;
+    if (sscanf(text, "%d.%d", &major, &minor) != 2) {
+        fprintf(stderr, "softgpu: %s=%s is not of the form 9.0\n", variable, text);
+        abort();
+    }
+    return major * major_weight + minor * minor_weight;
+}
+
 void read_environment() {
     if (const char* seed = getenv("SOFTGPU_SEED")) process_options.default_seed = atoll(seed);
     if (const char* lazy = getenv("SOFTGPU_LAZY")) process_options.lazy = atoll(lazy);
-    if (const char* capability = getenv("SOFTGPU_CC")) {
-        int major = 0, minor = 0;
-        if (sscanf(capability, "%d.%d", &major, &minor) != 2) {
-            fprintf(stderr, "softgpu: SOFTGPU_CC=%s is not of the form 9.0\n", capability);
-            abort();
-        }
-        process_options.compute_capability = major * 10 + minor;
-    }
+    if (const int capability = version_in("SOFTGPU_CC", 10, 1)) process_options.compute_capability = capability;
+    if (const int version = version_in("SOFTGPU_CUDA", 1000, 10)) process_options.cuda_version = version;
 }
 
 }  // namespace softgpu
