@@ -112,11 +112,15 @@ fn fail_each(what: &str, mut work: impl FnMut() -> dllm_kernels::Result<()>, mut
     assert!(failed > 3, "{what}: {failed}");
 }
 
-/// The device's memory is missed with the numbers; the host's pinned memory by the driver's call.
+/// The device's memory is missed with the numbers; pinned memory of this machine by name, and with the driver's call.
 #[track_caller]
 fn named(what: &str, error: &Error) {
     let fits = match error {
-        Error::Unavailable(message) => message.contains(" need ") && message.contains(" MiB of the device's memory"),
+        Error::Unavailable(message) => {
+            message.contains(" need ")
+                && (message.contains(" MiB of the device's memory")
+                    || message.contains("memory of this machine") && message.contains("cuMemHostAlloc"))
+        }
         Error::Driver { call, name, .. } => *call == "cuMemHostAlloc" && name.contains("OUT_OF_MEMORY"),
         _ => false,
     };
@@ -204,7 +208,7 @@ fn no_blocking_call_inside_a_block() {
                         around.push(all - 4 * 4);
                     }
                     // What begins and ends a decode waits too, no more for many passes than for few.
-                    assert_eq!(around, [2; 5], "{family} {cache:?}");
+                    assert_eq!(around, [3; 5], "{family} {cache:?}");
                 }
             }
         }
