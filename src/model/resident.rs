@@ -316,6 +316,9 @@ impl<'m> Resident<'m> {
     pub fn new(transformer: &'m Transformer<Cuda>, device: &Device, sizes: Sizes) -> Result<Resident<'m>> {
         let config = transformer.config();
         supports(config)?;
+        if sizes.kept {
+            return Err(Error::Unavailable("--cache adaptive runs on the CPU only: --device cpu".into()));
+        }
         let what = format!("{} sequences of up to {} positions", sizes.prompt_lens.len(), sizes.longest());
         let needed = sizes.device_memory(config, device.multiprocessors()?)?.total();
         ensure_memory(device, &what, needed)?;
@@ -435,7 +438,7 @@ impl<'m> Resident<'m> {
             }
             Part::Rest => {
                 self.session.layers(slot, &plan, ahead..layers, None)?;
-                self.session.head(slot, None)?;
+                self.session.head(slot, &plan, None)?;
                 self.decide(slot, unmask, decision)
             }
         }

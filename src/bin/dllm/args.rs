@@ -32,20 +32,17 @@ pub enum Cache {
     Prefix,
     /// Keep keys and values before and after the block
     Dual,
-    /// dLLM-Cache (not in this version)
+    /// dLLM-Cache: keep every layer's outputs too, of all positions, and renew some of them at a time
     Adaptive,
 }
 
 impl Cache {
-    pub fn mode(self) -> Result<CacheMode> {
+    pub fn mode(self) -> CacheMode {
         match self {
-            Cache::None => Ok(CacheMode::None),
-            Cache::Prefix => Ok(CacheMode::Prefix),
-            Cache::Dual => Ok(CacheMode::Dual),
-            Cache::Adaptive => {
-                let message = "--cache adaptive is not part of this version; there are none, prefix and dual";
-                Err(Error::Unavailable(message.into()))
-            }
+            Cache::None => CacheMode::None,
+            Cache::Prefix => CacheMode::Prefix,
+            Cache::Dual => CacheMode::Dual,
+            Cache::Adaptive => CacheMode::Adaptive,
         }
     }
 }
@@ -141,7 +138,7 @@ pub struct Decoding {
     pub refresh_ratio: Option<f64>,
 }
 
-const ADAPTIVE: &str = "Cache mode adaptive (not in this version)";
+const ADAPTIVE: &str = "Cache mode adaptive";
 const CACHE_HELP: &str = "What is kept between the forwards of a block: none, prefix, dual or adaptive [default: dual]";
 
 /// The flags of a setting, parsed as if they stood on a command line.
@@ -167,13 +164,16 @@ impl Decoding {
     }
 
     /// What the library is asked to do. Ranges are the library's to check.
-    pub fn options(&self) -> Result<Options> {
+    pub fn options(&self) -> Options {
         let default = Options::default();
-        Ok(Options {
+        Options {
             gen_length: self.gen_length.unwrap_or(default.gen_length),
             block_length: self.block_length,
             steps: self.steps,
-            cache: self.cache.map_or(Ok(default.cache), Cache::mode)?,
+            cache: self.cache.map_or(default.cache, Cache::mode),
+            prompt_interval: self.prompt_interval.unwrap_or(default.prompt_interval),
+            response_interval: self.response_interval.unwrap_or(default.response_interval),
+            refresh_ratio: self.refresh_ratio.unwrap_or(default.refresh_ratio),
             policy: match self.policy {
                 None | Some(PolicyName::Threshold) => Policy::Threshold(self.threshold.unwrap_or(0.9)),
                 Some(PolicyName::Fixed) => Policy::Fixed,
@@ -194,7 +194,7 @@ impl Decoding {
             seed: self.seed.unwrap_or(default.seed),
             early_stop: self.early_stop.unwrap_or(default.early_stop),
             end_tokens: vec![],
-        })
+        }
     }
 
     /// Whether a cache or policy was asked for.

@@ -167,7 +167,7 @@ fn answer(args: &Inspect, source: String, config: Config, tensors: Vec<TensorLin
     let options = Options {
         gen_length: args.gen_length,
         block_length: args.block_length,
-        cache: args.cache.mode()?,
+        cache: args.cache.mode(),
         cfg_scale: args.cfg_scale,
         ..Options::default()
     };
