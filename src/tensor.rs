@@ -102,7 +102,11 @@ impl Tensor {
     /// # Panics
     /// When it is none, or has not so many.
     pub(crate) fn rows(&self, rows: Range<usize>) -> Tensor {
-        assert!(self.shape.len() == 2 && rows.start <= rows.end && rows.end <= self.shape[0], "{rows:?} of {:?}", self.shape);
+        assert!(
+            self.shape.len() == 2 && rows.start <= rows.end && rows.end <= self.shape[0],
+            "{rows:?} of {:?}",
+            self.shape
+        );
         let row_bytes = self.shape[1] * self.dtype.size();
         let range = self.range.start + rows.start * row_bytes..self.range.start + rows.end * row_bytes;
         Tensor { storage: self.storage.clone(), range, dtype: self.dtype, shape: vec![rows.len(), self.shape[1]] }

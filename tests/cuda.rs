@@ -18,7 +18,7 @@ mod recorded_decodes;
 mod watched;
 
 use common::{device, golden_dir, once_on_device};
-use dllm_kernels::{Family, Model};
+use dllm_kernels::{CacheMode, Error, Family, Generator, Model};
 
 const FAMILIES: [Family; 2] = [Family::Llada, Family::Dream];
 
@@ -33,9 +33,24 @@ fn made_up(family: Family) -> Model {
     Model::open(dir.path()).unwrap().to_device(&device(), |_, _| ()).unwrap()
 }
 
+/// The adaptive cache is the CPU's; a device says so before it does anything.
+fn adaptive_is_refused() {
+    let model = made_up(Family::Llada);
+    let generator = Generator::new(&model).gen_length(8).cache(CacheMode::Adaptive);
+    let error = generator.generate(&[vec![1, 2, 3]]).unwrap_err();
+    assert!(matches!(&error, Error::Unavailable(message) if message.contains("--cache adaptive")), "{error}");
+}
+
 use forward::logits_are_within_the_margin;
 use recorded_decodes::recorded_decodes;
 use watched::{masks_in_the_prompt, watched_or_not};
 
 use forward::statistics;
-once_on_device!(statistics, logits_are_within_the_margin, recorded_decodes, watched_or_not, masks_in_the_prompt);
+once_on_device!(
+    adaptive_is_refused,
+    statistics,
+    logits_are_within_the_margin,
+    recorded_decodes,
+    watched_or_not,
+    masks_in_the_prompt
+);

@@ -203,7 +203,13 @@ pub trait Backend {
         no_choice()
     }
     /// `out[i] = x[row i of those that were chosen]`
-    fn gather_chosen(&mut self, _x: &Self::Buffer, _rows: &Self::Rows, _width: usize, _out: &mut Self::Buffer) -> Result<()> {
+    fn gather_chosen(
+        &mut self,
+        _x: &Self::Buffer,
+        _rows: &Self::Rows,
+        _width: usize,
+        _out: &mut Self::Buffer,
+    ) -> Result<()> {
         no_choice()
     }
     /// Rotates the queries and keys of the chosen rows, and leaves the keys in the cache; with `values`, rows are `[q | k | v]`

@@ -71,7 +71,8 @@ impl Observer for Trace {
             entry["refresh_gen"] = one_or_all(&renewed.iter().map(|plan| plan.response).collect::<Vec<_>>());
             let layers: BTreeSet<usize> = step.sequences.iter().flat_map(|s| &s.verified).map(|(l, _)| *l).collect();
             let of = |layer: usize| {
-                let rows = |s: &SequenceStep| s.verified.iter().find(|(l, _)| *l == layer).map(|(_, rows)| rows.clone());
+                let rows =
+                    |s: &SequenceStep| s.verified.iter().find(|(l, _)| *l == layer).map(|(_, rows)| rows.clone());
                 json!({ "layer": layer, "indices": each(&|s| json!(rows(s).unwrap_or_default())) })
             };
             entry["vverify"] = layers.into_iter().map(of).collect();

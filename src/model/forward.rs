@@ -624,12 +624,7 @@ impl<'m, B: Backend> Session<'m, B> {
     }
 
     /// The rest of the last layer, and the head: the logits of the i-th scored row become row `i` of the logits buffer.
-    pub(super) fn head(
-        &mut self,
-        slot: usize,
-        plan: &dyn CachePlan,
-        hidden: Option<&mut Vec<Vec<f32>>>,
-    ) -> Result<()> {
+    pub(super) fn head(&mut self, slot: usize, plan: &dyn CachePlan, hidden: Option<&mut Vec<Vec<f32>>>) -> Result<()> {
         let Transformer { config, embedding, layers, final_norm, head } = self.transformer;
         let Some(last) = layers.last() else { return Ok(()) };
         let rows = self.slots[slot].room.scored;

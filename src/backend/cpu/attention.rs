@@ -314,7 +314,8 @@ mod tests {
     fn chosen_rows_are_what_they_are_among_all() {
         let heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 32 };
         let (q, kv, width) = (128, 64, heads.qkv_width());
-        let spans = [(0, 80), (80, 37)].map(|(base, len)| Span { sequence: 0, start: 0, end: len, len, cache_base: base });
+        let spans =
+            [(0, 80), (80, 37)].map(|(base, len)| Span { sequence: 0, start: 0, end: len, len, cache_base: base });
         let qkv = noise(117 * width, 1);
         let part = |from: usize, len: usize| -> Vec<f32> {
             qkv.chunks(width).flat_map(|row| row[from..from + len].iter().copied()).collect()
@@ -322,7 +323,8 @@ mod tests {
         let mut all = vec![0.0; 117 * q];
         attention(&qkv, heads, &spans, None, &mut all);
         let chosen: [Vec<usize>; 2] = [(0..80).step_by(3).chain(70..80).collect(), vec![80, 99, 116]];
-        let queries: Vec<f32> = chosen.iter().flatten().flat_map(|row| &qkv[row * width..][..q + kv]).copied().collect();
+        let queries: Vec<f32> =
+            chosen.iter().flatten().flat_map(|row| &qkv[row * width..][..q + kv]).copied().collect();
         let counts = chosen.each_ref().map(Vec::len);
         let mut got = vec![0.0; counts.iter().sum::<usize>() * q];
         let (k, v) = (part(q, kv), part(q + kv, kv));
