@@ -6,7 +6,8 @@
 //!
 //! Calls go down this list only: [`decode`] (rules, policies, the loop), [`cache`] (which rows run), [`model`] (config,
 //! weights, the forward pass), [`backend`] (the ops of a layer on a device), [`oracle`] (what each op computes).
-//! The CUDA kernels stand beside them: `ops` (one a file: parameters, checks, launch) over `gpu` (devices, streams, memory).
+//! The CUDA kernels stand beside them: `ops` (one a file: parameters, checks, launch) over `gpu` (devices, streams, memory);
+//! [`Model::to_device`] brings a model to a device, where the generator then decodes with them.
 //!
 //! Work is spread over the current rayon pool. A [`Model`] is shared freely between threads; each decode has buffers of
 //! its own.

@@ -12,22 +12,21 @@ mod forward;
 mod lockstep;
 #[path = "cuda/margin.rs"]
 mod margin;
+#[path = "cuda/random.rs"]
+mod random;
 #[path = "cuda/recorded_decodes.rs"]
 mod recorded_decodes;
+#[path = "cuda/rounded.rs"]
+mod rounded;
 #[path = "cuda/watched.rs"]
 mod watched;
 
-use common::{device, golden_dir, once_on_device};
+use common::{device, once_on_device};
 use dllm_kernels::{CacheMode, Error, Family, Generator, Model};
 
 const FAMILIES: [Family; 2] = [Family::Llada, Family::Dream];
 
-/// A recorded checkpoint, its weights on the device.
-fn on_device(name: &str) -> Model {
-    Model::open(golden_dir().join(name)).unwrap().to_device(&device(), |_, _| ()).unwrap()
-}
-
-/// A made-up one.
+/// A made-up checkpoint, its weights on the device.
 fn made_up(family: Family) -> Model {
     let dir = checkpoint::Checkpoint::new(family).write();
     Model::open(dir.path()).unwrap().to_device(&device(), |_, _| ()).unwrap()
@@ -42,15 +41,18 @@ fn adaptive_is_refused() {
 }
 
 use forward::logits_are_within_the_margin;
+use random::{random_settings_dream, random_settings_llada};
 use recorded_decodes::recorded_decodes;
-use watched::{masks_in_the_prompt, watched_or_not};
+use watched::{many_blocks, masks_in_the_prompt, watched_or_not_dream, watched_or_not_llada};
 
-use forward::statistics;
 once_on_device!(
     adaptive_is_refused,
-    statistics,
     logits_are_within_the_margin,
+    many_blocks,
+    masks_in_the_prompt,
+    random_settings_dream,
+    random_settings_llada,
     recorded_decodes,
-    watched_or_not,
-    masks_in_the_prompt
+    watched_or_not_dream,
+    watched_or_not_llada,
 );

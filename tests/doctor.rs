@@ -179,6 +179,26 @@ fn an_old_device_is_listed_and_refused() {
     assert!(error.contains("compute capability 7.5; the kernels need 8.0"), "{error}");
 }
 
+/// Drivers of 525 to 565 run the kernels, and lack what the times of a build with `cuda-13` need.
+#[test]
+fn older_drivers_are_told_apart() {
+    let (output, report) = on_software(&[], |command| {
+        command.env("SOFTGPU_CUDA", "12.0");
+    });
+    let shown = text(&output.stdout);
+    assert_eq!((output.status.code(), report.as_str()), (Some(0), ""), "{shown}{}", text(&output.stderr));
+    assert!(shown.contains("driver   knows CUDA 12.0\n") && shown.contains("all ok"), "{shown}");
+    assert_eq!(
+        shown.contains("times    not measured: this build needs a driver of 570"),
+        cfg!(feature = "cuda-13"),
+        "{shown}"
+    );
+    let (output, _) = on_software(&[], |command| {
+        command.env("SOFTGPU_CUDA", "11.8");
+    });
+    assert!(text(&output.stdout).contains("knows CUDA 11.8: too old; needed: an NVIDIA driver of 525"));
+}
+
 #[test]
 fn wrong_arguments_are_2() {
     let (output, _) = on_software(&["--device", "3"], |_| {});

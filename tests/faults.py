@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Plants faults into copies of the kernels, one at a time; each must make the test fail that its line names.
+"""Plants faults into copies of kernels and host code, one at a time; each must make the test fail that its line names.
 
     tests/faults.py                       all of them
     tests/faults.py vverify "no barrier"  those whose file or description contains one of these
@@ -8,8 +8,9 @@
 
 It needs what the tests need (cargo, a C++17 compiler, Linux on x86-64) and python3 without packages. The tests are built
 once. For a fault only the kernels that it is in are compiled, with the commands of softgpu/build.rs, and the tests load
-them through SOFTGPU_KERNELS. Fails if a fault survives, does not compile, crashes or hangs the tests, or no longer fits
-its source, and if docs/faults.md has another table.
+them through SOFTGPU_KERNELS. For a fault in src/ a copy of the library is built with its unit tests. Fails if a fault
+survives, does not compile, crashes or hangs the tests, or no longer fits its source, and if docs/faults.md has another
+table.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,9 +48,9 @@ def source(cuda, name):
 
 @dataclass
 class Fault:
-    file: str  # in cuda/
+    file: str  # in cuda/, or in src/ if it ends in .rs
     is_wrong: str  # what is wrong with it
-    test: str  # FILE::TEST
+    test: str  # FILE::TEST, or the path of a unit test in src/
     good: str  # occurs once in the file; lines around the one that changes are there to tell it from others
     bad: str
 
@@ -367,11 +369,25 @@ FAULTS = [
     Fault("sm80/attention.cu", "keys are not waited for", "attention::segments",
           "cp_async_wait_group<1>();  // the keys are there", "// the keys are there"),
     Fault("sm80/attention.cu", "values are not waited for", "attention::segments",
-          "cp_async_wait_group<1>();  // the values are there", "// the values are there"),
+          "cp_async_wait_group<2>();  // the values are there", "// the values are there"),
+    Fault("sm80/attention.cu", "queries are not waited for", "attention::segments",
+          "cp_async_wait_group<kRoomForValues ? 2 : 1>();  // the queries", "// the queries"),
+    Fault("sm80/attention.cu", "no barrier when the queries are there", "attention::either_form",
+          "// the queries are there\n  __syncthreads();", "// the queries are there\n  ;"),
+    Fault("sm80/attention.cu", "values are copied over queries that are still read", "attention::either_form",
+          "__syncthreads();  // all have read their queries", "// all have read their queries"),
     Fault("sm80/attention.cu", "no barrier when the keys are there", "attention::many_rows",
-          "__syncthreads();           // for all threads", "// for all threads"),
+          "__syncthreads();           // for all threads; and", "// for all threads; and"),
     Fault("sm80/attention.cu", "no barrier when the values are there", "attention::many_rows",
-          "__syncthreads();\n    copy(true, i + 1);", ";\n    copy(true, i + 1);"),
+          "__syncthreads();           // for all threads\n", "// for all threads\n"),
+    Fault("sm80/attention.cu", "tiles that two segments share are read from the first", "attention::segments",
+          "if (key + kKeys <= source.end) {", "if (key + kKeys <= keys.count()) {"),
+    Fault("sm80/attention.cu", "every second row of a tile is swizzled as the others", "attention::every_shape_of_heads",
+          "odd = to + tile_offset<D>(first_row + kRows, chunk);", "odd = even + kRows * D * 2;"),
+    Fault("sm80/attention.cu", "a list's next tile is visited twice", "attention::lists_of_tiles",
+          "tile_after_next = visits.tile(i + 2);", "tile_after_next = visits.tile(i + 1);"),
+    Fault("sm80/attention.cu", "a tile of any number is believed", "attention::lists_of_tiles",
+          "int(min(uint32_t(list[i]), uint32_t(kMostKeys / kKeys)))", "list[i]"),
     Fault("sm80/attention.cu", "one key past the end counts", "attention::segments",
           "j % 2 >= left) scores", "j % 2 > left) scores"),
     Fault("sm80/attention.cu", "sums are not brought under a new maximum", "attention::segments",
@@ -381,9 +397,12 @@ FAULTS = [
     Fault("sm80/attention.cu", "the live block ends where the suffix does", "attention::segments",
           "in_b = key < keys.b.end;", "in_b = key < keys.c.end;"),
     Fault("sm80/attention.cu", "a segment is read from its first row on", "attention::segments",
-          "first = int64_t(start) - before;", "first = -before;"),
+          "first = start - before;", "first = -before;"),
     Fault("sm80/attention.cu", "every key/value head is the first", "attention::every_shape_of_heads",
-          "from_row * stride + head * D + chunk * 8", "from_row * stride + chunk * 8"),
+          "first_row) * source.stride + head * D + chunk * 8", "first_row) * source.stride + chunk * 8"),
+    Fault("sm80/attention.cu", "every key/value head is the first at the ends of segments",
+          "attention::every_shape_of_heads",
+          "from_row * source.stride + head * D + chunk * 8", "from_row * source.stride + chunk * 8"),
     Fault("sm80/attention.cu", "every query head of a group is the first", "attention::every_shape_of_heads",
           "(head * group + r % group) * D + chunk * 8", "head * group * D + chunk * 8"),
     Fault("sm80/attention.cu", "splits begin one tile late", "attention::any_number_of_splits",
@@ -393,7 +412,15 @@ FAULTS = [
     Fault("sm80/attention.cu", "query tiles are of packed rows", "attention::groups_of_heads_over_several_query_tiles",
           "first_packed / (DLLM_QUERY_TILE * group)", "first_packed / DLLM_QUERY_TILE"),
     Fault("sm80/attention.cu", "parts are merged as if equally heavy", "attention::any_number_of_splits",
-          "ex2_approx((lse[s * rows_of_all] - top) * kLog2e) * inverse;", "inverse;"),
+          "weights[i] = ex2_approx((weights[i] - top) * kLog2e);", "weights[i] = weights[i] > -INFINITY;"),
+    Fault("sm80/attention.cu", "parts past the 32nd count as those before", "attention::any_number_of_splits",
+          "first < kWarp ? weights[0] : weights[1]", "weights[0]"),
+    Fault("sm80/attention.cu", "parts of weight 0 are left out, NaN and all",
+          "attention::what_is_not_a_number_shows_without_weight",
+          "if (!(counting >> i & 1)) continue;", "if (weight[i] == 0.f) continue;"),
+    Fault("sm80/attention.cu", "the first eight parts are merged again in place of later ones",
+          "attention::any_number_of_splits",
+          "if (first > 0 && counts) part[i]", "if (first < 0 && counts) part[i]"),
     Fault("sm80/attention.cu", "a start past the rows is believed", "attention::numbers_on_the_device_that_lie",
           "start = within(at<const int32_t>(segment.start)[sequence], 0, segment.num_rows);",
           "start = at<const int32_t>(segment.start)[sequence];"),
@@ -467,12 +494,63 @@ FAULTS = [
           "if (took_part > 0) control.nfe", "control.nfe"),
     Fault("any/advance.cu", "the host is told who took part, not who goes on", "advance::follows_the_loops",
           "tell_host(control, go_on,", "tell_host(control, took_part,"),
+    # ---- lists of tiles, and the plan of attention: host code
+    Fault("ops/tiles.rs", "the last key tile is left out", "ops::tiles::tests::known_lists",
+          "self.num_keys().div_ceil(KEY_TILE)", "self.num_keys() / KEY_TILE"),
+    Fault("ops/tiles.rs", "a tile at the end of a range is left out", "ops::tiles::tests::known_lists",
+          "..end.div_ceil(KEY_TILE) }", "..end / KEY_TILE }"),
+    Fault("ops/tiles.rs", "query tiles without rows have lists", "ops::tiles::tests::known_lists",
+          "if query_tile * QUERY_TILE < sequence.rows {", "if query_tile * QUERY_TILE <= sequence.rows {"),
+    Fault("ops/tiles.rs", "a window is that of a full query tile", "ops::tiles::tests::known_lists",
+          "sequence.rows.min(first + QUERY_TILE) - 1;", "first + QUERY_TILE - 1;"),
+    Fault("ops/tiles.rs", "queries are taken to stand at the first key", "ops::tiles::tests::known_lists",
+          "|row| sequence.keys[0] + row);", "|row| row);"),
+    Fault("ops/tiles.rs", "the last key of a window is left out", "ops::tiles::tests::known_lists",
+          "last.saturating_add(window).saturating_add(1);", "last.saturating_add(window);"),
+    Fault("ops/tiles.rs", "far tiles are kept from the first one on",
+          "ops::tiles::tests::pruned_suffixes_are_what_the_mask_says",
+          "far.saturating_add(every - 1);", "far;"),
+    Fault("ops/tiles.rs", "the near window begins with the first key",
+          "ops::tiles::tests::pruned_suffixes_are_what_the_mask_says",
+          "sequence.tiles_of(0..suffix.saturating_add(near)).end;", "sequence.tiles_of(0..suffix.max(near)).end;"),
+    Fault("ops/tiles.rs", "ties go to the last tile", "ops::tiles::tests::the_best_are_taken",
+          ".then(a.cmp(b))", ".then(b.cmp(a))"),
+    Fault("ops/tiles.rs", "a score that is not a number is the best", "ops::tiles::tests::the_best_are_taken",
+          "score if score.is_nan() => f32::NEG_INFINITY,", "score if score.is_nan() => f32::NAN,"),
+    Fault("ops/tiles.rs", "minus zero scores below zero", "ops::tiles::tests::the_best_are_taken",
+          "score => score + 0.0,", "score => score,"),
+    Fault("ops/tiles.rs", "the best come in any order", "ops::tiles::tests::the_best_are_taken",
+          "            order.sort_unstable();", "            ;"),
+    Fault("ops/tiles.rs", "heads have the first head's scores", "ops::tiles::tests::the_best_are_taken",
+          "* heads + place.head) * key_tiles;", "* heads) * key_tiles;"),
+    Fault("ops/tiles.rs", "lists of the caller are not checked", "ops::tiles::tests::wrong_lists_are_named",
+          "        made.validate(batch)?;", "        ;"),
+    Fault("ops/tiles.rs", "a tile may be listed twice", "ops::tiles::tests::wrong_lists_are_named",
+          "if seen[known] == i + 1 =>", "if seen[known] == i + 2 =>"),
+    Fault("ops/tiles.rs", "a tile is checked against the longest sequence", "ops::tiles::tests::wrong_lists_are_named",
+          "let key_tiles = batch.sequences[sequence].key_tiles();",
+          "let key_tiles = batch.sequences.iter().map(Sequence::key_tiles).max().unwrap_or(sequence);"),
+    Fault("ops/tiles.rs", "indices past the last list are let through", "ops::tiles::tests::wrong_lists_are_named",
+          "if !ascending || usize::try_from(self.offsets[lists]) != Ok(self.indices.len()) {", "if !ascending {"),
+    Fault("ops/attention.rs", "a forced form is not heeded", "ops::attention::tests::plans",
+          "abi::DLLM_ATTENTION_FORM_FULL => Form::Full,", "abi::DLLM_ATTENTION_FORM_FULL => Form::Streaming,"),
+    Fault("ops/attention.rs", "splits do not know of groups", "ops::attention::tests::splits_follow_the_shape_of_a_sequence",
+          "let packed = rows.saturating_mul(num_heads / num_kv_heads.max(1));", "let packed = rows;"),
+    Fault("ops/attention.rs", "log-sum-exps are not rounded up to 16 bytes", "ops::attention::tests::plans",
+          "(partial.next_multiple_of(4) + partial", "(partial + partial"),
+    Fault("ops/attention.rs", "results may overwrite the queries", "ops::attention::tests::overlaps_are_seen",
+          "std::iter::once(q).chain(", "std::iter::empty().chain("),
 ]
+
+
+def in_library(fault):
+    """Whether the fault is in host code."""
+    return fault.file.endswith(".rs")
 
 
 def planted(fault):
     """The text of its file with the fault in it."""
-    text = (ROOT / "cuda" / fault.file).read_text()
+    text = (ROOT / ("src" if in_library(fault) else "cuda") / fault.file).read_text()
     if text.count(fault.good) != 1:
         sys.exit(f"{fault.file}: {fault.is_wrong}: occurs {text.count(fault.good)} times, not once:\n{fault.good}")
     good, bad = fault.good.split("\n"), fault.bad.split("\n")
@@ -536,6 +614,55 @@ class Device:
         return re.findall(r"^    (?:\w+::)*(\w+)$", said.rpartition("\nfailures:\n")[2], re.M) if run.returncode else []
 
 
+class Library:
+    """A copy of the library, built for its unit tests with the dependencies that the tests of Device have built."""
+
+    CONFIG = "profile.release.package.dllm-kernels.opt-level=0"
+
+    def __init__(self, folder):
+        self.folder, self.lock = folder / "library", threading.RLock()
+        for name in ["src", "cuda", "ptx", "benches", "examples"]:
+            shutil.copytree(ROOT / name, self.folder / name)
+        for name in ["Cargo.lock", "build.rs", "tests/bindings.rs"]:
+            (self.folder / name).parent.mkdir(exist_ok=True)
+            shutil.copy2(ROOT / name, self.folder / name)
+        # Unit tests do without the software device, which would be built again.
+        lines = (ROOT / "Cargo.toml").read_text().splitlines(keepends=True)
+        kept = [line for line in lines if not line.startswith(("softgpu =", "[workspace]", "members ="))]
+        (self.folder / "Cargo.toml").write_text("".join(kept))
+
+    def run(self, test):
+        """Runs the tests whose path begins so; the paths of those that failed."""
+        command = ["cargo", "test", "--release", "--offline", "--lib", "--config", self.CONFIG]
+        environment = {**os.environ, "CARGO_TARGET_DIR": str(ROOT / "target")}
+        with self.lock:
+            build = subprocess.run([*command, "--no-run"], cwd=self.folder, env=environment, capture_output=True, text=True)
+            if build.returncode:
+                raise RuntimeError(f"does not compile:\n{build.stderr[-2000:]}")
+            run = subprocess.run([*command, "--", test], cwd=self.folder, env=environment, capture_output=True, text=True,
+                                 timeout=TIMEOUT_S)
+        if run.returncode not in (0, 101) or "test result:" not in run.stdout or "running 0 tests" in run.stdout:
+            raise RuntimeError(f"the tests did not run to their end ({run.returncode}):\n{run.stderr[-2000:]}")
+        failures = run.stdout.rpartition("\nfailures:\n")[2] if run.returncode else ""
+        return re.findall(r"^    (\w+(?:::\w+)+)$", failures, re.M)
+
+    def check(self, fault):
+        """As the function `check`; one after the other, as there is one copy."""
+        with self.lock:
+            start, path = time.monotonic(), self.folder / "src" / fault.file
+            try:
+                path.write_text(planted(fault))
+                failed = self.run(fault.test.rpartition("::")[0])
+                problem = ""
+                if fault.test not in failed:
+                    problem = f"survives, though {', '.join(failed)} would find it" if failed else "survives"
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                problem = "hangs" if isinstance(error, subprocess.TimeoutExpired) else str(error)
+            path.write_text((ROOT / "src" / fault.file).read_text())
+            shutil.rmtree(self.folder / "proptest-regressions", ignore_errors=True)
+            return problem, time.monotonic() - start
+
+
 def check(device, number, fault):
     """What is wrong with how the fault was found, empty if nothing; and the seconds that took."""
     start = time.monotonic()
@@ -587,18 +714,20 @@ def main():
         sys.exit("\n".join(problems) or 0)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         start = time.monotonic()
-        device = Device(Path(folder))
-        kernels = sorted({name for fault in chosen for name in KERNELS[fault.test.split("::")[0]]})
+        device, library = Device(Path(folder)), Library(Path(folder))
+        kernels = sorted({name for fault in chosen if not in_library(fault) for name in KERNELS[fault.test.split("::")[0]]})
         device.objects.update(zip(kernels, pool.map(
             lambda name: device.object(ROOT / "cuda", source(ROOT / "cuda", name), device.folder), kernels)))
         # What is found only counts if the same tests pass with the kernels as they are.
-        library = device.library(device.objects, device.folder)
-        tests = sorted({fault.test for fault in chosen})
-        for test, failed in zip(tests, pool.map(lambda test: device.run(library, *test.split("::")), tests)):
+        honest = device.library(device.objects, device.folder)
+        run = lambda fault: library.run(fault.test) if in_library(fault) else device.run(honest, *fault.test.split("::"))
+        tests = sorted({fault.test: fault for fault in chosen}.items())
+        for (test, _), failed in zip(tests, pool.map(lambda pair: run(pair[1]), tests)):
             problems += [f"{test} fails without a fault"] if failed else []
         print(f"without a fault: {len(tests)} tests pass ({time.monotonic() - start:.0f} s)", flush=True)
 
-        for fault, (problem, seconds) in zip(chosen, pool.map(lambda job: check(device, *job), enumerate(chosen))):
+        find = lambda job: library.check(job[1]) if in_library(job[1]) else check(device, *job)
+        for fault, (problem, seconds) in zip(chosen, pool.map(find, enumerate(chosen))):
             found_by = "SURVIVES" if problem else fault.test
             print(f"{fault.file:<19} {fault.is_wrong:<66} {found_by:<62} {seconds:5.1f} s", flush=True)
             problems += [f"{fault.file}: {fault.is_wrong}: {problem}"] if problem else []

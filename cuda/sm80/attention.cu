@@ -378,7 +378,8 @@ __device__ __forceinline__ void attention(const dllm_attention_params& p) {
 //
 // grid    (rows * num_heads / 8, rounded up), block 256 threads
 // loads   lane l has the log-sum-exps of parts l and l + 32 and columns 4 l to 4 l + 3. The first parts are loaded before
-//         it is known what they count, so that no load waits for another; of the others those that count nothing are not read.
+//         it is known which have keys, so that no load waits for another; of the others those without are not read. A part
+//         whose weight is 0 though it has keys is added all the same: what is not a number in it must show.
 template <class T>
 __device__ __forceinline__ void combine(const dllm_attention_params& p) {
   constexpr int kBatch = 8;
@@ -393,10 +394,12 @@ __device__ __forceinline__ void combine(const dllm_attention_params& p) {
       at<const float>(p.workspace, (p.max_splits * rows_of_all + 3) / 4 * 4 + int64_t(row_head) * p.head_dim + column);
 
   float weights[2];
+  uint32_t with_keys[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int s = lane + i * kWarp;
     weights[i] = s < p.max_splits ? lse[s * rows_of_all] : -INFINITY;
+    with_keys[i] = __ballot_sync(kAllLanes, weights[i] != -INFINITY);
   }
   float4 part[kBatch];
 #pragma unroll
@@ -412,17 +415,18 @@ __device__ __forceinline__ void combine(const dllm_attention_params& p) {
 
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
   for (int first = 0; first < p.max_splits; first += kBatch) {
+    const uint32_t counting = (first < kWarp ? with_keys[0] : with_keys[1]) >> first % kWarp;  // none past the last part
     float weight[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; i++) {
       const int s = first + i;
-      weight[i] = __shfl_sync(kAllLanes, s < kWarp ? weights[0] : weights[1], s % kWarp) * inverse;  // 0 past the last part
-      const bool counts = weight[i] != 0.f && has_columns;
+      weight[i] = __shfl_sync(kAllLanes, first < kWarp ? weights[0] : weights[1], s % kWarp) * inverse;
+      const bool counts = (counting >> i & 1) && has_columns;
       if (first > 0 && counts) part[i] = *reinterpret_cast<const float4*>(parts + s * rows_of_all * p.head_dim);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; i++) {
-      if (weight[i] == 0.f) continue;  // parts without keys
+      if (!(counting >> i & 1)) continue;
       sum.x += weight[i] * part[i].x;
       sum.y += weight[i] * part[i].y;
       sum.z += weight[i] * part[i].z;

@@ -51,6 +51,14 @@ pub enum Opt {
     UsedMemory = 12,
     /// Process, a counter. Allocations of device memory that were not freed.
     LiveAllocations = 13,
+    /// Thread. How many kernels run before one fails with an illegal address, those of graphs included; it counts down, and
+    /// negative means that none fails. In lazy mode the thread that waits counts.
+    FailKernel = 14,
+    /// Thread, a counter. Calls that launch a kernel, those that are recorded included, those of graphs not.
+    LaunchCalls = 15,
+    /// Process. How many multiprocessors the device says it has; 132 at the start. Attention is cut into fewer parts, which takes
+    /// less time here, where there are few.
+    Multiprocessors = 16,
 }
 
 use std::path::{Path, PathBuf};

@@ -7,7 +7,7 @@ pub mod cuda;
 use crate::error::{Error, Result};
 use crate::oracle::unmask::{Group, Unmask, Verdict};
 pub use crate::oracle::{Heads, Span};
-use crate::tensor::Tensor;
+pub use crate::tensor::Tensor;
 use std::ops::Range;
 
 /// How large the passes of a session get.

@@ -132,6 +132,7 @@ impl Decoder<'_> {
     /// Runs the passes of a stretch: on a network that does so by itself, or pass by pass.
     fn run(&mut self, block: usize, stretch: &Stretch) -> Result<()> {
         if self.interrupted() {
+            self.block_done(block);
             return Ok(());
         }
         if !self.observer.wants_steps() && self.network.autonomous().is_some() {
@@ -240,7 +241,7 @@ impl Decoder<'_> {
 
     /// One forward, and what it commits. False when there was nothing to do, or the decode is interrupted.
     fn pass(&mut self, kind: PassKind, block: usize, turns: Vec<Turn>) -> Result<bool> {
-        if turns.is_empty() || self.interrupted() {
+        if self.interrupted() || turns.is_empty() {
             return Ok(false);
         }
         let state = &self.state;

@@ -143,6 +143,10 @@ impl<'m> Generator<'m> {
     pub fn generate_observed(&self, prompts: &[Vec<u32>], observer: &mut dyn Observer) -> Result<Generation> {
         let config = self.model.config();
         self.options.validate(config, prompts)?;
+        #[cfg(feature = "cuda")]
+        if self.model.device().is_some() {
+            self.options.validate_on_device()?;
+        }
         let sizes = self.options.sizes(config, prompts);
         let mut network = self.model.network(sizes)?;
         let start = Instant::now();

@@ -248,6 +248,22 @@ impl Options {
         within("eps", self.eps, self.eps > 0.0 && self.eps < 1.0, "a number in (0, 1)")
     }
 
+    /// What the kernels need besides: their numbers are f32.
+    #[cfg(feature = "cuda")]
+    pub(super) fn validate_on_device(&self) -> Result<()> {
+        for (name, value) in [("temperature", self.temperature), ("alg-temp", self.alg_temp)] {
+            if value != 0.0 && !(1e-6..=1e6).contains(&value) {
+                return Err(Error::argument(name, "0, or on a CUDA device 1e-6 to 1e6", value));
+            }
+        }
+        match self.policy {
+            Policy::Factor(factor) if factor as f32 == 0.0 || !(factor as f32).is_finite() => {
+                Err(Error::argument("factor", "on a CUDA device a number above 0 in f32", factor))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn validate_prompt(&self, config: &Config, rule: Rule, prompt: &[u32]) -> Result<()> {
         if prompt.is_empty() {
             return Err(Error::argument("prompt", "at least one token", "an empty prompt"));

@@ -7,6 +7,7 @@ use super::{Buffer, Device, Stream};
 use crate::error::{Error, Result};
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
+use half::bf16;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::fmt;
@@ -91,7 +92,7 @@ impl Blas {
     ///
     /// # Safety
     /// 1. `x`, `w`, `bias` (where the shape has one) and `y` are addresses of device memory of the sizes that `shape` gives,
-    ///    aligned to 16 bytes, until the work is done and graphs that hold it are destroyed; so is this value.
+    ///    aligned to 256 bytes, until the work is done and graphs that hold it are destroyed; so is this value.
     /// 2. `y` overlaps none of them.
     pub unsafe fn launch(&mut self, shape: Shape, x: u64, w: u64, bias: u64, y: u64) -> Result<()> {
         self.stream.device().bind()?;
@@ -178,14 +179,22 @@ impl Plan {
 
     /// Asks the library for its algorithm.
     fn choose(&mut self, handle: sys::cublasLtHandle_t, shape: Shape) -> Result<()> {
-        use sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES as MOST;
+        use sys::cublasLtMatmulPreferenceAttributes_t::{
+            CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES as MOST, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK as SCHEMES,
+        };
+        // Parts of a product that was split are summed in f32; unasked, they may be summed in the type of the result.
+        const COMPUTE_TYPE: u32 = 2; // CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE
         let preference = result::create_matmul_pref().of("cublasLtMatmulPreferenceCreate")?;
         // SAFETY: descriptors are there; the value is of the size that is told; the preference is destroyed once.
         let found = unsafe {
             let (value, bytes) = (ptr::from_ref(&WORKSPACE_BYTES).cast(), size_of::<usize>());
-            let found = result::set_matmul_pref_attribute(preference, MOST, value, bytes).and_then(|()| {
-                result::get_matmul_algo_heuristic(handle, self.operation, self.w, self.x, self.y, self.y, preference)
-            });
+            let schemes = ptr::from_ref(&COMPUTE_TYPE).cast();
+            let found = result::set_matmul_pref_attribute(preference, MOST, value, bytes)
+                .and_then(|()| result::set_matmul_pref_attribute(preference, SCHEMES, schemes, size_of::<u32>()))
+                .and_then(|()| {
+                    let (w, x, y) = (self.w, self.x, self.y);
+                    result::get_matmul_algo_heuristic(handle, self.operation, w, x, y, y, preference)
+                });
             let _ = result::destroy_matmul_pref(preference);
             found
         };
@@ -234,9 +243,17 @@ impl fmt::Debug for Blas {
 /// A square product of `size`, the median of `repetitions` after one that is not timed.
 pub fn matrix_rate(device: &Device, size: usize, repetitions: usize) -> Result<f64> {
     let stream = device.stream()?;
+    let _settle = stream.settle();
     let mut blas = Blas::new(&stream)?;
-    let [x, w, y] = [(); 3].map(|()| stream.zeros::<half::bf16>(size * size));
-    let (x, w, y) = (x?, w?, y?);
+    // Zeros would draw less power, and run faster than what is of use. Any numbers around 1 do.
+    let mut state = 1u32;
+    let mut number = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let (mantissa, sign) = ((state >> 25) as u16, (state >> 8) as u16 & 1);
+        bf16::from_bits(sign << 15 | 0x3f00 | mantissa)
+    };
+    let numbers: Vec<bf16> = (0..size * size).map(|_| number()).collect();
+    let (x, w, y) = (stream.upload(&numbers)?, stream.upload(&numbers)?, stream.zeros::<bf16>(size * size)?);
     let shape = Shape { rows: size, out: size, inner: size, f32_out: false, biased: false };
     let mut times = Vec::new();
     for _ in 0..=repetitions.max(1) {

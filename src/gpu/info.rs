@@ -1,6 +1,7 @@
 use super::{Device, DriverResult};
 use crate::error::Result;
 use cudarc::driver::{result, sys};
+use std::sync::OnceLock;
 
 /// What the driver tells of a device without making a context on it, whether or not the kernels run there.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,5 +62,20 @@ impl Device {
         // SAFETY: writes one number.
         unsafe { sys::cuDriverGetVersion(&mut version) }.result().of("cuDriverGetVersion")?;
         Ok((version / 1000, version % 1000 / 10))
+    }
+
+    /// Whether [`Stream::time_ms`](super::Stream::time_ms) works: with the feature `cuda-13` it needs a driver that knows CUDA
+    /// 12.8, which is 570 or later. The kernels do not.
+    ///
+    /// # Errors
+    /// As [`Device::count`].
+    pub fn tells_times() -> Result<bool> {
+        static KNOWN: OnceLock<bool> = OnceLock::new();
+        if let Some(known) = KNOWN.get() {
+            return Ok(*known);
+        }
+        // cudarc panics where the driver lacks the function that the bindings of CUDA 13 ask for.
+        let tells = !cfg!(feature = "cuda-13") || Device::driver_version()? >= (12, 8);
+        Ok(*KNOWN.get_or_init(|| tells))
     }
 }

@@ -79,6 +79,12 @@ impl Stream {
         }
     }
 
+    /// A value that waits for the stream when it goes: the driver's pool gives freed memory back, and counts it as free, when
+    /// somebody has waited. It goes after the buffers, where it was made before them or is the last field.
+    pub(crate) fn settle(&self) -> Settle {
+        Settle(self.clone())
+    }
+
     /// A mark in the stream: it has come to pass when all work put in so far is done.
     pub(crate) fn record(&self) -> Result<Event> {
         let event = self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)).of("cuEventRecord")?;
@@ -86,7 +92,15 @@ impl Stream {
     }
 
     /// Milliseconds that the device takes for what `work` puts into this stream, by its own clock; waits for it.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] where not [`Device::tells_times`]; that of `work`; the driver's.
     pub fn time_ms(&self, work: impl FnOnce() -> Result<()>) -> Result<f32> {
+        if !Device::tells_times()? {
+            let message =
+                "times need a driver of 570 or later, or a build with the feature cuda-12 in place of cuda-13";
+            return Err(Error::Unavailable(message.into()));
+        }
         let record = || self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).of("cuEventRecord");
         let before = record()?;
         work()?;
@@ -145,6 +159,15 @@ impl PartialEq for Stream {
 impl fmt::Debug for Stream {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.debug_struct("Stream").field("device", &self.device).finish_non_exhaustive()
+    }
+}
+
+/// See [`Stream::settle`].
+pub(crate) struct Settle(Stream);
+
+impl Drop for Settle {
+    fn drop(&mut self) {
+        let _ = self.0.synchronize(); // an error here is of work that nobody has waited for
     }
 }
 

@@ -95,6 +95,7 @@ pub struct Ran {
 
 /// A network that runs whole courses.
 pub trait Autonomous {
-    /// Runs a course and writes what was committed into `tokens`. `go_on` is asked before each pass.
+    /// Runs a course and writes what was committed into `tokens`. `go_on` is asked before each pass but
+    /// the first.
     fn run(&mut self, tokens: &mut [Vec<u32>], course: &Course, go_on: &dyn Fn() -> bool) -> Result<Ran>;
 }

@@ -226,6 +226,19 @@ impl Sizes {
         2 * self.rows() * (keys_values + outputs)
     }
 
+    /// What launches are sized for, of passes over windows of these lengths and so many scored rows: just these rows, or with
+    /// `rooms` windows of a multiple of that part of the generated positions, which no shrinking window exceeds.
+    #[cfg(feature = "cuda")]
+    pub(super) fn room(&self, windows: &[usize], scored: usize, rooms: usize) -> Room {
+        let (rows, longest) = (windows.iter().sum::<usize>(), windows.iter().copied().max().unwrap_or(0));
+        if rooms == 0 {
+            return Room { rows: rows * self.twins(), longest, scored };
+        }
+        let longest = longest.next_multiple_of(self.gen_length.div_ceil(rooms).max(1)).min(self.longest());
+        // Not more than the windows could fill: attention's workspace is sized for that.
+        Room { rows: (windows.len() * self.twins() * longest).min(self.rows()), longest, scored }
+    }
+
     /// The same, as a backend wants to know it.
     pub(super) fn needs(&self, config: &Config) -> Needs {
         let positions: usize = self.prompt_lens.iter().map(|p| p + self.gen_length).sum();
@@ -399,8 +412,8 @@ impl<'m, B: Backend> Session<'m, B> {
     }
 
     #[cfg(feature = "cuda")]
-    pub(super) fn guided(&self) -> bool {
-        self.sizes.guided
+    pub(super) fn sizes(&self) -> &Sizes {
+        &self.sizes
     }
 
     /// The cache, when the session keeps one.
@@ -443,20 +456,6 @@ impl<'m, B: Backend> Session<'m, B> {
     /// Where the tokens of a sequence begin among the flat ones.
     pub(super) fn first_token(&self, sequence: usize) -> usize {
         self.sizes.prompt_lens[..sequence].iter().map(|prompt| prompt + self.sizes.gen_length).sum()
-    }
-
-    /// What launches are sized for, of passes over these windows and so many scored rows: just these rows, or with `rooms` a
-    /// multiple of that part of all rows.
-    #[cfg(feature = "cuda")]
-    pub(super) fn room(&self, windows: &[(usize, Range<usize>)], scored: usize, rooms: usize) -> Room {
-        let needs = self.sizes.needs(&self.transformer.config);
-        let rows: usize = windows.iter().map(|(_, window)| window.len()).sum::<usize>() * self.sizes.twins();
-        let longest = windows.iter().map(|(_, window)| window.len()).max().unwrap_or(0);
-        let up = |size: usize, most: usize| match rooms {
-            0 => size,
-            rooms => size.next_multiple_of(most.div_ceil(rooms).max(1)).min(most),
-        };
-        Room { rows: up(rows, needs.rows), longest: up(longest, needs.longest), scored }
     }
 
     /// Which rows the passes of slot `slot` run, and of which of them logits are asked for. Launches are sized for `room`, or

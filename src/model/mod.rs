@@ -21,7 +21,7 @@ use crate::backend::cpu::{Cpu, ensure_memory};
 use crate::backend::cuda::Cuda;
 use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
-use crate::gpu::Device;
+use crate::gpu::{Device, Settle};
 use std::path::Path;
 
 /// A model ready to run: on the CPU, or on a CUDA device that its weights were brought to.
@@ -39,6 +39,8 @@ pub struct Model {
 struct OnDevice {
     transformer: Transformer<Cuda>,
     device: Device,
+    /// The last, so that it sees to what the weights have freed.
+    _settle: Settle,
 }
 
 impl Model {
@@ -94,10 +96,11 @@ impl Model {
         let bytes = self.device_bytes();
         resident::ensure_memory(device, "the weights", bytes)?;
         let cuda = Cuda::for_weights(device, move |done| progress(done, bytes as u64))?;
+        let settle = cuda.stream().settle();
         let transformer = Transformer::load(&cuda, &self.config, &self.weights)
             .map_err(|error| resident::out_of_memory(error, "the weights", bytes))?;
         cuda.stream().synchronize()?;
-        Ok(Model { on_device: Some(OnDevice { transformer, device: device.clone() }), ..self })
+        Ok(Model { on_device: Some(OnDevice { transformer, device: device.clone(), _settle: settle }), ..self })
     }
 
     /// Bytes of the weights on a device.
@@ -135,7 +138,7 @@ impl Model {
     /// [`Error::Unavailable`] when there is no memory for them, with the numbers; the driver's.
     pub fn network(&self, sizes: Sizes) -> Result<Box<dyn Network + '_>> {
         #[cfg(feature = "cuda")]
-        if let Some(OnDevice { transformer, device }) = &self.on_device {
+        if let Some(OnDevice { transformer, device, .. }) = &self.on_device {
             return Ok(Box::new(Resident::new(transformer, device, sizes)?));
         }
         let needed = sizes.memory(&self.config, rayon::current_num_threads()).total();

@@ -13,15 +13,21 @@ use crate::abi::*;
 use crate::backend::cuda::{Cuda, Staging};
 use crate::backend::{Backend, Room};
 use crate::error::{Error, Result};
-use crate::gpu::{Buffer, Device, Graph, Pinned, Stream, nvtx};
+use crate::gpu::{Buffer, Device, Graph, Pinned, Settle, Stream, nvtx};
 use crate::ops;
 use crate::oracle::unmask::{Confidence, Selection, Unmask, Verdict};
 use std::collections::HashMap;
 use std::time::Instant;
 
-/// Where windows shrink from block to block, launches are sized for multiples of this part of the largest: at most so many
-/// graphs, and an eighth of the rows in vain.
+/// Where windows shrink from block to block, launches are sized for multiples of this part of the generated positions: at most
+/// so many graphs, and so large a part of those rows in vain.
 const ROOMS: usize = 8;
+/// Recorded parts of passes; when there are more, all are forgotten. Only who looks at every step sees so many.
+const GRAPHS: usize = 64;
+/// unmask's rows are blocks in a grid's second dimension.
+const MOST_CANDIDATES: usize = 65_535;
+/// attention's sequences, times at most 64 splits, are in its third.
+const MOST_SPANS: usize = 65_535 / 64;
 /// Rows whose logits are asked for are rounded up to a multiple of this.
 const SCORED: usize = 32;
 
@@ -31,6 +37,8 @@ pub struct Resident<'m> {
     session: Session<'m, Cuda>,
     control: Control,
     stages: [Stage; 2],
+    /// The last, so that it sees to what the others have freed.
+    _settle: Settle,
 }
 
 /// What graphs differ in.
@@ -52,15 +60,18 @@ enum Part {
     Rest,
 }
 
-/// The policy, and the bits of its number.
+/// How tokens are chosen and committed: what a recorded unmask does not read from the device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 struct Decision {
     policy: dllm_policy,
+    /// The bits of the policy's number.
     number: u32,
+    /// Those of [`Unmask`].
+    unmask: [u64; 9],
 }
 
 impl Decision {
-    fn of(selection: Selection) -> Decision {
+    fn of(selection: Selection, unmask: &Unmask) -> Decision {
         let (policy, number) = match selection {
             Selection::Quota(_) => (DLLM_POLICY_FIXED, 0.0),
             Selection::Threshold(threshold) | Selection::ThresholdAmong { threshold, .. } => {
@@ -68,7 +79,20 @@ impl Decision {
             }
             Selection::Factor(factor) => (DLLM_POLICY_FACTOR, factor as f32),
         };
-        Decision { policy, number: number.to_bits() }
+        let Unmask { confidence, temperature, tempered_confidence, f32_confidence, top_p, top_k, .. } = *unmask;
+        let Unmask { cfg_scale, alg_temp, seed, mask_token, .. } = *unmask;
+        let unmask = [
+            confidence as u64,
+            temperature.to_bits(),
+            u64::from(tempered_confidence) | u64::from(f32_confidence) << 1,
+            top_p.map_or(u64::MAX, f64::to_bits),
+            top_k.map_or(u64::MAX, |k| k as u64),
+            cfg_scale.to_bits().into(),
+            alg_temp.to_bits(),
+            seed,
+            mask_token.map_or(u64::MAX, u64::from),
+        ];
+        Decision { policy, number: number.to_bits(), unmask }
     }
 }
 
@@ -235,6 +259,7 @@ impl Control {
             ..Default::default()
         };
         state[control..][..size_of::<dllm_advance_control>() / 4].copy_from_slice(bytemuck::cast_slice(&[start]));
+        state[end_tokens..][..self.num_end_tokens].fill(-1); // no token
         for (to, token) in state[end_tokens..].iter_mut().zip(course.end_tokens) {
             *to = int(*token as usize)?;
         }
@@ -319,19 +344,32 @@ impl<'m> Resident<'m> {
         if sizes.kept {
             return Err(Error::Unavailable("--cache adaptive runs on the CPU only: --device cpu".into()));
         }
-        let what = format!("{} sequences of up to {} positions", sizes.prompt_lens.len(), sizes.longest());
+        let (sequences, candidates) = (sizes.prompt_lens.len(), sizes.candidates);
+        let what = format!("{sequences} sequences of up to {} positions", sizes.longest());
+        let spans = sizes.needs(config).spans;
+        for (counted, found, most) in [
+            ("positions that may be committed in a pass", candidates, MOST_CANDIDATES),
+            ("sequences, with guidance twice as many,", spans, MOST_SPANS),
+        ] {
+            if found > most {
+                return Err(Error::Unavailable(format!(
+                    "{what} have {found} {counted} of which the kernels take {most}"
+                )));
+            }
+        }
+        // First what is loaded for all decodes, then what is counted for this one.
+        device.preload()?;
         let needed = sizes.device_memory(config, device.multiprocessors()?)?.total();
         ensure_memory(device, &what, needed)?;
         let named = |error| out_of_memory(error, &what, needed);
         let cuda = Cuda::new(device)?;
         let stream = cuda.stream().clone();
-        let (sequences, candidates) = (sizes.prompt_lens.len(), sizes.candidates);
+        let settle = stream.settle();
         let control = Control::new(&stream, &sizes, config).map_err(named)?;
         let stage = || Stage::new(&stream, sequences, candidates).map_err(named);
         let stages = [stage()?, stage()?];
         let session = Session::new(transformer, cuda, sizes).map_err(named)?;
-        device.preload()?;
-        Ok(Resident { graphs: HashMap::new(), session, control, stages })
+        Ok(Resident { graphs: HashMap::new(), session, control, stages, _settle: settle })
     }
 
     fn stream(&self) -> &Stream {
@@ -349,10 +387,17 @@ impl<'m> Resident<'m> {
         let session = &mut self.session;
         let groups: Vec<_> = stage.candidates.iter().map(|(s, positions)| (*s, &positions[..])).collect();
         let count: usize = groups.iter().map(|(_, positions)| positions.len()).sum();
+        if count > candidates {
+            return Err(Error::argument(
+                "candidates",
+                format!("at most {candidates}, as the session was made for"),
+                count,
+            ));
+        }
         let room = count.next_multiple_of(SCORED).min(candidates);
         // The unconditional twins' rows begin where the conditional ones' room ends.
         let mut scored = session.scored(stage.windows, &groups);
-        if session.guided() {
+        if session.sizes().guided {
             let twins = scored.split_off(count);
             scored.resize(room, 0);
             scored.extend(twins);
@@ -360,22 +405,28 @@ impl<'m> Resident<'m> {
         } else {
             scored.resize(room, 0);
         }
-        let room = session.room(stage.windows, scored.len(), if stage.shrinks { ROOMS } else { 0 });
+        let lens: Vec<usize> = stage.windows.iter().map(|(_, window)| window.len()).collect();
+        let room = session.sizes().room(&lens, scored.len(), if stage.shrinks { ROOMS } else { 0 });
         session.place(slot, stage.windows, &scored, Some(room))?;
 
         let mut table = vec![0i32; Stage::len(sequences, candidates)];
         let (rows, bounds) = table.split_at_mut(4 * candidates);
         let mut rows = rows.chunks_exact_mut(4);
-        let mut logits_row = 0;
+        let mut written = 0;
         for s in 0..sequences {
             let first = session.first_token(s);
-            for (_, positions) in groups.iter().filter(|(sequence, _)| *sequence == s) {
-                for (position, row) in positions.iter().zip(&mut rows) {
-                    row.copy_from_slice(&[int(first + position)?, int(logits_row)?, int(*position)?, int(s)?]);
-                    logits_row += 1;
+            // Logits stand in the order of the groups, rows of the table in that of the sequences.
+            let mut logits_row = 0;
+            for (sequence, positions) in &groups {
+                if *sequence == s {
+                    for ((i, position), row) in positions.iter().enumerate().zip(&mut rows) {
+                        row.copy_from_slice(&[int(first + position)?, int(logits_row + i)?, int(*position)?, int(s)?]);
+                        written += 1;
+                    }
                 }
+                logits_row += positions.len();
             }
-            bounds[s + 1] = int(logits_row)?;
+            bounds[s + 1] = int(written)?;
         }
         let layers = session.num_layers();
         let to = &mut self.stages[slot];
@@ -387,6 +438,10 @@ impl<'m> Resident<'m> {
 
     /// Puts what a course starts from into the stream; then its first pass can be launched.
     fn begin(&mut self, tokens: &[Vec<u32>], course: &Course) -> Result<()> {
+        if self.graphs.len() > GRAPHS {
+            self.stream().synchronize()?;
+            self.graphs.clear();
+        }
         let flat = self.session.flat(tokens);
         self.session.backend.write_tokens(&flat)?;
         for (slot, stage) in course.stages.iter().enumerate().take(if course.one_stage { 1 } else { 2 }) {
@@ -412,15 +467,20 @@ impl<'m> Resident<'m> {
             }
             None => {
                 self.graphs.insert(key, Recorded::Run);
-                return self.work(slot, part, unmask, decision);
+                self.work(slot, part, unmask, decision)?;
+                self.control.passes = self.control.passes.wrapping_add((part == Part::Rest).into());
+                return Ok(());
             }
         }
         match self.graphs.get(&key) {
             // SAFETY: what it was recorded from lives in this value and in the model, which outlives it, and is used on this
             // stream only.
-            Some(Recorded::Graph(graph)) => unsafe { graph.launch() },
-            _ => Ok(()),
+            Some(Recorded::Graph(graph)) => unsafe { graph.launch() }?,
+            _ => return Ok(()),
         }
+        // The device counts with this part's last kernel.
+        self.control.passes = self.control.passes.wrapping_add((part == Part::Rest).into());
+        Ok(())
     }
 
     /// The launches of a part of a pass.
@@ -603,7 +663,7 @@ impl<'m> Resident<'m> {
 
 impl Autonomous for Resident<'_> {
     fn run(&mut self, tokens: &mut [Vec<u32>], course: &Course, go_on: &dyn Fn() -> bool) -> Result<Ran> {
-        let decision = Decision::of(course.selection);
+        let decision = Decision::of(course.selection, course.unmask);
         let later = if course.one_stage { 0 } else { 1 };
         let mut start = Instant::now();
         self.begin(tokens, course)?;
@@ -613,7 +673,6 @@ impl Autonomous for Resident<'_> {
         let mut seconds = Vec::new();
         loop {
             self.launch(later, Part::Ahead, course.unmask, decision)?;
-            self.control.passes = self.control.passes.wrapping_add(1);
             self.wait(self.control.passes)?;
             seconds.push(start.elapsed().as_secs_f64());
             start = Instant::now();
@@ -675,10 +734,9 @@ impl Network for Resident<'_> {
             end_tokens: &[],
         };
         self.begin(tokens, &course)?;
-        for part in [Part::Ahead, Part::Rest] {
-            self.launch(0, part, pass.unmask, Decision::of(selection))?;
-        }
-        self.control.passes = self.control.passes.wrapping_add(1);
+        let decision = Decision::of(selection, pass.unmask);
+        self.launch(0, Part::Ahead, pass.unmask, decision)?;
+        self.launch(0, Part::Rest, pass.unmask, decision)?;
         self.wait(self.control.passes)?;
         self.outcome()?;
         let mut after = tokens.to_vec();
@@ -748,7 +806,64 @@ fn no_memory(what: &str, bytes: usize, found: &str) -> Error {
 /// An allocation that failed all the same, told with the numbers.
 pub(super) fn out_of_memory(error: Error, what: &str, bytes: usize) -> Error {
     match error {
-        Error::Driver { ref name, .. } if name.contains("OUT_OF_MEMORY") => no_memory(what, bytes, &error.to_string()),
+        Error::Driver { call: "cuMemHostAlloc", .. } => {
+            Error::Unavailable(format!("{what} need memory of this machine that the device can reach; {error}"))
+        }
+        Error::Driver { ref name, .. } if name.contains("OUT_OF_MEMORY") || name.contains("ALLOC_FAILED") => {
+            no_memory(what, bytes, &error.to_string())
+        }
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{Heads, cuda};
+
+    /// Every room that passes may ask for has the workspace that attention wants: refreshes, blocks, and shrinking windows of
+    /// any number of sequences.
+    #[test]
+    fn no_room_needs_more_workspace_than_there_is() {
+        let shapes = [(32, 32, 128), (28, 4, 128), (4, 4, 64), (2, 2, 32)];
+        for (num_heads, num_kv_heads, head_dim) in shapes {
+            let heads = Heads { num_heads, num_kv_heads, head_dim };
+            for (prompt_lens, gen_length) in
+                [(vec![1021; 8], 256), (vec![64, 32], 64), (vec![3], 32), (vec![20, 400, 77, 5], 256), (vec![5], 6)]
+            {
+                for guided in [false, true] {
+                    let sizes = Sizes {
+                        prompt_lens: prompt_lens.clone(),
+                        gen_length,
+                        candidates: 1,
+                        cached: true,
+                        guided,
+                        ratios: 0,
+                        end_tokens: 0,
+                    };
+                    let rows = (prompt_lens.iter().sum::<usize>() + prompt_lens.len() * gen_length)
+                        * if guided { 2 } else { 1 };
+                    let needs = crate::backend::Needs {
+                        rows,
+                        scored: 1,
+                        spans: prompt_lens.len() * if guided { 2 } else { 1 },
+                        longest: sizes.longest(),
+                        tokens: rows,
+                        heads,
+                    };
+                    let most = cuda::attention_workspace(&needs, 132);
+                    let full: Vec<usize> = prompt_lens.iter().map(|prompt| prompt + gen_length).collect();
+                    let windows = (1..=gen_length).map(|len| vec![len; prompt_lens.len()]).chain([full]);
+                    for (windows, rooms) in windows.flat_map(|w| [(w.clone(), 0), (w, ROOMS)]) {
+                        let room = sizes.room(&windows, 1, rooms);
+                        assert!(room.rows <= rows && room.longest <= needs.longest, "{room:?}");
+                        assert!(room.longest >= windows.iter().copied().max().unwrap(), "{room:?} {windows:?}");
+                        let splits = ops::attention::splits(room.longest, cuda::op_heads(heads), 132);
+                        let needed = ops::attention::workspace_len(room.rows, cuda::op_heads(heads), splits);
+                        assert!(needed <= most, "{heads:?} {prompt_lens:?} {room:?}: {needed} of {most}");
+                    }
+                }
+            }
+        }
     }
 }

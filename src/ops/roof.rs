@@ -58,6 +58,7 @@ pub fn launch(stream: &Stream, source: &Buffer<u8>, sink: &mut Buffer<u32>) -> R
 /// Bytes a second at which the device reads: the roof of whatever is bound by reading. The median of `repetitions` over
 /// `bytes` after one that is not timed.
 pub fn read_rate(stream: &Stream, bytes: usize, repetitions: usize) -> Result<f64> {
+    let _settle = stream.settle();
     let (source, mut sink) = (stream.zeros::<u8>(bytes)?, stream.zeros::<u32>(1)?);
     let mut times = Vec::new();
     for _ in 0..=repetitions.max(1) {

@@ -11,6 +11,7 @@ on_device!(
     a_graph_follows_the_device,
     what_is_not_visited_never_leaks,
     what_is_not_a_number_shows,
+    what_is_not_a_number_shows_without_weight,
     in_place_from_a_projection,
     alone_as_in_a_batch,
     any_contents_of_the_workspace,
@@ -276,6 +277,23 @@ fn what_is_not_a_number_shows() {
         }
         for (i, (got, clean)) in got.lse.iter().zip(&before.lse).enumerate() {
             assert!(if i % 2 == 1 { got.is_nan() } else { got == clean }, "{splits} splits: lse {i}: {got}");
+        }
+    }
+}
+
+/// Also in a value whose weight rounds to 0, alone or with its whole part of the keys.
+fn what_is_not_a_number_shows_without_weight() {
+    for splits in [1, 4] {
+        let case = Case::<bf16>::new(&mut Random(28), MHA, vec![dense(3, [250, 3, 0])], splits);
+        let case = Case { scale: 50.0, ..case };
+        for key in [5, 70, 130, 249] {
+            let mut value = case.clone();
+            let place = (case.segments[0].2[0] + key) * case.kv_stride;
+            value.segments[0].1[place + 9] = bf16::NAN;
+            for row in run(&value).out.chunks(2 * MHA.head_dim) {
+                let shows = row.iter().enumerate().all(|(column, x)| x.is_nan() == (column == 9));
+                assert!(shows, "{splits} splits, key {key}: {row:?}");
+            }
         }
     }
 }

@@ -33,6 +33,12 @@ pub fn golden_dir() -> PathBuf {
     std::env::var_os("DLLM_GOLDEN_DIR").map_or_else(here, PathBuf::from)
 }
 
+/// The folder of the shipped checkpoints: that of `DLLM_MODELS_DIR`, or the one of this checkout.
+pub fn models_dir() -> PathBuf {
+    let here = || Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
+    std::env::var_os("DLLM_MODELS_DIR").map_or_else(here, PathBuf::from)
+}
+
 /// A stream of its own on the device.
 pub fn stream() -> Stream {
     device().stream().unwrap()

@@ -1,53 +1,83 @@
 //! CPU and device in lockstep: the same tokens before every pass, the CPU's decisions after it.
 
-use crate::margin::{self, Tally};
+use crate::common::{device, golden_dir};
+use crate::margin::{Logits, Tally, compare};
+use crate::rounded::Rounded;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::decode::{Decoded, Observer, decode};
-use dllm_kernels::model::{Network, Pass, Session};
+use dllm_kernels::model::{Network, Pass, Session, Transformer, Weights};
 use dllm_kernels::oracle::unmask::{Verdict, unmask};
 use dllm_kernels::{Config, Family, Model, Options, Result};
+use std::path::Path;
 
-/// Both networks of a decode.
+/// A checkpoint, opened for the CPU, the device, and the CPU that rounds.
+pub struct Both {
+    pub model: Model,
+    pub rounded: Transformer<Rounded>,
+}
+
+impl Both {
+    pub fn open(dir: &Path) -> Both {
+        let weights = Weights::open(dir).unwrap();
+        let model = Model::open(dir).unwrap().to_device(&device(), |_, _| ()).unwrap();
+        let rounded = Transformer::load(&Rounded::default(), model.config(), &weights).unwrap();
+        Both { model, rounded }
+    }
+
+    pub fn recorded(name: &str) -> Both {
+        Both::open(&golden_dir().join(name))
+    }
+
+    pub fn made_up(family: Family) -> Both {
+        Both::open(crate::checkpoint::Checkpoint::new(family).write().path())
+    }
+}
+
+/// The networks of a decode.
 struct Lockstep<'m> {
     what: String,
     config: &'m Config,
     cpu: Session<'m, Cpu>,
+    rounded: Session<'m, Rounded>,
     gpu: Box<dyn Network + 'm>,
     tally: Tally,
 }
 
-/// Decodes with both, and compares every pass. The model's weights are on a device.
+/// Decodes in lockstep, and compares every pass.
 pub fn decode_both(
-    model: &Model,
+    both: &Both,
     options: &Options,
     prompts: &[Vec<u32>],
     what: &str,
     observer: &mut dyn Observer,
 ) -> (Decoded, Tally) {
-    options.validate(model.config(), prompts).unwrap_or_else(|e| panic!("{what}: {e}"));
-    let sizes = options.sizes(model.config(), prompts);
-    let mut both = Lockstep {
+    let config = both.model.config();
+    options.validate(config, prompts).unwrap_or_else(|e| panic!("{what}: {e}"));
+    let sizes = options.sizes(config, prompts);
+    let mut lockstep = Lockstep {
         what: what.into(),
-        config: model.config(),
-        cpu: Session::new(model.transformer(), Cpu::default(), sizes.clone()).unwrap(),
-        gpu: model.network(sizes).unwrap(),
+        config,
+        cpu: Session::new(both.model.transformer(), Cpu::default(), sizes.clone()).unwrap(),
+        rounded: Session::new(&both.rounded, Rounded::default(), sizes.clone()).unwrap(),
+        gpu: both.model.network(sizes).unwrap(),
         tally: Tally::default(),
     };
-    let decoded = decode(&mut both, model.config(), prompts, options, None, observer);
-    (decoded.unwrap_or_else(|e| panic!("{what}: {e}")), both.tally)
+    let decoded = decode(&mut lockstep, config, prompts, options, None, observer);
+    (decoded.unwrap_or_else(|e| panic!("{what}: {e}")), lockstep.tally)
 }
 
 impl Network for Lockstep<'_> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
-        let scored = scored(self.config.family, pass);
-        self.cpu.forward(tokens, pass.windows, pass.plan, &scored, None)?;
-        let vocab_size = self.config.vocab_size;
-        let logits = self.cpu.logits(scored.len())?;
-        let cpu = unmask(&mut logits.clone(), vocab_size, pass.groups, pass.unmask)?;
-        let gpu = self.gpu.step(tokens, pass)?;
-        let compared = margin::compare(&self.what, &logits, vocab_size, pass.groups, pass.unmask, [&cpu, &gpu]);
-        self.tally.add(compared);
-        Ok(cpu)
+        let Lockstep { what, config, cpu, rounded, gpu, tally } = self;
+        let scored = scored(config.family, pass);
+        cpu.forward(tokens, pass.windows, pass.plan, &scored, None)?;
+        rounded.forward(tokens, pass.windows, pass.plan, &scored, None)?;
+        let (cpu, rounded) = (cpu.logits(scored.len())?, rounded.logits(scored.len())?);
+        let want = unmask(&mut cpu.clone(), config.vocab_size, pass.groups, pass.unmask)?;
+        let logits = Logits { cpu, rounded, vocab_size: config.vocab_size };
+        let got = gpu.step(tokens, pass)?;
+        tally.add(compare(what, &logits, pass.groups, pass.unmask, [&want, &got]));
+        Ok(want)
     }
 }
 

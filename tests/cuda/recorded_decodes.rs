@@ -1,15 +1,14 @@
 //! The originals' decodes, step by step: the CPU reproduces every token of them, and the device is given those.
 
-use crate::lockstep::decode_both;
+use crate::lockstep::{Both, decode_both};
 use crate::margin::Tally;
 use crate::recorded::{compare, json, names, numbers, options};
-use dllm_kernels::Model;
 use dllm_kernels::decode::trace::Trace;
 use std::collections::BTreeMap;
 
 pub fn recorded_decodes() {
-    let models: BTreeMap<_, Model> =
-        ["tiny-llada", "tiny-llada-b", "tiny-dream"].into_iter().map(|name| (name, crate::on_device(name))).collect();
+    let models: BTreeMap<_, Both> =
+        ["tiny-llada", "tiny-llada-b", "tiny-dream"].into_iter().map(|name| (name, Both::recorded(name))).collect();
     let (mut all, mut replayed, mut left_out) = (Tally::default(), 0, 0);
     for name in names("trajectory_") {
         let case = json(&format!("{name}.json"));
@@ -17,13 +16,12 @@ pub fn recorded_decodes() {
             left_out += 1;
             continue;
         }
-        let model = &models[case["model"].as_str().unwrap()];
+        let both = &models[case["model"].as_str().unwrap()];
         let options = options(&case);
         let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
         let mut trace = Trace::default();
-        let (decoded, tally) = decode_both(model, &options, &prompts, &name, &mut trace);
-        compare(&name, &case, model.config(), &options, &decoded, &trace);
-        println!("{name}: {tally}");
+        let (decoded, tally) = decode_both(both, &options, &prompts, &name, &mut trace);
+        compare(&name, &case, both.model.config(), &options, &decoded, &trace);
         all.add(tally);
         replayed += 1;
     }

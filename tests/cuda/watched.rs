@@ -5,7 +5,7 @@ use crate::checkpoint::MASK;
 use crate::common::assert_nothing_reported;
 use crate::{FAMILIES, made_up};
 use dllm_kernels::decode::Rule;
-use dllm_kernels::{CacheMode, Confidence, Generator, Model, Observer, Options, Policy};
+use dllm_kernels::{CacheMode, Confidence, Family, Generator, Model, Observer, Options, Policy};
 
 /// Wants every step, and forgets it.
 struct Watcher;
@@ -74,29 +74,36 @@ fn same_watched(model: &Model, options: &Options, prompts: &[Vec<u32>]) {
     assert_nothing_reported();
 }
 
-pub fn watched_or_not() {
-    for family in FAMILIES {
-        let model = made_up(family);
-        let (mut settings, mut early) = (0, 0);
-        for base in loops() {
-            for options in samplings(&base) {
-                same_watched(&model, &options, &prompts()[..1]);
-                same_watched(&model, &options, &prompts());
-                settings += 1;
-            }
-            // Ends that come up, and at different times.
-            for end_tokens in [vec![3, 7, 11, 30], (0..20).collect()] {
-                let options = Options { early_stop: true, end_tokens, temperature: 0.8, ..base.clone() };
-                same_watched(&model, &options, &prompts()[2..]);
-                same_watched(&model, &options, &prompts());
-                early += 1;
-            }
+fn watched(family: Family) {
+    let model = made_up(family);
+    let all = prompts();
+    // Each setting with some of the prompts; which ones goes around.
+    let choices = [&all[..1], &all[..], &all[1..], &all[2..]];
+    let mut settings = 0;
+    for (i, base) in loops().into_iter().enumerate() {
+        for (k, options) in samplings(&base).into_iter().enumerate().filter(|(k, _)| k % 2 == i % 2) {
+            same_watched(&model, &options, choices[(k / 2 + i) % 4]);
+            settings += 1;
         }
-        println!("{family}: {settings} settings, {early} with an early stop, one sequence and a batch of three");
+        // Ends that come up, and at different times.
+        for (k, end_tokens) in [vec![3, 7, 11, 30], (0..20).collect()].into_iter().enumerate() {
+            let options = Options { early_stop: true, end_tokens, temperature: 0.8, ..base.clone() };
+            same_watched(&model, &options, choices[1 + (i + k) % 3]);
+            settings += 1;
+        }
     }
+    println!("{family}: {settings} settings");
     if !softgpu::active() {
         println!("not run: batches, whose products a GPU may round differently");
     }
+}
+
+pub fn watched_or_not_llada() {
+    watched(Family::Llada);
+}
+
+pub fn watched_or_not_dream() {
+    watched(Family::Dream);
 }
 
 /// Masks in the prompt, some or nothing else, alone and beside prompts without.
@@ -104,18 +111,34 @@ pub fn masks_in_the_prompt() {
     let prompts = [vec![3, MASK, 15, MASK], vec![MASK; 5], vec![7, 8, 9], vec![MASK], vec![1; 4]];
     for family in FAMILIES {
         let model = made_up(family);
-        for base in loops() {
+        for (i, base) in loops().into_iter().enumerate() {
             // The one number of steps that divides the masks of every prompt.
             let steps = (base.rule(family) == Rule::DreamThreshold).then_some(1);
-            for options in [
+            let list = [
                 Options { steps, ..base.clone() },
                 Options { steps, temperature: 0.8, cfg_scale: 1.5, ..base.clone() },
                 Options { steps, confidence: Some(Confidence::Margin), top_p: Some(0.7), ..base.clone() },
                 Options { steps, confidence: Some(Confidence::Random), ..base.clone() },
-            ] {
-                same_watched(&model, &options, &prompts[..1]);
-                same_watched(&model, &options, &prompts[1..2]);
-                same_watched(&model, &options, &prompts);
+            ];
+            for (k, options) in list.iter().enumerate().filter(|(k, _)| k % 2 == i % 2) {
+                same_watched(&model, options, [&prompts[..], &prompts[..2], &prompts[1..3]][(i / 2 + k) % 3]);
+            }
+        }
+    }
+}
+
+/// Many blocks, so that a PrefixCache's windows shrink through several sizes of launches, and prompts that fill windows.
+pub fn many_blocks() {
+    for family in FAMILIES {
+        let model = made_up(family);
+        let prompts = [(0..31).collect(), vec![4; 2], (0..9).map(|i| i * 3).collect()];
+        for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
+            for (policy, cfg_scale) in [(Policy::Threshold(0.7), 0.0), (Policy::Fixed, 0.5)] {
+                let steps = Some(if policy == Policy::Fixed { 16 } else { 32 });
+                let (gen_length, block_length) = (32, Some(4));
+                let base = Options { gen_length, block_length, cache, policy, steps, cfg_scale, ..Options::default() };
+                same_watched(&model, &base, &prompts);
+                same_watched(&model, &Options { block_length: Some(2), ..base }, &prompts[2..]);
             }
         }
     }

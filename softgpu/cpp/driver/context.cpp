@@ -54,7 +54,6 @@ static const std::map<int, int> kFixedAttributes = {
     {10, 32},         // WARP_SIZE
     {12, 65536},      // MAX_REGISTERS_PER_BLOCK
     {13, 1980000},    // CLOCK_RATE, kHz
-    {16, 132},        // MULTIPROCESSOR_COUNT
     {18, 0},          // INTEGRATED
     {19, 1},          // CAN_MAP_HOST_MEMORY
     {31, 1},          // CONCURRENT_KERNELS
@@ -120,6 +119,7 @@ DRIVER_API Result cuDeviceGetAttribute(int* value, int attribute, int device) {
     if (Result error = check_device(device)) return error;
     const int capability = int(process_options.compute_capability);
     switch (attribute) {
+        case 16: *value = int(process_options.multiprocessors); return kSuccess;
         case 75: *value = capability / 10; return kSuccess;
         case 76: *value = capability % 10; return kSuccess;
         case 81: *value = shared_memory_opt_in_limit() + 1024; return kSuccess;  // per multiprocessor

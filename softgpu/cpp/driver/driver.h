@@ -61,6 +61,9 @@ enum class Option : int {
     MaxPtx = 11,
     UsedMemory = 12,
     LiveAllocations = 13,
+    FailKernel = 14,
+    LaunchCalls = 15,
+    Multiprocessors = 16,
 };
 
 struct ThreadOptions {
@@ -71,6 +74,8 @@ struct ThreadOptions {
     int64_t guard = 1;
     int64_t quiet = 0;
     int64_t launches = 0;
+    int64_t launch_calls = 0;
+    int64_t fail_kernel = -1;  // kernels to go before the one that fails; negative: none fails
     int64_t blocking_calls = 0;
     ThreadOptions();
 };
@@ -82,7 +87,9 @@ struct ProcessOptions {
     std::atomic<int64_t> max_ptx{90};
     std::atomic<int64_t> used_memory{0};
     std::atomic<int64_t> live_allocations{0};
+    std::atomic<int64_t> multiprocessors{132};
     std::atomic<int64_t> default_seed{0};
+    std::atomic<int> cuda_version{13000};  // that the driver knows
 };
 
 ThreadOptions& thread_options();

@@ -92,6 +92,9 @@ Result run_launch(const Kernel& kernel, Arguments& arguments, const LaunchShape&
     if (Result error = arguments.check_pointers()) return error;
     ThreadOptions& options = thread_options();
     options.launches++;
+    if (options.fail_kernel >= 0 && options.fail_kernel-- == 0) {
+        return fail(kIllegalAddress, "%s: failed on request", kernel.name);
+    }
     auto pointers = arguments.pointers();
     Outcome outcome;
     run_kernel(kernel, pointers.data(), shape, {uint64_t(options.seed), options.poison != 0, uses_static_shared},
@@ -100,6 +103,7 @@ Result run_launch(const Kernel& kernel, Arguments& arguments, const LaunchShape&
 }
 
 Result launch(const Function& function, const LaunchShape& shape, void* stream, void** parameters) {
+    thread_options().launch_calls++;
     if (Result error = require_context()) return error;
     if (Result error = check_limits(function, shape)) return error;
     const Kernel* kernel = function.host_kernel;

@@ -47,6 +47,8 @@ static int64_t* thread_option(Option option) {
         case Option::Guard: return &options.guard;
         case Option::Quiet: return &options.quiet;
         case Option::Launches: return &options.launches;
+        case Option::LaunchCalls: return &options.launch_calls;
+        case Option::FailKernel: return &options.fail_kernel;
         case Option::BlockingCalls: return &options.blocking_calls;
         default: return nullptr;
     }
@@ -58,23 +60,30 @@ static std::atomic<int64_t>* process_option(Option option) {
         case Option::ComputeCapability: return &process_options.compute_capability;
         case Option::TotalMemory: return &process_options.total_memory;
         case Option::MaxPtx: return &process_options.max_ptx;
+        case Option::Multiprocessors: return &process_options.multiprocessors;
         case Option::UsedMemory: return &process_options.used_memory;
         case Option::LiveAllocations: return &process_options.live_allocations;
         default: return nullptr;
     }
 }
 
+// A variable of the form 9.0, weighed; 0 where it is not set.
+static int version_in(const char* variable, int major_weight, int minor_weight) {
+    const char* text = getenv(variable);
+    if (text == nullptr) return 0;
+    int major = 0, minor = 0;
+    if (sscanf(text, "%d.%d", &major, &minor) != 2) {
+        fprintf(stderr, "softgpu: %s=%s is not of the form 9.0\n", variable, text);
+        abort();
+    }
+    return major * major_weight + minor * minor_weight;
+}
+
 void read_environment() {
     if (const char* seed = getenv("SOFTGPU_SEED")) process_options.default_seed = atoll(seed);
     if (const char* lazy = getenv("SOFTGPU_LAZY")) process_options.lazy = atoll(lazy);
-    if (const char* capability = getenv("SOFTGPU_CC")) {
-        int major = 0, minor = 0;
-        if (sscanf(capability, "%d.%d", &major, &minor) != 2) {
-            fprintf(stderr, "softgpu: SOFTGPU_CC=%s is not of the form 9.0\n", capability);
-            abort();
-        }
-        process_options.compute_capability = major * 10 + minor;
-    }
+    if (const int capability = version_in("SOFTGPU_CC", 10, 1)) process_options.compute_capability = capability;
+    if (const int version = version_in("SOFTGPU_CUDA", 1000, 10)) process_options.cuda_version = version;
 }
 
 }  // namespace softgpu

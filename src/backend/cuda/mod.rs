@@ -140,10 +140,15 @@ fn unprepared() -> Error {
     Error::Unavailable("the CUDA backend was not prepared for a session".into())
 }
 
+/// As the op calls them.
+pub(crate) fn op_heads(heads: Heads) -> ops::attention::Heads {
+    let Heads { num_heads, num_kv_heads, head_dim } = heads;
+    ops::attention::Heads { num_heads, num_kv_heads, head_dim }
+}
+
 /// Floats of workspace that attention needs in any pass of a session.
-fn attention_workspace(needs: &Needs, multiprocessors: usize) -> usize {
-    let Heads { num_heads, num_kv_heads, head_dim } = needs.heads;
-    let heads = ops::attention::Heads { num_heads, num_kv_heads, head_dim };
+pub(crate) fn attention_workspace(needs: &Needs, multiprocessors: usize) -> usize {
+    let heads = op_heads(needs.heads);
     let of = |longest: usize| {
         let splits = ops::attention::splits(longest, heads, multiprocessors);
         ops::attention::workspace_len((needs.spans * longest).min(needs.rows), heads, splits)
@@ -341,8 +346,7 @@ impl Backend for Cuda {
             };
             segments = [part(rows.prefix())?, live, part(rows.suffix())?];
         }
-        let shape = ops::attention::Heads { num_heads, num_kv_heads, head_dim };
-        let splits = ops::attention::splits(room.longest, shape, self.multiprocessors);
+        let splits = ops::attention::splits(room.longest, op_heads(heads), self.multiprocessors);
         let params = abi::dllm_attention_params {
             size: size_of::<abi::dllm_attention_params>() as u64,
             q: qkv.address(),

@@ -249,12 +249,15 @@ fn summary(generation: &Generation, config: &Config, device: &str) {
         let masks = generation.tokens.iter().flatten().filter(|t| **t == config.mask_token_id).count();
         output::note(format_args!("interrupted with {masks} tokens still masked"));
     }
+    let threads = match device {
+        "cpu" => format!(" ({} threads)", rayon::current_num_threads()),
+        _ => String::new(),
+    };
     output::note(format_args!(
-        "NFE {}, {:.3} s, {:.1} tokens/s, {device} ({} threads)",
+        "NFE {}, {:.3} s, {:.1} tokens/s, {device}{threads}",
         generation.nfe,
         generation.elapsed.as_secs_f64(),
         tokens_per_second(generation, config),
-        rayon::current_num_threads(),
     ));
 }
 

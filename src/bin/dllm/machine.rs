@@ -1,6 +1,7 @@
 //! Where the work is done: the flags, and getting a device ready.
 
 use crate::args::threads;
+#[cfg(feature = "cuda")]
 use crate::output::note;
 use clap::Args;
 #[cfg(feature = "cuda")]
@@ -103,9 +104,11 @@ impl Place {
     /// What the CUDA device reaches at the most, if it is one in hardware.
     #[cfg(feature = "cuda")]
     pub fn roofs(&self) -> Result<Option<Roofs>> {
-        let Some(device) = self.device.as_ref().filter(|_| !self.name.contains("software device")) else {
+        let Some(device) = &self.device else { return Ok(None) };
+        // Older drivers do not tell times, nor does the software device any that mean something.
+        if !gpu::Device::tells_times()? || self.name.contains("software device") {
             return Ok(None);
-        };
+        }
         let bytes_per_second = dllm_kernels::ops::roof::read_rate(&device.stream()?, 2 << 30, 30)?;
         Ok(Some(Roofs { bytes_per_second, operations_per_second: gpu::blas::matrix_rate(device, 8192, 10)? }))
     }

@@ -118,7 +118,11 @@ fn examine(args: &Doctor, report: &mut Report) -> Result<()> {
     }
 
     let mut bench = Bench::new(&device, is_software)?;
-    bench.measure_roofs(&device, report);
+    if Device::tells_times()? {
+        bench.measure_roofs(&device, report);
+    } else {
+        say("times    not measured: this build needs a driver of 570 or later for them, or the feature cuda-12\n")?;
+    }
     let roof =
         |value: Option<f64>, unit: &str| value.map_or("not measured".into(), |value| format!("{value:.1} {unit}"));
     let (reads, products) = (roof(report.read_gb_per_s, "GB/s"), roof(report.matrix_tflops, "TFLOP/s"));
@@ -146,6 +150,7 @@ fn examine(args: &Doctor, report: &mut Report) -> Result<()> {
 struct Bench {
     stream: Stream,
     is_software: bool,
+    is_timed: bool,
     evicting: Buffer<u8>,
     sink: Buffer<u32>,
     read_gb_per_s: f64,
@@ -156,7 +161,8 @@ impl Bench {
         let stream = device.stream()?;
         let evicting = stream.zeros(if is_software { 1 << 16 } else { EVICTING_BYTES })?;
         let sink = stream.zeros(1)?;
-        Ok(Bench { stream, is_software, evicting, sink, read_gb_per_s: f64::NAN })
+        let is_timed = !is_software && Device::tells_times()?;
+        Ok(Bench { stream, is_software, is_timed, evicting, sink, read_gb_per_s: f64::NAN })
     }
 
     /// Both roofs; one that cannot be measured is a row of the report. The software device runs them too, small.
@@ -176,15 +182,8 @@ impl Bench {
     fn measure_reads(&mut self, device: &Device) -> Result<f64> {
         let (free, _) = device.memory_bytes()?;
         let bytes = if self.is_software { 1 << 18 } else { (free / 4).min(ROOF_BYTES) / 16 * 16 };
-        let source = self.stream.zeros::<u8>(bytes)?;
-        let mut times = Vec::new();
-        // Clocks rise in the first ones.
-        for _ in 0..if self.is_software { 1 } else { ROOF_REPETITIONS + 5 } {
-            self.evict()?;
-            times.push(self.stream.time_ms(|| roof::launch(&self.stream, &source, &mut self.sink))?);
-        }
-        times.drain(..times.len().saturating_sub(ROOF_REPETITIONS));
-        Ok(bytes as f64 / spread(&mut times)[1] / 1e6)
+        let repetitions = if self.is_software { 1 } else { ROOF_REPETITIONS };
+        Ok(roof::read_rate(&self.stream, bytes, repetitions)? / 1e9)
     }
 
     /// Reads, and does not write: lines to be written back would cost the next launch bandwidth.
@@ -214,7 +213,7 @@ impl Bench {
             error: worst.map(|measure| measure.error),
             bound: worst.map(|measure| measure.bound),
             bytes: Some(case.bytes()),
-            time: if self.is_software { None } else { Some(self.time(case.as_mut())?) },
+            time: self.is_timed.then(|| self.time(case.as_mut())).transpose()?,
             verdict: if broken.is_empty() { "ok" } else { "wrong" },
             message: (!broken.is_empty()).then_some(message),
         })

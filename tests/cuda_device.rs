@@ -1,0 +1,476 @@
+//! What the CUDA backend asks of its device: memory, launches, calls that wait; and what it does when something is refused or
+//! goes wrong. The tests set what the software device is: they have this file's process to themselves, and take turns.
+#![cfg(feature = "cuda")]
+
+mod checkpoint;
+mod common;
+
+use checkpoint::{Checkpoint, EOS, MASK};
+use common::{device, once_on_device};
+use dllm_kernels::decode::decode;
+use dllm_kernels::model::{Course, CourseSequence, CourseStage, LayerPlan, Schedule};
+use dllm_kernels::oracle::unmask::{Selection, Unmask};
+use dllm_kernels::{
+    CacheMode, Confidence, Config, Error, Family, Generation, Generator, Model, Observer, Options, Policy,
+};
+use softgpu::Opt;
+use std::cell::Cell;
+use std::sync::Mutex;
+
+once_on_device!(
+    a_failing_kernel_ends_the_decode,
+    a_row_without_a_finite_logit,
+    graphs_are_recorded_once,
+    interrupted_between_passes,
+    launches_of_a_layer,
+    models_that_the_kernels_cannot_take,
+    no_blocking_call_inside_a_block,
+    out_of_memory_at_any_allocation,
+    too_little_memory,
+    work_put_off,
+);
+
+const FAMILIES: [Family; 2] = [Family::Llada, Family::Dream];
+
+static TURN: Mutex<()> = Mutex::new(());
+
+/// Puts the software device's options back, whatever happened.
+struct Restore(Vec<(Opt, i64)>);
+impl Drop for Restore {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|(option, value)| softgpu::set(*option, *value));
+    }
+}
+
+/// One test at a time: in lazy mode, whoever waits runs the work of all.
+fn in_turn(work: impl FnOnce()) {
+    let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
+    work();
+}
+
+/// Work that sets options of the software device.
+fn with_soft(work: impl FnOnce()) {
+    if !softgpu::active() {
+        println!("not run: needs the software device");
+        return;
+    }
+    in_turn(|| {
+        let process = [Opt::Lazy, Opt::TotalMemory].map(|option| (option, softgpu::get(option)));
+        let thread = [(Opt::FailAlloc, -1), (Opt::FailKernel, -1), (Opt::Quiet, 0)];
+        let _restore = Restore(process.into_iter().chain(thread).collect());
+        softgpu::set(Opt::Quiet, 1);
+        work();
+    });
+}
+
+fn open(family: Family) -> Model {
+    Model::open(Checkpoint::new(family).write().path()).unwrap()
+}
+
+fn on_device(family: Family) -> Model {
+    open(family).to_device(&device(), |_, _| ()).unwrap()
+}
+
+fn prompts() -> Vec<Vec<u32>> {
+    vec![vec![3, 14, 15, 9, 26], vec![5]]
+}
+
+fn generator<'m>(model: &'m Model, cache: CacheMode, policy: Policy) -> Generator<'m> {
+    Generator::new(model).gen_length(16).block_length(4).cache(cache).policy(policy)
+}
+
+fn generate(model: &Model) -> dllm_kernels::Result<Generation> {
+    generator(model, CacheMode::Dual, Policy::Threshold(0.9)).generate(&prompts())
+}
+
+/// Fails one allocation after the other, until none is left to fail. `work` gives back what it made.
+fn fail_each(what: &str, mut work: impl FnMut() -> dllm_kernels::Result<()>, mut then: impl FnMut()) {
+    let mut failed = 0;
+    loop {
+        let before = [Opt::LiveAllocations, Opt::UsedMemory].map(softgpu::get);
+        softgpu::set(Opt::FailAlloc, failed);
+        let result = work();
+        let left = softgpu::get(Opt::FailAlloc);
+        softgpu::set(Opt::FailAlloc, -1);
+        softgpu::report();
+        assert_eq!(
+            [Opt::LiveAllocations, Opt::UsedMemory].map(softgpu::get),
+            before,
+            "{what}, allocation {failed}: leaks"
+        );
+        match result {
+            Ok(()) => {
+                assert!(left >= 0, "{what}: allocation {failed} failed and nobody noticed");
+                break;
+            }
+            Err(error) => named(what, &error),
+        }
+        then();
+        failed += 1;
+    }
+    println!("{what}: {failed} allocations");
+    assert!(failed > 3, "{what}: {failed}");
+}
+
+/// The device's memory is missed with the numbers; the host's pinned memory by the driver's call.
+#[track_caller]
+fn named(what: &str, error: &Error) {
+    let fits = match error {
+        Error::Unavailable(message) => message.contains(" need ") && message.contains(" MiB of the device's memory"),
+        Error::Driver { call, name, .. } => *call == "cuMemHostAlloc" && name.contains("OUT_OF_MEMORY"),
+        _ => false,
+    };
+    assert!(fits, "{what}: {error}");
+}
+
+fn out_of_memory_at_any_allocation() {
+    with_soft(|| {
+        for family in FAMILIES {
+            let dir = Checkpoint::new(family).write();
+            let load = || Model::open(dir.path())?.to_device(&device(), |_, _| ());
+            fail_each(&format!("{family}, to_device"), || load().map(|_| ()), || ());
+            let model = load().unwrap();
+            let want = generate(&model).unwrap();
+            let same = || assert_eq!(generate(&model).unwrap().tokens, want.tokens);
+            fail_each(&format!("{family}, generate"), || generate(&model).map(|_| ()), same);
+        }
+    });
+}
+
+/// A device that is too small says so before any work, with the numbers.
+fn too_little_memory() {
+    with_soft(|| {
+        let used = softgpu::get(Opt::UsedMemory);
+        let total = softgpu::get(Opt::TotalMemory);
+        let state = || [Opt::UsedMemory, Opt::LiveAllocations, Opt::Launches].map(softgpu::get);
+        let refused = |error: Error, what: &str| {
+            let error = error.to_string();
+            assert!(error.starts_with(what) && error.contains("need ") && error.contains(" MiB are free"), "{error}");
+            assert_eq!(softgpu::report(), "", "nothing was tried");
+        };
+        softgpu::set(Opt::TotalMemory, used + 1000);
+        let before = state();
+        refused(open(Family::Llada).to_device(&device(), |_, _| ()).err().unwrap(), "the weights need");
+        assert_eq!(state(), before);
+
+        softgpu::set(Opt::TotalMemory, total);
+        let model = on_device(Family::Llada);
+        let before = state();
+        softgpu::set(Opt::TotalMemory, softgpu::get(Opt::UsedMemory) + (1 << 20));
+        refused(generate(&model).unwrap_err(), "2 sequences of up to 21 positions need");
+        assert_eq!(state(), before);
+        softgpu::set(Opt::TotalMemory, total);
+        generate(&model).unwrap();
+    });
+}
+
+/// Blocking calls between the ends of blocks, and those of the whole decode.
+fn blocks(generator: &Generator) -> (Vec<i64>, i64) {
+    struct Blocks(Vec<i64>);
+    impl Observer for Blocks {
+        fn decided(&mut self, sequence: usize, _tokens: &[u32]) {
+            if sequence == 0 {
+                self.0.push(softgpu::get(Opt::BlockingCalls));
+            }
+        }
+    }
+    let before = softgpu::get(Opt::BlockingCalls);
+    let mut blocks = Blocks(vec![]);
+    generator.generate_observed(&prompts(), &mut blocks).unwrap();
+    let between = blocks.0.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    (between, softgpu::get(Opt::BlockingCalls) - before)
+}
+
+/// Four calls wait for the device between a block and the next, two for each of what is read back there, the tokens and the
+/// state; however many passes the block takes. None is inside a block.
+fn no_blocking_call_inside_a_block() {
+    with_soft(|| {
+        for lazy in [0, 1] {
+            softgpu::set(Opt::Lazy, lazy);
+            for family in FAMILIES {
+                let model = on_device(family);
+                for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
+                    let mut around = vec![];
+                    for (policy, steps) in [
+                        (Policy::Fixed, 16),
+                        (Policy::Fixed, 4),
+                        (Policy::Threshold(0.9), 16),
+                        (Policy::Threshold(0.01), 16),
+                        (Policy::Factor(1.0), 16),
+                    ] {
+                        let generator = generator(&model, cache, policy).steps(steps);
+                        let (between, all) = blocks(&generator);
+                        assert_eq!(between, [4; 3], "{family} {cache:?} {policy:?}");
+                        around.push(all - 4 * 4);
+                    }
+                    // What begins and ends a decode waits too, no more for many passes than for few.
+                    assert_eq!(around, [2; 5], "{family} {cache:?}");
+                }
+            }
+        }
+        assert_eq!(softgpu::report(), "");
+    });
+}
+
+/// Work that only runs when somebody waits for it: the same tokens, the same forwards.
+fn work_put_off() {
+    with_soft(|| {
+        for family in FAMILIES {
+            for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
+                for policy in [Policy::Fixed, Policy::Threshold(0.6), Policy::Factor(1.0)] {
+                    let run = |lazy| {
+                        softgpu::set(Opt::Lazy, lazy);
+                        // Loading is put off too.
+                        let model = on_device(family);
+                        let generator = generator(&model, cache, policy).temperature(0.5).cfg_scale(0.5);
+                        let generation = generator.generate(&prompts()).unwrap();
+                        (generation.tokens, generation.nfe)
+                    };
+                    assert_eq!(run(1), run(0), "{family} {cache:?} {policy:?}");
+                }
+            }
+        }
+        assert_eq!(softgpu::report(), "");
+    });
+}
+
+fn launches_of_a_layer() {
+    in_turn(launches);
+}
+
+fn launches() {
+    let config = |family| open(family).config().clone();
+    for family in FAMILIES {
+        let model = on_device(family);
+        for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
+            let prompts = prompts();
+            let options = Options { gen_length: 16, block_length: Some(4), cache, ..Options::default() };
+            let options = Options { policy: Policy::Fixed, ..options };
+            let mut network = model.network(options.sizes(model.config(), &prompts)).unwrap();
+            assert_eq!(network.launches().unwrap(), None, "nothing is recorded yet");
+            decode(&mut *network, model.config(), &prompts, &options, None, &mut ()).unwrap();
+            let launches = network.launches().unwrap().unwrap();
+            println!("{family} {cache:?}: {launches:?}");
+            // add_norm, QKV, rope, attention and its combine, attn_out, add_norm, gate and up, swiglu, down.
+            assert_eq!(launches.layer, 10, "{family} {cache:?}");
+            // Embedding; layers, of which the last gathers twice; norm and head; unmask and advance.
+            assert_eq!(launches.pass, 1 + 10 * config(family).num_layers + 2 + 2 + 2, "{family} {cache:?}");
+        }
+    }
+}
+
+/// Graphs are what runs: the calls that launch a kernel stop after the first blocks, the kernels do not.
+fn graphs_are_recorded_once() {
+    with_soft(|| {
+        for family in FAMILIES {
+            let model = on_device(family);
+            for (cache, most_sizes) in [(CacheMode::None, 1), (CacheMode::Dual, 1), (CacheMode::Prefix, 8)] {
+                let run = |blocks: usize| {
+                    let before = [Opt::LaunchCalls, Opt::Launches].map(softgpu::get);
+                    let generator = Generator::new(&model).gen_length(4 * blocks).block_length(4).cache(cache);
+                    let nfe = generator.policy(Policy::Fixed).generate(&[vec![7; 16]]).unwrap().nfe;
+                    assert_eq!(nfe, 4 * blocks);
+                    let [calls, kernels] = [Opt::LaunchCalls, Opt::Launches].map(softgpu::get);
+                    (calls - before[0], kernels - before[1])
+                };
+                let [few, more, many] = [2, 5, 10].map(run);
+                println!("{family} {cache:?}: launch calls and kernels of 2, 5, 10 blocks: {few:?} {more:?} {many:?}");
+                assert!(few.1 < more.1 && more.1 < many.1);
+                // Each shape is launched twice, to load and to record it; a pass is some 20 kernels.
+                if most_sizes == 1 {
+                    assert!(few.0 == many.0, "{family} {cache:?}: recorded again");
+                } else {
+                    let of_shape = few.0 / 2;
+                    assert!(many.0 <= of_shape * (1 + most_sizes), "{family} {cache:?}: {} {of_shape}", many.0);
+                }
+            }
+        }
+    });
+}
+
+fn models_that_the_kernels_cannot_take() {
+    in_turn(refused_models);
+}
+
+fn refused_models() {
+    let base = Config {
+        d_model: 64,
+        num_layers: 1,
+        num_heads: 2,
+        num_kv_heads: 2,
+        head_dim: 32,
+        mlp_hidden_size: 64,
+        vocab_size: 64,
+        mask_token_id: 63,
+        eos_token_ids: vec![62],
+        ..Config::shape("mid").unwrap()
+    };
+    let to_device = |config: Config| Model::random(config, 1).unwrap().to_device(&device(), |_, _| ());
+    assert!(to_device(base.clone()).is_ok());
+    let cases = [
+        (Config { head_dim: 48, ..base.clone() }, "head_dim to be 32, 64 or 128, found 48"),
+        (Config { d_model: 60, ..base.clone() }, "d_model to be a multiple of 8, at most 8192, found 60"),
+        (Config { mlp_hidden_size: 100, ..base.clone() }, "mlp_hidden_size to be a multiple of 8, found 100"),
+        (Config { vocab_size: 70, ..base.clone() }, "vocab_size to be a multiple of 8, found 70"),
+    ];
+    for (config, expected) in cases {
+        let error = to_device(config).err().unwrap();
+        assert!(matches!(error, Error::Unavailable(_)), "{error}");
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+}
+
+fn a_row_without_a_finite_logit() {
+    in_turn(no_finite_logit);
+}
+
+/// NaN in the weights: the same sequence, position and forward as on the CPU.
+fn no_finite_logit() {
+    let errors = |checkpoint: &Checkpoint, options: &Options, prompts: &[Vec<u32>]| {
+        let dir = checkpoint.write();
+        let cpu = Model::open(dir.path()).unwrap();
+        let gpu = Model::open(dir.path()).unwrap().to_device(&device(), |_, _| ()).unwrap();
+        let error = |model| {
+            let error = Generator::new(model).options(options.clone()).generate(prompts).unwrap_err();
+            assert!(matches!(error, Error::NoFiniteLogit { .. }), "{error}");
+            error.to_string()
+        };
+        let (cpu, gpu) = (error(&cpu), error(&gpu));
+        assert_eq!(gpu, cpu);
+    };
+    for family in FAMILIES {
+        for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
+            for policy in [Policy::Fixed, Policy::Threshold(0.9)] {
+                let options = Options { gen_length: 8, block_length: Some(4), cache, policy, ..Options::default() };
+                // Of every row, at once.
+                let mut checkpoint = Checkpoint::new(family);
+                let norm = match family {
+                    Family::Llada => "model.transformer.ln_f.weight",
+                    Family::Dream => "model.norm.weight",
+                };
+                checkpoint.tensor(norm).values.fill(f32::NAN);
+                errors(&checkpoint, &options, &prompts());
+                // Of the second sequence, whose prompt has a bad token.
+                let mut checkpoint = Checkpoint::new(family);
+                let embedding = checkpoint.embedding();
+                checkpoint.row(embedding, 20).fill(f32::NAN);
+                checkpoint.want(EOS);
+                checkpoint.row(embedding, 20)[0] = f32::NAN;
+                errors(&checkpoint, &options, &[vec![3, 4], vec![5, 20, 6], vec![7]]);
+                // From the second forward on, once the first has committed a bad token.
+                let mut checkpoint = Checkpoint::new(family);
+                checkpoint.want(EOS);
+                checkpoint.row(embedding, EOS as usize).fill(f32::NAN);
+                let first = Options { policy: Policy::Fixed, ..options };
+                errors(&checkpoint, &first, &prompts());
+            }
+        }
+    }
+}
+
+fn interrupted_between_passes() {
+    in_turn(interrupted);
+}
+
+/// A course may be stopped before any pass: what was committed stands, masks are left, and the next course is sound.
+fn interrupted() {
+    let model = on_device(Family::Llada);
+    let config = model.config();
+    let prompt = vec![3, 14, 15, 9, 26];
+    let options = Options {
+        gen_length: 8,
+        block_length: Some(8),
+        cache: CacheMode::None,
+        policy: Policy::Fixed,
+        ..Options::default()
+    };
+    let whole = Generator::new(&model).options(options.clone()).generate(&[prompt.clone()]).unwrap().tokens.remove(0);
+    let start = [prompt.clone(), vec![MASK; 8]].concat();
+    let unmask = Unmask {
+        confidence: Confidence::Probability,
+        temperature: 0.0,
+        tempered_confidence: false,
+        f32_confidence: true,
+        top_p: None,
+        top_k: None,
+        cfg_scale: 0.0,
+        alg_temp: 0.0,
+        seed: 0,
+        mask_token: Some(MASK),
+    };
+    let mut network = model.network(options.sizes(config, &[prompt.clone()])).unwrap();
+    let device = network.autonomous().unwrap();
+    let plan = vec![LayerPlan { reuse: false, store: false }; config.num_layers];
+    let block = 5..13;
+    let candidates = [(0, block.clone().collect::<Vec<usize>>())];
+    let stage = CourseStage { plan: &plan, windows: &[(0, 0..13)], candidates: &candidates, shrinks: false };
+    let sequence = CourseSequence {
+        generated: 5,
+        forwards: 0,
+        open: block.clone(),
+        reach: block.clone(),
+        masked: 8,
+        per_step: 0,
+        left: 0,
+        limit: 8,
+        active: true,
+        first_quota: 1,
+        first_commit_before: usize::MAX,
+    };
+    let course = Course {
+        stages: [stage; 2],
+        one_stage: true,
+        schedule: &Schedule::Llada { steps: 8 },
+        selection: Selection::Quota(0),
+        sequences: &[sequence],
+        unmask: &unmask,
+        end_tokens: &[],
+    };
+    for stop_after in (1..=8).chain([1, 7]) {
+        let asked = Cell::new(0);
+        let go_on = || {
+            asked.set(asked.get() + 1);
+            asked.get() < stop_after
+        };
+        let mut tokens = vec![start.clone()];
+        let ran = device.run(&mut tokens, &course, &go_on).unwrap();
+        assert_eq!((ran.passes, &ran.forwards[..]), (stop_after, &[stop_after][..]));
+        assert_eq!(ran.interrupted, stop_after < 8);
+        let masks = tokens[0].iter().filter(|t| **t == MASK).count();
+        assert_eq!(masks, 8 - stop_after);
+        assert!(tokens[0][5..].iter().zip(&whole).all(|(got, want)| *got == MASK || got == want));
+    }
+
+    // The generator's flag: set before, nothing runs.
+    let flag = true.into();
+    let stopped = Generator::new(&model).options(options).interrupt(&flag).generate(&[prompt]).unwrap();
+    assert!(stopped.interrupted && stopped.nfe == 0 && stopped.tokens[0] == [MASK; 8]);
+}
+
+/// Whichever kernel fails, in a launch or in a graph, at once or later: an error with the driver's name of it, and no hang.
+fn a_failing_kernel_ends_the_decode() {
+    with_soft(|| {
+        for lazy in [0, 1] {
+            softgpu::set(Opt::Lazy, lazy);
+            let model = on_device(Family::Llada);
+            let want = generate(&model).unwrap().tokens;
+            let before = softgpu::get(Opt::Launches);
+            generate(&model).unwrap();
+            let kernels = softgpu::get(Opt::Launches) - before;
+            for failing in (0..kernels).step_by(7).chain([kernels - 1]) {
+                softgpu::set(Opt::FailKernel, failing);
+                let result = generate(&model);
+                softgpu::set(Opt::FailKernel, -1);
+                assert!(softgpu::report().contains("failed on request"), "{failing} of {kernels}");
+                match result {
+                    Err(Error::Driver { name, .. }) => assert!(name.contains("ILLEGAL_ADDRESS"), "{name}"),
+                    // The software device goes on after a failure, with numbers that are none: they may be noticed first.
+                    Err(Error::NoFiniteLogit { .. }) if lazy == 1 => {}
+                    other => panic!("{failing} of {kernels}: {other:?}"),
+                }
+                assert_eq!(generate(&model).unwrap().tokens, want, "after a failure of {failing}");
+            }
+            println!("lazy {lazy}: {kernels} kernels");
+        }
+    });
+}
