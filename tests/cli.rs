@@ -252,6 +252,7 @@ fn wrong_calls_name_the_flag() {
         (2, "generate --cache adaptive --refresh-ratio 1.1", "error: --refresh-ratio: "),
         (2, "generate --cache adaptive --refresh-ratio -0.1", "error: --refresh-ratio: "),
         (2, "eval --setting cache=adaptive,refresh-ratio=NaN", "error: --refresh-ratio: "),
+        (2, "generate --preset gsm8k", "dllm presets"),
         (2, "generate --threads 0", "--threads"),
         (2, "generate --device tpu", "--device"),
         (2, "generate --prompt-ids 1,two", "--prompt-ids"),
@@ -285,6 +286,30 @@ fn wrong_calls_name_the_flag() {
         assert!(said.starts_with("error: ") && said.contains(message), "dllm {line}: {said}");
         assert!(output.stdout.is_empty(), "dllm {line}: {}", text(&output.stdout));
     }
+}
+
+/// A preset is the flags that the list has beside it, and flags stand instead of its own.
+#[test]
+fn presets() {
+    let list = json_of("presets --json");
+    let preset = list["presets"].as_array().unwrap().iter().find(|p| p["name"] == "gsm8k-llada-instruct").unwrap();
+    assert_eq!(preset["lengths"], serde_json::json!([8, 256, 256]));
+    let shown = done(dllm(words("presets")));
+    assert!(text(&shown.stdout).contains("gsm8k-dream-base") && text(&shown.stdout).contains("Source: "));
+    let model = "--model tests/golden/tiny-llada --prompt-ids 31,395,15 --json";
+    let by_name = json_of(&format!("generate --preset gsm8k-llada-instruct --gen-length 32 {model}"));
+    let flags = "--cache adaptive --policy fixed --prompt-interval 50 --response-interval 7 --refresh-ratio 0.25";
+    let by_flags = json_of(&format!("generate {flags} --block-length 8 --gen-length 32 {model}"));
+    assert_eq!((&by_name["tokens"], &by_name["nfe"]), (&by_flags["tokens"], &by_flags["nfe"]));
+    // Dream's loop has no blocks, whatever the length.
+    let model = "--model tests/golden/tiny-dream --prompt-ids 31,395,15 --json";
+    let by_name = json_of(&format!("generate --preset gsm8k-dream-base --gen-length 64 --refresh-ratio 0.5 {model}"));
+    let by_flags = |interval: usize| {
+        let flags = "--cache adaptive --policy fixed --prompt-interval 100 --refresh-ratio 0.5 --gen-length 64";
+        json_of(&format!("generate {flags} --block-length 64 --response-interval {interval} {model}"))
+    };
+    assert_eq!(by_name["tokens"], by_flags(8)["tokens"]);
+    assert_ne!(by_name["tokens"], by_flags(1)["tokens"]);
 }
 
 #[test]
