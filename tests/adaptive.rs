@@ -154,7 +154,7 @@ fn decodes_do_not_meet() {
         let run = |prompt: Vec<u32>| {
             let generator = &generator;
             scope.spawn(move || {
-                (0..3).map(|_| generator.generate(&[prompt.clone()]).unwrap().tokens).collect::<Vec<_>>()
+                (0..3).map(|_| generator.generate(std::slice::from_ref(&prompt)).unwrap().tokens).collect::<Vec<_>>()
             })
         };
         let threads: Vec<_> = prompts().into_iter().map(run).collect();
@@ -207,7 +207,7 @@ fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u3
         let windows = [(0, plan.window(8, 16))];
         let pass = Pass { plan: &plan, windows: &windows, groups: &groups, unmask: &unmask(), observed: true };
         let before = session.multiply_adds().unwrap();
-        session.step(&[row.clone()], &pass).unwrap();
+        session.step(std::slice::from_ref(&row), &pass).unwrap();
         (session.chosen().to_vec(), session.multiply_adds().unwrap() - before)
     };
     (0..10).map(pass).collect()

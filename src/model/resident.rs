@@ -837,6 +837,7 @@ mod tests {
                         gen_length,
                         candidates: 1,
                         cached: true,
+                        kept: false,
                         guided,
                         ratios: 0,
                         end_tokens: 0,
