@@ -4,7 +4,7 @@
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::adaptive::Adaptive;
 use dllm_kernels::decode::decode;
-use dllm_kernels::model::{Chosen, Network, Pass, Session, Sizes};
+use dllm_kernels::model::{Chosen, Network, Pass, Session, Sizes, Twins};
 use dllm_kernels::oracle::unmask::{Group, Selection, Unmask, Verdict};
 use dllm_kernels::{CacheMode, Confidence, Config, Family, Generator, Model, Options, Policy, Result};
 
@@ -113,7 +113,12 @@ impl Network for Whole<'_> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
         let windows: Vec<_> = pass.windows.iter().map(|(s, _)| (*s, 0..tokens[*s].len())).collect();
         self.narrowed += usize::from(windows != pass.windows);
-        self.session.step(tokens, &Pass { windows: &windows, ..*pass })
+        match pass.twins {
+            Twins::Apart { plan, .. } => self
+                .session
+                .step(tokens, &Pass { windows: &windows, twins: Twins::Apart { plan, windows: &windows }, ..*pass }),
+            _ => self.session.step(tokens, &Pass { windows: &windows, ..*pass }),
+        }
     }
 }
 
@@ -125,7 +130,7 @@ fn rows_that_are_left_out_are_not_missed() {
     for family in FAMILIES {
         let model = model(family);
         for prompts in [prompts(), masked.clone()] {
-            for base in [options(5, 3, 0.25), options(4, 7, 0.5), options(3, 5, 0.0)] {
+            for base in [options(5, 3, 0.25), options(4, 7, 0.5), Options { cfg_interval: 3, ..options(3, 5, 0.0) }] {
                 for options in loops(&base) {
                     // The one number of steps that divides the masks of every prompt.
                     let threshold = matches!(options.policy, Policy::Threshold(_)) && options.block_length == Some(GEN);
@@ -138,6 +143,39 @@ fn rows_that_are_left_out_are_not_missed() {
                     assert_eq!(tokens(&model, &options, &prompts), want.tokens, "{family} {options:?} {prompts:?}");
                     assert!(whole.narrowed > 0 || want.nfe < 2);
                 }
+            }
+        }
+    }
+}
+
+/// Twins that run apart in every forward are those that run beside, but for the rounding of differences; twins that run
+/// seldom save work, and are missed.
+#[test]
+fn guidance_at_intervals() {
+    for family in FAMILIES {
+        let model = model(family);
+        let at = |cfg_interval| Options { cfg_scale: 1.5, cfg_interval, ..options(5, 3, 0.25) };
+        let run = |options: &Options| {
+            let sizes = options.sizes(model.config(), &prompts());
+            let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
+            let decoded = decode(&mut session, model.config(), &prompts(), options, None, &mut ()).unwrap();
+            (decoded.tokens, session.multiply_adds().unwrap())
+        };
+        // The first five forwards are all that there are.
+        let short = |cfg_interval| Options { steps: Some(5), ..at(cfg_interval) };
+        assert_eq!(run(&short(1)).0, run(&short(100)).0, "{family}");
+        let (beside, all) = run(&at(1));
+        let (apart, fewer) = run(&at(3));
+        assert_ne!(beside, apart, "{family}");
+        assert!(fewer < all, "{family}: {fewer} of {all}");
+        for options in loops(&at(3)) {
+            let batch = tokens(&model, &options, &prompts());
+            for (prompt, tokens_of) in prompts().iter().zip(&batch) {
+                assert_eq!(
+                    tokens(&model, &options, std::slice::from_ref(prompt))[0],
+                    *tokens_of,
+                    "{family} {options:?}"
+                );
             }
         }
     }
@@ -192,6 +230,7 @@ fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u3
         candidates: 8,
         cached: true,
         kept: true,
+        remembered: false,
         guided: false,
         ratios: 0,
         end_tokens: 0,
@@ -205,7 +244,14 @@ fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u3
         let selection = Selection::Quota(0);
         let groups = [Group { sequence: 0, step: t, positions: positions.clone(), commit_before: 16, selection }];
         let windows = [(0, plan.window(8, 16))];
-        let pass = Pass { plan: &plan, windows: &windows, groups: &groups, unmask: &unmask(), observed: true };
+        let pass = Pass {
+            plan: &plan,
+            windows: &windows,
+            groups: &groups,
+            unmask: &unmask(),
+            twins: Twins::Beside,
+            observed: true,
+        };
         let before = session.multiply_adds().unwrap();
         session.step(std::slice::from_ref(&row), &pass).unwrap();
         (session.chosen().to_vec(), session.multiply_adds().unwrap() - before)
@@ -213,7 +259,8 @@ fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u3
     (0..10).map(pass).collect()
 }
 
-const EIGHT: Adaptive = Adaptive { prompt_interval: 100, response_interval: 100, refresh_ratio: 0.25, gen_length: 8 };
+const EIGHT: Adaptive =
+    Adaptive { prompt_interval: 100, response_interval: 100, refresh_ratio: 0.25, guidance_interval: 1, gen_length: 8 };
 
 /// A step in which nothing changed chooses by position, in every layer.
 #[test]

@@ -252,6 +252,7 @@ fn wrong_calls_name_the_flag() {
         (2, "generate --cache adaptive --refresh-ratio 1.1", "error: --refresh-ratio: "),
         (2, "generate --cache adaptive --refresh-ratio -0.1", "error: --refresh-ratio: "),
         (2, "eval --setting cache=adaptive,refresh-ratio=NaN", "error: --refresh-ratio: "),
+        (2, "generate --cache adaptive --cfg-scale 1 --cfg-interval 0", "error: --cfg-interval: "),
         (2, "generate --preset gsm8k", "dllm presets"),
         (2, "generate --threads 0", "--threads"),
         (2, "generate --device tpu", "--device"),

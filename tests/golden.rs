@@ -53,6 +53,7 @@ fn session(model: &Model, batch: usize, length: usize, cached: bool) -> Session<
         candidates: batch * length,
         cached,
         kept: false,
+        remembered: false,
         guided: false,
         ratios: 0,
         end_tokens: 0,

@@ -18,9 +18,25 @@ pub struct Adaptive {
     pub response_interval: usize,
     /// Share of the response that V-verify renews in between, 0 to 1; 0 is none, and no V-verify.
     pub refresh_ratio: f64,
+    /// With guidance: forwards between two of the unconditional twin.
+    pub guidance_interval: usize,
     /// Positions of the response.
     pub gen_length: usize,
 }
+
+/// What the unconditional twin of a guided sequence does in a forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TwinPlan {
+    /// What the sequence does.
+    Beside,
+    /// This, in a forward of its own.
+    Apart(AdaptivePlan),
+    /// Nothing: its logits are as far from the sequence's as when it ran last.
+    Remembered,
+}
+
+/// Forwards at the beginning in which twins run, whatever the interval.
+const FIRST_TWINS: usize = 5;
 
 impl Adaptive {
     /// What forward `t` of a sequence, counted from 0, renews.
@@ -37,6 +53,22 @@ impl Adaptive {
                 true => Response::Fresh((self.gen_length as f64 * self.refresh_ratio) as usize),
                 false => Response::Stale,
             },
+        }
+    }
+
+    /// What the twin of a guided sequence does in the sequence's forward `t`. Its own forwards count on their own.
+    ///
+    /// # Panics
+    /// When an interval is 0.
+    pub fn twin(&self, t: usize) -> TwinPlan {
+        let interval = self.guidance_interval;
+        if interval == 1 {
+            return TwinPlan::Beside;
+        }
+        let runs = |t: usize| t < FIRST_TWINS || t.is_multiple_of(interval);
+        match runs(t) {
+            true => TwinPlan::Apart(self.plan((0..t).filter(|t| runs(*t)).count())),
+            false => TwinPlan::Remembered,
         }
     }
 }
@@ -86,8 +118,13 @@ pub fn first_live(family: Family, prompt: &[u32], mask: u32) -> usize {
 mod tests {
     use super::*;
 
-    const ADAPTIVE: Adaptive =
-        Adaptive { prompt_interval: 6, response_interval: 3, refresh_ratio: 0.25, gen_length: 10 };
+    const ADAPTIVE: Adaptive = Adaptive {
+        prompt_interval: 6,
+        response_interval: 3,
+        refresh_ratio: 0.25,
+        guidance_interval: 1,
+        gen_length: 10,
+    };
     const WHOLE: LayerPlan = LayerPlan::Whole { reuse: false, store: true, keep: true };
 
     fn partly(prompt: bool, response: Response) -> LayerPlan {
@@ -121,6 +158,17 @@ mod tests {
     fn every_forward_renews_everything_at_intervals_of_one() {
         let always = Adaptive { prompt_interval: 1, response_interval: 1, ..ADAPTIVE };
         assert!((0..5).all(|t| always.plan(t).layer(1) == WHOLE));
+    }
+
+    /// The first five forwards and every fourth; at their own places of the intervals.
+    #[test]
+    fn twins_count_their_own_forwards() {
+        let apart = Adaptive { guidance_interval: 4, ..ADAPTIVE };
+        for (t, own) in [(0, 0), (1, 1), (4, 4), (8, 5), (12, 6), (16, 7)] {
+            assert_eq!(apart.twin(t), TwinPlan::Apart(apart.plan(own)), "{t}");
+        }
+        assert!([5, 6, 7, 9, 11, 13].iter().all(|t| apart.twin(*t) == TwinPlan::Remembered));
+        assert!((0..20).all(|t| ADAPTIVE.twin(t) == TwinPlan::Beside));
     }
 
     #[test]

@@ -5,9 +5,10 @@ use super::options::{Options, Policy, Rule};
 use super::schedule::DreamSchedule;
 use super::state::{Plan, Sequence, State, Turn};
 use super::stretch::{From, Stage, Stretch};
+use crate::cache::adaptive::{AdaptivePlan, TwinPlan};
 use crate::cache::{BlockPlan, PassKind};
 use crate::error::Result;
-use crate::model::{Config, Course, CourseSequence, CourseStage, Network, Pass, Schedule};
+use crate::model::{Config, Course, CourseSequence, CourseStage, Network, Pass, Schedule, Twins};
 use crate::oracle::unmask::{Group, Selection};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -265,14 +266,25 @@ impl Decoder<'_> {
             left = others;
             let windows: Vec<_> = alike.iter().map(|i| (groups[*i].sequence, windows[*i].clone())).collect();
             let of: Vec<Group> = alike.iter().map(|i| groups[*i].clone()).collect();
-            let pass = Pass { plan: &plan, windows: &windows, groups: &of, unmask: &state.unmask, observed };
+            let of_twins = |plan: AdaptivePlan| -> Vec<_> {
+                let window = |s: usize| (s, plan.window(state.sequences[s].first_live, state.tokens[s].len()));
+                windows.iter().map(|(s, _)| window(*s)).collect()
+            };
+            let twin =
+                if let Plan::Adaptive(_, TwinPlan::Apart(plan)) = plan { Some((plan, of_twins(plan))) } else { None };
+            let twins = match (&twin, plan) {
+                (Some((plan, windows)), _) => Twins::Apart { plan, windows },
+                (None, Plan::Adaptive(_, TwinPlan::Remembered)) => Twins::Remembered,
+                (None, _) => Twins::Beside,
+            };
+            let pass = Pass { plan: &plan, windows: &windows, groups: &of, unmask: &state.unmask, twins, observed };
             let all = self.network.step(&state.tokens, &pass)?;
             let mut rest = &all[..];
             for (w, i) in alike.into_iter().enumerate() {
                 let (own, others) = rest.split_at(groups[i].positions.len());
                 (verdicts[i], rest) = (own.to_vec(), others);
                 let chosen = self.network.chosen().iter().map(|chosen| (chosen.layer, chosen.rows[w].clone()));
-                if matches!(plan, Plan::Adaptive(plan) if !plan.response) {
+                if matches!(plan, Plan::Adaptive(plan, _) if !plan.response) {
                     verified[i] = chosen.collect();
                 }
             }

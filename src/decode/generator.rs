@@ -121,6 +121,8 @@ impl<'m> Generator<'m> {
         top_k: usize;
         /// See [`Options::cfg_scale`].
         cfg_scale: f64;
+        /// See [`Options::cfg_interval`].
+        cfg_interval: usize;
         /// See [`Options::seed`].
         seed: u64;
         /// See [`Options::early_stop`].

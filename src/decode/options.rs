@@ -50,6 +50,9 @@ pub struct Options {
     pub top_k: Option<usize>,
     /// Classifier-free guidance; 0 is none.
     pub cfg_scale: f64,
+    /// `CacheMode::Adaptive` with guidance: forwards between two of the unconditional twin, at least 1; the first five run it
+    /// always. In between guidance goes by how far its logits were.
+    pub cfg_interval: usize,
     /// End of Dream's timesteps.
     pub eps: f64,
     /// Seed of every random number. A sequence draws the same numbers alone or in a batch, so equal prompts of a batch
@@ -79,6 +82,7 @@ impl Default for Options {
             top_p: None,
             top_k: None,
             cfg_scale: 0.0,
+            cfg_interval: 1,
             eps: 1e-3,
             seed: 0,
             early_stop: false,
@@ -141,7 +145,8 @@ impl Options {
     /// What the adaptive cache renews when, if it is the cache.
     pub fn adaptive(&self) -> Option<Adaptive> {
         let Options { prompt_interval, response_interval, refresh_ratio, gen_length, .. } = *self;
-        let adaptive = Adaptive { prompt_interval, response_interval, refresh_ratio, gen_length };
+        let guidance_interval = self.cfg_interval;
+        let adaptive = Adaptive { prompt_interval, response_interval, refresh_ratio, guidance_interval, gen_length };
         (self.cache == CacheMode::Adaptive).then_some(adaptive)
     }
 
@@ -211,9 +216,11 @@ impl Options {
         if let Some(steps) = self.steps.filter(|steps| *steps > STEPS_LIMIT) {
             return Err(Error::argument("steps", format!("at most {STEPS_LIMIT}"), steps));
         }
-        for (name, interval) in
-            [("prompt-interval", self.prompt_interval), ("response-interval", self.response_interval)]
-        {
+        for (name, interval) in [
+            ("prompt-interval", self.prompt_interval),
+            ("response-interval", self.response_interval),
+            ("cfg-interval", self.cfg_interval),
+        ] {
             if interval == 0 {
                 return Err(Error::argument(name, "at least 1", 0));
             }
@@ -292,7 +299,10 @@ impl Options {
     pub fn sizes(&self, config: &Config, prompts: &[Vec<u32>]) -> Sizes {
         let rule = self.rule(config.family);
         let masks = |prompt: &Vec<u32>| prompt.iter().filter(|id| **id == config.mask_token_id).count();
+        let adaptive = self.cache == CacheMode::Adaptive;
+        let remembered = adaptive && self.cfg_scale > 0.0 && self.cfg_interval > 1;
         let in_reach = |prompt: &Vec<u32>| match rule {
+            _ if remembered => self.gen_length,
             Rule::Dream | Rule::DreamThreshold => self.gen_length,
             // Masks in the prompt compete for the quota, so that a block may stay unfinished behind the next one.
             Rule::Llada if masks(prompt) > 0 => self.gen_length,
@@ -303,7 +313,8 @@ impl Options {
             gen_length: self.gen_length,
             candidates: prompts.iter().map(|p| in_reach(p) + masks(p)).sum(),
             cached: self.cache != CacheMode::None,
-            kept: self.cache == CacheMode::Adaptive,
+            kept: adaptive,
+            remembered,
             guided: self.cfg_scale > 0.0,
             end_tokens: match self.early_stop {
                 true => config.eos_token_ids.len() + self.end_tokens.len(),

@@ -2,7 +2,7 @@
 
 use super::observer::{SequenceStep, Step};
 use super::options::{Options, Policy};
-use crate::cache::adaptive::{AdaptivePlan, first_live};
+use crate::cache::adaptive::{AdaptivePlan, TwinPlan, first_live};
 use crate::cache::{BlockPlan, PassKind};
 use crate::model::{CachePlan, Family, LayerPlan};
 use crate::oracle::unmask::{Group, Selection, Unmask, Verdict};
@@ -23,14 +23,14 @@ pub(super) struct Sequence {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Plan {
     Block(BlockPlan),
-    Adaptive(AdaptivePlan),
+    Adaptive(AdaptivePlan, TwinPlan),
 }
 
 impl CachePlan for Plan {
     fn layer(&self, layer: usize) -> LayerPlan {
         match self {
             Plan::Block(plan) => plan.layer(layer),
-            Plan::Adaptive(plan) => plan.layer(layer),
+            Plan::Adaptive(plan, _) => plan.layer(layer),
         }
     }
 }
@@ -40,7 +40,7 @@ impl Plan {
     fn renewed(&self) -> Option<AdaptivePlan> {
         match self {
             Plan::Block(_) => None,
-            Plan::Adaptive(plan) => Some(*plan),
+            Plan::Adaptive(plan, _) => Some(*plan),
         }
     }
 }
@@ -97,7 +97,9 @@ impl State<'_> {
             None => (Plan::Block(BlockPlan { mode: self.options.cache, pass: kind }), kind.window(&turn.block, len)),
             Some(adaptive) => {
                 let plan = adaptive.plan(sequence.step);
-                (Plan::Adaptive(plan), plan.window(sequence.first_live, len))
+                let guided = self.options.cfg_scale > 0.0;
+                let twin = if guided { adaptive.twin(sequence.step) } else { TwinPlan::Beside };
+                (Plan::Adaptive(plan, twin), plan.window(sequence.first_live, len))
             }
         }
     }

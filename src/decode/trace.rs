@@ -137,6 +137,7 @@ fn params(config: &Config, options: &Options, batch: usize) -> Value {
     if let Some(adaptive) = options.adaptive() {
         params["prompt_interval_steps"] = json!(adaptive.prompt_interval);
         params["gen_interval_steps"] = json!(adaptive.response_interval);
+        params["cfg_interval_steps"] = json!(adaptive.guidance_interval);
         params["transfer_ratio"] = json!(adaptive.refresh_ratio);
     }
     params

@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::oracle::unmask::{Group, Unmask, Verdict};
 use crate::tensor::Tensor;
 use serde::Serialize;
+use std::collections::HashMap;
 use std::ops::Range;
 
 /// What a layer runs of a pass, and what it does with the caches.
@@ -51,8 +52,26 @@ pub struct Pass<'a> {
     pub groups: &'a [Group],
     /// How to decide it.
     pub unmask: &'a Unmask,
+    /// With guidance: how the unconditional twins run.
+    pub twins: Twins<'a>,
     /// Whether somebody asks for [`Network::chosen`] afterwards.
     pub observed: bool,
+}
+
+/// How the unconditional twins of guided sequences run.
+#[derive(Clone, Copy)]
+pub enum Twins<'a> {
+    /// In the same pass, by the same plan.
+    Beside,
+    /// By a plan of their own; how far their logits are from the sequences' is remembered for every masked position.
+    Apart {
+        /// Cache use, layer by layer.
+        plan: &'a dyn CachePlan,
+        /// (sequence, positions) that run, in the order of the pass.
+        windows: &'a [(usize, Range<usize>)],
+    },
+    /// Not at all: their logits are as far from the sequences' as is remembered.
+    Remembered,
 }
 
 /// The response rows that V-verify chose in a layer.
@@ -177,6 +196,8 @@ pub struct Sizes {
     pub cached: bool,
     /// Whether what attention and the MLP add is kept too, of every layer but the first.
     pub kept: bool,
+    /// Whether the twins' distances are remembered: [`Twins::Apart`].
+    pub remembered: bool,
     /// Whether each sequence has an unconditional twin (classifier-free guidance).
     pub guided: bool,
     /// Steps of a schedule by shares, if there is one: [`super::Schedule::Dream`].
@@ -188,7 +209,7 @@ pub struct Sizes {
 /// Bytes that a decode takes besides the mapped weights (f32 activations).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// Keys and values, and what attention and the MLP add where that is kept.
+    /// Keys and values, what attention and the MLP add where that is kept, and distances of twins where they are remembered.
     pub cache: usize,
     /// Activations, logits, packed operands.
     pub workspace: usize,
@@ -271,11 +292,14 @@ impl Sizes {
         use crate::backend::cpu::{attention, linear};
         let (rows, scored) = (self.rows(), self.candidates * self.twins());
         let widths = Widths::of(config);
-        let cache = self.cache_len(config);
+        let distances = if self.remembered { self.candidates * config.vocab_size } else { 0 };
+        let cache = self.cache_len(config) + distances;
+        // Logits of both on the host, and those that decide.
+        let hosted = 3 * distances;
         let packed = linear::packed_len(rows, widths.widest());
         let longest = self.longest();
         let scratch = linear::SCRATCH_BYTES + 4 * attention::scratch_len(longest, config.head_dim);
-        let workspace = rows * widths.row() + scored * (widths.scored_row() + config.vocab_size) + packed;
+        let workspace = rows * widths.row() + scored * (widths.scored_row() + config.vocab_size) + packed + hosted;
         let angles = longest * config.head_dim;
         Memory { cache: 4 * cache, workspace: 4 * (workspace + angles), scratch: threads * scratch }
     }
@@ -359,6 +383,10 @@ pub struct Session<'m, B: Backend> {
     /// Two, so that one pass can follow another without waiting for the host: the first of a block, and the rest.
     slots: [Slot<B>; 2],
     multiply_adds: u64,
+    /// Which of a sequence and its twin the pass runs.
+    twins: Range<usize>,
+    /// Logits of sequences less those of their twins, by sequence and position.
+    distances: HashMap<(usize, usize), Vec<f32>>,
     /// Of the pass that is run, if it is observed.
     chosen: Option<Vec<Chosen>>,
 }
@@ -397,7 +425,8 @@ impl<'m, B: Backend> Session<'m, B> {
         let slot =
             || -> Result<Slot<B>> { Ok(Slot { rows: backend.rows(&needs)?, room: Room::default(), spans: vec![] }) };
         let slots = [slot()?, slot()?];
-        Ok(Session { transformer, backend, sizes, buffers, slots, multiply_adds: 0, chosen: None })
+        let (twins, distances) = (0..sizes.twins(), HashMap::new());
+        Ok(Session { transformer, backend, sizes, buffers, slots, multiply_adds: 0, twins, distances, chosen: None })
     }
 
     /// Sizes and constants of the model.
@@ -433,7 +462,7 @@ impl<'m, B: Backend> Session<'m, B> {
         let length = |sequence: usize| self.sizes.prompt_lens[sequence] + self.sizes.gen_length;
         let positions = self.first_token(sequences);
         let (mut spans, mut tokens) = (Vec::new(), Vec::new());
-        for twin in 0..self.sizes.twins() {
+        for twin in self.twins.clone() {
             for (sequence, window) in windows {
                 let base = self.first_token(*sequence);
                 spans.push(Span {
@@ -597,7 +626,7 @@ impl<'m, B: Backend> Session<'m, B> {
             backend.choose(verifies.then_some(&b.qkv), heads, choice, placed, (cache, i))?;
             if let (Response::Fresh(_), Some(chosen)) = (choice.response, &mut self.chosen) {
                 let mut rows = backend.chosen(placed)?;
-                rows.truncate(spans.len() / self.sizes.twins());
+                rows.truncate(spans.len() / self.twins.len());
                 chosen.push(Chosen { layer: i, rows });
             }
             let features = 0..if verifies { q + kv } else { q + 2 * kv };
@@ -697,7 +726,7 @@ impl<'m, B: Backend> Session<'m, B> {
         let family = self.transformer.config.family;
         let rows: usize = windows.iter().map(|(_, window)| window.len()).sum();
         let mut index = Vec::new();
-        for twin in 0..self.sizes.twins() {
+        for twin in 0..self.twins.len() {
             for (group, positions) in groups {
                 let mut first = twin * rows;
                 for (sequence, window) in windows {
@@ -712,10 +741,69 @@ impl<'m, B: Backend> Session<'m, B> {
     }
 }
 
+impl<B: HostUnmask> Session<'_, B> {
+    /// The logits that decide about positions, sequence after sequence, of the sequences or of their twins.
+    fn logits_of(
+        &mut self,
+        tokens: &[Vec<u32>],
+        (plan, windows): (&dyn CachePlan, &[(usize, Range<usize>)]),
+        positions: &[(usize, &[usize])],
+        twin: bool,
+    ) -> Result<Vec<f32>> {
+        self.twins = if twin { 1..2 } else { 0..1 };
+        let index = self.scored(windows, positions);
+        let ran = self.forward(tokens, windows, plan, &index, None);
+        self.twins = 0..self.sizes.twins();
+        ran?;
+        self.logits(index.len())
+    }
+
+    /// A pass whose twins run apart, or not at all.
+    fn step_apart(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
+        let Config { vocab_size, mask_token_id, .. } = self.transformer.config;
+        let groups: Vec<_> = pass.groups.iter().map(|group| (group.sequence, &group.positions[..])).collect();
+        let own = (pass.plan, pass.windows);
+        let mut logits = Vec::new();
+        if let Twins::Apart { plan, windows } = pass.twins {
+            // Any mask may be decided about before the twins run again.
+            let masks = |(s, window): &(usize, Range<usize>)| -> (usize, Vec<usize>) {
+                (*s, window.clone().filter(|p| tokens[*s][*p] == mask_token_id).collect())
+            };
+            let masks: Vec<_> = pass.windows.iter().map(masks).collect();
+            let open: Vec<_> = masks.iter().map(|(s, positions)| (*s, &positions[..])).collect();
+            self.chosen = None;
+            let of_twins = self.logits_of(tokens, (plan, windows), &open, true)?;
+            self.chosen = pass.observed.then(Vec::new);
+            let all = self.logits_of(tokens, own, &open, false)?;
+            self.distances.retain(|(s, _), _| masks.iter().all(|(open, _)| open != s));
+            let places = masks.iter().flat_map(|(s, positions)| positions.iter().map(move |p| (*s, *p)));
+            for ((place, row), twin) in places.zip(all.chunks(vocab_size)).zip(of_twins.chunks(vocab_size)) {
+                self.distances.insert(place, row.iter().zip(twin).map(|(own, twin)| own - twin).collect());
+                if groups.iter().any(|(s, positions)| *s == place.0 && positions.contains(&place.1)) {
+                    logits.extend(row);
+                }
+            }
+        } else {
+            self.chosen = pass.observed.then(Vec::new);
+            logits = self.logits_of(tokens, own, &groups, false)?;
+        }
+        let places = groups.iter().flat_map(|(s, positions)| positions.iter().map(move |p| (*s, *p)));
+        let mut guided = logits.clone();
+        for (place, row) in places.zip(logits.chunks(vocab_size)) {
+            let Some(distance) = self.distances.get(&place) else { panic!("no twin has run for {place:?}") };
+            guided.extend(row.iter().zip(distance).map(|(own, distance)| own - distance));
+        }
+        crate::oracle::unmask::unmask(&mut guided, vocab_size, pass.groups, pass.unmask)
+    }
+}
+
 impl<B: HostUnmask> Network for Session<'_, B> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
         let groups: Vec<_> = pass.groups.iter().map(|group| (group.sequence, &group.positions[..])).collect();
         let index = self.scored(pass.windows, &groups);
+        if !matches!(pass.twins, Twins::Beside) {
+            return self.step_apart(tokens, pass);
+        }
         self.chosen = pass.observed.then(Vec::new);
         self.forward(tokens, pass.windows, pass.plan, &index, None)?;
         let vocab_size = self.transformer.config.vocab_size;

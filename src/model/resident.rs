@@ -838,6 +838,7 @@ mod tests {
                         candidates: 1,
                         cached: true,
                         kept: false,
+                        remembered: false,
                         guided,
                         ratios: 0,
                         end_tokens: 0,

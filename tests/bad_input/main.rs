@@ -63,6 +63,7 @@ fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
         candidates: n,
         cached: false,
         kept: false,
+        remembered: false,
         guided: false,
         ratios: 0,
         end_tokens: 0,

@@ -72,6 +72,7 @@ fn run(both: &Both, case: &Value, tensors: &Tensors, errors: &mut Errors) {
         candidates: batch * length,
         cached: true,
         kept: false,
+        remembered: false,
         guided: false,
         ratios: 0,
         end_tokens: 0,

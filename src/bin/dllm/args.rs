@@ -141,6 +141,9 @@ pub struct Decoding {
     /// Share of response rows recomputed in between [default: 0.25]
     #[arg(long, value_name = "R", allow_negative_numbers = true, help_heading = ADAPTIVE)]
     pub refresh_ratio: Option<f64>,
+    /// With --cfg-scale: steps between two of the unconditional half; the first five run it always [default: 1]
+    #[arg(long, value_name = "N", help_heading = ADAPTIVE)]
+    pub cfg_interval: Option<usize>,
 }
 
 const ADAPTIVE: &str = "Cache mode adaptive";
@@ -182,6 +185,7 @@ impl Decoding {
             prompt_interval: self.prompt_interval.unwrap_or(default.prompt_interval),
             response_interval: self.response_interval.unwrap_or(default.response_interval),
             refresh_ratio: self.refresh_ratio.unwrap_or(default.refresh_ratio),
+            cfg_interval: self.cfg_interval.unwrap_or(default.cfg_interval),
             policy: match self.policy() {
                 PolicyName::Threshold => Policy::Threshold(self.threshold.unwrap_or(0.9)),
                 PolicyName::Fixed => Policy::Fixed,
@@ -223,12 +227,14 @@ impl Decoding {
     pub fn idle_flags(&self) -> Vec<&'static str> {
         let policy = self.policy();
         let adaptive = self.options().cache == CacheMode::Adaptive;
+        let guided = self.cfg_scale.is_some_and(|scale| scale > 0.0);
         let flags = [
             ("--threshold (see --policy)", self.threshold.is_some() && policy != PolicyName::Threshold),
             ("--factor (see --policy)", self.factor.is_some() && policy != PolicyName::Factor),
             ("--prompt-interval (see --cache)", self.prompt_interval.is_some() && !adaptive),
             ("--response-interval (see --cache)", self.response_interval.is_some() && !adaptive),
             ("--refresh-ratio (see --cache)", self.refresh_ratio.is_some() && !adaptive),
+            ("--cfg-interval (see --cache, --cfg-scale)", self.cfg_interval.is_some() && !(adaptive && guided)),
         ];
         flags.into_iter().filter(|(_, idle)| *idle).map(|(name, _)| name).collect()
     }
