@@ -6,6 +6,10 @@ mod checkpoint;
 mod common;
 mod recorded;
 
+#[path = "cuda/company.rs"]
+mod company;
+#[path = "cuda/formats.rs"]
+mod formats;
 #[path = "cuda/forward.rs"]
 mod forward;
 #[path = "cuda/lockstep.rs"]
@@ -22,14 +26,25 @@ mod rounded;
 mod watched;
 
 use common::{device, once_on_device};
+use dllm_kernels::gpu::Device;
 use dllm_kernels::{CacheMode, Error, Family, Generator, Model};
 
 const FAMILIES: [Family; 2] = [Family::Llada, Family::Dream];
 
+/// The device, with few multiprocessors where it is a software device: attention is then cut into few parts, and takes less
+/// time. `cuda_device.rs` has the others.
+fn small_device() -> Device {
+    let device = device();
+    if softgpu::active() {
+        softgpu::set(softgpu::Opt::Multiprocessors, 2);
+    }
+    device
+}
+
 /// A made-up checkpoint, its weights on the device.
 fn made_up(family: Family) -> Model {
     let dir = checkpoint::Checkpoint::new(family).write();
-    Model::open(dir.path()).unwrap().to_device(&device(), |_, _| ()).unwrap()
+    Model::open(dir.path()).unwrap().to_device(&small_device(), |_, _| ()).unwrap()
 }
 
 /// The adaptive cache is the CPU's; a device says so before it does anything.
@@ -40,6 +55,8 @@ fn adaptive_is_refused() {
     assert!(matches!(&error, Error::Unavailable(message) if message.contains("--cache adaptive")), "{error}");
 }
 
+use company::alone_and_in_a_batch;
+use formats::{element_types, tied_head};
 use forward::logits_are_within_the_margin;
 use random::{random_settings_dream, random_settings_llada};
 use recorded_decodes::recorded_decodes;
@@ -47,12 +64,15 @@ use watched::{many_blocks, masks_in_the_prompt, watched_or_not_dream, watched_or
 
 once_on_device!(
     adaptive_is_refused,
+    alone_and_in_a_batch,
+    element_types,
     logits_are_within_the_margin,
     many_blocks,
     masks_in_the_prompt,
     random_settings_dream,
     random_settings_llada,
     recorded_decodes,
+    tied_head,
     watched_or_not_dream,
     watched_or_not_llada,
 );

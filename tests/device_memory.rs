@@ -31,6 +31,7 @@ fn the_arithmetic_is_what_is_allocated() {
         eprintln!("not run: only the software device tells what is in use");
         return;
     }
+    softgpu::set(Opt::Poison, 0); // takes time, and what memory holds is not the question
     softgpu::set(Opt::Multiprocessors, 4); // attention is cut into fewer parts, which takes less time here
     for name in ["tiny-llada", "tiny-dream", "tiny-llada-b"] {
         let before = used();

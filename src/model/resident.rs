@@ -357,8 +357,6 @@ impl<'m> Resident<'m> {
                 )));
             }
         }
-        // First what is loaded for all decodes, then what is counted for this one.
-        device.preload()?;
         let needed = sizes.device_memory(config, device.multiprocessors()?)?.total();
         ensure_memory(device, &what, needed)?;
         let named = |error| out_of_memory(error, &what, needed);

@@ -1,6 +1,6 @@
 //! CPU and device in lockstep: the same tokens before every pass, the CPU's decisions after it.
 
-use crate::common::{device, golden_dir};
+use crate::common::golden_dir;
 use crate::margin::{Logits, Tally, compare};
 use crate::rounded::Rounded;
 use dllm_kernels::backend::cpu::Cpu;
@@ -19,7 +19,7 @@ pub struct Both {
 impl Both {
     pub fn open(dir: &Path) -> Both {
         let weights = Weights::open(dir).unwrap();
-        let model = Model::open(dir).unwrap().to_device(&device(), |_, _| ()).unwrap();
+        let model = Model::open(dir).unwrap().to_device(&crate::small_device(), |_, _| ()).unwrap();
         let rounded = Transformer::load(&Rounded::default(), model.config(), &weights).unwrap();
         Both { model, rounded }
     }

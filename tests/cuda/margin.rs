@@ -55,6 +55,18 @@ impl Tally {
         self.commit_differs += other.commit_differs;
     }
 
+    /// That of the candidates no more than these shares differ in token and commit, and are in doubt.
+    #[track_caller]
+    pub fn assert_few(&self, differ: [f64; 2], in_doubt: [f64; 2]) {
+        let share = |n: usize| n as f64 / self.candidates as f64;
+        for (seen, most) in [self.token_differs, self.commit_differs].into_iter().zip(differ) {
+            assert!(share(seen) <= most, "{seen} differ: {self}");
+        }
+        for (seen, most) in self.in_doubt().into_iter().zip(in_doubt) {
+            assert!(seen <= most, "{seen} in doubt: {self}");
+        }
+    }
+
     /// Shares of the candidates in doubt, tokens and commits.
     pub fn in_doubt(&self) -> [f64; 2] {
         [self.token_in_doubt, self.commit_in_doubt].map(|n| n as f64 / self.candidates.max(1) as f64)

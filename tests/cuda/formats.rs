@@ -1,0 +1,52 @@
+//! Checkpoints in other element types, and one whose head is the embedding.
+
+use crate::checkpoint::Checkpoint;
+use crate::lockstep::{Both, decode_both};
+use crate::watched::prompts;
+use crate::{FAMILIES, small_device};
+use dllm_kernels::{Generator, Model, Options};
+use safetensors::Dtype;
+
+/// The values of the made-up checkpoints are exact in bf16, f16 and f32: stored as any of them they decode the same. Values that
+/// are not exact are rounded to nearest, ties to even.
+pub fn element_types() {
+    for family in FAMILIES {
+        let tokens = |checkpoint: &Checkpoint| {
+            let dir = checkpoint.write();
+            let model = Model::open(dir.path()).unwrap().to_device(&small_device(), |_, _| ()).unwrap();
+            Generator::new(&model).gen_length(16).block_length(8).generate(&prompts()).unwrap().tokens
+        };
+        let plain = tokens(&Checkpoint::new(family));
+        for dtype in [Dtype::F16, Dtype::F32] {
+            assert_eq!(tokens(&Checkpoint::new(family).with_dtype(dtype)), plain, "{family} {dtype:?}");
+        }
+        // A third of the way to the next bf16, and half of it from an even one: both go back.
+        let mut off = Checkpoint::new(family).with_dtype(Dtype::F32);
+        for tensor in off.tensors.values_mut() {
+            for (i, value) in tensor.values.iter_mut().enumerate().filter(|(_, value)| **value != 0.0) {
+                let bits = value.to_bits();
+                let even = bits >> 16 & 1 == 0;
+                *value = f32::from_bits(bits + if even && i % 2 == 0 { 0x8000 } else { 0x5555 });
+            }
+        }
+        assert_eq!(tokens(&off), plain, "{family}: rounded");
+    }
+}
+
+pub fn tied_head() {
+    for family in FAMILIES {
+        let mut checkpoint = Checkpoint::new(family);
+        let key = match family {
+            dllm_kernels::Family::Llada => "weight_tying",
+            dllm_kernels::Family::Dream => "tie_word_embeddings",
+        };
+        checkpoint.config = checkpoint.config_with(key, Some(true.into()));
+        let head = checkpoint.head();
+        checkpoint.tensors.remove(head);
+        let both = Both::open(checkpoint.write().path());
+        assert!(both.model.config().tied_head);
+        let options = Options { gen_length: 16, block_length: Some(8), ..Options::default() };
+        let (_, tally) = decode_both(&both, &options, &prompts(), &format!("{family}, tied head"), &mut ());
+        println!("{family}: {tally}");
+    }
+}
