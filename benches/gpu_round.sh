@@ -36,6 +36,8 @@ declare -A small=(
     hostile::on_device::in_place_from_a_projection hostile::on_device::without_lse reference::on_device::equals_pytorch
     the_same_bits_in_every_order"
   [device]="every_module_has_its_kernels threads_have_streams_of_their_own"
+  [blas]="blas_multiplies pinned_memory_goes_to_the_device"
+  [cuda]="element_types logits_are_within_the_margin tied_head"
   [embed]="counts_on_the_device embeds_every_token_of_every_type embeds_rows leaves_out_rows_out_of_range replays"
   [merge]="counts_on_the_device equals_the_oracle overwrites_either_side replays sides_without_keys"
   [norm]="counts_on_the_device equals_the_oracle passes_on_what_is_not_finite replays same_bits_whatever_else_runs"
@@ -72,7 +74,9 @@ pack() {
   for file in $(grep -l '^mod common;' tests/*.rs); do tests+=(--test "$(basename "$file" .rs)"); done
   for file in $(grep -l '^mod gpu;' benches/*.rs); do benches+=(--bench "$(basename "$file" .rs)"); done
   rm -rf "$folder"
-  mkdir -p "$folder"/{bin,tests,benches} || return 1
+  local content
+  content=$(mktemp -d) || return 1
+  mkdir -p "$folder" "$content"/{bin,tests,benches} || return 1
   programs bin build --release --bin dllm >"$folder/built.bin" || return 1
   programs test test --release --no-run "${tests[@]}" >"$folder/built.tests" || return 1
   programs bench bench --no-run "${benches[@]}" >"$folder/built.benches" || return 1
@@ -81,26 +85,29 @@ pack() {
     [[ -s $folder/built.$kind ]] || { echo "cargo told of no $kind" >&2; return 1; }
     while read -r name path; do
       glibc+=("$(objdump -T "$path" | grep -o 'GLIBC_[0-9.]*' | sort -V | tail -1)")
-      strip -o "$folder/$kind/$name" "$path" && gzip -9n "$folder/$kind/$name" || return 1
+      strip -o "$content/$kind/$name" "$path" || return 1
     done <"$folder/built.$kind"
     rm "$folder/built.$kind"
   done
 
   # Nothing by a path of this machine.
-  for path in "$folder"/tests/*; do
-    name=$(basename "$path" .gz)
+  for path in "$content"/tests/*; do
+    name=$(basename "$path")
     if grep -rn CARGO_MANIFEST_DIR "tests/$name.rs" $(ls -d "tests/$name" 2>/dev/null); then
       echo "tests/$name.rs finds files by a path of this machine: use common::golden_dir or common::model_dir" >&2
       return 1
     fi
   done
-  tar -czf "$folder/golden.tar.gz" -C tests golden && tar -czf "$folder/models.tar.gz" models || return 1
+  cp -r tests/golden models "$content" || return 1
+  # The programs have most of their code in common, further apart than the usual dictionary reaches.
+  tar -c -C "$content" . | xz -T0 -6 --lzma2=dict=192MiB >"$folder/round.tar.xz" || return 1
   cp benches/rivals.py benches/gpu_round.sh "$folder/" || return 1
   git describe --always --dirty >"$folder/commit" || return 1
 
   bytes=$(du -sb "$folder" | cut -f1)
-  echo "$folder: $((bytes >> 20)) MiB, $(find "$folder" -name '*.gz' | wc -l) programs, $(cat "$folder/commit")," \
+  echo "$folder: $((bytes >> 20)) MiB, $(find "$content"/{bin,tests,benches} -type f | wc -l) programs, $(cat "$folder/commit")," \
     "runs where glibc has $(printf '%s\n' "${glibc[@]}" | sort -V | tail -1)"
+  rm -rf "$content"
   if ((bytes > most_bytes)); then
     echo "that is more than $((most_bytes >> 20)) MiB" >&2
     return 1
@@ -134,15 +141,11 @@ bounded() {
 
 # The program of this name, unpacked.
 program() {
-  local to=$unpacked/$1
-  if [[ ! -e $to ]]; then
-    mkdir -p "$(dirname "$to")" && gzip -dc "$folder/$1.gz" >"$to" && chmod +x "$to" || return 1
-  fi
-  echo "$to"
+  echo "$unpacked/$1"
 }
 
 names() {
-  find "$folder/$1" -name '*.gz' -exec basename {} .gz \; | sort
+  find "$unpacked/$1" -type f -exec basename {} \; | sort
 }
 
 why() {
@@ -381,7 +384,9 @@ round() {
   mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 1
   unpacked=$(mktemp -d) || exit 1
   trap 'rm -rf "$unpacked"' EXIT
-  tar -xzf "$folder/golden.tar.gz" -C "$unpacked" && tar -xzf "$folder/models.tar.gz" -C "$unpacked" || die "$folder is damaged"
+  # Python can too, where there is no xz.
+  tar -xJf "$folder/round.tar.xz" -C "$unpacked" 2>/dev/null ||
+    "$python" -m tarfile -e "$folder/round.tar.xz" "$unpacked" || die "neither tar nor $python can unpack $folder/round.tar.xz"
   export DLLM_TEST_DEVICE=$device DLLM_GOLDEN_DIR=$unpacked/golden DLLM_MODELS_DIR=$unpacked/models
   rm -f "$OUT/record.csv" # of an earlier round
   machine >"$OUT/machine.txt" 2>&1
