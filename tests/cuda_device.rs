@@ -388,7 +388,12 @@ fn interrupted() {
         policy: Policy::Fixed,
         ..Options::default()
     };
-    let whole = Generator::new(&model).options(options.clone()).generate(&[prompt.clone()]).unwrap().tokens.remove(0);
+    let whole = Generator::new(&model)
+        .options(options.clone())
+        .generate(std::slice::from_ref(&prompt))
+        .unwrap()
+        .tokens
+        .remove(0);
     let start = [prompt.clone(), vec![MASK; 8]].concat();
     let unmask = Unmask {
         confidence: Confidence::Probability,
@@ -402,7 +407,7 @@ fn interrupted() {
         seed: 0,
         mask_token: Some(MASK),
     };
-    let mut network = model.network(options.sizes(config, &[prompt.clone()])).unwrap();
+    let mut network = model.network(options.sizes(config, std::slice::from_ref(&prompt))).unwrap();
     let device = network.autonomous().unwrap();
     let plan = vec![LayerPlan { reuse: false, store: false }; config.num_layers];
     let block = 5..13;
