@@ -97,6 +97,21 @@ impl Tensor {
         &self.shape
     }
 
+    /// Some rows of a matrix.
+    ///
+    /// # Panics
+    /// When it is none, or has not so many.
+    pub(crate) fn rows(&self, rows: Range<usize>) -> Tensor {
+        assert!(
+            self.shape.len() == 2 && rows.start <= rows.end && rows.end <= self.shape[0],
+            "{rows:?} of {:?}",
+            self.shape
+        );
+        let row_bytes = self.shape[1] * self.dtype.size();
+        let range = self.range.start + rows.start * row_bytes..self.range.start + rows.end * row_bytes;
+        Tensor { storage: self.storage.clone(), range, dtype: self.dtype, shape: vec![rows.len(), self.shape[1]] }
+    }
+
     /// All elements as f32, copied: for vectors (norms, biases), not for matrices.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.shape.iter().product()];

@@ -21,11 +21,14 @@ fn generate(model: &Model, options: &Options, prompts: &[Vec<u32>]) -> Generatio
 /// Every cache and policy, in blocks and without, eight tokens: together they reach every rule.
 fn loops() -> Vec<Options> {
     let mut list = Vec::new();
-    for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
+    for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual, CacheMode::Adaptive] {
         for block_length in [4, 8] {
             for policy in [Policy::Fixed, Policy::Threshold(0.9), Policy::Threshold(0.4), Policy::Factor(1.0)] {
                 let block_length = Some(block_length);
-                list.push(Options { gen_length: 8, block_length, cache, policy, ..Options::default() });
+                // Of the adaptive cache: sequences that wait for others are at another place of their intervals then.
+                let (prompt_interval, response_interval, refresh_ratio) = (3, 2, 0.3);
+                let base = Options { prompt_interval, response_interval, refresh_ratio, ..Options::default() };
+                list.push(Options { gen_length: 8, block_length, cache, policy, ..base });
             }
         }
     }

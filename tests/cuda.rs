@@ -27,7 +27,7 @@ mod watched;
 
 use common::{device, once_on_device};
 use dllm_kernels::gpu::Device;
-use dllm_kernels::{Family, Model};
+use dllm_kernels::{CacheMode, Error, Family, Generator, Model};
 
 const FAMILIES: [Family; 2] = [Family::Llada, Family::Dream];
 
@@ -47,6 +47,14 @@ fn made_up(family: Family) -> Model {
     Model::open(dir.path()).unwrap().to_device(&small_device(), |_, _| ()).unwrap()
 }
 
+/// The adaptive cache is the CPU's; a device says so before it does anything.
+fn adaptive_is_refused() {
+    let model = made_up(Family::Llada);
+    let generator = Generator::new(&model).gen_length(8).cache(CacheMode::Adaptive);
+    let error = generator.generate(&[vec![1, 2, 3]]).unwrap_err();
+    assert!(matches!(&error, Error::Unavailable(message) if message.contains("--cache adaptive")), "{error}");
+}
+
 use company::alone_and_in_a_batch;
 use formats::{element_types, tied_head};
 use forward::logits_are_within_the_margin;
@@ -55,6 +63,7 @@ use recorded_decodes::recorded_decodes;
 use watched::{many_blocks, masks_in_the_prompt, watched_or_not_dream, watched_or_not_llada};
 
 once_on_device!(
+    adaptive_is_refused,
     alone_and_in_a_batch,
     element_types,
     logits_are_within_the_margin,

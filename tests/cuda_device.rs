@@ -409,7 +409,7 @@ fn interrupted() {
     };
     let mut network = model.network(options.sizes(config, std::slice::from_ref(&prompt))).unwrap();
     let device = network.autonomous().unwrap();
-    let plan = vec![LayerPlan { reuse: false, store: false }; config.num_layers];
+    let plan = vec![LayerPlan::Whole { reuse: false, store: false, keep: false }; config.num_layers];
     let block = 5..13;
     let candidates = [(0, block.clone().collect::<Vec<usize>>())];
     let stage = CourseStage { plan: &plan, windows: &[(0, 0..13)], candidates: &candidates, shrinks: false };

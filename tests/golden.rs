@@ -1,7 +1,6 @@
 //! Replays what the original Python implementations computed (`tests/golden/README.md`), step by step.
 //!
-//! `DLLM_GOLDEN_DIR` points the suite at another directory of the same format. Trajectories of `dllm_cache.*` are named
-//! and left out: the adaptive cache is not part of this crate yet.
+//! `DLLM_GOLDEN_DIR` points the suite at another directory of the same format.
 
 mod recorded;
 
@@ -53,6 +52,8 @@ fn session(model: &Model, batch: usize, length: usize, cached: bool) -> Session<
         gen_length: length,
         candidates: batch * length,
         cached,
+        kept: false,
+        remembered: false,
         guided: false,
         ratios: 0,
         end_tokens: 0,
@@ -333,13 +334,11 @@ fn sampler_vverify() {
 #[test]
 fn trajectories() {
     let models = models();
-    let (mut replayed, mut left_out) = (0, 0);
+    let (mut replayed, mut verified) = (0, 0);
     for name in names("trajectory_") {
         let case = json(&format!("{name}.json"));
-        if case["algorithm"].as_str().unwrap().starts_with("dllm_cache.") {
-            left_out += 1;
-            continue;
-        }
+        let layers = |step: &Value| step["vverify"].as_array().map_or(0, Vec::len);
+        verified += case["steps"].as_array().unwrap().iter().map(layers).sum::<usize>();
         let model = &models[case["model"].as_str().unwrap()];
         let options = options(&case);
         let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
@@ -354,8 +353,58 @@ fn trajectories() {
         assert_eq!(quiet.tokens, decoded.tokens, "{name}: tokens depend on being watched");
         replayed += 1;
     }
-    println!("{replayed} trajectories replayed; not run: {left_out} of dllm_cache.*");
-    assert!(replayed > 0);
+    println!("{replayed} trajectories replayed, with {verified} choices of V-verify");
+    assert!(replayed > 0 && verified > 0);
+}
+
+/// A session that looks at the logits of all generated rows, which are the recorded ones, and decides by them.
+struct Compared<'m> {
+    session: Session<'m, Cpu>,
+    family: Family,
+    prompt_len: usize,
+    recorded: Tensors,
+    step: usize,
+    worst: f32,
+}
+
+impl Network for Compared<'_> {
+    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
+        let [(0, window)] = pass.windows else { panic!("one sequence, not {:?}", pass.windows) };
+        // Dream's first token is decided by the row before it.
+        let shift = usize::from(self.family == Family::Dream);
+        let index: Vec<usize> = (self.prompt_len - shift - window.start..window.len()).collect();
+        self.session.forward(tokens, pass.windows, pass.plan, &index, None)?;
+        let logits = self.session.logits(index.len())?;
+        let vocab = logits.len() / index.len();
+        let name = format!("step_{}.logits", self.step);
+        if self.recorded.has(&name) {
+            self.worst = self.worst.max(difference(&logits[shift * vocab..], &self.recorded.f32(&name)));
+            self.step += 1;
+        }
+        let rows = pass.groups[0].positions.iter().map(|p| (p - self.prompt_len) * vocab);
+        let mut own: Vec<f32> = rows.flat_map(|at| &logits[at..at + vocab]).copied().collect();
+        unmask(&mut own, vocab, pass.groups, pass.unmask)
+    }
+}
+
+/// Logits of all generated rows, those that did not run included, where they were recorded.
+#[test]
+fn adaptive_logits() {
+    for (model, name) in [("tiny-llada", "llada"), ("tiny-dream", "dream")] {
+        let name = format!("trajectory_dllmcache_{name}_p5_g2_r0.25.json");
+        let (case, model) = (json(&name), open(model));
+        let options = options(&case);
+        let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
+        let candidates = options.gen_length + 1;
+        let sizes = Sizes { candidates, ..options.sizes(model.config(), &prompts) };
+        let session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
+        let (family, recorded) = (model.config().family, Tensors::open(&name));
+        let mut compared = Compared { session, family, prompt_len: prompts[0].len(), recorded, step: 0, worst: 0.0 };
+        let decoded = decode(&mut compared, model.config(), &prompts, &options, None, &mut ()).unwrap();
+        println!("{name} {} steps {:.1e}", compared.step, compared.worst);
+        assert!(compared.step == 8 && compared.worst < 1e-3, "{name}: {}", compared.worst);
+        assert_eq!(serde_json::json!(decoded.tokens), case["final"]);
+    }
 }
 
 /// A table of logits in place of the network.

@@ -15,6 +15,7 @@ use std::process::Command;
 /// Set for the child: directory, cache, prompt length, sequences.
 const CASE: &str = "DLLM_MEMORY_CASE";
 const THREADS: usize = 2;
+const MODES: [CacheMode; 3] = [CacheMode::None, CacheMode::Dual, CacheMode::Adaptive];
 const MIB: usize = 1 << 20;
 
 /// What a process and an allocator have beside the decode.
@@ -51,7 +52,7 @@ impl Observer for Peak {
 fn child() {
     let Ok(case) = std::env::var(CASE) else { return };
     let [dir, cache, length, sequences] = case.split(';').collect::<Vec<_>>().try_into().unwrap();
-    let cache = if cache == "none" { CacheMode::None } else { CacheMode::Dual };
+    let cache = MODES.iter().find(|mode| mode.name() == cache).copied().unwrap();
     let prompts = prompts(length.parse().unwrap(), sequences.parse().unwrap());
     let pool = rayon::ThreadPoolBuilder::new().num_threads(THREADS).build().unwrap();
     let mut peak = Peak(0);
@@ -79,7 +80,7 @@ fn measure(case: &str) -> usize {
 fn check(dir: &Path, cases: &[(usize, usize)]) -> Vec<usize> {
     let config = Config::open(dir).unwrap();
     let mut all = vec![];
-    for (cache, name) in [(CacheMode::None, "none"), (CacheMode::Dual, "dual")] {
+    for (cache, name) in MODES.map(|mode| (mode, mode.name())) {
         for (length, sequences) in cases {
             let case = format!("{};{name};{length};{sequences}", dir.display());
             let measured = measure(&case);

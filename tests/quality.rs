@@ -5,6 +5,34 @@
 
 use std::process::Command;
 
+/// (prompt interval, response interval, share) of the adaptive cache, one token a step; and the original's accuracy.
+const ADAPTIVE: [(usize, usize, f64, f64); 3] = [(25, 2, 0.25, 0.59), (25, 8, 0.25, 0.19), (25, 8, 0.0, 0.05)];
+
+#[test]
+#[cfg_attr(debug_assertions, ignore = "needs --release: minutes without optimisation")]
+fn accuracy_with_the_adaptive_cache_is_the_original_s() {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let setting = |(prompt, response, ratio, _): &(usize, usize, f64, f64)| {
+        let intervals = format!("prompt-interval={prompt},response-interval={response},refresh-ratio={ratio}");
+        ["--setting".to_string(), format!("cache=adaptive,policy=fixed,{intervals}")]
+    };
+    let output = Command::new(env!("CARGO_BIN_EXE_dllm"))
+        .args(["eval", "--model", &format!("{root}/models/tiny-math"), "--limit", "100", "--gen-length", "64"])
+        .args(["--problems", &format!("{root}/models/tiny-math/eval/problems_0shot.jsonl"), "--json"])
+        .args(ADAPTIVE.iter().flat_map(setting))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let rows: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(rows.len(), ADAPTIVE.len());
+    for (row, (.., accuracy)) in rows.iter().zip(ADAPTIVE) {
+        println!("{row}");
+        let got = row["accuracy"].as_f64().unwrap();
+        assert!((got - accuracy).abs() <= 0.0101, "{row}: the original's accuracy is {accuracy}");
+        assert_eq!((&row["problems"], row["nfe"].as_f64()), (&100.into(), Some(64.0)));
+    }
+}
+
 #[test]
 #[cfg_attr(debug_assertions, ignore = "needs --release: minutes without optimisation")]
 fn accuracy_is_the_original_s() {

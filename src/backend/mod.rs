@@ -4,10 +4,11 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::oracle::unmask::{Group, Unmask, Verdict};
 pub use crate::oracle::{Heads, Span};
 pub use crate::tensor::Tensor;
+use std::ops::Range;
 
 /// How large the passes of a session get.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,8 +48,55 @@ pub struct Placement<'a> {
     pub tokens: &'a [usize],
     /// Rows whose logits are asked for.
     pub scored: &'a [usize],
+    /// Positions of each sequence's response, its last ones.
+    pub gen_length: usize,
     /// What launches are sized for.
     pub room: Room,
+}
+
+/// Which rows of a pass run in a layer that does not run them all. How many there are is known beforehand, which ones only
+/// the device knows: V-verify chooses them layer by layer, and for each sequence on its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Choice {
+    /// Whether those of the prompt run, all that the pass has.
+    pub prompt: bool,
+    /// Those of the response.
+    pub response: Response,
+}
+
+/// Which rows of a response run, and what becomes of its values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Response {
+    /// None; its values stay as they are cached.
+    Stale,
+    /// So many of each sequence, those whose values turned most since they were cached; the values of all are renewed, where
+    /// any row attends to them.
+    Fresh(usize),
+}
+
+impl Choice {
+    /// Rows of a span that run.
+    pub fn rows(&self, span: &Span, gen_length: usize) -> usize {
+        let prompt = if self.prompt { span.rows() - gen_length } else { 0 };
+        match self.response {
+            Response::Stale => prompt,
+            Response::Fresh(count) => prompt + count,
+        }
+    }
+}
+
+/// Which rows of a pass an op takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// All of them.
+    Whole,
+    /// Those that [`Backend::choose`] chose last.
+    Chosen,
+}
+
+/// What [`Backend`]'s ops for chosen rows answer where there are none.
+fn no_choice<T>() -> Result<T> {
+    Err(Error::Unavailable("this backend runs all rows of a pass: it has no adaptive cache".into()))
 }
 
 /// A device that holds weights and activations and runs the ops of a layer.
@@ -123,6 +171,96 @@ pub trait Backend {
     fn swiglu(&mut self, gate_up: &Self::Buffer, width: usize, out: &mut Self::Buffer, rows: usize) -> Result<()>;
     /// `out[i] = x[row i of those whose logits are asked for]`
     fn gather(&mut self, x: &Self::Buffer, rows: &Self::Rows, width: usize, out: &mut Self::Buffer) -> Result<()>;
+    // What layers need in which only some rows run. Which ones, stays with the rows of the pass.
+
+    /// `out = x w^T + bias` of some of the outputs of `w`; `out` has rows of so many elements.
+    fn linear_part(
+        &mut self,
+        _x: &Self::Buffer,
+        _w: &Self::Matrix,
+        _outputs: Range<usize>,
+        _out: &mut Self::Buffer,
+        _rows: usize,
+    ) -> Result<()> {
+        no_choice()
+    }
+    /// Chooses the rows that run in a layer: `values` `[rows, kv_width]` of all rows of the pass against those that the cache
+    /// holds for it, which they then replace; those of the prompt only where its rows run. No values are given, and none
+    /// replaced, where the response is stale.
+    fn choose(
+        &mut self,
+        _values: Option<&Self::Buffer>,
+        _heads: Heads,
+        _choice: Choice,
+        _rows: &mut Self::Rows,
+        _cache: (&mut Self::Cache, usize),
+    ) -> Result<()> {
+        no_choice()
+    }
+    /// The response rows that were chosen last, of each span, counted from the start of the response, ascending. For
+    /// observers and tests. Waits for the device.
+    fn chosen(&self, _rows: &Self::Rows) -> Result<Vec<Vec<usize>>> {
+        no_choice()
+    }
+    /// `out[i] = x[row i of those that were chosen]`
+    fn gather_chosen(
+        &mut self,
+        _x: &Self::Buffer,
+        _rows: &Self::Rows,
+        _width: usize,
+        _out: &mut Self::Buffer,
+    ) -> Result<()> {
+        no_choice()
+    }
+    /// Rotates the queries and keys of the chosen rows, and leaves the keys in the cache; with `values`, rows are `[q | k | v]`
+    /// and their values are left there too, without they are `[q | k]`.
+    fn rope_chosen(
+        &mut self,
+        _qkv: &mut Self::Buffer,
+        _heads: Heads,
+        _rows: &Self::Rows,
+        _cache: (&mut Self::Cache, usize),
+        _values: bool,
+    ) -> Result<()> {
+        no_choice()
+    }
+    /// Attention of the chosen rows over the cached keys and values of all positions of their sequences.
+    fn attention_chosen(
+        &mut self,
+        _qkv: &Self::Buffer,
+        _heads: Heads,
+        _rows: &Self::Rows,
+        _cache: (&Self::Cache, usize),
+        _values: bool,
+        _out: &mut Self::Buffer,
+    ) -> Result<()> {
+        no_choice()
+    }
+    /// From row `kept.1` on, row p of `kept` becomes the row of `delta` (of `width` elements) that stands at position p,
+    /// counted as the cache does.
+    fn keep(
+        &mut self,
+        _delta: &Self::Buffer,
+        _part: Part,
+        _width: usize,
+        _rows: &Self::Rows,
+        _kept: (&mut Self::Buffer, usize),
+    ) -> Result<()> {
+        no_choice()
+    }
+    /// [`Backend::add_norm`] of all rows of the pass, with what [`Backend::keep`] left for them.
+    fn add_norm_kept(
+        &mut self,
+        _x: &mut Self::Buffer,
+        _kept: (&Self::Buffer, usize),
+        _rows: &Self::Rows,
+        _weight: &Self::Vector,
+        _eps: f32,
+        _out: &mut Self::Buffer,
+    ) -> Result<()> {
+        no_choice()
+    }
+
     /// The first `rows * width` elements as f32, for observers and tests. Waits for the device.
     fn read(&self, buffer: &Self::Buffer, rows: usize, width: usize) -> Result<Vec<f32>>;
 }

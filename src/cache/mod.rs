@@ -1,13 +1,16 @@
-//! Which rows a forward pass runs, and which keys and values it reuses (Fast-dLLM section 3.1).
+//! Which rows a forward pass runs, and what it reuses of earlier ones: Fast-dLLM's block caches (section 3.1) here,
+//! dLLM-Cache in [`adaptive`].
 //!
 //! At the start of a block everything runs and is cached (a refresh). Until the block is done, PrefixCache runs the
 //! block and all that follows against the cached prefix; DualCache runs the block alone, against cached prefix and
 //! suffix. Nothing outlives the block.
 
+pub mod adaptive;
+
 use crate::model::{CachePlan, LayerPlan};
 use std::ops::Range;
 
-/// What is kept between the forwards of a block.
+/// What is kept between forwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CacheMode {
     /// Nothing: every forward runs everything.
@@ -16,6 +19,9 @@ pub enum CacheMode {
     Prefix,
     /// Keys and values of the positions before and after the block.
     Dual,
+    /// dLLM-Cache: keys, values and the outputs of attention and MLP of all positions, renewed at intervals and where values
+    /// turned most ([`adaptive`]).
+    Adaptive,
 }
 
 /// The part of the sequence that a forward runs.
@@ -36,13 +42,14 @@ impl CacheMode {
             CacheMode::None => "none",
             CacheMode::Prefix => "prefix",
             CacheMode::Dual => "dual",
+            CacheMode::Adaptive => "adaptive",
         }
     }
 
     /// What the forwards of a block run after its first one.
     pub fn block_pass(self) -> PassKind {
         match self {
-            CacheMode::None => PassKind::Full,
+            CacheMode::None | CacheMode::Adaptive => PassKind::Full,
             CacheMode::Prefix => PassKind::Suffix,
             CacheMode::Dual => PassKind::Block,
         }
@@ -61,7 +68,7 @@ impl PassKind {
 }
 
 /// The cache use of one pass, the same in every layer.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockPlan {
     /// What is kept.
     pub mode: CacheMode,
@@ -73,6 +80,6 @@ impl CachePlan for BlockPlan {
     fn layer(&self, _layer: usize) -> LayerPlan {
         let full = self.pass == PassKind::Full;
         // A later pass of the block recomputes all the rows it stands in for, so only the refresh needs to store.
-        LayerPlan { reuse: !full, store: full && self.mode != CacheMode::None }
+        LayerPlan::Whole { reuse: !full, store: full && self.mode != CacheMode::None, keep: false }
     }
 }

@@ -3,11 +3,12 @@
 use super::observer::Observer;
 use super::options::{Options, Policy, Rule};
 use super::schedule::DreamSchedule;
-use super::state::{Sequence, State, Turn};
+use super::state::{Plan, Sequence, State, Turn};
 use super::stretch::{From, Stage, Stretch};
+use crate::cache::adaptive::{AdaptivePlan, TwinPlan};
 use crate::cache::{BlockPlan, PassKind};
 use crate::error::Result;
-use crate::model::{Config, Course, CourseSequence, CourseStage, Network, Pass, Schedule};
+use crate::model::{Config, Course, CourseSequence, CourseStage, Network, Pass, Schedule, Twins};
 use crate::oracle::unmask::{Group, Selection};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -36,8 +37,8 @@ pub fn decode(
     observer: &mut dyn Observer,
 ) -> Result<Decoded> {
     let rule = options.rule(config.family);
-    let sequence = |prompt: &Vec<u32>| Sequence { prompt_len: prompt.len(), step: 0, ended: None };
     let mask = config.mask_token_id;
+    let sequence = |prompt: &Vec<u32>| Sequence::new(config.family, prompt, mask);
     let state = State {
         options,
         unmask: options.unmask(rule, mask),
@@ -245,8 +246,7 @@ impl Decoder<'_> {
             return Ok(false);
         }
         let state = &self.state;
-        let window = |t: &Turn| (t.sequence, kind.window(&t.block, state.tokens[t.sequence].len()));
-        let windows: Vec<_> = turns.iter().map(window).collect();
+        let (plans, windows): (Vec<Plan>, Vec<_>) = turns.iter().map(|turn| state.plan(kind, turn)).unzip();
         let group = |t: &Turn| Group {
             sequence: t.sequence,
             step: state.sequences[t.sequence].step,
@@ -255,15 +255,43 @@ impl Decoder<'_> {
             selection: t.selection,
         };
         let groups: Vec<Group> = turns.iter().map(group).collect();
-        let plan = BlockPlan { mode: state.options.cache, pass: kind };
-        let pass = Pass { plan: &plan, windows: &windows, groups: &groups, unmask: &state.unmask };
-        let verdicts = self.network.step(&state.tokens, &pass)?;
+        let observed = self.observer.wants_steps();
+        let mut verdicts = vec![vec![]; groups.len()];
+        let mut verified = vec![vec![]; groups.len()];
+        // Sequences whose intervals have come apart, as one had nothing to do while others went on, cannot run together.
+        let mut left: Vec<usize> = (0..groups.len()).collect();
+        while let Some(first) = left.first() {
+            let plan = plans[*first];
+            let (alike, others): (Vec<usize>, _) = left.iter().partition(|i| plans[**i] == plan);
+            left = others;
+            let windows: Vec<_> = alike.iter().map(|i| (groups[*i].sequence, windows[*i].clone())).collect();
+            let of: Vec<Group> = alike.iter().map(|i| groups[*i].clone()).collect();
+            let of_twins = |plan: AdaptivePlan| -> Vec<_> {
+                let window = |s: usize| (s, plan.window(state.sequences[s].first_live, state.tokens[s].len()));
+                windows.iter().map(|(s, _)| window(*s)).collect()
+            };
+            let twin =
+                if let Plan::Adaptive(_, TwinPlan::Apart(plan)) = plan { Some((plan, of_twins(plan))) } else { None };
+            let twins = match (&twin, plan) {
+                (Some((plan, windows)), _) => Twins::Apart { plan, windows },
+                (None, Plan::Adaptive(_, TwinPlan::Remembered)) => Twins::Remembered,
+                (None, _) => Twins::Beside,
+            };
+            let pass = Pass { plan: &plan, windows: &windows, groups: &of, unmask: &state.unmask, twins, observed };
+            let all = self.network.step(&state.tokens, &pass)?;
+            let mut rest = &all[..];
+            for (w, i) in alike.into_iter().enumerate() {
+                let (own, others) = rest.split_at(groups[i].positions.len());
+                (verdicts[i], rest) = (own.to_vec(), others);
+                let chosen = self.network.chosen().iter().map(|chosen| (chosen.layer, chosen.rows[w].clone()));
+                if matches!(plan, Plan::Adaptive(plan, _) if !plan.response) {
+                    verified[i] = chosen.collect();
+                }
+            }
+        }
         let state = &mut self.state;
         state.nfe += 1;
-        let mut rest = &verdicts[..];
-        for group in &groups {
-            let (own, others) = rest.split_at(group.positions.len());
-            rest = others;
+        for (group, own) in groups.iter().zip(&verdicts) {
             for (position, verdict) in group.positions.iter().zip(own) {
                 if verdict.commit {
                     state.tokens[group.sequence][*position] = verdict.token;
@@ -272,8 +300,8 @@ impl Decoder<'_> {
             state.sequences[group.sequence].step += 1;
             state.check_end(group.sequence);
         }
-        if self.observer.wants_steps() {
-            self.observer.step(&self.state.describe(kind, block, &windows, &groups, &verdicts));
+        if observed {
+            self.observer.step(&self.state.describe(kind, block, &plans, &groups, &verdicts, verified));
         }
         Ok(true)
     }

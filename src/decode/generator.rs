@@ -101,6 +101,12 @@ impl<'m> Generator<'m> {
         steps: usize;
         /// See [`Options::cache`].
         cache: CacheMode;
+        /// See [`Options::prompt_interval`].
+        prompt_interval: usize;
+        /// See [`Options::response_interval`].
+        response_interval: usize;
+        /// See [`Options::refresh_ratio`].
+        refresh_ratio: f64;
         /// See [`Options::policy`].
         policy: Policy;
         /// See [`Options::confidence`].
@@ -115,6 +121,8 @@ impl<'m> Generator<'m> {
         top_k: usize;
         /// See [`Options::cfg_scale`].
         cfg_scale: f64;
+        /// See [`Options::cfg_interval`].
+        cfg_interval: usize;
         /// See [`Options::seed`].
         seed: u64;
         /// See [`Options::early_stop`].

@@ -4,6 +4,7 @@ mod generate;
 mod generator;
 mod observer;
 mod options;
+pub mod presets;
 pub mod schedule;
 mod state;
 mod stretch;

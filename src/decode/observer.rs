@@ -1,6 +1,7 @@
 //! Following a decode from outside.
 
 use crate::cache::PassKind;
+use crate::cache::adaptive::AdaptivePlan;
 use std::ops::Range;
 
 /// What one forward pass did, for observers.
@@ -29,6 +30,10 @@ pub struct SequenceStep<'a> {
     pub confidence: Vec<f64>,
     /// Positions that went from mask to token, ascending.
     pub transferred: Vec<usize>,
+    /// What the adaptive cache renewed, if it is the cache and the sequence took part.
+    pub renewed: Option<AdaptivePlan>,
+    /// What V-verify chose between two refreshes of the response: layers, and the positions in the generated region.
+    pub verified: Vec<(usize, Vec<usize>)>,
     /// The generated region after the step.
     pub tokens: &'a [u32],
 }

@@ -1,6 +1,7 @@
 //! What a decode is asked to do, whether that is possible, and which rule it selects.
 
 use crate::cache::CacheMode;
+use crate::cache::adaptive::Adaptive;
 use crate::error::{Error, Result};
 use crate::model::{Config, Family, Sizes};
 use crate::oracle::unmask::{Confidence, Unmask};
@@ -26,8 +27,14 @@ pub struct Options {
     /// Steps over all blocks, at most 2^20; shapes `Policy::Fixed` and Dream's threshold rule without blocks. None:
     /// one for each token.
     pub steps: Option<usize>,
-    /// What is kept between the forwards of a block.
+    /// What is kept between forwards.
     pub cache: CacheMode,
+    /// `CacheMode::Adaptive`: forwards between two refreshes of the prompt, at least 1.
+    pub prompt_interval: usize,
+    /// `CacheMode::Adaptive`: forwards between two refreshes of the response, at least 1.
+    pub response_interval: usize,
+    /// `CacheMode::Adaptive`: share of the response that is renewed in between, in [0, 1].
+    pub refresh_ratio: f64,
     /// Which tokens a step commits.
     pub policy: Policy,
     /// What ranks them. None: the probability, but the negative entropy for Dream in blocks with `Policy::Fixed`, as in
@@ -43,6 +50,9 @@ pub struct Options {
     pub top_k: Option<usize>,
     /// Classifier-free guidance; 0 is none.
     pub cfg_scale: f64,
+    /// `CacheMode::Adaptive` with guidance: forwards between two of the unconditional twin, at least 1; the first five run it
+    /// always. In between guidance goes by how far its logits were.
+    pub cfg_interval: usize,
     /// End of Dream's timesteps.
     pub eps: f64,
     /// Seed of every random number. A sequence draws the same numbers alone or in a batch, so equal prompts of a batch
@@ -62,6 +72,9 @@ impl Default for Options {
             block_length: None,
             steps: None,
             cache: CacheMode::Dual,
+            prompt_interval: 50,
+            response_interval: 7,
+            refresh_ratio: 0.25,
             policy: Policy::Threshold(0.9),
             confidence: None,
             temperature: 0.0,
@@ -69,6 +82,7 @@ impl Default for Options {
             top_p: None,
             top_k: None,
             cfg_scale: 0.0,
+            cfg_interval: 1,
             eps: 1e-3,
             seed: 0,
             early_stop: false,
@@ -116,14 +130,24 @@ impl Options {
 
     /// Which rule these options select for a family.
     pub fn rule(&self, family: Family) -> Rule {
-        let whole = self.cache == CacheMode::None && self.block_length() == self.gen_length;
+        // The adaptive cache goes around the loop that there is without a cache.
+        let plain = matches!(self.cache, CacheMode::None | CacheMode::Adaptive);
+        let whole = plain && self.block_length() == self.gen_length;
         match (family, self.policy) {
-            (Family::Llada, Policy::Fixed) if self.cache == CacheMode::None => Rule::Llada,
+            (Family::Llada, Policy::Fixed) if plain => Rule::Llada,
             (Family::Llada, _) => Rule::FastLlada,
             (Family::Dream, Policy::Fixed) if whole => Rule::Dream,
             (Family::Dream, Policy::Threshold(_)) if whole => Rule::DreamThreshold,
             (Family::Dream, _) => Rule::DreamBlock,
         }
+    }
+
+    /// What the adaptive cache renews when, if it is the cache.
+    pub fn adaptive(&self) -> Option<Adaptive> {
+        let Options { prompt_interval, response_interval, refresh_ratio, gen_length, .. } = *self;
+        let guidance_interval = self.cfg_interval;
+        let adaptive = Adaptive { prompt_interval, response_interval, refresh_ratio, guidance_interval, gen_length };
+        (self.cache == CacheMode::Adaptive).then_some(adaptive)
     }
 
     /// How rows are scored under a rule; `mask` is never chosen.
@@ -192,6 +216,15 @@ impl Options {
         if let Some(steps) = self.steps.filter(|steps| *steps > STEPS_LIMIT) {
             return Err(Error::argument("steps", format!("at most {STEPS_LIMIT}"), steps));
         }
+        for (name, interval) in [
+            ("prompt-interval", self.prompt_interval),
+            ("response-interval", self.response_interval),
+            ("cfg-interval", self.cfg_interval),
+        ] {
+            if interval == 0 {
+                return Err(Error::argument(name, "at least 1", 0));
+            }
+        }
         Ok(())
     }
 
@@ -217,6 +250,8 @@ impl Options {
         if self.top_k == Some(0) {
             return Err(Error::argument("top-k", "at least 1", 0));
         }
+        let ratio = self.refresh_ratio;
+        within("refresh-ratio", ratio, (0.0..=1.0).contains(&ratio), "a number in [0, 1]")?;
         within("eps", self.eps, self.eps > 0.0 && self.eps < 1.0, "a number in (0, 1)")
     }
 
@@ -264,7 +299,10 @@ impl Options {
     pub fn sizes(&self, config: &Config, prompts: &[Vec<u32>]) -> Sizes {
         let rule = self.rule(config.family);
         let masks = |prompt: &Vec<u32>| prompt.iter().filter(|id| **id == config.mask_token_id).count();
+        let adaptive = self.cache == CacheMode::Adaptive;
+        let remembered = adaptive && self.cfg_scale > 0.0 && self.cfg_interval > 1;
         let in_reach = |prompt: &Vec<u32>| match rule {
+            _ if remembered => self.gen_length,
             Rule::Dream | Rule::DreamThreshold => self.gen_length,
             // Masks in the prompt compete for the quota, so that a block may stay unfinished behind the next one.
             Rule::Llada if masks(prompt) > 0 => self.gen_length,
@@ -275,6 +313,8 @@ impl Options {
             gen_length: self.gen_length,
             candidates: prompts.iter().map(|p| in_reach(p) + masks(p)).sum(),
             cached: self.cache != CacheMode::None,
+            kept: adaptive,
+            remembered,
             guided: self.cfg_scale > 0.0,
             end_tokens: match self.early_stop {
                 true => config.eos_token_ids.len() + self.end_tokens.len(),

@@ -2,17 +2,47 @@
 
 use super::observer::{SequenceStep, Step};
 use super::options::{Options, Policy};
-use crate::cache::PassKind;
+use crate::cache::adaptive::{AdaptivePlan, TwinPlan, first_live};
+use crate::cache::{BlockPlan, PassKind};
+use crate::model::{CachePlan, Family, LayerPlan};
 use crate::oracle::unmask::{Group, Selection, Unmask, Verdict};
 use std::ops::Range;
 
 /// One sequence of the batch.
 pub(super) struct Sequence {
     pub prompt_len: usize,
+    /// Where rows begin that the adaptive cache cannot leave out.
+    pub first_live: usize,
     /// Forwards it has taken part in: the same alone or in a batch, so that random numbers are too.
     pub step: usize,
     /// Tokens of the generated region that stand, once an end-of-text token has ended it early.
     pub ended: Option<usize>,
+}
+
+/// What a pass runs of a sequence, and which caches it uses.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Plan {
+    Block(BlockPlan),
+    Adaptive(AdaptivePlan, TwinPlan),
+}
+
+impl CachePlan for Plan {
+    fn layer(&self, layer: usize) -> LayerPlan {
+        match self {
+            Plan::Block(plan) => plan.layer(layer),
+            Plan::Adaptive(plan, _) => plan.layer(layer),
+        }
+    }
+}
+
+impl Plan {
+    /// What the adaptive cache renews.
+    fn renewed(&self) -> Option<AdaptivePlan> {
+        match self {
+            Plan::Block(_) => None,
+            Plan::Adaptive(plan, _) => Some(*plan),
+        }
+    }
 }
 
 /// What a sequence does in the next pass.
@@ -37,6 +67,12 @@ pub(super) struct State<'a> {
     pub nfe: usize,
 }
 
+impl Sequence {
+    pub fn new(family: Family, prompt: &[u32], mask: u32) -> Sequence {
+        Sequence { prompt_len: prompt.len(), first_live: first_live(family, prompt, mask), step: 0, ended: None }
+    }
+}
+
 impl State<'_> {
     pub fn blocks(&self) -> usize {
         self.options.gen_length / self.options.block_length()
@@ -51,6 +87,21 @@ impl State<'_> {
         let length = self.options.block_length();
         let start = self.sequences[sequence].prompt_len + block * length;
         start..start + length
+    }
+
+    /// What a pass of this kind runs of a sequence, and the positions that it has rows of.
+    pub fn plan(&self, kind: PassKind, turn: &Turn) -> (Plan, Range<usize>) {
+        let len = self.tokens[turn.sequence].len();
+        let sequence = &self.sequences[turn.sequence];
+        match self.options.adaptive() {
+            None => (Plan::Block(BlockPlan { mode: self.options.cache, pass: kind }), kind.window(&turn.block, len)),
+            Some(adaptive) => {
+                let plan = adaptive.plan(sequence.step);
+                let guided = self.options.cfg_scale > 0.0;
+                let twin = if guided { adaptive.twin(sequence.step) } else { TwinPlan::Beside };
+                (Plan::Adaptive(plan, twin), plan.window(sequence.first_live, len))
+            }
+        }
     }
 
     /// Masked positions in `range`.
@@ -90,9 +141,10 @@ impl State<'_> {
         &self,
         kind: PassKind,
         block: usize,
-        windows: &[(usize, Range<usize>)],
+        plans: &[Plan],
         groups: &[Group],
-        verdicts: &[Verdict],
+        verdicts: &[Vec<Verdict>],
+        verified: Vec<Vec<(usize, Vec<usize>)>>,
     ) -> Step<'_> {
         let idle = |s: usize| {
             let block = self.block(s, block);
@@ -103,18 +155,18 @@ impl State<'_> {
                 candidates: vec![],
                 confidence: vec![],
                 transferred: vec![],
+                renewed: None,
+                verified: vec![],
                 tokens: self.generated(s),
             }
         };
         let mut sequences: Vec<_> = (0..self.sequences.len()).map(idle).collect();
-        let mut first = 0;
-        for ((s, window), group) in windows.iter().zip(groups) {
-            let own = &verdicts[first..first + group.positions.len()];
-            first += own.len();
+        for (((plan, group), own), verified) in plans.iter().zip(groups).zip(verdicts).zip(verified) {
             let committed = group.positions.iter().zip(own).filter(|(_, v)| v.commit);
-            let step = &mut sequences[*s];
+            let step = &mut sequences[group.sequence];
             step.active = true;
-            step.window = window.clone();
+            step.renewed = plan.renewed();
+            step.verified = verified;
             step.transferred = committed.map(|(p, _)| *p).collect();
             step.confidence = own.iter().map(|v| v.confidence).collect();
             step.candidates = group.positions.clone();

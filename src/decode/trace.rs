@@ -7,6 +7,7 @@ use crate::cache::{CacheMode, PassKind};
 use crate::model::Config;
 use crate::oracle::unmask::Confidence;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// Collects the steps of a decode.
@@ -54,7 +55,7 @@ impl Observer for Trace {
         let each = |f: &dyn Fn(&SequenceStep) -> Value| -> Vec<Value> { step.sequences.iter().map(f).collect() };
         let range = |r: &Range<usize>| json!([r.start, r.end]);
         let rounded = |c: &f64| (c * 1e8).round() / 1e8;
-        self.steps.push(json!({
+        let mut entry = json!({
             "step": step.index,
             "kind": kind,
             "window": one_or_all(&each(&|s| range(&s.window))),
@@ -63,7 +64,20 @@ impl Observer for Trace {
             "transferred": each(&|s| json!(s.transferred)),
             "conf": each(&|s| s.confidence.iter().map(rounded).collect()),
             "x_after": each(&|s| json!(s.tokens)),
-        }));
+        });
+        let renewed: Vec<_> = step.sequences.iter().filter_map(|s| s.renewed).collect();
+        if !renewed.is_empty() {
+            entry["refresh_prompt"] = one_or_all(&renewed.iter().map(|plan| plan.prompt).collect::<Vec<_>>());
+            entry["refresh_gen"] = one_or_all(&renewed.iter().map(|plan| plan.response).collect::<Vec<_>>());
+            let layers: BTreeSet<usize> = step.sequences.iter().flat_map(|s| &s.verified).map(|(l, _)| *l).collect();
+            let of = |layer: usize| {
+                let rows =
+                    |s: &SequenceStep| s.verified.iter().find(|(l, _)| *l == layer).map(|(_, rows)| rows.clone());
+                json!({ "layer": layer, "indices": each(&|s| json!(rows(s).unwrap_or_default())) })
+            };
+            entry["vverify"] = layers.into_iter().map(of).collect();
+        }
+        self.steps.push(entry);
     }
 }
 
@@ -78,6 +92,8 @@ fn one_or_all<T: PartialEq + serde::Serialize>(values: &[T]) -> Value {
 /// The function of the original that computes the same.
 fn algorithm(rule: Rule, cache: CacheMode) -> &'static str {
     match (rule, cache) {
+        (Rule::Llada | Rule::FastLlada, CacheMode::Adaptive) => "dllm_cache.llada",
+        (_, CacheMode::Adaptive) => "dllm_cache.dream",
         (Rule::Llada, _) => "llada.generate",
         (Rule::FastLlada, CacheMode::None) => "fast_dllm.generate",
         (Rule::FastLlada, CacheMode::Prefix) => "fast_dllm.generate_with_prefix_cache",
@@ -99,7 +115,7 @@ fn params(config: &Config, options: &Options, batch: usize) -> Value {
         Confidence::Entropy => "entropy",
         Confidence::Random => "random",
     };
-    json!({
+    let mut params = json!({
         "gen_length": options.gen_length,
         "block_length": options.block_length(),
         "steps": options.steps(),
@@ -117,5 +133,12 @@ fn params(config: &Config, options: &Options, batch: usize) -> Value {
         "early_stop": options.early_stop,
         "mask_id": config.mask_token_id,
         "batch": batch,
-    })
+    });
+    if let Some(adaptive) = options.adaptive() {
+        params["prompt_interval_steps"] = json!(adaptive.prompt_interval);
+        params["gen_interval_steps"] = json!(adaptive.response_interval);
+        params["cfg_interval_steps"] = json!(adaptive.guidance_interval);
+        params["transfer_ratio"] = json!(adaptive.refresh_ratio);
+    }
+    params
 }

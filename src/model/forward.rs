@@ -4,23 +4,32 @@ use super::config::{Config, Family};
 use super::course::Autonomous;
 use super::names::Names;
 use super::weights::Weights;
-use crate::backend::{Backend, HostUnmask, Needs, Placement, Room, Span};
+use crate::backend::{Backend, Choice, HostUnmask, Needs, Part, Placement, Response, Room, Span};
 use crate::error::Result;
 use crate::oracle::unmask::{Group, Unmask, Verdict};
 use crate::tensor::Tensor;
 use serde::Serialize;
+use std::collections::HashMap;
 use std::ops::Range;
 
-/// What a layer does with the key/value cache during a pass.
+/// What a layer runs of a pass, and what it does with the caches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct LayerPlan {
-    /// Attend to cached keys and values outside the rows of the pass.
-    pub reuse: bool,
-    /// Leave this pass's keys and values in the cache.
-    pub store: bool,
+pub enum LayerPlan {
+    /// Every row of the pass runs.
+    Whole {
+        /// Attend to cached keys and values outside the rows of the pass.
+        reuse: bool,
+        /// Leave this pass's keys and values in the cache.
+        store: bool,
+        /// Leave what attention and the MLP add behind, for later passes. Not of the first layer.
+        keep: bool,
+    },
+    /// Some rows run, attend to what is cached of all positions, and renew what is cached and kept of them; the other rows
+    /// add what was kept. Not of the first layer.
+    Partly(Choice),
 }
 
-/// Asked layer by layer: which keys and values a pass reuses and leaves behind. Implemented by [`crate::cache`].
+/// Asked layer by layer: what a pass runs, reuses and leaves behind. Implemented by [`crate::cache`].
 pub trait CachePlan {
     /// What layer `layer` does.
     fn layer(&self, layer: usize) -> LayerPlan;
@@ -43,6 +52,35 @@ pub struct Pass<'a> {
     pub groups: &'a [Group],
     /// How to decide it.
     pub unmask: &'a Unmask,
+    /// With guidance: how the unconditional twins run.
+    pub twins: Twins<'a>,
+    /// Whether somebody asks for [`Network::chosen`] afterwards.
+    pub observed: bool,
+}
+
+/// How the unconditional twins of guided sequences run.
+#[derive(Clone, Copy)]
+pub enum Twins<'a> {
+    /// In the same pass, by the same plan.
+    Beside,
+    /// By a plan of their own; how far their logits are from the sequences' is remembered for every masked position.
+    Apart {
+        /// Cache use, layer by layer.
+        plan: &'a dyn CachePlan,
+        /// (sequence, positions) that run, in the order of the pass.
+        windows: &'a [(usize, Range<usize>)],
+    },
+    /// Not at all: their logits are as far from the sequences' as is remembered.
+    Remembered,
+}
+
+/// The response rows that V-verify chose in a layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    /// The layer.
+    pub layer: usize,
+    /// For each window of the pass, positions counted from the start of the response, ascending.
+    pub rows: Vec<Vec<usize>>,
 }
 
 /// Something that can run a [`Pass`]: a [`Session`], or in tests a table of logits.
@@ -60,6 +98,17 @@ pub trait Network {
     /// block's.
     fn launches(&self) -> Result<Option<Launches>> {
         Ok(None)
+    }
+
+    /// What the layers of the last pass chose by V-verify, if it was observed.
+    fn chosen(&self) -> &[Chosen] {
+        &[]
+    }
+
+    /// Multiply-adds of the matrix products and of attention of all passes so far, counted as they were run; None where
+    /// nobody counts.
+    fn multiply_adds(&self) -> Option<u64> {
+        None
     }
 }
 
@@ -145,6 +194,10 @@ pub struct Sizes {
     pub candidates: usize,
     /// Whether keys and values are kept between passes.
     pub cached: bool,
+    /// Whether what attention and the MLP add is kept too, of every layer but the first.
+    pub kept: bool,
+    /// Whether the twins' distances are remembered: [`Twins::Apart`].
+    pub remembered: bool,
     /// Whether each sequence has an unconditional twin (classifier-free guidance).
     pub guided: bool,
     /// Steps of a schedule by shares, if there is one: [`super::Schedule::Dream`].
@@ -156,7 +209,7 @@ pub struct Sizes {
 /// Bytes that a decode takes besides the mapped weights (f32 activations).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// Keys and values.
+    /// Keys and values, what attention and the MLP add where that is kept, and distances of twins where they are remembered.
     pub cache: usize,
     /// Activations, logits, packed operands.
     pub workspace: usize,
@@ -185,6 +238,13 @@ impl Sizes {
     /// Positions of the longest sequence.
     pub(crate) fn longest(&self) -> usize {
         self.prompt_lens.iter().max().unwrap_or(&0) + self.gen_length
+    }
+
+    /// Elements of keys and values, and of what attention and the MLP add, between passes.
+    fn cache_len(&self, config: &Config) -> usize {
+        let keys_values = if self.cached { config.num_layers * config.kv_width() } else { 0 };
+        let outputs = if self.kept { (config.num_layers - 1) * config.d_model } else { 0 };
+        2 * self.rows() * (keys_values + outputs)
     }
 
     /// What launches are sized for, of passes over windows of these lengths and so many scored rows: just these rows, or with
@@ -217,8 +277,7 @@ impl Sizes {
     #[cfg(feature = "cuda")]
     pub(super) fn elements(&self, config: &Config) -> [usize; 3] {
         let (rows, scored, widths) = (self.rows(), self.candidates * self.twins(), Widths::of(config));
-        let cache = if self.cached { 2 * config.num_layers * rows * config.kv_width() } else { 0 };
-        [cache, rows * widths.row() + scored * widths.scored_row(), scored * config.vocab_size]
+        [self.cache_len(config), rows * widths.row() + scored * widths.scored_row(), scored * config.vocab_size]
     }
 
     /// What a session of these sizes allocates on a CUDA device with so many multiprocessors, besides the weights.
@@ -233,11 +292,14 @@ impl Sizes {
         use crate::backend::cpu::{attention, linear};
         let (rows, scored) = (self.rows(), self.candidates * self.twins());
         let widths = Widths::of(config);
-        let cache = if self.cached { 2 * config.num_layers * rows * config.kv_width() } else { 0 };
+        let distances = if self.remembered { self.candidates * config.vocab_size } else { 0 };
+        let cache = self.cache_len(config) + distances;
+        // Logits of both on the host, and those that decide.
+        let hosted = 3 * distances;
         let packed = linear::packed_len(rows, widths.widest());
         let longest = self.longest();
         let scratch = linear::SCRATCH_BYTES + 4 * attention::scratch_len(longest, config.head_dim);
-        let workspace = rows * widths.row() + scored * (widths.scored_row() + config.vocab_size) + packed;
+        let workspace = rows * widths.row() + scored * (widths.scored_row() + config.vocab_size) + packed + hosted;
         let angles = longest * config.head_dim;
         Memory { cache: 4 * cache, workspace: 4 * (workspace + angles), scratch: threads * scratch }
     }
@@ -286,12 +348,30 @@ struct Buffers<B: Backend> {
     scored_attn: B::Buffer,
     logits: B::Buffer,
     cache: Option<B::Cache>,
+    kept: Option<Kept<B>>,
+}
+
+/// What attention and the MLP add to every position of all sequences, `[layers - 1, positions, d_model]`: the first layer's is
+/// not kept.
+struct Kept<B: Backend> {
+    attention: B::Buffer,
+    mlp: B::Buffer,
+    positions: usize,
+}
+
+impl<B: Backend> Kept<B> {
+    /// Where a layer's part begins, in rows.
+    fn first_row(&self, layer: usize) -> usize {
+        assert!(layer > 0, "nothing is kept of the first layer");
+        (layer - 1) * self.positions
+    }
 }
 
 /// Where the rows of a pass stand, and what its launches are sized for.
 struct Slot<B: Backend> {
     rows: B::Rows,
     room: Room,
+    spans: Vec<Span>,
 }
 
 /// A model, a device, and the buffers and cache of one decode.
@@ -302,6 +382,13 @@ pub struct Session<'m, B: Backend> {
     buffers: Buffers<B>,
     /// Two, so that one pass can follow another without waiting for the host: the first of a block, and the rest.
     slots: [Slot<B>; 2],
+    multiply_adds: u64,
+    /// Which of a sequence and its twin the pass runs.
+    twins: Range<usize>,
+    /// Logits of sequences less those of their twins, by sequence and position.
+    distances: HashMap<(usize, usize), Vec<f32>>,
+    /// Of the pass that is run, if it is observed.
+    chosen: Option<Vec<Chosen>>,
 }
 
 impl<'m, B: Backend> Session<'m, B> {
@@ -327,10 +414,19 @@ impl<'m, B: Backend> Session<'m, B> {
                 true => Some(backend.cache(config.num_layers, rows, config.kv_width())?),
                 false => None,
             },
+            kept: match sizes.kept {
+                true => {
+                    let outputs = || backend.buffer((config.num_layers - 1) * rows, widths.d);
+                    Some(Kept { attention: outputs()?, mlp: outputs()?, positions: rows })
+                }
+                false => None,
+            },
         };
-        let slot = || -> Result<Slot<B>> { Ok(Slot { rows: backend.rows(&needs)?, room: Room::default() }) };
+        let slot =
+            || -> Result<Slot<B>> { Ok(Slot { rows: backend.rows(&needs)?, room: Room::default(), spans: vec![] }) };
         let slots = [slot()?, slot()?];
-        Ok(Session { transformer, backend, sizes, buffers, slots })
+        let (twins, distances) = (0..sizes.twins(), HashMap::new());
+        Ok(Session { transformer, backend, sizes, buffers, slots, multiply_adds: 0, twins, distances, chosen: None })
     }
 
     /// Sizes and constants of the model.
@@ -366,7 +462,7 @@ impl<'m, B: Backend> Session<'m, B> {
         let length = |sequence: usize| self.sizes.prompt_lens[sequence] + self.sizes.gen_length;
         let positions = self.first_token(sequences);
         let (mut spans, mut tokens) = (Vec::new(), Vec::new());
-        for twin in 0..self.sizes.twins() {
+        for twin in self.twins.clone() {
             for (sequence, window) in windows {
                 let base = self.first_token(*sequence);
                 spans.push(Span {
@@ -411,7 +507,10 @@ impl<'m, B: Backend> Session<'m, B> {
         assert!(scored.len() <= room.scored && room.scored <= needs.scored && longest <= room.longest, "{room:?}");
         let slot = &mut self.slots[slot];
         slot.room = room;
-        self.backend.place(&mut slot.rows, &Placement { spans: &spans, tokens: &tokens, scored, room })
+        let gen_length = self.sizes.gen_length;
+        self.backend.place(&mut slot.rows, &Placement { spans: &spans, tokens: &tokens, scored, gen_length, room })?;
+        slot.spans = spans;
+        Ok(())
     }
 
     /// Embeds the rows of the pass that slot `slot` holds; then come its layers, and the head.
@@ -419,7 +518,7 @@ impl<'m, B: Backend> Session<'m, B> {
     /// Here and there `hidden`, when given, receives the residual stream after the embedding and after every layer but the last
     /// (all rows), and then the final norm's output (scored rows).
     pub(super) fn embed(&mut self, slot: usize, hidden: Option<&mut Vec<Vec<f32>>>) -> Result<()> {
-        let Slot { rows: placed, room } = &self.slots[slot];
+        let Slot { rows: placed, room, .. } = &self.slots[slot];
         self.backend.embed(&self.transformer.embedding, placed, &mut self.buffers.x)?;
         if let Some(hidden) = hidden {
             hidden.push(self.backend.read(&self.buffers.x, room.rows, self.transformer.config.d_model)?);
@@ -437,21 +536,27 @@ impl<'m, B: Backend> Session<'m, B> {
     ) -> Result<()> {
         let Transformer { config, layers, .. } = self.transformer;
         let heads = config.heads();
-        let Slot { rows: placed, room } = &self.slots[slot];
-        let (backend, b, rows) = (&mut self.backend, &mut self.buffers, room.rows);
         let eps = config.rms_norm_eps;
         for i in range {
             #[cfg(feature = "cuda")]
             let _range = crate::gpu::nvtx::range_of(|| format!("layer {i}"));
             let layer = &layers[i];
-            let LayerPlan { reuse, store } = plan.layer(i);
-            let delta = (i > 0).then_some(&b.delta);
-            backend.add_norm(&mut b.x, delta, &layer.attn_norm, eps, &mut b.normed, rows)?;
+            self.enter(slot, plan, i, &layer.attn_norm)?;
             if i > 0
                 && let Some(hidden) = &mut hidden
             {
-                hidden.push(backend.read(&b.x, rows, config.d_model)?);
+                hidden.push(self.backend.read(&self.buffers.x, self.slots[slot].room.rows, config.d_model)?);
             }
+            let (reuse, store, keep) = match plan.layer(i) {
+                LayerPlan::Whole { reuse, store, keep } => (reuse, store, keep),
+                LayerPlan::Partly(choice) => {
+                    self.partly(slot, i, choice)?;
+                    continue;
+                }
+            };
+            let Slot { rows: placed, room, spans } = &self.slots[slot];
+            let (backend, b, rows) = (&mut self.backend, &mut self.buffers, room.rows);
+            self.multiply_adds += work::attention(config, spans.iter().map(|s| (s.rows(), s.keys(reuse))));
             backend.linear(&b.normed, &layer.qkv, &mut b.qkv, rows)?;
             let cache = if store { b.cache.as_mut().map(|cache| (cache, i)) } else { None };
             assert!(!store || cache.is_some(), "the session keeps no cache");
@@ -459,27 +564,117 @@ impl<'m, B: Backend> Session<'m, B> {
             let cache = if reuse { b.cache.as_ref().map(|cache| (cache, i)) } else { None };
             assert!(!reuse || cache.is_some(), "the session keeps no cache");
             backend.attention(&b.qkv, heads, placed, cache, &mut b.attn)?;
-            if i + 1 == layers.len() {
+            if i + 1 == layers.len() && !keep {
                 break; // the rest of the last layer only for the rows whose logits are asked for
             }
+            self.multiply_adds += work::rest(config, spans.iter().map(Span::rows).sum());
+            let mut kept = if keep { b.kept.as_mut() } else { None };
+            assert!(!keep || kept.is_some(), "the session keeps no outputs");
             backend.linear(&b.attn, &layer.attn_out, &mut b.delta, rows)?;
+            if let Some(kept) = &mut kept {
+                let first_row = kept.first_row(i);
+                backend.keep(&b.delta, Part::Whole, config.d_model, placed, (&mut kept.attention, first_row))?;
+            }
             backend.add_norm(&mut b.x, Some(&b.delta), &layer.mlp_norm, eps, &mut b.normed, rows)?;
             backend.linear(&b.normed, &layer.gate_up, &mut b.gate_up, rows)?;
             backend.swiglu(&b.gate_up, config.mlp_hidden_size, &mut b.act, rows)?;
             backend.linear(&b.act, &layer.down, &mut b.delta, rows)?;
+            if let Some(kept) = &mut kept {
+                let first_row = kept.first_row(i);
+                backend.keep(&b.delta, Part::Whole, config.d_model, placed, (&mut kept.mlp, first_row))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds to the residual stream what layer `i - 1` has left to add, and norms it for layer `i`, or for the head.
+    fn enter(&mut self, slot: usize, plan: &dyn CachePlan, i: usize, weight: &B::Vector) -> Result<()> {
+        let eps = self.transformer.config.rms_norm_eps;
+        let Slot { rows: placed, room, .. } = &self.slots[slot];
+        let (backend, b) = (&mut self.backend, &mut self.buffers);
+        match (i.checked_sub(1).map(|before| plan.layer(before)), &b.kept) {
+            (Some(LayerPlan::Partly(_)), Some(kept)) => {
+                let first_row = kept.first_row(i - 1);
+                backend.add_norm_kept(&mut b.x, (&kept.mlp, first_row), placed, weight, eps, &mut b.normed)
+            }
+            (before, _) => {
+                let delta = before.is_some().then_some(&b.delta);
+                backend.add_norm(&mut b.x, delta, weight, eps, &mut b.normed, room.rows)
+            }
+        }
+    }
+
+    /// Layer `i` where only some rows run: its normed input stands in `normed`. What it adds is left in what is kept.
+    fn partly(&mut self, slot: usize, i: usize, choice: Choice) -> Result<()> {
+        let Transformer { config, layers, .. } = self.transformer;
+        let (layer, heads, eps) = (&layers[i], config.heads(), config.rms_norm_eps);
+        let (q, kv) = (config.q_width(), config.kv_width());
+        let Slot { rows: placed, room, spans } = &mut self.slots[slot];
+        let (backend, b) = (&mut self.backend, &mut self.buffers);
+        let (Some(cache), Some(kept)) = (&mut b.cache, &mut b.kept) else { panic!("the session keeps no outputs") };
+        let first_row = kept.first_row(i);
+        let gen_length = self.sizes.gen_length;
+        let active = |span: &Span| choice.rows(span, gen_length);
+        let rows: usize = spans.iter().map(active).sum();
+        if rows > 0 {
+            // With V-verify the values of all rows are fresh; without, of those that run.
+            let verifies = choice.response != Response::Stale;
+            if verifies {
+                backend.linear_part(&b.normed, &layer.qkv, q + kv..q + 2 * kv, &mut b.qkv, room.rows)?;
+                self.multiply_adds += work::values(config, spans.iter().map(Span::rows).sum());
+            }
+            backend.choose(verifies.then_some(&b.qkv), heads, choice, placed, (cache, i))?;
+            if let (Response::Fresh(_), Some(chosen)) = (choice.response, &mut self.chosen) {
+                let mut rows = backend.chosen(placed)?;
+                rows.truncate(spans.len() / self.twins.len());
+                chosen.push(Chosen { layer: i, rows });
+            }
+            let features = 0..if verifies { q + kv } else { q + 2 * kv };
+            backend.gather_chosen(&b.normed, placed, config.d_model, &mut b.delta)?;
+            backend.linear_part(&b.delta, &layer.qkv, features, &mut b.qkv, rows)?;
+            backend.rope_chosen(&mut b.qkv, heads, placed, (cache, i), !verifies)?;
+            backend.attention_chosen(&b.qkv, heads, placed, (cache, i), !verifies, &mut b.attn)?;
+            backend.linear(&b.attn, &layer.attn_out, &mut b.delta, rows)?;
+            backend.keep(&b.delta, Part::Chosen, config.d_model, placed, (&mut kept.attention, first_row))?;
+            self.multiply_adds += work::attention(config, spans.iter().map(|s| (active(s), s.len)));
+            self.multiply_adds -= if verifies { work::values(config, rows) } else { 0 };
+            self.multiply_adds += work::rest(config, rows);
+        }
+        backend.add_norm_kept(&mut b.x, (&kept.attention, first_row), placed, &layer.mlp_norm, eps, &mut b.normed)?;
+        if rows > 0 {
+            backend.gather_chosen(&b.normed, placed, config.d_model, &mut b.delta)?;
+            backend.linear(&b.delta, &layer.gate_up, &mut b.gate_up, rows)?;
+            backend.swiglu(&b.gate_up, config.mlp_hidden_size, &mut b.act, rows)?;
+            backend.linear(&b.act, &layer.down, &mut b.delta, rows)?;
+            backend.keep(&b.delta, Part::Chosen, config.d_model, placed, (&mut kept.mlp, first_row))?;
         }
         Ok(())
     }
 
     /// The rest of the last layer, and the head: the logits of the i-th scored row become row `i` of the logits buffer.
-    pub(super) fn head(&mut self, slot: usize, hidden: Option<&mut Vec<Vec<f32>>>) -> Result<()> {
+    pub(super) fn head(&mut self, slot: usize, plan: &dyn CachePlan, hidden: Option<&mut Vec<Vec<f32>>>) -> Result<()> {
         let Transformer { config, embedding, layers, final_norm, head } = self.transformer;
         let Some(last) = layers.last() else { return Ok(()) };
-        let Slot { rows: placed, room } = &self.slots[slot];
-        let (backend, b, rows) = (&mut self.backend, &mut self.buffers, room.scored);
+        let rows = self.slots[slot].room.scored;
         if rows == 0 {
             return Ok(());
         }
+        self.multiply_adds += work::head(config, rows);
+        let open = matches!(plan.layer(layers.len() - 1), LayerPlan::Whole { keep: false, .. });
+        if !open {
+            self.enter(slot, plan, layers.len(), final_norm)?;
+        }
+        let placed = &self.slots[slot].rows;
+        let (backend, b) = (&mut self.backend, &mut self.buffers);
+        let head = head.as_ref().unwrap_or(embedding);
+        if !open {
+            backend.gather(&b.normed, placed, config.d_model, &mut b.scored_x)?;
+            if let Some(hidden) = hidden {
+                hidden.push(backend.read(&b.scored_x, rows, config.d_model)?);
+            }
+            return backend.linear(&b.scored_x, head, &mut b.logits, rows);
+        }
+        self.multiply_adds += work::rest(config, rows);
         let eps = config.rms_norm_eps;
         backend.gather(&b.x, placed, config.d_model, &mut b.scored_x)?;
         backend.gather(&b.attn, placed, config.q_width(), &mut b.scored_attn)?;
@@ -492,7 +687,7 @@ impl<'m, B: Backend> Session<'m, B> {
         if let Some(hidden) = hidden {
             hidden.push(backend.read(&b.normed, rows, config.d_model)?);
         }
-        backend.linear(&b.normed, head.as_ref().unwrap_or(embedding), &mut b.logits, rows)
+        backend.linear(&b.normed, head, &mut b.logits, rows)
     }
 
     /// Runs one pass. The logits of row `index[i]` of it become row `i` of the logits buffer; `hidden` as in the layers above:
@@ -518,7 +713,7 @@ impl<'m, B: Backend> Session<'m, B> {
         let mut hidden = hidden;
         self.embed(0, hidden.as_deref_mut())?;
         self.layers(0, plan, 0..self.transformer.layers.len(), hidden.as_deref_mut())?;
-        self.head(0, hidden)
+        self.head(0, plan, hidden)
     }
 
     /// The first `rows` rows of the logits that [`Session::forward`] left, `[rows, vocab_size]`.
@@ -531,7 +726,7 @@ impl<'m, B: Backend> Session<'m, B> {
         let family = self.transformer.config.family;
         let rows: usize = windows.iter().map(|(_, window)| window.len()).sum();
         let mut index = Vec::new();
-        for twin in 0..self.sizes.twins() {
+        for twin in 0..self.twins.len() {
             for (group, positions) in groups {
                 let mut first = twin * rows;
                 for (sequence, window) in windows {
@@ -546,13 +741,107 @@ impl<'m, B: Backend> Session<'m, B> {
     }
 }
 
+impl<B: HostUnmask> Session<'_, B> {
+    /// The logits that decide about positions, sequence after sequence, of the sequences or of their twins.
+    fn logits_of(
+        &mut self,
+        tokens: &[Vec<u32>],
+        (plan, windows): (&dyn CachePlan, &[(usize, Range<usize>)]),
+        positions: &[(usize, &[usize])],
+        twin: bool,
+    ) -> Result<Vec<f32>> {
+        self.twins = if twin { 1..2 } else { 0..1 };
+        let index = self.scored(windows, positions);
+        let ran = self.forward(tokens, windows, plan, &index, None);
+        self.twins = 0..self.sizes.twins();
+        ran?;
+        self.logits(index.len())
+    }
+
+    /// A pass whose twins run apart, or not at all.
+    fn step_apart(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
+        let Config { vocab_size, mask_token_id, .. } = self.transformer.config;
+        let groups: Vec<_> = pass.groups.iter().map(|group| (group.sequence, &group.positions[..])).collect();
+        let own = (pass.plan, pass.windows);
+        let mut logits = Vec::new();
+        if let Twins::Apart { plan, windows } = pass.twins {
+            // Any mask may be decided about before the twins run again.
+            let masks = |(s, window): &(usize, Range<usize>)| -> (usize, Vec<usize>) {
+                (*s, window.clone().filter(|p| tokens[*s][*p] == mask_token_id).collect())
+            };
+            let masks: Vec<_> = pass.windows.iter().map(masks).collect();
+            let open: Vec<_> = masks.iter().map(|(s, positions)| (*s, &positions[..])).collect();
+            self.chosen = None;
+            let of_twins = self.logits_of(tokens, (plan, windows), &open, true)?;
+            self.chosen = pass.observed.then(Vec::new);
+            let all = self.logits_of(tokens, own, &open, false)?;
+            self.distances.retain(|(s, _), _| masks.iter().all(|(open, _)| open != s));
+            let places = masks.iter().flat_map(|(s, positions)| positions.iter().map(move |p| (*s, *p)));
+            for ((place, row), twin) in places.zip(all.chunks(vocab_size)).zip(of_twins.chunks(vocab_size)) {
+                self.distances.insert(place, row.iter().zip(twin).map(|(own, twin)| own - twin).collect());
+                if groups.iter().any(|(s, positions)| *s == place.0 && positions.contains(&place.1)) {
+                    logits.extend(row);
+                }
+            }
+        } else {
+            self.chosen = pass.observed.then(Vec::new);
+            logits = self.logits_of(tokens, own, &groups, false)?;
+        }
+        let places = groups.iter().flat_map(|(s, positions)| positions.iter().map(move |p| (*s, *p)));
+        let mut guided = logits.clone();
+        for (place, row) in places.zip(logits.chunks(vocab_size)) {
+            let Some(distance) = self.distances.get(&place) else { panic!("no twin has run for {place:?}") };
+            guided.extend(row.iter().zip(distance).map(|(own, distance)| own - distance));
+        }
+        crate::oracle::unmask::unmask(&mut guided, vocab_size, pass.groups, pass.unmask)
+    }
+}
+
 impl<B: HostUnmask> Network for Session<'_, B> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
         let groups: Vec<_> = pass.groups.iter().map(|group| (group.sequence, &group.positions[..])).collect();
         let index = self.scored(pass.windows, &groups);
+        if !matches!(pass.twins, Twins::Beside) {
+            return self.step_apart(tokens, pass);
+        }
+        self.chosen = pass.observed.then(Vec::new);
         self.forward(tokens, pass.windows, pass.plan, &index, None)?;
         let vocab_size = self.transformer.config.vocab_size;
         self.backend.unmask(&mut self.buffers.logits, vocab_size, pass.groups, pass.unmask)
+    }
+
+    fn chosen(&self) -> &[Chosen] {
+        self.chosen.as_deref().unwrap_or_default()
+    }
+
+    fn multiply_adds(&self) -> Option<u64> {
+        Some(self.multiply_adds)
+    }
+}
+
+/// Multiply-adds of the products that a pass is made of.
+mod work {
+    use super::Config;
+
+    /// Queries, keys, values and attention, of spans of so many rows over so many keys.
+    pub fn attention(config: &Config, spans: impl Iterator<Item = (usize, usize)>) -> u64 {
+        let (q, qkv) = (config.q_width(), config.heads().qkv_width());
+        spans.map(|(rows, keys)| (rows * (config.d_model * qkv + 2 * keys * q)) as u64).sum()
+    }
+
+    /// Values alone.
+    pub fn values(config: &Config, rows: usize) -> u64 {
+        (rows * config.d_model * config.kv_width()) as u64
+    }
+
+    /// Output projection and MLP.
+    pub fn rest(config: &Config, rows: usize) -> u64 {
+        (rows * config.d_model * (config.q_width() + 3 * config.mlp_hidden_size)) as u64
+    }
+
+    /// Of the head.
+    pub fn head(config: &Config, rows: usize) -> u64 {
+        (rows * config.d_model * config.vocab_size) as u64
     }
 }
 

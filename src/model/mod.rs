@@ -11,7 +11,7 @@ pub mod weights;
 
 pub use config::{Config, Family};
 pub use course::{Autonomous, Course, CourseSequence, CourseStage, Ran, Schedule};
-pub use forward::{CachePlan, Launches, LayerPlan, Memory, Network, Pass, Session, Sizes, Transformer};
+pub use forward::{CachePlan, Chosen, Launches, LayerPlan, Memory, Network, Pass, Session, Sizes, Transformer, Twins};
 #[cfg(feature = "cuda")]
 pub use resident::{Resident, supports as supports_cuda};
 pub use weights::Weights;

@@ -341,6 +341,9 @@ impl<'m> Resident<'m> {
     pub fn new(transformer: &'m Transformer<Cuda>, device: &Device, sizes: Sizes) -> Result<Resident<'m>> {
         let config = transformer.config();
         supports(config)?;
+        if sizes.kept {
+            return Err(Error::Unavailable("--cache adaptive runs on the CPU only: --device cpu".into()));
+        }
         let (sequences, candidates) = (sizes.prompt_lens.len(), sizes.candidates);
         let what = format!("{sequences} sequences of up to {} positions", sizes.longest());
         let spans = sizes.needs(config).spans;
@@ -493,7 +496,7 @@ impl<'m> Resident<'m> {
             }
             Part::Rest => {
                 self.session.layers(slot, &plan, ahead..layers, None)?;
-                self.session.head(slot, None)?;
+                self.session.head(slot, &plan, None)?;
                 self.decide(slot, unmask, decision)
             }
         }
@@ -832,6 +835,8 @@ mod tests {
                         gen_length,
                         candidates: 1,
                         cached: true,
+                        kept: false,
+                        remembered: false,
                         guided,
                         ratios: 0,
                         end_tokens: 0,

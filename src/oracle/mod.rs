@@ -36,6 +36,11 @@ impl Span {
     pub fn rows(&self) -> usize {
         self.end - self.start
     }
+
+    /// Positions that its rows attend to: their own, or with a cache all of the sequence.
+    pub fn keys(&self, cached: bool) -> usize {
+        if cached { self.len } else { self.rows() }
+    }
 }
 
 /// Head counts and widths, in elements.

@@ -20,11 +20,16 @@ pub fn vverify(fresh: &[f32], cached: &[f32], width: usize, ratio: f64) -> Vec<u
 
 /// The `floor(n * ratio)` lowest of n cosines, as in [`vverify`].
 pub fn lowest(similarity: &[f64], ratio: f64) -> Vec<usize> {
+    lowest_of(similarity, (similarity.len() as f64 * ratio) as usize)
+}
+
+/// The `count` lowest of the cosines, as in [`vverify`].
+pub fn lowest_of(similarity: &[f64], count: usize) -> Vec<usize> {
     // 0 is added so that -0 ties with 0.
     let rank = |i: usize| if similarity[i].is_nan() { f64::NEG_INFINITY } else { similarity[i] + 0.0 };
     let mut order: Vec<usize> = (0..similarity.len()).collect();
     order.sort_by(|a, b| rank(*a).total_cmp(&rank(*b)));
-    order.truncate((similarity.len() as f64 * ratio) as usize);
+    order.truncate(count);
     order.sort_unstable();
     order
 }

@@ -62,6 +62,8 @@ fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
         gen_length: 0,
         candidates: n,
         cached: false,
+        kept: false,
+        remembered: false,
         guided: false,
         ratios: 0,
         end_tokens: 0,

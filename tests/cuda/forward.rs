@@ -71,6 +71,8 @@ fn run(both: &Both, case: &Value, tensors: &Tensors, errors: &mut Errors) {
         gen_length: length,
         candidates: batch * length,
         cached: true,
+        kept: false,
+        remembered: false,
         guided: false,
         ratios: 0,
         end_tokens: 0,

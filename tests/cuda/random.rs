@@ -38,6 +38,7 @@ pub fn setting(random: &mut Random, family: Family) -> (Options, Vec<Vec<u32>>) 
         seed: pick(1 << 20) as u64,
         early_stop: pick(4) == 0,
         end_tokens: if pick(2) == 0 { vec![] } else { (0..pick(8) as u32).map(|t| t * 5).collect() },
+        ..Options::default()
     };
     if options.rule(family) == Rule::DreamThreshold && pick(2) == 0 {
         let divisors: Vec<usize> = (1..=gen_length).filter(|n| gen_length % n == 0).collect();

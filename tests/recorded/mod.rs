@@ -7,6 +7,7 @@ use dllm_kernels::decode::trace::Trace;
 use dllm_kernels::{CacheMode, Confidence, Config, Options, Policy};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 pub fn golden_dir() -> PathBuf {
@@ -113,8 +114,12 @@ pub fn options(case: &Value) -> Options {
             "fast_dllm.generate_with_dual_cache" => CacheMode::Dual,
             "fast_dllm.dream_block" if params["dual_cache"] == true => CacheMode::Dual,
             "fast_dllm.dream_block" => CacheMode::Prefix,
+            "dllm_cache.llada" | "dllm_cache.dream" => CacheMode::Adaptive,
             _ => CacheMode::None,
         },
+        prompt_interval: params.get("prompt_interval_steps").map_or(1, numbers),
+        response_interval: params.get("gen_interval_steps").map_or(1, numbers),
+        refresh_ratio: params.get("transfer_ratio").map_or(0.0, numbers),
         policy,
         confidence: match (algorithm, alg) {
             ("fast_dllm.dream_block", _) => None, // the rule's own default
@@ -126,6 +131,12 @@ pub fn options(case: &Value) -> Options {
         eps: params.get("eps").map_or(1e-3, numbers),
         ..Options::default()
     }
+}
+
+/// What V-verify chose: layers, and each row's positions as a set.
+fn verified(layers: &Value) -> Vec<(usize, Vec<BTreeSet<usize>>)> {
+    let layers = layers.as_array().unwrap();
+    layers.iter().map(|layer| (numbers(&layer["layer"]), numbers(&layer["indices"]))).collect()
 }
 
 /// LLaDA's fixed rule without a cache exists twice: `llada.generate` and Fast-dLLM's `generate`. They differ in the
@@ -140,6 +151,11 @@ pub fn compare(name: &str, case: &Value, config: &Config, options: &Options, dec
         for key in ["step", "kind", "window", "block", "transferred", "candidates", "x_after"] {
             assert_eq!(got[key], want[key], "{name} step {}: {key}", want["step"]);
         }
+        for key in ["refresh_prompt", "refresh_gen"] {
+            assert_eq!(got.get(key), want.get(key), "{name} step {}: {key}", want["step"]);
+        }
+        let layers = |step: &Value| step.get("vverify").map(verified);
+        assert_eq!(layers(got), layers(want), "{name} step {}: rows that V-verify chose", want["step"]);
         if let Some(conf) = want.get("conf") {
             let (got, want): (Vec<Vec<f64>>, Vec<Vec<f64>>) = (numbers(&got["conf"]), numbers(conf));
             assert_eq!(got.len(), want.len());

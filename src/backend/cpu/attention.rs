@@ -106,6 +106,60 @@ fn attention_on(isa: Isa, qkv: &[f32], heads: Heads, spans: &[Span], cache: Opti
         }
         first += span.rows();
     }
+    // SAFETY: `isa` was detected; tasks write disjoint parts of `out`, whose length was checked above.
+    unsafe { run_all(isa, &tasks, head_dim, out) }
+}
+
+/// Attention of query rows of their own, at whatever positions, over the cached keys and values of all positions of their
+/// sequence. `queries` are rows `stride` apart that begin with the queries, rotated, `counts[i]` of them for span i; the rest
+/// as in [`attention`].
+///
+/// # Panics
+/// When a buffer is too short for the rows and spans.
+pub fn attention_cached(
+    queries: &[f32],
+    stride: usize,
+    heads: Heads,
+    spans: &[Span],
+    counts: &[usize],
+    (k, v): (&[f32], &[f32]),
+    out: &mut [f32],
+) {
+    let Heads { num_heads, num_kv_heads, head_dim } = heads;
+    let (q_width, kv_width) = (num_heads * head_dim, num_kv_heads * head_dim);
+    let total: usize = counts.iter().sum();
+    assert!(stride >= q_width && queries.len() >= total * stride && out.len() >= total * q_width, "buffer too short");
+    assert!(head_dim <= MAX_HEAD_DIM && num_kv_heads > 0 && num_heads.is_multiple_of(num_kv_heads), "{heads:?}");
+    let none = Segment { k: &[], v: &[], stride: 0, len: 0 };
+    let mut tasks = Vec::new();
+    let mut first = 0;
+    for (span, count) in spans.iter().zip(counts) {
+        let cached = (span.cache_base + span.len) * kv_width;
+        assert!(span.len > 0 && cached <= k.len() && cached <= v.len(), "cache too short for {span:?}");
+        for head in 0..num_heads {
+            let at = span.cache_base * kv_width + head / (num_heads / num_kv_heads) * head_dim;
+            let all = Segment { k: &k[at..], v: &v[at..], stride: kv_width, len: span.len };
+            for row in (0..*count).step_by(ROWS) {
+                tasks.push(Task {
+                    q: &queries[(first + row) * stride + head * head_dim..],
+                    q_stride: stride,
+                    rows: ROWS.min(count - row),
+                    head_dim,
+                    segments: [all, none, none],
+                    out: (first + row) * q_width + head * head_dim,
+                    out_stride: q_width,
+                });
+            }
+        }
+        first += count;
+    }
+    // SAFETY: the instruction set was detected; tasks write disjoint parts of `out`, whose length was checked above.
+    unsafe { run_all(Isa::detect(), &tasks, head_dim, out) }
+}
+
+/// # Safety
+/// 1. The CPU has `isa`. 2. `out` is long enough for all tasks, and no two write the same part of it.
+unsafe fn run_all(isa: Isa, tasks: &[Task], head_dim: usize, out: &mut [f32]) {
     let out = Out(out.as_mut_ptr());
     tasks.par_iter().for_each(|task| {
         let out = &out;
@@ -115,7 +169,7 @@ fn attention_on(isa: Isa, qkv: &[f32], heads: Heads, spans: &[Span], cache: Opti
             if scratch.len() < needed {
                 scratch.resize(needed, 0.0);
             }
-            // SAFETY: `isa` was detected; tasks write disjoint parts of `out`, whose length was checked above.
+            // SAFETY: the caller's conditions.
             unsafe { dispatch!(isa, run(task: &Task, out: &Out, scratch: &mut [f32])) }
         });
     });
@@ -252,6 +306,31 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    /// Rows chosen out of a sequence are what they are among all of its rows, bit for bit.
+    #[test]
+    fn chosen_rows_are_what_they_are_among_all() {
+        let heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 32 };
+        let (q, kv, width) = (128, 64, heads.qkv_width());
+        let spans =
+            [(0, 80), (80, 37)].map(|(base, len)| Span { sequence: 0, start: 0, end: len, len, cache_base: base });
+        let qkv = noise(117 * width, 1);
+        let part = |from: usize, len: usize| -> Vec<f32> {
+            qkv.chunks(width).flat_map(|row| row[from..from + len].iter().copied()).collect()
+        };
+        let mut all = vec![0.0; 117 * q];
+        attention(&qkv, heads, &spans, None, &mut all);
+        let chosen: [Vec<usize>; 2] = [(0..80).step_by(3).chain(70..80).collect(), vec![80, 99, 116]];
+        let queries: Vec<f32> =
+            chosen.iter().flatten().flat_map(|row| &qkv[row * width..][..q + kv]).copied().collect();
+        let counts = chosen.each_ref().map(Vec::len);
+        let mut got = vec![0.0; counts.iter().sum::<usize>() * q];
+        let (k, v) = (part(q, kv), part(q + kv, kv));
+        attention_cached(&queries, q + kv, heads, &spans, &counts, (&k, &v), &mut got);
+        for (row, got) in chosen.iter().flatten().zip(got.chunks(q)) {
+            assert_eq!(got, &all[row * q..(row + 1) * q], "row {row}");
         }
     }
 

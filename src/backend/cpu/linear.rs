@@ -12,6 +12,7 @@ use super::transpose::transpose;
 use crate::tensor::{Dtype, Tensor};
 use rayon::prelude::*;
 use std::cell::RefCell;
+use std::ops::Range;
 
 /// Weight rows of a panel: one task.
 const PANEL: usize = 48;
@@ -51,6 +52,25 @@ impl Matrix {
         let rows = parts.iter().map(|p| p.shape()[0]).sum();
         assert!(bias.is_empty() || bias.len() == rows, "bias does not fit its matrix");
         Matrix { parts, rows, cols, bias: (!bias.is_empty()).then_some(bias) }
+    }
+
+    /// Some of the output features, as a matrix of its own: the same weights, read in the same place.
+    ///
+    /// # Panics
+    /// When there are not so many.
+    pub fn part(&self, rows: Range<usize>) -> Matrix {
+        assert!(rows.start < rows.end && rows.end <= self.rows, "{rows:?} of {}", self.rows);
+        let mut parts = Vec::new();
+        let mut first = 0;
+        for part in &self.parts {
+            let here = first..first + part.shape()[0];
+            first = here.end;
+            let (start, end) = (rows.start.max(here.start), rows.end.min(here.end));
+            if start < end {
+                parts.push(part.rows(start - here.start..end - here.start));
+            }
+        }
+        Matrix::new(parts, self.bias.as_ref().map_or(vec![], |bias| bias[rows].to_vec()))
     }
 
     /// Output features.
@@ -374,6 +394,30 @@ mod tests {
                         assert!(error < 4e-7, "{path:?} {dtype:?} {rows}x{n}x{k}: {got} {want}");
                     }
                 }
+            }
+        }
+    }
+
+    /// A part of the outputs is what it is among all of them, bit for bit: across tensors and within, with their biases.
+    #[test]
+    fn parts_are_what_they_are_among_all() {
+        let (rows, n, k) = (33, 64, 160);
+        let tensors = [2, 3, 4].map(|seed| test_tensor(Dtype::Bf16, &[n, k], &noise(n * k, seed)));
+        let w = Matrix::new(tensors.to_vec(), noise(3 * n, 5));
+        let x = noise(rows * k, 1);
+        let mut all = vec![0.0; rows * 3 * n];
+        linear(&x, &w, &mut all, rows, &mut vec![0.0; packed_len(rows, k)]);
+        for part in [0..2 * n, 2 * n..3 * n, n / 2..n + 7, 0..3 * n] {
+            let width = part.len();
+            let mut got = vec![0.0; rows * width];
+            linear(&x, &w.part(part.clone()), &mut got, rows, &mut vec![0.0; packed_len(rows, k)]);
+            for r in 0..rows {
+                let want = &all[r * 3 * n..][part.clone()];
+                // On AMX a part that is no whole tile takes the other way, and rounds otherwise.
+                let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-5;
+                let equal = part.start % n == 0 && part.end % n == 0;
+                let got = &got[r * width..(r + 1) * width];
+                assert!(if equal { got == want } else { got.iter().zip(want).all(near) }, "{part:?} row {r}");
             }
         }
     }

@@ -9,18 +9,20 @@ mod simd;
 mod swiglu;
 mod tile;
 mod transpose;
+mod vverify;
 
 pub use simd::Isa;
 #[doc(hidden)]
 pub use simd::fma_roof;
 
-use super::{Backend, Heads, HostUnmask, Needs, Placement, Span};
+use super::{Backend, Choice, Heads, HostUnmask, Needs, Part, Placement, Response, Span};
 use crate::error::{Error, Result};
 use crate::oracle::unmask::{self, Group, Unmask, Verdict};
 use crate::oracle::{norm, rope};
 use crate::tensor::Tensor;
 use linear::{Matrix, packed_len};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// The CPU. One per decode: it holds scratch.
 #[derive(Debug, Default)]
@@ -36,6 +38,27 @@ pub struct Rows {
     spans: Vec<Span>,
     tokens: Vec<usize>,
     scored: Vec<usize>,
+    gen_length: usize,
+    /// Of each span, the positions of the rows that a layer runs, ascending.
+    chosen: Vec<Vec<usize>>,
+}
+
+impl Rows {
+    /// The rows chosen last: index among the rows of the pass, span, position.
+    fn chosen(&self) -> impl Iterator<Item = (usize, &Span, usize)> {
+        let firsts = self.spans.iter().scan(0, |next, span| {
+            let first = *next;
+            *next += span.rows();
+            Some(first)
+        });
+        let spans = self.spans.iter().zip(firsts).zip(&self.chosen);
+        spans.flat_map(|((span, first), positions)| positions.iter().map(move |p| (first + p - span.start, span, *p)))
+    }
+
+    /// All rows of the pass, as places in the cache.
+    fn places(&self) -> impl Iterator<Item = usize> {
+        self.spans.iter().flat_map(|span| (span.start..span.end).map(move |p| span.cache_base + p))
+    }
 }
 
 /// Keys and values `[layers, positions, width]`.
@@ -127,8 +150,9 @@ impl Backend for Cpu {
     }
 
     fn place(&mut self, rows: &mut Rows, placement: &Placement) -> Result<()> {
-        let Placement { spans, tokens, scored, .. } = *placement;
-        *rows = Rows { spans: spans.to_vec(), tokens: tokens.to_vec(), scored: scored.to_vec() };
+        let Placement { spans, tokens, scored, gen_length, .. } = *placement;
+        let (spans, tokens, scored) = (spans.to_vec(), tokens.to_vec(), scored.to_vec());
+        *rows = Rows { spans, tokens, scored, gen_length, chosen: vec![] };
         Ok(())
     }
 
@@ -167,6 +191,142 @@ impl Backend for Cpu {
             self.packed.resize(needed, 0.0);
         }
         linear::linear(x, w, out, rows, &mut self.packed);
+        Ok(())
+    }
+
+    fn linear_part(
+        &mut self,
+        x: &Vec<f32>,
+        w: &Matrix,
+        outputs: Range<usize>,
+        out: &mut Vec<f32>,
+        rows: usize,
+    ) -> Result<()> {
+        self.linear(x, &w.part(outputs), out, rows)
+    }
+
+    fn choose(
+        &mut self,
+        values: Option<&Vec<f32>>,
+        heads: Heads,
+        choice: Choice,
+        rows: &mut Rows,
+        (cache, layer): (&mut KvCache, usize),
+    ) -> Result<()> {
+        let width = heads.num_kv_heads * heads.head_dim;
+        let gen_length = rows.gen_length;
+        rows.chosen.clear();
+        let mut first = 0;
+        for span in &rows.spans {
+            let response = span.len - gen_length;
+            let mut positions: Vec<usize> = if choice.prompt { (span.start..response).collect() } else { vec![] };
+            if let (Some(values), Response::Fresh(count)) = (values, choice.response) {
+                let at = |position: usize| (layer * cache.positions + span.cache_base + position) * width;
+                let fresh = &values[first * width..(first + span.rows()) * width];
+                let (of_prompt, of_response) = fresh.split_at((response - span.start) * width);
+                let cached = &mut cache.v[at(response)..at(span.len)];
+                let turned = match count == gen_length {
+                    true => (0..gen_length).collect(),
+                    false => vverify::vverify(of_response, cached, width, count),
+                };
+                positions.extend(turned.iter().map(|i| response + i));
+                cached.copy_from_slice(of_response);
+                if choice.prompt {
+                    cache.v[at(span.start)..at(response)].copy_from_slice(of_prompt);
+                }
+            }
+            rows.chosen.push(positions);
+            first += span.rows();
+        }
+        Ok(())
+    }
+
+    fn chosen(&self, rows: &Rows) -> Result<Vec<Vec<usize>>> {
+        let of = |(span, positions): (&Span, &Vec<usize>)| {
+            let response = span.len - rows.gen_length;
+            positions.iter().filter(|p| **p >= response).map(|p| p - response).collect()
+        };
+        Ok(rows.spans.iter().zip(&rows.chosen).map(of).collect())
+    }
+
+    fn gather_chosen(&mut self, x: &Vec<f32>, rows: &Rows, width: usize, out: &mut Vec<f32>) -> Result<()> {
+        for ((row, ..), to) in rows.chosen().zip(out.chunks_exact_mut(width)) {
+            to.copy_from_slice(&x[row * width..(row + 1) * width]);
+        }
+        Ok(())
+    }
+
+    fn rope_chosen(
+        &mut self,
+        qkv: &mut Vec<f32>,
+        heads: Heads,
+        rows: &Rows,
+        (cache, layer): (&mut KvCache, usize),
+        values: bool,
+    ) -> Result<()> {
+        let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
+        let width = q + if values { 2 * kv } else { kv };
+        for ((_, span, position), row) in rows.chosen().zip(qkv.chunks_exact_mut(width)) {
+            rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(position));
+            let at = (layer * cache.positions + span.cache_base + position) * kv;
+            cache.k[at..at + kv].copy_from_slice(&row[q..q + kv]);
+            if values {
+                cache.v[at..at + kv].copy_from_slice(&row[q + kv..]);
+            }
+        }
+        Ok(())
+    }
+
+    fn attention_chosen(
+        &mut self,
+        qkv: &Vec<f32>,
+        heads: Heads,
+        rows: &Rows,
+        (cache, layer): (&KvCache, usize),
+        values: bool,
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
+        let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
+        let stride = q + if values { 2 * kv } else { kv };
+        let counts: Vec<usize> = rows.chosen.iter().map(Vec::len).collect();
+        attention::attention_cached(qkv, stride, heads, &rows.spans, &counts, cache.layer(layer), out);
+        Ok(())
+    }
+
+    fn keep(
+        &mut self,
+        delta: &Vec<f32>,
+        part: Part,
+        width: usize,
+        rows: &Rows,
+        (kept, first_row): (&mut Vec<f32>, usize),
+    ) -> Result<()> {
+        let copy = |(place, row): (usize, &[f32])| {
+            kept[(first_row + place) * width..(first_row + place + 1) * width].copy_from_slice(row);
+        };
+        let delta = delta.chunks_exact(width);
+        match part {
+            Part::Whole => rows.places().zip(delta).for_each(copy),
+            Part::Chosen => rows.chosen().map(|(_, span, p)| span.cache_base + p).zip(delta).for_each(copy),
+        }
+        Ok(())
+    }
+
+    fn add_norm_kept(
+        &mut self,
+        x: &mut Vec<f32>,
+        (kept, first_row): (&Vec<f32>, usize),
+        rows: &Rows,
+        weight: &Vec<f32>,
+        eps: f32,
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
+        let width = weight.len();
+        let pairs = x.chunks_exact_mut(width).zip(out.chunks_exact_mut(width));
+        for (place, (x, out)) in rows.places().zip(pairs) {
+            norm::add(x, &kept[(first_row + place) * width..][..width]);
+            norm::rms_norm(x, weight, eps, out);
+        }
         Ok(())
     }
 

@@ -1,7 +1,9 @@
 //! Flags that commands share, and what they mean to the library.
 
+use crate::presets::preset;
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, ValueEnum};
+use dllm_kernels::decode::presets::Preset;
 use dllm_kernels::{CacheMode, Confidence, Error, Options, Policy, Result};
 use std::path::{Path, PathBuf};
 
@@ -32,20 +34,17 @@ pub enum Cache {
     Prefix,
     /// Keep keys and values before and after the block
     Dual,
-    /// dLLM-Cache (not in this version)
+    /// dLLM-Cache: keep every layer's outputs too, of all positions, and renew some of them at a time
     Adaptive,
 }
 
 impl Cache {
-    pub fn mode(self) -> Result<CacheMode> {
+    pub fn mode(self) -> CacheMode {
         match self {
-            Cache::None => Ok(CacheMode::None),
-            Cache::Prefix => Ok(CacheMode::Prefix),
-            Cache::Dual => Ok(CacheMode::Dual),
-            Cache::Adaptive => {
-                let message = "--cache adaptive is not part of this version; there are none, prefix and dual";
-                Err(Error::Unavailable(message.into()))
-            }
+            Cache::None => CacheMode::None,
+            Cache::Prefix => CacheMode::Prefix,
+            Cache::Dual => CacheMode::Dual,
+            Cache::Adaptive => CacheMode::Adaptive,
         }
     }
 }
@@ -78,6 +77,9 @@ pub enum ConfidenceName {
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Decoding")]
 pub struct Decoding {
+    /// A published setting of the adaptive cache, for what other flags do not say; `dllm presets` lists them
+    #[arg(long, value_name = "NAME", value_parser = preset)]
+    pub preset: Option<&'static Preset>,
     /// Tokens to generate [default: 128]
     #[arg(long, value_name = "N")]
     pub gen_length: Option<usize>,
@@ -139,10 +141,13 @@ pub struct Decoding {
     /// Share of response rows recomputed in between [default: 0.25]
     #[arg(long, value_name = "R", allow_negative_numbers = true, help_heading = ADAPTIVE)]
     pub refresh_ratio: Option<f64>,
+    /// With --cfg-scale: steps between two of the unconditional half; the first five run it always [default: 1]
+    #[arg(long, value_name = "N", help_heading = ADAPTIVE)]
+    pub cfg_interval: Option<usize>,
 }
 
-const ADAPTIVE: &str = "Cache mode adaptive (not in this version)";
-const CACHE_HELP: &str = "What is kept between the forwards of a block: none, prefix, dual or adaptive [default: dual]";
+const ADAPTIVE: &str = "Cache mode adaptive";
+const CACHE_HELP: &str = "What is kept between forwards: none, prefix, dual or adaptive [default: dual]";
 
 /// The flags of a setting, parsed as if they stood on a command line.
 #[derive(Parser)]
@@ -167,17 +172,24 @@ impl Decoding {
     }
 
     /// What the library is asked to do. Ranges are the library's to check.
-    pub fn options(&self) -> Result<Options> {
-        let default = Options::default();
-        Ok(Options {
+    pub fn options(&self) -> Options {
+        let default = match self.preset {
+            Some(preset) => preset.options(self.gen_length),
+            None => Options::default(),
+        };
+        Options {
             gen_length: self.gen_length.unwrap_or(default.gen_length),
-            block_length: self.block_length,
-            steps: self.steps,
-            cache: self.cache.map_or(Ok(default.cache), Cache::mode)?,
-            policy: match self.policy {
-                None | Some(PolicyName::Threshold) => Policy::Threshold(self.threshold.unwrap_or(0.9)),
-                Some(PolicyName::Fixed) => Policy::Fixed,
-                Some(PolicyName::Factor) => Policy::Factor(self.factor.unwrap_or(1.0)),
+            block_length: self.block_length.or(default.block_length),
+            steps: self.steps.or(default.steps),
+            cache: self.cache.map_or(default.cache, Cache::mode),
+            prompt_interval: self.prompt_interval.unwrap_or(default.prompt_interval),
+            response_interval: self.response_interval.unwrap_or(default.response_interval),
+            refresh_ratio: self.refresh_ratio.unwrap_or(default.refresh_ratio),
+            cfg_interval: self.cfg_interval.unwrap_or(default.cfg_interval),
+            policy: match self.policy() {
+                PolicyName::Threshold => Policy::Threshold(self.threshold.unwrap_or(0.9)),
+                PolicyName::Fixed => Policy::Fixed,
+                PolicyName::Factor => Policy::Factor(self.factor.unwrap_or(1.0)),
             },
             confidence: self.confidence.map(|name| match name {
                 ConfidenceName::Probability => Confidence::Probability,
@@ -194,24 +206,35 @@ impl Decoding {
             seed: self.seed.unwrap_or(default.seed),
             early_stop: self.early_stop.unwrap_or(default.early_stop),
             end_tokens: vec![],
-        })
+        }
+    }
+
+    fn policy(&self) -> PolicyName {
+        let default = if self.preset.is_some() { PolicyName::Fixed } else { PolicyName::Threshold };
+        self.policy.unwrap_or(default)
     }
 
     /// Whether a cache or policy was asked for.
     pub fn chooses_mode(&self) -> bool {
-        self.cache.is_some() || self.policy.is_some() || self.threshold.is_some() || self.factor.is_some()
+        self.preset.is_some()
+            || self.cache.is_some()
+            || self.policy.is_some()
+            || self.threshold.is_some()
+            || self.factor.is_some()
     }
 
     /// Flags that were given but that the others leave without effect.
     pub fn idle_flags(&self) -> Vec<&'static str> {
-        let policy = self.policy.unwrap_or(PolicyName::Threshold);
-        let adaptive = self.cache == Some(Cache::Adaptive);
+        let policy = self.policy();
+        let adaptive = self.options().cache == CacheMode::Adaptive;
+        let guided = self.cfg_scale.is_some_and(|scale| scale > 0.0);
         let flags = [
             ("--threshold (see --policy)", self.threshold.is_some() && policy != PolicyName::Threshold),
             ("--factor (see --policy)", self.factor.is_some() && policy != PolicyName::Factor),
             ("--prompt-interval (see --cache)", self.prompt_interval.is_some() && !adaptive),
             ("--response-interval (see --cache)", self.response_interval.is_some() && !adaptive),
             ("--refresh-ratio (see --cache)", self.refresh_ratio.is_some() && !adaptive),
+            ("--cfg-interval (see --cache, --cfg-scale)", self.cfg_interval.is_some() && !(adaptive && guided)),
         ];
         flags.into_iter().filter(|(_, idle)| *idle).map(|(name, _)| name).collect()
     }

@@ -43,9 +43,18 @@ pub struct Bench {
     /// Tokens decoded together [default: 32, at most gen-length]
     #[arg(long, value_name = "N")]
     block_length: Option<usize>,
-    /// Modes to time
-    #[arg(long, value_enum, value_delimiter = ',', value_name = "MODES", default_values_t = Mode::ALL)]
+    /// Modes to time [default: all; on a CUDA device all but adaptive]
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "MODES")]
     modes: Vec<Mode>,
+    /// Mode adaptive: steps between refreshes of the prompt
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    prompt_interval: usize,
+    /// Mode adaptive: steps between refreshes of the response
+    #[arg(long, value_name = "N", default_value_t = 7)]
+    response_interval: usize,
+    /// Mode adaptive: share of response rows recomputed in between
+    #[arg(long, value_name = "R", default_value_t = 0.25, allow_negative_numbers = true)]
+    refresh_ratio: f64,
     /// Sequences decoded together; prompts are random ones of the same length, or the same
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1024))]
     batch: u64,
@@ -74,11 +83,12 @@ pub enum Mode {
     DualFixed,
     PrefixThreshold,
     DualThreshold,
+    Adaptive,
 }
 
 impl Mode {
-    const ALL: [Mode; 5] =
-        [Mode::Vanilla, Mode::PrefixFixed, Mode::DualFixed, Mode::PrefixThreshold, Mode::DualThreshold];
+    const ALL: [Mode; 6] =
+        [Mode::Vanilla, Mode::PrefixFixed, Mode::DualFixed, Mode::PrefixThreshold, Mode::DualThreshold, Mode::Adaptive];
 
     fn name(self) -> &'static str {
         match self {
@@ -87,6 +97,7 @@ impl Mode {
             Mode::DualFixed => "dual-fixed",
             Mode::PrefixThreshold => "prefix-threshold",
             Mode::DualThreshold => "dual-threshold",
+            Mode::Adaptive => "adaptive",
         }
     }
 
@@ -97,14 +108,15 @@ impl Mode {
             Mode::DualFixed => (CacheMode::Dual, Policy::Fixed),
             Mode::PrefixThreshold => (CacheMode::Prefix, Policy::Threshold(0.9)),
             Mode::DualThreshold => (CacheMode::Dual, Policy::Threshold(0.9)),
+            Mode::Adaptive => (CacheMode::Adaptive, Policy::Fixed),
         };
         // Dream's own loop has no blocks.
         let block_length = match (self, setup.config.family) {
-            (Mode::Vanilla, Family::Dream) => setup.gen_length,
+            (Mode::Vanilla | Mode::Adaptive, Family::Dream) => setup.gen_length,
             _ => setup.block_length,
         };
         let block_length = Some(block_length);
-        Options { gen_length: setup.gen_length, block_length, cache, policy, ..Options::default() }
+        Options { gen_length: setup.gen_length, block_length, cache, policy, ..setup.intervals.clone() }
     }
 }
 
@@ -123,6 +135,8 @@ pub struct Setup {
     device: Device,
     gen_length: usize,
     block_length: usize,
+    /// Intervals and share of the adaptive cache; the rest is the default.
+    intervals: Options,
     threads: usize,
     modes: Vec<Mode>,
 }
@@ -217,7 +231,7 @@ pub fn run(args: &Bench) -> Result<()> {
         false => {}
     }
     let summary = summary::Summary::new(&setup, &subject, &runs, answer, originals.err());
-    if args.json { print_json(&summary) } else { print(&summary.text(&setup, &subject, &runs)) }
+    if args.json { print_json(&summary) } else { print(&summary.text(&subject, &runs)) }
 }
 
 fn setup(args: &Bench) -> Result<Setup> {
@@ -238,20 +252,31 @@ fn setup(args: &Bench) -> Result<Setup> {
         true => random_prompt(&config, args.prompt_length, args.seed)?,
         false => args.prompt_ids.clone(),
     };
+    let device = args.device.unwrap_or_default();
     let mut modes = Vec::new();
     for mode in &args.modes {
         if !modes.contains(mode) {
             modes.push(*mode);
         }
     }
+    if modes.is_empty() {
+        // The adaptive cache runs on the CPU only.
+        modes.extend(Mode::ALL.into_iter().filter(|mode| device == Device::Cpu || *mode != Mode::Adaptive));
+    }
     Ok(Setup {
         source,
         prompt,
         batch: args.batch as usize,
-        device: args.device.unwrap_or_default(),
+        device,
         config,
         gen_length: args.gen_length,
         block_length: args.block_length.unwrap_or(args.gen_length.min(32)),
+        intervals: Options {
+            prompt_interval: args.prompt_interval,
+            response_interval: args.response_interval,
+            refresh_ratio: args.refresh_ratio,
+            ..Options::default()
+        },
         threads: args.threads.unwrap_or_else(rayon::current_num_threads),
         modes,
     })
@@ -293,7 +318,7 @@ fn our_round(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>], runs: &mut 
     for run in &*runs {
         let options = run.mode.options(setup);
         let network = subject.model.network(options.sizes(&setup.config, prompts))?;
-        let mut network = Timed { network, cache: options.cache, timings: vec![] };
+        let mut network = Timed { network, options: &options, config: &setup.config, timings: vec![] };
         if setup.device != Device::Cpu {
             // A pass of a kind is recorded when it runs for the second time, and some run once a decode.
             for _ in 0..2 {
@@ -307,7 +332,8 @@ fn our_round(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>], runs: &mut 
             return Ok(false);
         }
         let seconds = start.elapsed().as_secs_f64();
-        results.push((seconds, decoded.nfe, network.launches()?, network.timings));
+        let launches = network.launches()?;
+        results.push((seconds, decoded.nfe, launches, network.timings));
     }
     for (run, (seconds, nfe, launches, timings)) in runs.iter_mut().zip(results) {
         run.launches = launches;

@@ -173,7 +173,7 @@ fn settings(args: &Eval) -> Result<Vec<(String, Options)>> {
         false => args.setting.iter().map(String::as_str).collect(),
     };
     let setting = |s: &str| {
-        let options = args.decoding.with_setting(s)?.options()?;
+        let options = args.decoding.with_setting(s)?.options();
         Ok((if s.is_empty() { mode(&options) } else { s.to_string() }, options))
     };
     given.into_iter().map(setting).collect()

@@ -143,7 +143,7 @@ impl Checkpoint {
 
 /// Runs the command.
 pub fn run(args: &Generate) -> Result<()> {
-    let mut options = args.decoding.options()?;
+    let mut options = args.decoding.options();
     let trace_file = args.trace.as_deref().map(Target::new).transpose()?;
     let place = args.machine.start()?;
     for flag in args.decoding.idle_flags() {

@@ -5,7 +5,7 @@ use crate::output::{print, print_json};
 use crate::report::{Shape, bytes, count, table};
 use dllm_kernels::model::weights::Dtype;
 use dllm_kernels::model::{Config, Model, Weights};
-use dllm_kernels::{Options, Result};
+use dllm_kernels::{CacheMode, Options, Result};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -31,7 +31,7 @@ pub struct Inspect {
     /// Sequences decoded together
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=4096))]
     batch: u64,
-    /// Keys and values kept between the forwards of a block
+    /// What is kept between forwards
     #[arg(long, value_enum, default_value_t = Cache::Dual)]
     cache: Cache,
     /// Classifier-free guidance, which runs every sequence twice [0: off]
@@ -114,7 +114,8 @@ const MULTIPROCESSORS: usize = 132;
 
 #[cfg(feature = "cuda")]
 fn device_bytes(config: &Config, sizes: &dllm_kernels::model::Sizes) -> Result<Option<DeviceBytes>> {
-    if dllm_kernels::model::supports_cuda(config).is_err() {
+    // The adaptive cache runs on the CPU only.
+    if sizes.kept || dllm_kernels::model::supports_cuda(config).is_err() {
         return Ok(None);
     }
     let memory = sizes.device_memory(config, MULTIPROCESSORS)?;
@@ -167,7 +168,7 @@ fn answer(args: &Inspect, source: String, config: Config, tensors: Vec<TensorLin
     let options = Options {
         gen_length: args.gen_length,
         block_length: args.block_length,
-        cache: args.cache.mode()?,
+        cache: args.cache.mode(),
         cfg_scale: args.cfg_scale,
         ..Options::default()
     };
@@ -263,7 +264,12 @@ fn text(a: &Answer) -> String {
     let per_thread = bytes(a.bytes.scratch_per_thread);
     let row = |name: &str, size: usize, what: &str| format!("  {name:<16}  {:>10}  {what}\n", bytes(size));
     text += &row("weights", a.bytes.weights, "mapped from the files, shared, can be dropped and read again");
-    text += &row("cache", a.bytes.cache, "keys and values, f32");
+    let kept = if a.cache == CacheMode::Adaptive.name() {
+        "keys, values, outputs of attention and MLP"
+    } else {
+        "keys and values"
+    };
+    text += &row("cache", a.bytes.cache, &format!("{kept}, f32"));
     text += &row("workspace", a.bytes.workspace, "activations and logits, f32");
     text += &row("scratch", a.bytes.scratch, &format!("{per_thread} a thread"));
     text += &row("anonymous", a.bytes.anonymous, "cache, workspace and scratch");

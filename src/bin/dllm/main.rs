@@ -10,6 +10,7 @@ mod generate;
 mod inspect;
 mod machine;
 mod output;
+mod presets;
 mod report;
 mod screen;
 mod watch;
@@ -46,6 +47,8 @@ enum Command {
     Eval(Box<eval::Eval>),
     /// What a checkpoint holds, and the memory that it needs
     Inspect(inspect::Inspect),
+    /// The settings that dLLM-Cache publishes, for --preset
+    Presets(presets::Presets),
     /// The decode modes side by side
     Bench(bench::Bench),
     /// Driver, devices, and every CUDA op against its oracle
@@ -88,6 +91,7 @@ fn run(command: Option<Command>) -> Result<()> {
         Some(Command::Generate(args)) => generate::run(&args),
         Some(Command::Eval(args)) => eval::run(&args),
         Some(Command::Inspect(args)) => inspect::run(&args),
+        Some(Command::Presets(args)) => presets::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
         Some(Command::Doctor(args)) => doctor::run(&args),
     }

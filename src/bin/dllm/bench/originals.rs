@@ -3,8 +3,8 @@
 use super::{Setup, Source};
 use crate::machine::Device;
 use crate::output::interrupted;
-use dllm_kernels::Family;
 use dllm_kernels::decode::Policy;
+use dllm_kernels::{CacheMode, Family};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::ffi::OsString;
@@ -56,6 +56,9 @@ impl Originals {
                 setup.config.family
             ));
         }
+        if setup.modes.iter().all(|mode| mode.options(setup).cache == CacheMode::Adaptive) {
+            return Err("not measured: the script does not run dLLM-Cache".into());
+        }
         let python = std::env::var_os("DLLM_PYTHON").filter(|v| !v.is_empty()).unwrap_or("python3".into());
         let request = request(setup, &folder.to_string_lossy());
         Ok(Originals { python, request, spent: Duration::ZERO })
@@ -78,8 +81,9 @@ impl Originals {
 
 fn request(setup: &Setup, folder: &str) -> Value {
     let config = &setup.config;
-    let modes = setup.modes.iter().map(|mode| {
-        let options = mode.options(setup);
+    // Fast-dLLM's, and vanilla.
+    let modes = setup.modes.iter().map(|mode| (mode, mode.options(setup)));
+    let modes = modes.filter(|(_, options)| options.cache != CacheMode::Adaptive).map(|(mode, options)| {
         let mut fields = json!({ "name": mode.name(), "cache": options.cache.name(), "steps": options.steps() });
         fields["policy"] = match options.policy {
             Policy::Fixed => "fixed",

@@ -1,14 +1,13 @@
 //! What `dllm bench` says: one JSON object, or tables.
 
 use super::originals::Answer;
-use super::timed::Timing;
+use super::timed::{Forward, Timing, adaptive_multiply_adds};
 use super::{Run, Setup, Source, Subject, median};
 use crate::machine::Roofs;
 use crate::report::{bytes, count, table};
-use dllm_kernels::Config;
-use dllm_kernels::cache::PassKind;
 use dllm_kernels::model::Launches;
 use serde::Serialize;
+use std::collections::BTreeMap;
 
 /// All results.
 #[derive(Serialize)]
@@ -54,7 +53,12 @@ struct Line {
     nfe: usize,
     seconds: Vec<f64>,
     ms_per_forward: f64,
-    kinds: Kinds,
+    /// Of the matrix products and of attention, in the mean of the forwards: counted, or where nobody counts reckoned.
+    multiply_adds_per_forward: f64,
+    /// The same by the arithmetic of `docs/caching.md`; of the adaptive cache.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reckoned_multiply_adds_per_forward: Option<f64>,
+    kinds: BTreeMap<&'static str, Kind>,
     /// On a CUDA device: kernels and products, as nodes of the graphs of a pass.
     #[serde(skip_serializing_if = "Option::is_none")]
     launches: Option<Launches>,
@@ -62,20 +66,12 @@ struct Line {
     tokens_per_second: f64,
     /// How many times faster than vanilla the whole decode is.
     ratio_to_vanilla: Option<f64>,
+    /// How many times fewer multiply-adds than vanilla the whole decode takes.
+    work_ratio_to_vanilla: Option<f64>,
     original_nfe: Option<usize>,
     original_ms_per_forward: Option<f64>,
     /// The original's milliseconds per forward over ours.
     speedup: Option<f64>,
-}
-
-#[derive(Serialize)]
-struct Kinds {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    full: Option<Kind>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    suffix: Option<Kind>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    block: Option<Kind>,
 }
 
 /// Forwards of one kind. Times are medians over all rounds.
@@ -93,18 +89,13 @@ struct Kind {
 }
 
 impl Kind {
-    fn of<'a>(
-        config: &Config,
-        timings: impl IntoIterator<Item = &'a Timing>,
-        kind: PassKind,
-        n: usize,
-    ) -> Option<Kind> {
+    fn of<'a>(timings: impl IntoIterator<Item = &'a Timing>, kind: Forward, n: usize) -> Option<Kind> {
         let own: Vec<&Timing> = timings.into_iter().filter(|t| t.kind == kind).collect();
         if own.is_empty() {
             return None;
         }
         let ms = || own.iter().map(|t| 1000.0 * t.seconds);
-        let work = || own.iter().map(|t| t.multiply_adds(config));
+        let work = || own.iter().map(|t| t.multiply_adds);
         Some(Kind {
             count: own.len() / n.max(1),
             ms: median(ms()),
@@ -120,11 +111,17 @@ impl Kind {
 impl Summary {
     /// `answer` is the original's last one, and `why` says why there is none, or no further one.
     pub fn new(setup: &Setup, subject: &Subject, runs: &[Run], answer: Option<Answer>, why: Option<String>) -> Summary {
-        let vanilla = runs.iter().find(|r| r.mode == super::Mode::Vanilla).map(|r| median(r.seconds.clone()));
+        let vanilla = runs.iter().find(|r| r.mode == super::Mode::Vanilla);
+        let work =
+            |run: &Run| run.timings.iter().map(|t| t.multiply_adds).sum::<f64>() / run.seconds.len().max(1) as f64;
         let line = |run: &Run| {
             let seconds = median(run.seconds.clone()).max(1e-9);
             let ms_per_forward = 1000.0 * seconds / run.nfe.max(1) as f64;
-            let kind = |kind| Kind::of(&setup.config, &run.timings, kind, run.seconds.len());
+            let kind = |kind: Forward| Some((kind.name(), Kind::of(&run.timings, kind, run.seconds.len())?));
+            let forwards = run.nfe.max(1) as f64;
+            // The arithmetic is that of a token a forward.
+            let reckoned =
+                adaptive_multiply_adds(setup, &run.mode.options(setup)).filter(|_| run.nfe == setup.gen_length);
             let measured = !run.original.is_empty();
             let original = measured.then(|| 1000.0 * median(run.original.clone()) / run.original_nfe.max(1) as f64);
             Line {
@@ -132,14 +129,13 @@ impl Summary {
                 nfe: run.nfe,
                 seconds: run.seconds.clone(),
                 ms_per_forward,
-                kinds: Kinds {
-                    full: kind(PassKind::Full),
-                    suffix: kind(PassKind::Suffix),
-                    block: kind(PassKind::Block),
-                },
+                multiply_adds_per_forward: work(run) / forwards,
+                reckoned_multiply_adds_per_forward: reckoned.map(|all| all / forwards),
+                kinds: Forward::ALL.into_iter().filter_map(kind).collect(),
                 launches: run.launches,
                 tokens_per_second: (setup.batch * setup.gen_length) as f64 / seconds,
-                ratio_to_vanilla: vanilla.map(|v| v / seconds),
+                ratio_to_vanilla: vanilla.map(|v| median(v.seconds.clone()) / seconds),
+                work_ratio_to_vanilla: vanilla.map(|v| work(v) / work(run).max(1.0)),
                 original_nfe: measured.then_some(run.original_nfe),
                 original_ms_per_forward: original,
                 speedup: original.map(|o| o / ms_per_forward),
@@ -176,7 +172,7 @@ impl Summary {
     }
 
     /// The tables for people.
-    pub fn text(&self, setup: &Setup, subject: &Subject, runs: &[Run]) -> String {
+    pub fn text(&self, subject: &Subject, runs: &[Run]) -> String {
         let name = match (&self.shape, &self.model) {
             (Some(shape), _) => format!("{shape}, random weights"),
             (None, model) => model.clone().unwrap_or_default(),
@@ -194,8 +190,11 @@ impl Summary {
             count(self.rounds, "round"),
         );
         text += &table(&self.mode_rows());
-        text += "\nTimes are medians; full, suffix and block are ms of the forwards of that kind.\n\n";
-        text += &table(&self.kind_rows(setup, runs));
+        text += "\nTimes are medians; full to verify are ms of the forwards of that kind.\n\n";
+        text += &table(&self.work_rows());
+        text +=
+            "\nMultiply-adds of products and attention in the mean of the forwards; reckoned: by docs/caching.md.\n\n";
+        text += &table(&self.kind_rows(runs));
         let read = bytes(self.weight_bytes_per_forward);
         text += &format!("\nEvery forward reads {read} of weights at least once; GB/s is that over its time.\n");
         let launches = self.modes.iter().filter_map(|line| line.launches);
@@ -216,42 +215,57 @@ impl Summary {
     }
 
     fn mode_rows(&self) -> Vec<Vec<String>> {
-        let head =
-            ["mode", "NFE", "seconds", "min-max", "ms/forward", "full", "suffix", "block", "tokens/s", "x vanilla"];
-        let mut rows = vec![head.map(String::from).to_vec()];
+        let mut head = vec!["mode", "NFE", "seconds", "min-max", "ms/forward"];
+        head.extend(Forward::ALL.map(Forward::name));
+        head.extend(["tokens/s", "x vanilla"]);
+        let mut rows = vec![head.into_iter().map(String::from).collect::<Vec<_>>()];
         for line in &self.modes {
-            let kind = |k: &Option<Kind>| k.as_ref().map_or(String::new(), |k| digits(k.ms));
+            let kind = |kind: Forward| line.kinds.get(kind.name()).map_or(String::new(), |k| digits(k.ms));
             let min = line.seconds.iter().copied().fold(f64::INFINITY, f64::min);
             let max = line.seconds.iter().copied().fold(0.0, f64::max);
-            rows.push(vec![
+            let mut row = vec![
                 line.name.into(),
                 line.nfe.to_string(),
                 digits(median(line.seconds.clone())),
                 format!("{}-{}", digits(min), digits(max)),
                 digits(line.ms_per_forward),
-                kind(&line.kinds.full),
-                kind(&line.kinds.suffix),
-                kind(&line.kinds.block),
-                digits(line.tokens_per_second),
-                line.ratio_to_vanilla.map_or(String::new(), |r| format!("{r:.2}")),
+            ];
+            row.extend(Forward::ALL.map(kind));
+            row.push(digits(line.tokens_per_second));
+            row.push(line.ratio_to_vanilla.map_or(String::new(), |r| format!("{r:.2}")));
+            rows.push(row);
+        }
+        rows
+    }
+
+    /// What the modes compute.
+    fn work_rows(&self) -> Vec<Vec<String>> {
+        let head = ["mode", "G multiply-adds/forward", "reckoned", "vanilla's / these"];
+        let mut rows = vec![head.map(String::from).to_vec()];
+        let giga = |x: f64| format!("{:.3}", x / 1e9);
+        for line in &self.modes {
+            rows.push(vec![
+                line.name.into(),
+                giga(line.multiply_adds_per_forward),
+                line.reckoned_multiply_adds_per_forward.map_or(String::new(), giga),
+                line.work_ratio_to_vanilla.map_or(String::new(), |r| format!("{r:.2}")),
             ]);
         }
         rows
     }
 
     /// Forwards by kind, all modes together.
-    fn kind_rows(&self, setup: &Setup, runs: &[Run]) -> Vec<Vec<String>> {
+    fn kind_rows(&self, runs: &[Run]) -> Vec<Vec<String>> {
         let mut head = vec!["forward", "rows", "ms", "min-max", "G multiply-adds", "GFLOP/s", "GB/s"];
         if self.roofs.is_some() {
             head.extend(["floor ms", "x floor"]);
         }
         let mut rows = vec![head.into_iter().map(String::from).collect::<Vec<_>>()];
-        let kinds = [("full", PassKind::Full), ("suffix", PassKind::Suffix), ("block", PassKind::Block)];
-        for (name, kind) in kinds {
+        for kind in Forward::ALL {
             let timings = runs.iter().flat_map(|r| &r.timings);
-            let Some(k) = Kind::of(&setup.config, timings, kind, 1) else { continue };
+            let Some(k) = Kind::of(timings, kind, 1) else { continue };
             let mut row = vec![
-                name.into(),
+                kind.name().into(),
                 k.rows.to_string(),
                 digits(k.ms),
                 format!("{}-{}", digits(k.ms_min), digits(k.ms_max)),

@@ -1,29 +1,85 @@
 //! A session with a stopwatch around every forward, and what a forward has to do at least.
 
+use super::Setup;
+use dllm_kernels::Options;
+use dllm_kernels::backend::{Choice, Response};
 use dllm_kernels::cache::{CacheMode, PassKind};
-use dllm_kernels::model::{Autonomous, Config, Course, Launches, Network, Pass, Ran, Weights};
+use dllm_kernels::model::{
+    Autonomous, CachePlan, Chosen, Config, Course, Launches, LayerPlan, Network, Pass, Ran, Weights,
+};
 use dllm_kernels::oracle::unmask::Verdict;
 use dllm_kernels::{Error, Result};
 use std::ops::Range;
 use std::time::Instant;
 
+/// What a forward runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Forward {
+    /// Everything.
+    Full,
+    /// The block and all that follows.
+    Suffix,
+    /// The block.
+    Block,
+    /// Adaptive cache: the prompt, and of the response what V-verify chooses.
+    Prompt,
+    /// Adaptive cache: the response.
+    Response,
+    /// Adaptive cache: what V-verify chooses.
+    Verify,
+}
+
+impl Forward {
+    /// In the order of tables.
+    pub const ALL: [Forward; 6] = {
+        use Forward::*;
+        [Full, Suffix, Block, Prompt, Response, Verify]
+    };
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Forward::Full => "full",
+            Forward::Suffix => "suffix",
+            Forward::Block => "block",
+            Forward::Prompt => "prompt",
+            Forward::Response => "response",
+            Forward::Verify => "verify",
+        }
+    }
+
+    /// What a plan runs of windows.
+    fn of(plan: &dyn CachePlan, windows: &[(usize, Range<usize>)], cache: CacheMode, gen_length: usize) -> Forward {
+        match (cache, plan.layer(1)) {
+            (CacheMode::Adaptive, LayerPlan::Partly(Choice { prompt: true, .. })) => Forward::Prompt,
+            (CacheMode::Adaptive, LayerPlan::Partly(Choice { response, .. })) => {
+                if response == Response::Fresh(gen_length) { Forward::Response } else { Forward::Verify }
+            }
+            _ if is_full(windows) => Forward::Full,
+            _ => match cache.block_pass() {
+                PassKind::Full => Forward::Full,
+                PassKind::Suffix => Forward::Suffix,
+                PassKind::Block => Forward::Block,
+            },
+        }
+    }
+}
+
 /// One forward: what ran, and how long.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
-    pub kind: PassKind,
+    pub kind: Forward,
     /// Positions that ran.
     pub rows: usize,
-    /// Positions that they attended to.
-    pub keys: usize,
-    /// Rows that went through the head.
-    pub scored: usize,
+    /// Multiply-adds of the matrix products and of attention: counted, or where nobody counts reckoned.
+    pub multiply_adds: f64,
     pub seconds: f64,
 }
 
 /// A network that remembers its forwards.
 pub struct Timed<'m> {
     pub network: Box<dyn Network + 'm>,
-    pub cache: CacheMode,
+    pub options: &'m Options,
+    pub config: &'m Config,
     pub timings: Vec<Timing>,
 }
 
@@ -33,13 +89,24 @@ fn is_full(windows: &[(usize, Range<usize>)]) -> bool {
 }
 
 impl Timed<'_> {
-    fn record(&mut self, tokens: &[Vec<u32>], windows: &[(usize, Range<usize>)], scored: usize, seconds: f64) {
+    fn record(
+        &mut self,
+        tokens: &[Vec<u32>],
+        plan: &dyn CachePlan,
+        windows: &[(usize, Range<usize>)],
+        counted: Result<u64, usize>,
+        seconds: f64,
+    ) {
+        let rows = windows.iter().map(|(_, window)| window.len()).sum();
+        // Prompts are of one length here.
+        let keys = tokens.first().map_or(0, Vec::len);
         self.timings.push(Timing {
-            kind: if is_full(windows) { PassKind::Full } else { self.cache.block_pass() },
-            rows: windows.iter().map(|(_, window)| window.len()).sum(),
-            // Prompts are of one length here.
-            keys: tokens.first().map_or(0, Vec::len),
-            scored,
+            kind: Forward::of(plan, windows, self.options.cache, self.options.gen_length),
+            rows,
+            multiply_adds: match counted {
+                Ok(counted) => counted as f64,
+                Err(scored) => multiply_adds(self.config, rows, keys, scored),
+            },
             seconds,
         });
     }
@@ -47,12 +114,22 @@ impl Timed<'_> {
 
 impl Network for Timed<'_> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
+        let before = self.network.multiply_adds();
         let start = Instant::now();
         let verdicts = self.network.step(tokens, pass)?;
         let seconds = start.elapsed().as_secs_f64();
         let scored = pass.groups.iter().map(|group| group.positions.len()).sum();
-        self.record(tokens, pass.windows, scored, seconds);
+        let counted = self.network.multiply_adds().zip(before).map(|(after, before)| after - before);
+        self.record(tokens, pass.plan, pass.windows, counted.ok_or(scored), seconds);
         Ok(verdicts)
+    }
+
+    fn chosen(&self) -> &[Chosen] {
+        self.network.chosen()
+    }
+
+    fn multiply_adds(&self) -> Option<u64> {
+        self.network.multiply_adds()
     }
 
     fn autonomous(&mut self) -> Option<&mut dyn Autonomous> {
@@ -73,30 +150,55 @@ impl Autonomous for Timed<'_> {
         for (i, seconds) in ran.seconds.iter().enumerate() {
             let stage = course.stages[if course.one_stage { 0 } else { i.min(1) }];
             let scored = stage.candidates.iter().map(|(_, positions)| positions.len()).sum();
-            self.record(tokens, stage.windows, scored, *seconds);
+            self.record(tokens, stage.plan, stage.windows, Err(scored), *seconds);
         }
         Ok(ran)
     }
 }
 
-impl Timing {
-    /// Multiply-adds of the matrix products and of attention.
-    pub fn multiply_adds(&self, config: &Config) -> f64 {
-        let [rows, keys, scored] = [self.rows, self.keys, self.scored].map(|n| n as f64);
-        let [d, q, kv, mlp, vocab, layers] = [
-            config.d_model,
-            config.q_width(),
-            config.kv_width(),
-            config.mlp_hidden_size,
-            config.vocab_size,
-            config.num_layers,
-        ]
-        .map(|n| n as f64);
-        let attention = rows * (d * (q + 2.0 * kv) + 2.0 * keys * q);
-        let rest = q * d + 3.0 * d * mlp;
-        // The last layer goes on with the scored rows only.
-        layers * attention + ((layers - 1.0) * rows + scored) * rest + scored * d * vocab
-    }
+/// d_model, width of queries, of keys, of the MLP, vocabulary, layers.
+fn widths(config: &Config) -> [f64; 6] {
+    [config.d_model, config.q_width(), config.kv_width(), config.mlp_hidden_size, config.vocab_size, config.num_layers]
+        .map(|n| n as f64)
+}
+
+/// Multiply-adds of a forward that runs all of its rows in every layer.
+fn multiply_adds(config: &Config, rows: usize, keys: usize, scored: usize) -> f64 {
+    let [rows, keys, scored] = [rows, keys, scored].map(|n| n as f64);
+    let [d, q, kv, mlp, vocab, layers] = widths(config);
+    let attention = rows * (d * (q + 2.0 * kv) + 2.0 * keys * q);
+    let rest = q * d + 3.0 * d * mlp;
+    // The last layer goes on with the scored rows only.
+    layers * attention + ((layers - 1.0) * rows + scored) * rest + scored * d * vocab
+}
+
+/// Multiply-adds of an adaptive decode of a token a forward, by the arithmetic of `docs/caching.md`: that of LLaDA, to which
+/// Dream adds a row here and there.
+pub fn adaptive_multiply_adds(setup: &Setup, options: &Options) -> Option<f64> {
+    let adaptive = options.adaptive()?;
+    let [d, q, kv, mlp, vocab, layers] = widths(&setup.config);
+    let [prompt, response, block] = [setup.prompt.len(), setup.gen_length, options.block_length()].map(|n| n as f64);
+    let (all, value) = (prompt + response, d * kv);
+    let row = d * (q + 2.0 * kv) + 2.0 * all * q + q * d + 3.0 * d * mlp;
+    let chosen = (response * adaptive.refresh_ratio).floor();
+    let verifies = if adaptive.refresh_ratio > 0.0 { 1.0 } else { 0.0 };
+    let forward = |t: usize| {
+        let prompt_too = t.is_multiple_of(adaptive.prompt_interval);
+        let first = if prompt_too { all * row } else { response * row };
+        let later = match (prompt_too, t.is_multiple_of(adaptive.response_interval)) {
+            (true, true) => all * row,
+            (false, true) => response * row,
+            (true, false) if verifies > 0.0 => all * value + (prompt + chosen) * (row - value),
+            (true, false) => prompt * row,
+            (false, false) if chosen > 0.0 => response * value + chosen * (row - value),
+            (false, false) => 0.0,
+        };
+        first + (layers - 1.0) * later
+    };
+    // Of a block of n masks the head sees n, n - 1 ... 1.
+    let scored = response * (block + 1.0) / 2.0;
+    let forwards: f64 = (0..setup.gen_length).map(forward).sum();
+    Some(setup.batch as f64 * (forwards + scored * d * vocab))
 }
 
 /// Bytes of weights that no forward can do without: all but the embedding, unless that is the head too.

@@ -1,0 +1,75 @@
+//! V-verify: the oracle's choice, with sums that a CPU forms side by side.
+
+use crate::oracle::vverify::lowest_of;
+use rayon::prelude::*;
+
+/// Guards the division for zero vectors.
+const EPS: f64 = 1e-8;
+/// Partial sums of a dot product.
+const LANES: usize = 8;
+
+/// The `count` rows of `fresh` whose cosine with the same row of `cached` is lowest, as
+/// [`crate::oracle::vverify::vverify`] has them. Rows are `width` floats.
+pub fn vverify(fresh: &[f32], cached: &[f32], width: usize, count: usize) -> Vec<usize> {
+    if count == 0 {
+        return vec![];
+    }
+    let rows = fresh.par_chunks_exact(width).zip(cached.par_chunks_exact(width));
+    let similarity: Vec<f64> = rows.map(|(a, b)| cosine(a, b)).collect();
+    lowest_of(&similarity, count)
+}
+
+/// Exactly 1 for equal vectors: the three sums are formed in one order, and the root is one of their product.
+fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    let mut sums = [[0.0f64; LANES]; 3];
+    let mut add = |a: &[f32], b: &[f32]| {
+        for (i, (a, b)) in a.iter().zip(b).enumerate() {
+            let (a, b) = (f64::from(*a), f64::from(*b));
+            sums[0][i] += a * b;
+            sums[1][i] += a * a;
+            sums[2][i] += b * b;
+        }
+    };
+    let ((whole_a, rest_a), (whole_b, rest_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    whole_a.iter().zip(whole_b).for_each(|(a, b)| add(a, b));
+    add(rest_a, rest_b);
+    let [dot, aa, bb] = sums.map(|lanes| lanes.iter().sum::<f64>());
+    dot / (aa.max(EPS * EPS) * bb.max(EPS * EPS)).sqrt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oracle::vverify as oracle;
+
+    fn noise(len: usize, seed: u32) -> Vec<f32> {
+        (0..len as u32).map(|i| ((i.wrapping_mul(2_654_435_761) ^ seed) >> 16) as f32 / 32768.0 - 1.0).collect()
+    }
+
+    #[test]
+    fn equals_the_oracle() {
+        for width in [1, 7, 8, 64, 129] {
+            let (fresh, cached) = (noise(40 * width, 1), noise(40 * width, 77));
+            for (a, b) in fresh.chunks(width).zip(cached.chunks(width)) {
+                assert!((cosine(a, b) - oracle::cosine(a, b)).abs() < 1e-14, "{width}");
+            }
+            for count in [0, 1, 13, 40] {
+                let want = oracle::vverify(&fresh, &cached, width, (count as f64 + 0.5) / 40.5);
+                // Of one element each, cosines are 1 or -1 up to the last bit.
+                assert!(width == 1 || vverify(&fresh, &cached, width, count) == want, "{width} {count}");
+            }
+        }
+    }
+
+    /// Where nothing has changed, position decides.
+    #[test]
+    fn equal_rows_tie() {
+        let rows = noise(50 * 33, 3);
+        assert_eq!(vverify(&rows, &rows, 33, 7), [0, 1, 2, 3, 4, 5, 6]);
+        let mut one = rows.clone();
+        one[20 * 33] += 1.0;
+        assert_eq!(vverify(&one, &rows, 33, 3), [0, 1, 20]);
+        one[30 * 33] = f32::NAN;
+        assert_eq!(vverify(&one, &rows, 33, 1), [30]);
+    }
+}

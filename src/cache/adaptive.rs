@@ -1,0 +1,193 @@
+//! dLLM-Cache (sections 3.2 and 3.3): what a forward runs when keys, values and the outputs of attention and MLP of all
+//! positions are kept from forward to forward.
+//!
+//! Forward t of a sequence renews the prompt's features when t is a multiple of one interval, the response's when it is a
+//! multiple of another. In between V-verify renews those response rows whose values turned most since the forward before.
+//! The first layer runs everything that a later layer or the head looks at, always.
+
+use crate::backend::{Choice, Response};
+use crate::model::{CachePlan, Family, LayerPlan};
+use std::ops::Range;
+
+/// When a decode renews what.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Adaptive {
+    /// Forwards between two refreshes of the prompt.
+    pub prompt_interval: usize,
+    /// Forwards between two refreshes of the response.
+    pub response_interval: usize,
+    /// Share of the response that V-verify renews in between, 0 to 1; 0 is none, and no V-verify.
+    pub refresh_ratio: f64,
+    /// With guidance: forwards between two of the unconditional twin.
+    pub guidance_interval: usize,
+    /// Positions of the response.
+    pub gen_length: usize,
+}
+
+/// What the unconditional twin of a guided sequence does in a forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TwinPlan {
+    /// What the sequence does.
+    Beside,
+    /// This, in a forward of its own.
+    Apart(AdaptivePlan),
+    /// Nothing: its logits are as far from the sequence's as when it ran last.
+    Remembered,
+}
+
+/// Forwards at the beginning in which twins run, whatever the interval.
+const FIRST_TWINS: usize = 5;
+
+impl Adaptive {
+    /// What forward `t` of a sequence, counted from 0, renews.
+    ///
+    /// # Panics
+    /// When an interval is 0.
+    pub fn plan(&self, t: usize) -> AdaptivePlan {
+        let response = t.is_multiple_of(self.response_interval);
+        AdaptivePlan {
+            prompt: t.is_multiple_of(self.prompt_interval),
+            response,
+            choice: match self.refresh_ratio > 0.0 {
+                _ if response => Response::Fresh(self.gen_length),
+                true => Response::Fresh((self.gen_length as f64 * self.refresh_ratio) as usize),
+                false => Response::Stale,
+            },
+        }
+    }
+
+    /// What the twin of a guided sequence does in the sequence's forward `t`. Its own forwards count on their own.
+    ///
+    /// # Panics
+    /// When an interval is 0.
+    pub fn twin(&self, t: usize) -> TwinPlan {
+        let interval = self.guidance_interval;
+        if interval == 1 {
+            return TwinPlan::Beside;
+        }
+        let runs = |t: usize| t < FIRST_TWINS || t.is_multiple_of(interval);
+        match runs(t) {
+            true => TwinPlan::Apart(self.plan((0..t).filter(|t| runs(*t)).count())),
+            false => TwinPlan::Remembered,
+        }
+    }
+}
+
+/// What one forward renews.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AdaptivePlan {
+    /// Whether it renews the prompt.
+    pub prompt: bool,
+    /// Whether it renews the response.
+    pub response: bool,
+    /// Response rows that layers from the second on run.
+    choice: Response,
+}
+
+impl AdaptivePlan {
+    /// The positions that the forward has rows of: all when it renews the prompt, or else those from `first` on.
+    pub fn window(&self, first: usize, len: usize) -> Range<usize> {
+        if self.prompt { 0..len } else { first..len }
+    }
+}
+
+impl CachePlan for AdaptivePlan {
+    fn layer(&self, layer: usize) -> LayerPlan {
+        match (layer, self.prompt, self.response) {
+            // The tokens before the window have not changed, nor have their keys and values in this layer; and what it adds to
+            // them nobody would read.
+            (0, prompt, _) => LayerPlan::Whole { reuse: !prompt, store: true, keep: false },
+            (_, true, true) => LayerPlan::Whole { reuse: false, store: true, keep: true },
+            (_, prompt, _) => LayerPlan::Partly(Choice { prompt, response: self.choice }),
+        }
+    }
+}
+
+/// The first position of a sequence whose token can change, or whose logits can be asked for: as far as the prompt goes, what
+/// is before it needs no rows in forwards that do not renew the prompt.
+pub fn first_live(family: Family, prompt: &[u32], mask: u32) -> usize {
+    let masked = prompt.iter().position(|token| *token == mask).unwrap_or(prompt.len());
+    match family {
+        Family::Llada => masked,
+        // The logits of a position stand one before it.
+        Family::Dream => masked.saturating_sub(1),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ADAPTIVE: Adaptive = Adaptive {
+        prompt_interval: 6,
+        response_interval: 3,
+        refresh_ratio: 0.25,
+        guidance_interval: 1,
+        gen_length: 10,
+    };
+    const WHOLE: LayerPlan = LayerPlan::Whole { reuse: false, store: true, keep: true };
+
+    fn partly(prompt: bool, response: Response) -> LayerPlan {
+        LayerPlan::Partly(Choice { prompt, response })
+    }
+
+    #[test]
+    fn a_period() {
+        let later: Vec<LayerPlan> = (0..7).map(|t| ADAPTIVE.plan(t).layer(2)).collect();
+        let (verify, refresh) = (partly(false, Response::Fresh(2)), partly(false, Response::Fresh(10)));
+        assert_eq!(later, [WHOLE, verify, verify, refresh, verify, verify, WHOLE]);
+        // The prompt without the response; then V-verify runs beside it, or nothing does.
+        let other = Adaptive { prompt_interval: 4, response_interval: 7, ..ADAPTIVE };
+        assert_eq!(other.plan(4).layer(1), partly(true, Response::Fresh(2)));
+        let stale = Adaptive { refresh_ratio: 0.0, ..other };
+        assert_eq!(stale.plan(4).layer(1), partly(true, Response::Stale));
+        assert_eq!(stale.plan(5).layer(1), partly(false, Response::Stale));
+        assert_eq!(stale.plan(7).layer(1), partly(false, Response::Fresh(10)));
+    }
+
+    #[test]
+    fn the_first_layer_always_runs_whole() {
+        for t in 0..20 {
+            let plan = ADAPTIVE.plan(t);
+            assert_eq!(plan.layer(0), LayerPlan::Whole { reuse: t % 6 != 0, store: true, keep: false });
+            assert_eq!(plan.window(4, 14), if t % 6 == 0 { 0..14 } else { 4..14 });
+        }
+    }
+
+    #[test]
+    fn every_forward_renews_everything_at_intervals_of_one() {
+        let always = Adaptive { prompt_interval: 1, response_interval: 1, ..ADAPTIVE };
+        assert!((0..5).all(|t| always.plan(t).layer(1) == WHOLE));
+    }
+
+    /// The first five forwards and every fourth; at their own places of the intervals.
+    #[test]
+    fn twins_count_their_own_forwards() {
+        let apart = Adaptive { guidance_interval: 4, ..ADAPTIVE };
+        for (t, own) in [(0, 0), (1, 1), (4, 4), (8, 5), (12, 6), (16, 7)] {
+            assert_eq!(apart.twin(t), TwinPlan::Apart(apart.plan(own)), "{t}");
+        }
+        assert!([5, 6, 7, 9, 11, 13].iter().all(|t| apart.twin(*t) == TwinPlan::Remembered));
+        assert!((0..20).all(|t| ADAPTIVE.twin(t) == TwinPlan::Beside));
+    }
+
+    #[test]
+    fn counts_are_rounded_down() {
+        let count = |refresh_ratio, gen_length| Adaptive { refresh_ratio, gen_length, ..ADAPTIVE }.plan(1).choice;
+        assert_eq!(count(0.25, 7), Response::Fresh(1));
+        assert_eq!(count(0.25, 3), Response::Fresh(0));
+        assert_eq!(count(1.0, 7), Response::Fresh(7));
+        assert_eq!(count(0.0, 7), Response::Stale);
+    }
+
+    #[test]
+    fn rows_begin_where_something_can_change() {
+        const M: u32 = 9;
+        let at = |family, prompt: &[u32]| first_live(family, prompt, M);
+        assert_eq!(at(Family::Llada, &[1, 2, 3]), 3);
+        assert_eq!(at(Family::Dream, &[1, 2, 3]), 2);
+        assert_eq!(at(Family::Llada, &[1, M, 3, M]), 1);
+        assert_eq!(at(Family::Dream, &[1, M, 3]), 0);
+        assert_eq!(at(Family::Dream, &[M]), 0);
+    }
+}

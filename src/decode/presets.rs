@@ -1,0 +1,126 @@
+//! The settings that dLLM-Cache publishes for its evaluations, by task and model.
+
+use super::options::{Options, Policy};
+use crate::cache::CacheMode;
+use serde::Serialize;
+
+/// Where the settings are from.
+pub const SOURCE: &str = "evaluation scripts of github.com/maomaocun/dLLM-cache at 17235bf";
+
+/// A published setting: the adaptive cache with a share of 0.25, and a fixed number of tokens a step.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Preset {
+    /// Task and model.
+    pub name: &'static str,
+    /// Forwards between two refreshes of the prompt.
+    pub prompt_interval: usize,
+    /// Forwards between two refreshes of the response.
+    pub response_interval: usize,
+    /// Block length, generated length, steps. None for Dream, which decodes all positions together, as many as are asked for.
+    pub lengths: Option<[usize; 3]>,
+}
+
+impl Preset {
+    /// The preset of this name.
+    pub fn find(name: &str) -> Option<&'static Preset> {
+        PRESETS.iter().find(|preset| preset.name == name)
+    }
+
+    /// The options that it stands for; `gen_length`, if given, instead of its own.
+    pub fn options(&self, gen_length: Option<usize>) -> Options {
+        let default = Options::default();
+        let [block_length, published, steps] = self.lengths.map_or([None; 3], |lengths| lengths.map(Some));
+        let gen_length = gen_length.or(published).unwrap_or(default.gen_length);
+        Options {
+            gen_length,
+            block_length: Some(block_length.unwrap_or(gen_length)),
+            steps: if published == Some(gen_length) { steps } else { None },
+            cache: CacheMode::Adaptive,
+            prompt_interval: self.prompt_interval,
+            response_interval: self.response_interval,
+            refresh_ratio: 0.25,
+            policy: Policy::Fixed,
+            ..default
+        }
+    }
+}
+
+const fn llada(name: &'static str, [prompt_interval, response_interval]: [usize; 2], lengths: [usize; 3]) -> Preset {
+    Preset { name, prompt_interval, response_interval, lengths: Some(lengths) }
+}
+
+const fn dream(name: &'static str, [prompt_interval, response_interval]: [usize; 2]) -> Preset {
+    Preset { name, prompt_interval, response_interval, lengths: None }
+}
+
+/// Where LLaDA Base's tasks say nothing else.
+const BASE: [usize; 3] = [256, 256, 256];
+
+/// All of them. Where two are published for one task, the second bears its prompt interval in the name.
+pub const PRESETS: &[Preset] = &[
+    llada("gsm8k-llada-base", [100, 6], BASE),
+    llada("gsm8k-llada-base-25", [25, 5], BASE),
+    llada("gsm8k-llada-instruct", [50, 7], [8, 256, 256]),
+    dream("gsm8k-dream-base", [100, 8]),
+    dream("gsm8k-dream-instruct", [25, 2]),
+    llada("bbh-llada-base", [50, 6], BASE),
+    llada("bbh-llada-instruct", [50, 6], [256, 256, 256]),
+    dream("bbh-dream-base", [25, 4]),
+    dream("bbh-dream-instruct", [10, 2]),
+    llada("gpqa-llada-base", [100, 8], BASE),
+    llada("gpqa-llada-instruct", [50, 6], [64, 128, 128]),
+    dream("gpqa-dream-base", [100, 8]),
+    dream("gpqa-dream-instruct", [10, 8]),
+    llada("humaneval-llada-base", [50, 5], BASE),
+    llada("humaneval-llada-instruct", [50, 8], [32, 512, 512]),
+    llada("humaneval-llada-instruct-25", [25, 5], [32, 512, 512]),
+    dream("humaneval-dream-base", [5, 1]),
+    dream("humaneval-dream-instruct", [50, 1]),
+    llada("mbpp-llada-base", [50, 4], [32, 256, 256]),
+    llada("mbpp-llada-base-25", [25, 4], [32, 256, 256]),
+    llada("mbpp-llada-instruct", [100, 5], [32, 512, 512]),
+    dream("mbpp-dream-base", [25, 8]),
+    dream("mbpp-dream-instruct", [10, 8]),
+    llada("math-llada-base", [50, 8], BASE),
+    llada("math-llada-instruct", [50, 1], [256, 256, 256]),
+    dream("math-dream-base", [100, 4]),
+    dream("math-dream-instruct", [50, 1]),
+    llada("mmlu-llada-base", [100, 6], BASE),
+    llada("mmlu-llada-instruct", [100, 7], [3, 3, 3]),
+    dream("mmlu-dream-base", [100, 2]),
+    dream("mmlu-dream-instruct", [100, 8]),
+    llada("mmlu-pro-llada-base", [100, 6], BASE),
+    llada("mmlu-pro-llada-instruct", [51, 3], [256, 256, 256]),
+    dream("mmlu-pro-dream-base", [25, 2]),
+    dream("mmlu-pro-dream-instruct", [5, 1]),
+    llada("hotpotqa-llada-instruct", [100, 8], [32, 32, 32]),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decode::Rule;
+    use crate::model::{Config, Family};
+
+    /// Each has a name of its own, is found by it, and runs its family's own loop.
+    #[test]
+    fn all_are_valid() {
+        for preset in PRESETS {
+            assert_eq!(PRESETS.iter().filter(|other| other.name == preset.name).count(), 1, "{}", preset.name);
+            assert_eq!(Preset::find(preset.name), Some(preset));
+            let family = if preset.lengths.is_some() { Family::Llada } else { Family::Dream };
+            assert_eq!(preset.name.contains("-dream-"), family == Family::Dream);
+            let config = Config { family, ..Config::shape("mid").unwrap() };
+            for gen_length in [None, Some(512)] {
+                let options = preset.options(gen_length);
+                // A length of the caller's own may be none for the published blocks.
+                if options.gen_length.is_multiple_of(options.block_length()) {
+                    options.validate(&config, &[vec![1]]).unwrap();
+                }
+                let rule = if family == Family::Dream { Rule::Dream } else { Rule::Llada };
+                assert_eq!((options.rule(family), options.cache), (rule, CacheMode::Adaptive));
+            }
+        }
+        assert_eq!(Preset::find("gsm8k"), None);
+    }
+}

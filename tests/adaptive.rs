@@ -1,0 +1,309 @@
+//! The adaptive cache beside decodes that recompute everything, and what it saves. That it is dLLM-Cache's, step by step, is
+//! shown by `tests/golden.rs`.
+
+use dllm_kernels::backend::cpu::Cpu;
+use dllm_kernels::cache::adaptive::Adaptive;
+use dllm_kernels::decode::decode;
+use dllm_kernels::model::{Chosen, Network, Pass, Session, Sizes, Twins};
+use dllm_kernels::oracle::unmask::{Group, Selection, Unmask, Verdict};
+use dllm_kernels::{CacheMode, Confidence, Config, Family, Generator, Model, Options, Policy, Result};
+
+const FAMILIES: [Family; 2] = [Family::Llada, Family::Dream];
+const GEN: usize = 12;
+const MASK: u32 = 63;
+
+/// Four layers, random weights; Dream's heads share keys and values.
+fn model(family: Family) -> Model {
+    let config = Config {
+        family,
+        d_model: 64,
+        num_layers: 4,
+        num_heads: 2,
+        num_kv_heads: if family == Family::Dream { 1 } else { 2 },
+        head_dim: 32,
+        mlp_hidden_size: 96,
+        vocab_size: 64,
+        max_sequence_length: 256,
+        mask_token_id: MASK,
+        eos_token_ids: vec![],
+        ..Config::shape("mid").unwrap()
+    };
+    Model::random(config, 3).unwrap()
+}
+
+fn prompts() -> Vec<Vec<u32>> {
+    vec![vec![3, 14, 15, 9, 26], vec![5], (0..17).map(|i| i * 3 % 61).collect()]
+}
+
+fn options(prompt_interval: usize, response_interval: usize, refresh_ratio: f64) -> Options {
+    let (cache, policy) = (CacheMode::Adaptive, Policy::Fixed);
+    let (gen_length, block_length) = (GEN, Some(GEN));
+    let base = Options { gen_length, block_length, cache, policy, ..Options::default() };
+    Options { prompt_interval, response_interval, refresh_ratio, ..base }
+}
+
+/// The loops that an adaptive cache goes around, in blocks and without.
+fn loops(base: &Options) -> Vec<Options> {
+    let mut list = Vec::new();
+    for block_length in [4, GEN] {
+        for policy in [Policy::Fixed, Policy::Threshold(0.5), Policy::Factor(1.0)] {
+            let base = Options { block_length: Some(block_length), policy, ..base.clone() };
+            list.extend([base.clone(), Options { cfg_scale: 1.5, temperature: 0.7, ..base }]);
+        }
+    }
+    list
+}
+
+fn tokens(model: &Model, options: &Options, prompts: &[Vec<u32>]) -> Vec<Vec<u32>> {
+    Generator::new(model)
+        .options(options.clone())
+        .generate(prompts)
+        .unwrap_or_else(|e| panic!("{options:?}: {e}"))
+        .tokens
+}
+
+/// Where every forward renews everything, by its intervals or because V-verify chooses every row, decodes are what they are
+/// without a cache: the same arithmetic, bit for bit.
+#[test]
+fn renewing_everything_is_no_cache() {
+    for family in FAMILIES {
+        let model = model(family);
+        for base in [options(1, 1, 0.25), options(1, 1, 0.0), options(1, 1000, 1.0)] {
+            for options in loops(&base) {
+                let plain = Options { cache: CacheMode::None, ..options.clone() };
+                assert_eq!(tokens(&model, &options, &prompts()), tokens(&model, &plain, &prompts()), "{options:?}");
+            }
+        }
+    }
+}
+
+/// Settings that come to the same by the rule, and one that does not.
+#[test]
+fn equal_settings() {
+    let same = [
+        // Intervals longer than the decode.
+        (options(100, 100, 0.25), options(1000, 999, 0.25)),
+        // A share of 1 renews the response as its interval does.
+        (options(3, 100, 1.0), options(3, 1, 0.3)),
+        // Less than a row is none; the response is never read by the prompt in between.
+        (options(100, 4, 0.0), options(100, 4, 0.08)),
+        // Shares are rounded down to rows.
+        (options(5, 3, 0.25), options(5, 3, 0.33)),
+    ];
+    for family in FAMILIES {
+        let model = model(family);
+        let run = |options: &Options| tokens(&model, options, &prompts());
+        for (one, other) in &same {
+            for (one, other) in loops(one).iter().zip(&loops(other)) {
+                assert_eq!(run(one), run(other), "{family} {one:?} {other:?}");
+            }
+        }
+        assert_ne!(run(&options(5, 3, 0.25)), run(&options(5, 3, 0.0)), "{family}: V-verify changes something");
+        assert_ne!(run(&options(2, 12, 0.25)), run(&options(12, 12, 0.25)), "{family}: so does the prompt's interval");
+    }
+}
+
+/// A session that is given rows of all positions in every pass.
+struct Whole<'m> {
+    session: Session<'m, Cpu>,
+    narrowed: usize,
+}
+
+impl Network for Whole<'_> {
+    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
+        let windows: Vec<_> = pass.windows.iter().map(|(s, _)| (*s, 0..tokens[*s].len())).collect();
+        self.narrowed += usize::from(windows != pass.windows);
+        match pass.twins {
+            Twins::Apart { plan, .. } => self
+                .session
+                .step(tokens, &Pass { windows: &windows, twins: Twins::Apart { plan, windows: &windows }, ..*pass }),
+            _ => self.session.step(tokens, &Pass { windows: &windows, ..*pass }),
+        }
+    }
+}
+
+/// Rows that passes leave out make no difference: prompts that nobody looks at; with masks in them, which are committed as any
+/// other; and Dream's last prompt row, which is looked at.
+#[test]
+fn rows_that_are_left_out_are_not_missed() {
+    let masked = vec![vec![3, MASK, 15, MASK], vec![MASK; 5], vec![7, 8, 9], vec![MASK], vec![1; 14]];
+    for family in FAMILIES {
+        let model = model(family);
+        for prompts in [prompts(), masked.clone()] {
+            for base in [options(5, 3, 0.25), options(4, 7, 0.5), Options { cfg_interval: 3, ..options(3, 5, 0.0) }] {
+                for options in loops(&base) {
+                    // The one number of steps that divides the masks of every prompt.
+                    let threshold = matches!(options.policy, Policy::Threshold(_)) && options.block_length == Some(GEN);
+                    let steps = (family == Family::Dream && threshold).then_some(1);
+                    let options = Options { steps, ..options };
+                    let sizes = options.sizes(model.config(), &prompts);
+                    let session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
+                    let mut whole = Whole { session, narrowed: 0 };
+                    let want = decode(&mut whole, model.config(), &prompts, &options, None, &mut ()).unwrap();
+                    assert_eq!(tokens(&model, &options, &prompts), want.tokens, "{family} {options:?} {prompts:?}");
+                    assert!(whole.narrowed > 0 || want.nfe < 2);
+                }
+            }
+        }
+    }
+}
+
+/// Twins that run apart in every forward are those that run beside, but for the rounding of differences; twins that run
+/// seldom save work, and are missed.
+#[test]
+fn guidance_at_intervals() {
+    for family in FAMILIES {
+        let model = model(family);
+        let at = |cfg_interval| Options { cfg_scale: 1.5, cfg_interval, ..options(5, 3, 0.25) };
+        let run = |options: &Options| {
+            let sizes = options.sizes(model.config(), &prompts());
+            let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
+            let decoded = decode(&mut session, model.config(), &prompts(), options, None, &mut ()).unwrap();
+            (decoded.tokens, session.multiply_adds().unwrap())
+        };
+        // The first five forwards are all that there are.
+        let short = |cfg_interval| Options { steps: Some(5), ..at(cfg_interval) };
+        assert_eq!(run(&short(1)).0, run(&short(100)).0, "{family}");
+        let (beside, all) = run(&at(1));
+        let (apart, fewer) = run(&at(3));
+        assert_ne!(beside, apart, "{family}");
+        assert!(fewer < all, "{family}: {fewer} of {all}");
+        for options in loops(&at(3)) {
+            let batch = tokens(&model, &options, &prompts());
+            for (prompt, tokens_of) in prompts().iter().zip(&batch) {
+                assert_eq!(
+                    tokens(&model, &options, std::slice::from_ref(prompt))[0],
+                    *tokens_of,
+                    "{family} {options:?}"
+                );
+            }
+        }
+    }
+}
+
+/// Two decodes at once, in turns and in threads of their own, are what they are one after the other.
+#[test]
+fn decodes_do_not_meet() {
+    let model = model(Family::Llada);
+    let options = options(5, 3, 0.25);
+    let want: Vec<_> = prompts().iter().map(|prompt| tokens(&model, &options, std::slice::from_ref(prompt))).collect();
+    let generator = Generator::new(&model).options(options.clone());
+    std::thread::scope(|scope| {
+        let run = |prompt: Vec<u32>| {
+            let generator = &generator;
+            scope.spawn(move || {
+                (0..3).map(|_| generator.generate(std::slice::from_ref(&prompt)).unwrap().tokens).collect::<Vec<_>>()
+            })
+        };
+        let threads: Vec<_> = prompts().into_iter().map(run).collect();
+        for (thread, want) in threads.into_iter().zip(&want) {
+            assert!(thread.join().unwrap().iter().all(|got| got == want));
+        }
+    });
+    // A session that was used before.
+    let sizes = options.sizes(model.config(), &prompts());
+    let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
+    let mut again = || decode(&mut session, model.config(), &prompts(), &options, None, &mut ()).unwrap().tokens;
+    assert_eq!(again(), again());
+}
+
+fn unmask() -> Unmask {
+    Unmask {
+        confidence: Confidence::Probability,
+        temperature: 0.0,
+        tempered_confidence: false,
+        f32_confidence: true,
+        top_p: None,
+        top_k: None,
+        cfg_scale: 0.0,
+        alg_temp: 0.0,
+        seed: 0,
+        mask_token: Some(MASK),
+    }
+}
+
+/// Passes over sequences of 8 + 8 tokens by a plan each, everything observed: what they chose, and multiply-adds.
+fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u32>)) -> Vec<(Vec<Chosen>, u64)> {
+    let sizes = Sizes {
+        prompt_lens: vec![8],
+        gen_length: 8,
+        candidates: 8,
+        cached: true,
+        kept: true,
+        remembered: false,
+        guided: false,
+        ratios: 0,
+        end_tokens: 0,
+    };
+    let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
+    let mut row: Vec<u32> = (0..8).chain([MASK; 8]).collect();
+    let positions: Vec<usize> = (8..16).collect();
+    let pass = |t: usize| {
+        changes(t, &mut row);
+        let plan = adaptive.plan(t);
+        let selection = Selection::Quota(0);
+        let groups = [Group { sequence: 0, step: t, positions: positions.clone(), commit_before: 16, selection }];
+        let windows = [(0, plan.window(8, 16))];
+        let pass = Pass {
+            plan: &plan,
+            windows: &windows,
+            groups: &groups,
+            unmask: &unmask(),
+            twins: Twins::Beside,
+            observed: true,
+        };
+        let before = session.multiply_adds().unwrap();
+        session.step(std::slice::from_ref(&row), &pass).unwrap();
+        (session.chosen().to_vec(), session.multiply_adds().unwrap() - before)
+    };
+    (0..10).map(pass).collect()
+}
+
+const EIGHT: Adaptive =
+    Adaptive { prompt_interval: 100, response_interval: 100, refresh_ratio: 0.25, guidance_interval: 1, gen_length: 8 };
+
+/// A step in which nothing changed chooses by position, in every layer.
+#[test]
+fn without_a_change_position_decides() {
+    for family in FAMILIES {
+        let model = model(family);
+        for (t, (chosen, _)) in passes(&model, EIGHT, |_, _| ()).into_iter().enumerate() {
+            let first = |layer| Chosen { layer, rows: vec![vec![0, 1]] };
+            let want: Vec<Chosen> = if t == 0 { vec![] } else { (1..4).map(first).collect() };
+            assert_eq!(chosen, want, "{family} step {t}");
+        }
+        // With a change that one is chosen, in the layers that see it as the largest.
+        let chosen = passes(&model, EIGHT, |t, row| row[13] = if t < 5 { MASK } else { 7 });
+        assert!(chosen[5].0[0].rows[0].contains(&5), "{family}: {:?}", chosen[5]);
+    }
+}
+
+/// What is not renewed is not computed: multiply-adds, as `docs/caching.md` has them.
+#[test]
+fn work_is_what_the_page_says() {
+    let model = model(Family::Dream);
+    let config = model.config();
+    let [d, q, kv, mlp, vocab] =
+        [config.d_model, config.q_width(), config.kv_width(), config.mlp_hidden_size, config.vocab_size]
+            .map(|n| n as u64);
+    let (prompt, response, all, later) = (8, 8, 16, 3);
+    let row = d * (q + 2 * kv) + 2 * all * q + q * d + 3 * d * mlp;
+    let head = response * d * vocab;
+    let of =
+        |adaptive: Adaptive| -> Vec<u64> { passes(&model, adaptive, |_, _| ()).into_iter().map(|p| p.1).collect() };
+
+    let full = 4 * all * row + head;
+    let first_layer = response * row;
+    let verify = later * (response * d * kv + 2 * (row - d * kv));
+    let got = of(Adaptive { prompt_interval: 6, response_interval: 3, ..EIGHT });
+    assert_eq!(got[0], full);
+    assert_eq!(got[1], first_layer + verify + head);
+    assert_eq!(got[3], first_layer + later * response * row + head);
+    assert_eq!(got[6], full);
+    // The prompt alone: V-verify beside it has all values fresh.
+    let got = of(Adaptive { prompt_interval: 4, ..EIGHT });
+    assert_eq!(got[4], all * row + later * (all * d * kv + (prompt + 2) * (row - d * kv)) + head);
+    let got = of(Adaptive { prompt_interval: 4, refresh_ratio: 0.0, ..EIGHT });
+    assert_eq!(got[1], first_layer + head);
+    assert_eq!(got[4], all * row + later * prompt * row + head);
+}
