@@ -91,6 +91,23 @@ fn out_of_memory() {
 }
 
 #[test]
+fn kernels_fail_on_request() {
+    let gpu = gpu();
+    let saxpy = gpu.function(entry("saxpy", SAXPY));
+    let x = gpu.stream.clone_htod(&[1f32; 32]).unwrap();
+    let y = gpu.stream.alloc_zeros::<f32>(32).unwrap();
+    let before = [Opt::LaunchCalls, Opt::Launches].map(softgpu::get);
+    softgpu::set(Opt::FailKernel, 1);
+    let run = || code(launch!(gpu, saxpy, shape(1, 32), &32i32, &2f32, &x, &y));
+    assert_eq!(run(), CUresult::CUDA_SUCCESS);
+    assert_eq!(run(), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
+    assert_reported("saxpy: failed on request");
+    assert_eq!(run(), CUresult::CUDA_SUCCESS);
+    let after = [Opt::LaunchCalls, Opt::Launches].map(softgpu::get);
+    assert_eq!([after[0] - before[0], after[1] - before[1]], [3, 3]);
+}
+
+#[test]
 fn undefined_operations() {
     let gpu = gpu();
     let x = gpu.stream.alloc_zeros::<f32>(256).unwrap();
