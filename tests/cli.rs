@@ -254,6 +254,8 @@ fn wrong_calls_name_the_flag() {
         (2, "eval --setting cache=adaptive,refresh-ratio=NaN", "error: --refresh-ratio: "),
         (2, "generate --cache adaptive --cfg-scale 1 --cfg-interval 0", "error: --cfg-interval: "),
         (2, "generate --preset gsm8k", "dllm presets"),
+        (2, "generate --preset gsm8k-dream-base --prompt-ids 1", "error: --preset: expected one for LLaDA"),
+        (2, "eval --setting preset=gsm8k-dream-base", "error: --preset: expected one for LLaDA"),
         (2, "generate --threads 0", "--threads"),
         (2, "generate --device tpu", "--device"),
         (2, "generate --prompt-ids 1,two", "--prompt-ids"),
@@ -306,11 +308,18 @@ fn presets() {
     let model = "--model tests/golden/tiny-dream --prompt-ids 31,395,15 --json";
     let by_name = json_of(&format!("generate --preset gsm8k-dream-base --gen-length 64 --refresh-ratio 0.5 {model}"));
     let by_flags = |interval: usize| {
-        let flags = "--cache adaptive --policy fixed --prompt-interval 100 --refresh-ratio 0.5 --gen-length 64";
+        let flags = "--cache adaptive --policy fixed --prompt-interval 100 --refresh-ratio 0.5 --gen-length 64 \
+                     --temperature 0.2 --top-p 0.95 --confidence entropy";
         json_of(&format!("generate {flags} --block-length 64 --response-interval {interval} {model}"))
     };
     assert_eq!(by_name["tokens"], by_flags(8)["tokens"]);
     assert_ne!(by_name["tokens"], by_flags(1)["tokens"]);
+    // Notes of what has no effect, where settings are many too.
+    let said = |line: &str| text(&dllm(words(line)).output().unwrap().stderr).to_string();
+    let idle = said("generate --preset gsm8k-llada-base --cache dual --gen-length 32 --prompt-ids 1");
+    assert!(idle.contains("note: --preset (see --cache) has no effect here"), "{idle}");
+    let idle = said("eval --limit 1 --gen-length 8 --setting cache=dual,refresh-ratio=0.5");
+    assert!(idle.contains("note: cache=dual,refresh-ratio=0.5: --refresh-ratio (see --cache) has no effect"), "{idle}");
 }
 
 #[test]

@@ -2,6 +2,8 @@
 
 use super::options::{Options, Policy};
 use crate::cache::CacheMode;
+use crate::model::Family;
+use crate::oracle::unmask::Confidence;
 use serde::Serialize;
 
 /// Where the settings are from.
@@ -16,8 +18,8 @@ pub struct Preset {
     pub prompt_interval: usize,
     /// Forwards between two refreshes of the response.
     pub response_interval: usize,
-    /// Block length, generated length, steps. None for Dream, which decodes all positions together, as many as are asked for.
-    pub lengths: Option<[usize; 3]>,
+    /// Block length, generated length, steps.
+    pub lengths: [usize; 3],
 }
 
 impl Preset {
@@ -26,31 +28,42 @@ impl Preset {
         PRESETS.iter().find(|preset| preset.name == name)
     }
 
-    /// The options that it stands for; `gen_length`, if given, instead of its own.
+    /// Whose models it is for.
+    pub fn family(&self) -> Family {
+        if self.name.contains("-dream-") { Family::Dream } else { Family::Llada }
+    }
+
+    /// The options that it stands for; `gen_length`, if given, instead of its own. Blocks that are all of its own length are all of
+    /// the other, and there is a step for each token. Dream's tokens are sampled.
     pub fn options(&self, gen_length: Option<usize>) -> Options {
-        let default = Options::default();
-        let [block_length, published, steps] = self.lengths.map_or([None; 3], |lengths| lengths.map(Some));
-        let gen_length = gen_length.or(published).unwrap_or(default.gen_length);
-        Options {
+        let [block_length, published, steps] = self.lengths;
+        let gen_length = gen_length.unwrap_or(published);
+        let options = Options {
             gen_length,
-            block_length: Some(block_length.unwrap_or(gen_length)),
-            steps: if published == Some(gen_length) { steps } else { None },
+            block_length: Some(if block_length == published { gen_length } else { block_length }),
+            steps: (gen_length == published).then_some(steps),
             cache: CacheMode::Adaptive,
             prompt_interval: self.prompt_interval,
             response_interval: self.response_interval,
             refresh_ratio: 0.25,
             policy: Policy::Fixed,
-            ..default
+            ..Options::default()
+        };
+        match self.family() {
+            Family::Llada => options,
+            Family::Dream => {
+                Options { temperature: 0.2, top_p: Some(0.95), confidence: Some(Confidence::Entropy), ..options }
+            }
         }
     }
 }
 
 const fn llada(name: &'static str, [prompt_interval, response_interval]: [usize; 2], lengths: [usize; 3]) -> Preset {
-    Preset { name, prompt_interval, response_interval, lengths: Some(lengths) }
+    Preset { name, prompt_interval, response_interval, lengths }
 }
 
 const fn dream(name: &'static str, [prompt_interval, response_interval]: [usize; 2]) -> Preset {
-    Preset { name, prompt_interval, response_interval, lengths: None }
+    Preset { name, prompt_interval, response_interval, lengths: [256, 256, 256] }
 }
 
 /// Where LLaDA Base's tasks say nothing else.
@@ -100,7 +113,7 @@ pub const PRESETS: &[Preset] = &[
 mod tests {
     use super::*;
     use crate::decode::Rule;
-    use crate::model::{Config, Family};
+    use crate::model::Config;
 
     /// Each has a name of its own, is found by it, and runs its family's own loop.
     #[test]
@@ -108,15 +121,11 @@ mod tests {
         for preset in PRESETS {
             assert_eq!(PRESETS.iter().filter(|other| other.name == preset.name).count(), 1, "{}", preset.name);
             assert_eq!(Preset::find(preset.name), Some(preset));
-            let family = if preset.lengths.is_some() { Family::Llada } else { Family::Dream };
-            assert_eq!(preset.name.contains("-dream-"), family == Family::Dream);
+            let family = preset.family();
             let config = Config { family, ..Config::shape("mid").unwrap() };
-            for gen_length in [None, Some(512)] {
+            for gen_length in [None, Some(128), Some(512)] {
                 let options = preset.options(gen_length);
-                // A length of the caller's own may be none for the published blocks.
-                if options.gen_length.is_multiple_of(options.block_length()) {
-                    options.validate(&config, &[vec![1]]).unwrap();
-                }
+                options.validate(&config, &[vec![1]]).unwrap();
                 let rule = if family == Family::Dream { Rule::Dream } else { Rule::Llada };
                 assert_eq!((options.rule(family), options.cache), (rule, CacheMode::Adaptive));
             }

@@ -92,8 +92,12 @@ fn one_or_all<T: PartialEq + serde::Serialize>(values: &[T]) -> Value {
 /// The function of the original that computes the same.
 fn algorithm(rule: Rule, cache: CacheMode) -> &'static str {
     match (rule, cache) {
-        (Rule::Llada | Rule::FastLlada, CacheMode::Adaptive) => "dllm_cache.llada",
-        (_, CacheMode::Adaptive) => "dllm_cache.dream",
+        (Rule::Llada, CacheMode::Adaptive) => "dllm_cache.llada",
+        (Rule::Dream, CacheMode::Adaptive) => "dllm_cache.dream",
+        // dLLM-Cache's features around loops of Fast-dLLM, which no original has.
+        (Rule::FastLlada, CacheMode::Adaptive) => "fast_dllm.generate, dllm_cache",
+        (Rule::DreamThreshold, CacheMode::Adaptive) => "dream.generate, dllm_cache",
+        (Rule::DreamBlock, CacheMode::Adaptive) => "fast_dllm.dream_block, dllm_cache",
         (Rule::Llada, _) => "llada.generate",
         (Rule::FastLlada, CacheMode::None) => "fast_dllm.generate",
         (Rule::FastLlada, CacheMode::Prefix) => "fast_dllm.generate_with_prefix_cache",

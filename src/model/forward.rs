@@ -799,11 +799,11 @@ impl<B: HostUnmask> Session<'_, B> {
 
 impl<B: HostUnmask> Network for Session<'_, B> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
-        let groups: Vec<_> = pass.groups.iter().map(|group| (group.sequence, &group.positions[..])).collect();
-        let index = self.scored(pass.windows, &groups);
         if !matches!(pass.twins, Twins::Beside) {
             return self.step_apart(tokens, pass);
         }
+        let groups: Vec<_> = pass.groups.iter().map(|group| (group.sequence, &group.positions[..])).collect();
+        let index = self.scored(pass.windows, &groups);
         self.chosen = pass.observed.then(Vec::new);
         self.forward(tokens, pass.windows, pass.plan, &index, None)?;
         let vocab_size = self.transformer.config.vocab_size;

@@ -322,11 +322,12 @@ impl Backend for Cpu {
         out: &mut Vec<f32>,
     ) -> Result<()> {
         let width = weight.len();
-        let pairs = x.chunks_exact_mut(width).zip(out.chunks_exact_mut(width));
-        for (place, (x, out)) in rows.places().zip(pairs) {
+        let places: Vec<usize> = rows.places().collect();
+        let pairs = x.par_chunks_exact_mut(width).zip(out.par_chunks_exact_mut(width));
+        places.par_iter().zip(pairs).for_each(|(place, (x, out))| {
             norm::add(x, &kept[(first_row + place) * width..][..width]);
             norm::rms_norm(x, weight, eps, out);
-        }
+        });
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use crate::presets::preset;
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, ValueEnum};
 use dllm_kernels::decode::presets::Preset;
-use dllm_kernels::{CacheMode, Confidence, Error, Options, Policy, Result};
+use dllm_kernels::{CacheMode, Confidence, Error, Family, Options, Policy, Result};
 use std::path::{Path, PathBuf};
 
 /// The checkpoint that comes with the program.
@@ -132,16 +132,16 @@ pub struct Decoding {
     #[arg(long, value_name = "N", help_heading = "Sampling")]
     pub seed: Option<u64>,
 
-    /// Steps between refreshes of the prompt [default: 50]
+    /// Forwards between refreshes of the prompt [default: 50]
     #[arg(long, value_name = "N", help_heading = ADAPTIVE)]
     pub prompt_interval: Option<usize>,
-    /// Steps between refreshes of the response [default: 7]
+    /// Forwards between refreshes of the response [default: 7]
     #[arg(long, value_name = "N", help_heading = ADAPTIVE)]
     pub response_interval: Option<usize>,
     /// Share of response rows recomputed in between [default: 0.25]
     #[arg(long, value_name = "R", allow_negative_numbers = true, help_heading = ADAPTIVE)]
     pub refresh_ratio: Option<f64>,
-    /// With --cfg-scale: steps between two of the unconditional half; the first five run it always [default: 1]
+    /// With --cfg-scale: forwards between two of the unconditional half; the first five run it always [default: 1]
     #[arg(long, value_name = "N", help_heading = ADAPTIVE)]
     pub cfg_interval: Option<usize>,
 }
@@ -191,16 +191,18 @@ impl Decoding {
                 PolicyName::Fixed => Policy::Fixed,
                 PolicyName::Factor => Policy::Factor(self.factor.unwrap_or(1.0)),
             },
-            confidence: self.confidence.map(|name| match name {
-                ConfidenceName::Probability => Confidence::Probability,
-                ConfidenceName::Margin => Confidence::Margin,
-                ConfidenceName::Entropy => Confidence::Entropy,
-                ConfidenceName::Random => Confidence::Random,
+            confidence: self.confidence.map_or(default.confidence, |name| {
+                Some(match name {
+                    ConfidenceName::Probability => Confidence::Probability,
+                    ConfidenceName::Margin => Confidence::Margin,
+                    ConfidenceName::Entropy => Confidence::Entropy,
+                    ConfidenceName::Random => Confidence::Random,
+                })
             }),
             temperature: self.temperature.unwrap_or(default.temperature),
             alg_temp: self.alg_temp.unwrap_or(default.alg_temp),
-            top_p: self.top_p,
-            top_k: self.top_k,
+            top_p: self.top_p.or(default.top_p),
+            top_k: self.top_k.or(default.top_k),
             cfg_scale: self.cfg_scale.unwrap_or(default.cfg_scale),
             eps: self.eps.unwrap_or(default.eps),
             seed: self.seed.unwrap_or(default.seed),
@@ -221,6 +223,22 @@ impl Decoding {
             || self.policy.is_some()
             || self.threshold.is_some()
             || self.factor.is_some()
+            || self.prompt_interval.is_some()
+            || self.response_interval.is_some()
+            || self.refresh_ratio.is_some()
+            || self.cfg_interval.is_some()
+    }
+
+    /// Errs when the preset is for models of another family.
+    pub fn check_family(&self, family: Family) -> Result<()> {
+        match self.preset {
+            Some(preset) if preset.family() != family => Err(argument(
+                "preset",
+                format!("one for {family}"),
+                format!("{}, for {}", preset.name, preset.family()),
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Flags that were given but that the others leave without effect.
@@ -231,6 +249,7 @@ impl Decoding {
         let flags = [
             ("--threshold (see --policy)", self.threshold.is_some() && policy != PolicyName::Threshold),
             ("--factor (see --policy)", self.factor.is_some() && policy != PolicyName::Factor),
+            ("--preset (see --cache)", self.preset.is_some() && !adaptive),
             ("--prompt-interval (see --cache)", self.prompt_interval.is_some() && !adaptive),
             ("--response-interval (see --cache)", self.response_interval.is_some() && !adaptive),
             ("--refresh-ratio (see --cache)", self.refresh_ratio.is_some() && !adaptive),

@@ -124,9 +124,15 @@ pub fn run(args: &Eval) -> Result<()> {
     let file = args.problems.clone().unwrap_or_else(|| checkpoint.dir.join(PROBLEMS));
     let limit = args.limit.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
     let problems = read_problems(&file, text, limit)?;
+    for (name, decoding) in &settings {
+        decoding.check_family(checkpoint.model.config().family)?;
+        for flag in decoding.idle_flags() {
+            output::note(format_args!("note: {name}: {flag} has no effect here"));
+        }
+    }
     let settings: Vec<(String, Options)> = settings
         .into_iter()
-        .map(|(name, options)| (name, Options { end_tokens: checkpoint.end_tokens.clone(), ..options }))
+        .map(|(name, decoding)| (name, Options { end_tokens: checkpoint.end_tokens.clone(), ..decoding.options() }))
         .collect();
     for (name, options) in &settings {
         check(&checkpoint, &file, &problems, name, options)?;
@@ -165,7 +171,7 @@ fn table_row(name: &str, width: usize, score: &Score) -> String {
 }
 
 /// Every setting, over the flags of the command line.
-fn settings(args: &Eval) -> Result<Vec<(String, Options)>> {
+fn settings(args: &Eval) -> Result<Vec<(String, Decoding)>> {
     let given: Vec<&str> = match args.setting.is_empty() {
         // Flags that the six would overrule make a setting of their own.
         true if args.decoding.chooses_mode() => vec![""],
@@ -173,8 +179,8 @@ fn settings(args: &Eval) -> Result<Vec<(String, Options)>> {
         false => args.setting.iter().map(String::as_str).collect(),
     };
     let setting = |s: &str| {
-        let options = args.decoding.with_setting(s)?.options();
-        Ok((if s.is_empty() { mode(&options) } else { s.to_string() }, options))
+        let decoding = args.decoding.with_setting(s)?;
+        Ok((if s.is_empty() { mode(&decoding.options()) } else { s.to_string() }, decoding))
     };
     given.into_iter().map(setting).collect()
 }

@@ -152,6 +152,7 @@ pub fn run(args: &Generate) -> Result<()> {
     let checkpoint = Checkpoint::open(args.model.as_deref(), &place)?;
     let Checkpoint { model, text, end_tokens, .. } = &checkpoint;
     let config = model.config();
+    args.decoding.check_family(config.family)?;
     let prompts = args.prompts(&checkpoint.dir, text.as_ref())?;
     options.end_tokens = end_tokens.clone();
     options.validate(config, &prompts)?;

@@ -27,11 +27,12 @@ pub fn run(args: &Presets) -> Result<()> {
         ["preset", "prompt-interval", "response-interval", "refresh-ratio", "block-length", "gen-length", "steps"];
     let mut rows = vec![head.map(String::from).to_vec()];
     for preset in PRESETS {
-        let lengths = preset.lengths.map_or(["all", "any", "all"].map(String::from), |l| l.map(|n| n.to_string()));
+        let lengths = preset.lengths.map(|n| n.to_string());
         let ratio = preset.options(None).refresh_ratio;
         let numbers = [preset.prompt_interval.to_string(), preset.response_interval.to_string(), ratio.to_string()];
         rows.push([vec![preset.name.to_string()], numbers.to_vec(), lengths.to_vec()].concat());
     }
-    let note = "All with --cache adaptive --policy fixed. Flags given beside --preset stand instead of its own.";
+    let note = "All with --cache adaptive --policy fixed; Dream's with --temperature 0.2 --top-p 0.95 --confidence entropy.\n\
+                Flags given beside --preset stand instead of its own; blocks of all positions follow --gen-length.";
     print(&format!("{}\n{note}\nSource: {SOURCE}.\n", table(&rows)))
 }
