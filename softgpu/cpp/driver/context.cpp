@@ -80,7 +80,7 @@ DRIVER_API Result cuInit(unsigned) {
 }
 
 DRIVER_API Result cuDriverGetVersion(int* version) {
-    *version = 13000;
+    *version = process_options.cuda_version;
     return kSuccess;
 }
 
