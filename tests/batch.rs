@@ -3,7 +3,7 @@
 
 mod checkpoint;
 
-use checkpoint::{Checkpoint, EOS, MASK};
+use checkpoint::{Checkpoint, EOS, MASK, prompts, samplings};
 use dllm_kernels::decode::Rule;
 use dllm_kernels::{CacheMode, Confidence, Error, Family, Generation, Generator, Model, Options, Policy};
 
@@ -42,36 +42,6 @@ fn loops() -> Vec<Options> {
         }
     }
     list
-}
-
-/// Every confidence that the policy of `base` allows, under every way of sampling.
-fn samplings(base: &Options) -> Vec<Options> {
-    let fixed = base.policy == Policy::Fixed;
-    let mut list = Vec::new();
-    for confidence in [Confidence::Probability, Confidence::Margin, Confidence::Entropy, Confidence::Random] {
-        if confidence == Confidence::Entropy && !fixed {
-            continue;
-        }
-        let base = Options { confidence: Some(confidence), seed: 5, ..base.clone() };
-        list.extend([
-            base.clone(),
-            Options { temperature: 0.8, ..base.clone() },
-            Options { temperature: 0.8, top_p: Some(0.9), top_k: Some(7), ..base.clone() },
-            Options { cfg_scale: 1.5, ..base.clone() },
-            Options { cfg_scale: 1.5, temperature: 0.8, top_p: Some(0.5), ..base.clone() },
-        ]);
-        if fixed {
-            list.push(Options { alg_temp: 0.5, ..base.clone() });
-            list.push(Options { steps: Some(4), ..base.clone() });
-            list.push(Options { steps: Some(24), ..base });
-        }
-    }
-    list
-}
-
-/// Ragged, from one token on; no masks.
-fn prompts() -> Vec<Vec<u32>> {
-    vec![vec![3, 14, 15, 9, 26], vec![5], (0..17).map(|i| i * 2 % 37).collect()]
 }
 
 fn masks(tokens: &[u32]) -> usize {

@@ -1,8 +1,9 @@
 //! The program as a user meets it: output, files, exit status.
 #![cfg(feature = "cli")]
 
+mod recorded;
+
 use serde_json::Value;
-use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -174,35 +175,6 @@ fn golden_flags(case: &Value) -> Vec<String> {
     flags
 }
 
-/// What V-verify chose: layers, and each row's positions as a set.
-fn verified(layers: &Value) -> Vec<(usize, Vec<BTreeSet<usize>>)> {
-    let layers = layers.as_array().unwrap();
-    layers.iter().map(|layer| (numbers(&layer["layer"]), numbers(&layer["indices"]))).collect()
-}
-
-fn compare(name: &str, got: &Value, want: &Value) {
-    assert_eq!(got["final"], want["final"], "{name}: tokens");
-    assert_eq!(got["nfe"], want["nfe"], "{name}: forwards");
-    let (got, want) = (got["steps"].as_array().unwrap(), want["steps"].as_array().unwrap());
-    assert_eq!(got.len(), want.len(), "{name}: steps");
-    for (got, want) in got.iter().zip(want) {
-        for key in ["step", "kind", "window", "block", "transferred", "candidates", "x_after"] {
-            assert_eq!(got[key], want[key], "{name} step {}: {key}", want["step"]);
-        }
-        for key in ["refresh_prompt", "refresh_gen"] {
-            assert_eq!(got.get(key), want.get(key), "{name} step {}: {key}", want["step"]);
-        }
-        let layers = |step: &Value| step.get("vverify").map(verified);
-        assert_eq!(layers(got), layers(want), "{name} step {}: rows that V-verify chose", want["step"]);
-        let Some(want) = want.get("conf") else { continue };
-        let (got, want): (Vec<Vec<f64>>, Vec<Vec<f64>>) = (numbers(&got["conf"]), numbers(want));
-        assert_eq!(got.iter().map(Vec::len).collect::<Vec<_>>(), want.iter().map(Vec::len).collect::<Vec<_>>());
-        for (got, want) in got.iter().flatten().zip(want.iter().flatten()) {
-            assert!((got - want).abs() < 2e-4, "{name}: confidence {got}, recorded {want}");
-        }
-    }
-}
-
 #[test]
 fn traces_are_the_golden_trajectories() {
     let dir = tempfile::tempdir().unwrap();
@@ -219,7 +191,7 @@ fn traces_are_the_golden_trajectories() {
         command.arg(&file).arg("--model").arg(golden(want["model"].as_str().unwrap())).args(golden_flags(&want));
         let printed: Value = serde_json::from_slice(&done(command).stdout).unwrap();
         let got: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
-        compare(name, &got, &want);
+        recorded::compare_traces(name, &got, &want);
         assert_eq!(got["model"], want["model"]);
         assert_eq!(printed["nfe"], want["nfe"]);
         let batch = want["final"].as_array().unwrap();

@@ -240,7 +240,11 @@ impl fmt::Debug for Blas {
 
 /// Operations a second that the device reaches in a large product: the roof of products of many rows.
 ///
-/// A square product of `size`, the median of `repetitions` after one that is not timed.
+/// A square product of `size`, the median of `repetitions` after one that is not timed; a multiply-add counts as two. Waits for the
+/// device.
+///
+/// # Errors
+/// As [`Blas::new`]; no memory for three matrices; a driver that does not tell times ([`Device::tells_times`]); the driver's.
 pub fn matrix_rate(device: &Device, size: usize, repetitions: usize) -> Result<f64> {
     let stream = device.stream()?;
     let _settle = stream.settle();

@@ -97,5 +97,12 @@ pub struct Ran {
 pub trait Autonomous {
     /// Runs a course and writes what was committed into `tokens`. `go_on` is asked before each pass but
     /// the first.
+    ///
+    /// # Errors
+    /// [`crate::Error::NoFiniteLogit`] when a row has none; [`crate::Error::Argument`] when there are more candidates or ratios than the network
+    /// was made for; the driver's.
+    ///
+    /// # Panics
+    /// When windows are larger than the network was made for, or lie outside their sequences.
     fn run(&mut self, tokens: &mut [Vec<u32>], course: &Course, go_on: &dyn Fn() -> bool) -> Result<Ran>;
 }

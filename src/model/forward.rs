@@ -280,7 +280,10 @@ impl Sizes {
         [self.cache_len(config), rows * widths.row() + scored * widths.scored_row(), scored * config.vocab_size]
     }
 
-    /// What a session of these sizes allocates on a CUDA device with so many multiprocessors, besides the weights.
+    /// Bytes that a session of these sizes allocates on a CUDA device with so many multiprocessors, besides the weights.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] when a size does not fit 32 bits.
     #[cfg(feature = "cuda")]
     pub fn device_memory(&self, config: &Config, multiprocessors: usize) -> Result<Memory> {
         let [cache, workspace] = super::resident::memory(self, config, multiprocessors)?;

@@ -56,7 +56,10 @@ pub fn launch(stream: &Stream, source: &Buffer<u8>, sink: &mut Buffer<u32>) -> R
 }
 
 /// Bytes a second at which the device reads: the roof of whatever is bound by reading. The median of `repetitions` over
-/// `bytes` after one that is not timed.
+/// `bytes` after one that is not timed. Waits for the device.
+///
+/// # Errors
+/// No memory for `bytes`; a driver that does not tell times ([`crate::gpu::Device::tells_times`]); the driver's.
 pub fn read_rate(stream: &Stream, bytes: usize, repetitions: usize) -> Result<f64> {
     let _settle = stream.settle();
     let (source, mut sink) = (stream.zeros::<u8>(bytes)?, stream.zeros::<u32>(1)?);

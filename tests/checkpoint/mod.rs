@@ -3,6 +3,7 @@
 #![allow(dead_code)] // every test file uses its own part
 
 use dllm_kernels::model::{Config, Family};
+use dllm_kernels::{Confidence, Options, Policy};
 use half::{bf16, f16};
 use safetensors::{Dtype, View};
 use serde_json::{Value, json};
@@ -192,4 +193,34 @@ fn noise(seed: u32, n: u32) -> f32 {
     x = (x ^ (x >> 16)).wrapping_mul(0x7feb_352d);
     x = (x ^ (x >> 15)).wrapping_mul(0x846c_a68b);
     ((x >> 16) % 255) as f32 / 128.0 - 127.0 / 128.0
+}
+
+/// Every confidence that the policy of `base` allows, under every way of sampling.
+pub fn samplings(base: &Options) -> Vec<Options> {
+    let fixed = base.policy == Policy::Fixed;
+    let mut list = Vec::new();
+    for confidence in [Confidence::Probability, Confidence::Margin, Confidence::Entropy, Confidence::Random] {
+        if confidence == Confidence::Entropy && !fixed {
+            continue;
+        }
+        let base = Options { confidence: Some(confidence), seed: 5, ..base.clone() };
+        list.extend([
+            base.clone(),
+            Options { temperature: 0.8, ..base.clone() },
+            Options { temperature: 0.8, top_p: Some(0.9), top_k: Some(7), ..base.clone() },
+            Options { cfg_scale: 1.5, ..base.clone() },
+            Options { cfg_scale: 1.5, temperature: 0.8, top_p: Some(0.5), ..base.clone() },
+        ]);
+        if fixed {
+            list.push(Options { alg_temp: 0.5, ..base.clone() });
+            list.push(Options { steps: Some(4), ..base.clone() });
+            list.push(Options { steps: Some(24), ..base });
+        }
+    }
+    list
+}
+
+/// Ragged, from one token on; no masks.
+pub fn prompts() -> Vec<Vec<u32>> {
+    vec![vec![3, 14, 15, 9, 26], vec![5], (0..17).map(|i| i * 2 % 37).collect()]
 }

@@ -2,9 +2,10 @@
 //! batch, and the tokens of both are the CPU's under the margin rule.
 
 use crate::FAMILIES;
+use crate::checkpoint::prompts;
 use crate::lockstep::{Both, decode_both};
 use crate::margin::Tally;
-use crate::watched::{loops, prompts};
+use crate::watched::loops;
 use dllm_kernels::{Generator, Options};
 
 pub fn alone_and_in_a_batch() {

@@ -1,8 +1,8 @@
 //! Checkpoints in other element types, and one whose head is the embedding.
 
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::prompts;
 use crate::lockstep::{Both, decode_both};
-use crate::watched::prompts;
 use crate::{FAMILIES, small_device};
 use dllm_kernels::{Generator, Model, Options};
 use safetensors::Dtype;

@@ -1,7 +1,7 @@
 //! A decode that the device runs by itself, block by block, is the one that the host leads through every pass: the kernel
 //! `advance`, the graphs and what they are sized for, against the loop in Rust.
 
-use crate::checkpoint::MASK;
+use crate::checkpoint::{MASK, prompts, samplings};
 use crate::common::assert_nothing_reported;
 use crate::{FAMILIES, made_up};
 use dllm_kernels::decode::Rule;
@@ -27,36 +27,6 @@ pub fn loops() -> Vec<Options> {
         }
     }
     list
-}
-
-/// Every confidence that the policy of `base` allows, under every way of sampling.
-pub fn samplings(base: &Options) -> Vec<Options> {
-    let fixed = base.policy == Policy::Fixed;
-    let mut list = Vec::new();
-    for confidence in [Confidence::Probability, Confidence::Margin, Confidence::Entropy, Confidence::Random] {
-        if confidence == Confidence::Entropy && !fixed {
-            continue;
-        }
-        let base = Options { confidence: Some(confidence), seed: 5, ..base.clone() };
-        list.extend([
-            base.clone(),
-            Options { temperature: 0.8, ..base.clone() },
-            Options { temperature: 0.8, top_p: Some(0.9), top_k: Some(7), ..base.clone() },
-            Options { cfg_scale: 1.5, ..base.clone() },
-            Options { cfg_scale: 1.5, temperature: 0.8, top_p: Some(0.5), ..base.clone() },
-        ]);
-        if fixed {
-            list.push(Options { alg_temp: 0.5, ..base.clone() });
-            list.push(Options { steps: Some(4), ..base.clone() });
-            list.push(Options { steps: Some(24), ..base });
-        }
-    }
-    list
-}
-
-/// Ragged, from one token on; no masks.
-pub fn prompts() -> Vec<Vec<u32>> {
-    vec![vec![3, 14, 15, 9, 26], vec![5], (0..17).map(|i| i * 2 % 37).collect()]
 }
 
 /// The same tokens and forwards, watched or not.

@@ -143,7 +143,11 @@ fn verified(layers: &Value) -> Vec<(usize, Vec<BTreeSet<usize>>)> {
 /// precision of confidences only, and the crate runs the first for both.
 pub fn compare(name: &str, case: &Value, config: &Config, options: &Options, decoded: &Decoded, trace: &Trace) {
     let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
-    let got = trace.finish(name, config, options, &prompts, decoded);
+    compare_traces(name, &trace.finish(name, config, options, &prompts, decoded), case);
+}
+
+/// The same for a trace that is there already.
+pub fn compare_traces(name: &str, got: &Value, case: &Value) {
     assert_eq!(got["nfe"], case["nfe"], "{name}: forwards");
     let (steps, want) = (got["steps"].as_array().unwrap(), case["steps"].as_array().unwrap());
     assert_eq!(steps.len(), want.len(), "{name}: steps");

@@ -31,7 +31,11 @@ impl<T: Pod> Staging<T> {
     fn send(&mut self, to: &mut Buffer<T>, at: usize, count: usize) -> Result<()> {
         // SAFETY: nobody writes to the memory before the event has come to pass, and it is freed after that.
         unsafe { to.write_pinned(at, &self.memory, 0, count) }?;
-        self.copied = Some(to.stream().record()?);
+        match to.stream().record() {
+            Ok(event) => self.copied = Some(event),
+            // Nothing will tell when the copy is done: now it is.
+            Err(error) => return to.stream().synchronize().and(Err(error)),
+        }
         Ok(())
     }
 

@@ -46,10 +46,10 @@ pub struct Bench {
     /// Modes to time [default: all; on a CUDA device all but adaptive]
     #[arg(long, value_enum, value_delimiter = ',', value_name = "MODES")]
     modes: Vec<Mode>,
-    /// Mode adaptive: steps between refreshes of the prompt
+    /// Mode adaptive: forwards between refreshes of the prompt
     #[arg(long, value_name = "N", default_value_t = 50)]
     prompt_interval: usize,
-    /// Mode adaptive: steps between refreshes of the response
+    /// Mode adaptive: forwards between refreshes of the response
     #[arg(long, value_name = "N", default_value_t = 7)]
     response_interval: usize,
     /// Mode adaptive: share of response rows recomputed in between
