@@ -4,7 +4,7 @@
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::adaptive::Adaptive;
 use dllm_kernels::decode::decode;
-use dllm_kernels::model::{Chosen, Network, Pass, Session, Sizes, Twins};
+use dllm_kernels::model::{Chosen, Network, Pass, Session, Sizes, Twins, Window};
 use dllm_kernels::oracle::unmask::{Group, Selection, Unmask, Verdict};
 use dllm_kernels::{CacheMode, Confidence, Config, Family, Generator, Model, Options, Policy, Result};
 
@@ -111,7 +111,7 @@ struct Whole<'m> {
 
 impl Network for Whole<'_> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
-        let windows: Vec<_> = pass.windows.iter().map(|(s, _)| (*s, 0..tokens[*s].len())).collect();
+        let windows: Vec<_> = pass.windows.iter().map(|w| Window::new(w.sequence, 0..w.view.len, w.view.len)).collect();
         self.narrowed += usize::from(windows != pass.windows);
         match pass.twins {
             Twins::Apart { plan, .. } => self
@@ -243,7 +243,7 @@ fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u3
         let plan = adaptive.plan(t);
         let selection = Selection::Quota(0);
         let groups = [Group { sequence: 0, step: t, positions: positions.clone(), commit_before: 16, selection }];
-        let windows = [(0, plan.window(8, 16))];
+        let windows = [Window::new(0, plan.window(8, 16), 16)];
         let pass = Pass {
             plan: &plan,
             windows: &windows,
@@ -260,7 +260,7 @@ fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u3
 }
 
 const EIGHT: Adaptive =
-    Adaptive { prompt_interval: 100, response_interval: 100, refresh_ratio: 0.25, guidance_interval: 1, gen_length: 8 };
+    Adaptive { prompt_interval: 100, response_interval: 100, refresh_ratio: 0.25, guidance_interval: 1 };
 
 /// A step in which nothing changed chooses by position, in every layer.
 #[test]

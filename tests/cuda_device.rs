@@ -8,7 +8,7 @@ mod common;
 use checkpoint::{Checkpoint, EOS, MASK};
 use common::{device, once_on_device};
 use dllm_kernels::decode::decode;
-use dllm_kernels::model::{Course, CourseSequence, CourseStage, LayerPlan, Schedule};
+use dllm_kernels::model::{Course, CourseSequence, CourseStage, LayerPlan, Schedule, Window};
 use dllm_kernels::oracle::unmask::{Selection, Unmask};
 use dllm_kernels::{
     CacheMode, Confidence, Config, Error, Family, Generation, Generator, Model, Observer, Options, Policy,
@@ -412,7 +412,8 @@ fn interrupted() {
     let plan = vec![LayerPlan::Whole { reuse: false, store: false, keep: false }; config.num_layers];
     let block = 5..13;
     let candidates = [(0, block.clone().collect::<Vec<usize>>())];
-    let stage = CourseStage { plan: &plan, windows: &[(0, 0..13)], candidates: &candidates, shrinks: false };
+    let stage =
+        CourseStage { plan: &plan, windows: &[Window::new(0, 0..13, 13)], candidates: &candidates, shrinks: false };
     let sequence = CourseSequence {
         generated: 5,
         forwards: 0,
@@ -427,8 +428,10 @@ fn interrupted() {
         first_commit_before: usize::MAX,
     };
     let course = Course {
-        stages: [stage; 2],
-        one_stage: true,
+        stages: &[stage],
+        stage: &|_| 0,
+        first_pass: 0,
+        together: false,
         schedule: &Schedule::Llada { steps: 8 },
         selection: Selection::Quota(0),
         sequences: &[sequence],
@@ -443,7 +446,7 @@ fn interrupted() {
         };
         let mut tokens = vec![start.clone()];
         let ran = device.run(&mut tokens, &course, &go_on).unwrap();
-        assert_eq!((ran.passes, &ran.forwards[..]), (stop_after, &[stop_after][..]));
+        assert_eq!((ran.passes, ran.sequences[0].forwards), (stop_after, stop_after));
         assert_eq!(ran.interrupted, stop_after < 8);
         let masks = tokens[0].iter().filter(|t| **t == MASK).count();
         assert_eq!(masks, 8 - stop_after);

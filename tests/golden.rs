@@ -9,7 +9,7 @@ use dllm_kernels::cache::{BlockPlan, PassKind};
 use dllm_kernels::decode::decode;
 use dllm_kernels::decode::schedule::{DreamSchedule, llada_quota};
 use dllm_kernels::decode::trace::Trace;
-use dllm_kernels::model::{Network, Pass, Session, Sizes, Weights};
+use dllm_kernels::model::{Network, Pass, Session, Sizes, Weights, Window};
 use dllm_kernels::oracle::unmask::{Group, Selection, Unmask, Verdict, cut_logit, score_row, unmask};
 use dllm_kernels::oracle::{rope, vverify};
 use dllm_kernels::{CacheMode, Confidence, Config, Family, Model, Result};
@@ -26,7 +26,7 @@ fn open(name: &str) -> Model {
     Model::open(golden_dir().join(name)).unwrap()
 }
 
-const FULL: BlockPlan = BlockPlan { mode: CacheMode::None, pass: PassKind::Full };
+const FULL: BlockPlan = BlockPlan::new(CacheMode::None, PassKind::Full);
 
 #[test]
 fn forward() {
@@ -65,7 +65,7 @@ fn forward_full(model: &Model, case: &Value, tensors: &Tensors) -> f32 {
     let name = case["name"].as_str().unwrap();
     let (batch, length): (usize, usize) = (numbers(&case["batch"]), numbers(&case["length"]));
     let tokens = token_rows(tensors, &format!("{name}.ids"), batch);
-    let windows: Vec<_> = (0..batch).map(|s| (s, 0..length)).collect();
+    let windows: Vec<_> = (0..batch).map(|s| Window::new(s, 0..length, length)).collect();
     let index: Vec<usize> = (0..batch * length).collect();
     let mut session = session(model, batch, length, false);
     let mut hidden = Vec::new();
@@ -93,11 +93,11 @@ fn forward_window(model: &Model, case: &Value, tensors: &Tensors, suffix: bool) 
     let mut worst = 0.0f32;
     for call in 0..3 {
         let pass = if call == 0 { PassKind::Full } else { pass };
-        let window = pass.window(&block, length);
-        let windows: Vec<_> = (0..batch).map(|s| (s, window.clone())).collect();
+        let window = pass.window(&block, 0, length);
+        let windows: Vec<_> = (0..batch).map(|s| Window::new(s, window.clone(), length)).collect();
         let index: Vec<usize> = (0..batch * window.len()).collect();
         let tokens = token_rows(tensors, &format!("{name}.ids{call}"), batch);
-        session.forward(&tokens, &windows, &BlockPlan { mode, pass }, &index, None).unwrap();
+        session.forward(&tokens, &windows, &BlockPlan::new(mode, pass), &index, None).unwrap();
         let want = tensors.f32(&format!("{name}.logits{call}"));
         worst = worst.max(difference(&session.logits(index.len()).unwrap(), &want));
         if call == 0 {
@@ -369,7 +369,9 @@ struct Compared<'m> {
 
 impl Network for Compared<'_> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
-        let [(0, window)] = pass.windows else { panic!("one sequence, not {:?}", pass.windows) };
+        let [Window { sequence: 0, rows: window, .. }] = pass.windows else {
+            panic!("one sequence, not {:?}", pass.windows)
+        };
         // Dream's first token is decided by the row before it.
         let shift = usize::from(self.family == Family::Dream);
         let index: Vec<usize> = (self.prompt_len - shift - window.start..window.len()).collect();
@@ -421,7 +423,7 @@ impl Network for Scripted<'_> {
     fn step(&mut self, _tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
         let mut rows = Vec::new();
         for group in pass.groups {
-            let (_, window) = pass.windows.iter().find(|(s, _)| *s == group.sequence).unwrap();
+            let window = &pass.windows.iter().find(|w| w.sequence == group.sequence).unwrap().rows;
             for position in &group.positions {
                 // Dream reads the row before, within the window.
                 let row = match self.family {

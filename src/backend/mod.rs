@@ -37,6 +37,10 @@ pub struct Room {
     pub longest: usize,
     /// Rows whose logits are asked for.
     pub scored: usize,
+    /// Rows that run where a [`Choice`] is made.
+    pub chosen: usize,
+    /// Of those, rows of one span.
+    pub longest_chosen: usize,
 }
 
 /// Where the rows of a pass stand.
@@ -44,12 +48,14 @@ pub struct Room {
 pub struct Placement<'a> {
     /// Whose rows they are, one span after the other.
     pub spans: &'a [Span],
+    /// For each row its position in its sequence.
+    pub positions: &'a [usize],
     /// For each row the index of its token in what [`Backend::write_tokens`] took.
     pub tokens: &'a [usize],
     /// Rows whose logits are asked for.
     pub scored: &'a [usize],
-    /// Positions of each sequence's response, its last ones.
-    pub gen_length: usize,
+    /// Where a choice is made: what it is among, for each span.
+    pub parts: &'a [Parts],
     /// What launches are sized for.
     pub room: Room,
 }
@@ -58,30 +64,85 @@ pub struct Placement<'a> {
 /// the device knows: V-verify chooses them layer by layer, and for each sequence on its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Choice {
-    /// Whether those of the prompt run, all that the pass has.
-    pub prompt: bool,
-    /// Those of the response.
-    pub response: Response,
+    /// Rows that run.
+    pub always: Always,
+    /// How many of the others run too, those whose values turned most since they were cached; the values of all others are then
+    /// renewed, where any row attends to them. None: none of them, and their values stay as they are cached.
+    pub others: Option<Share>,
 }
 
-/// Which rows of a response run, and what becomes of its values.
+/// Rows that a [`Choice`] is not among.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Response {
-    /// None; its values stay as they are cached.
-    Stale,
-    /// So many of each sequence, those whose values turned most since they were cached; the values of all are renewed, where
-    /// any row attends to them.
-    Fresh(usize),
+pub enum Always {
+    /// None; the others are those of the response.
+    Nothing,
+    /// Those of the prompt, all that the pass has; the others are those of the response.
+    Prompt,
+    /// Those of the block; the others are all that the pass has besides.
+    Block,
+}
+
+/// A share of rows, 0 to 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Share(u64);
+
+impl Share {
+    /// This number.
+    pub fn new(share: f64) -> Share {
+        Share(share.to_bits())
+    }
+
+    /// The number.
+    pub fn get(self) -> f64 {
+        f64::from_bits(self.0)
+    }
+
+    /// Of so many rows, rounded down.
+    pub fn of(self, rows: usize) -> usize {
+        ((rows as f64 * self.get()) as usize).min(rows)
+    }
+}
+
+/// A [`Choice`] among the rows of one span. Places count as the span's do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parts {
+    /// Rows that run.
+    pub always: Range<usize>,
+    /// The others, in two pieces.
+    pub others: [Range<usize>; 2],
+    /// How many of the others run.
+    pub count: usize,
+    /// Whether the others' values are renewed.
+    pub renewed: bool,
+}
+
+impl Parts {
+    /// Rows that run.
+    pub fn rows(&self) -> usize {
+        self.always.len() + self.count
+    }
+
+    /// How many others there are.
+    pub fn num_others(&self) -> usize {
+        self.others.iter().map(Range::len).sum()
+    }
 }
 
 impl Choice {
-    /// Rows of a span that run.
-    pub fn rows(&self, span: &Span, gen_length: usize) -> usize {
-        let prompt = if self.prompt { span.rows() - gen_length } else { 0 };
-        match self.response {
-            Response::Stale => prompt,
-            Response::Fresh(count) => prompt + count,
-        }
+    /// The choice among the rows `start .. end` of a sequence whose response begins at `response`, and of whose rows those in
+    /// `block` belong to the block.
+    pub fn parts(&self, (start, end): (usize, usize), response: usize, block: &Range<usize>) -> Parts {
+        let response = response.clamp(start, end);
+        let (always, others) = match self.always {
+            Always::Nothing => (response..response, [response..end, end..end]),
+            Always::Prompt => (start..response, [response..end, end..end]),
+            Always::Block => {
+                let block = block.start.clamp(start, end)..block.end.clamp(start, end);
+                (block.clone(), [start..block.start, block.end..end])
+            }
+        };
+        let parts = Parts { always, others, count: 0, renewed: self.others.is_some() };
+        Parts { count: self.others.map_or(0, |share| share.of(parts.num_others())), ..parts }
     }
 }
 
@@ -184,21 +245,20 @@ pub trait Backend {
     ) -> Result<()> {
         no_choice()
     }
-    /// Chooses the rows that run in a layer: `values` `[rows, kv_width]` of all rows of the pass against those that the cache
-    /// holds for it, which they then replace; those of the prompt only where its rows run. No values are given, and none
-    /// replaced, where the response is stale.
+    /// Chooses the rows that run in a layer, by [`Placement::parts`]: `values` `[rows, kv_width]` of all rows of the pass
+    /// against those that the cache holds for the others, which they then replace, and those of the rows that always run too. No
+    /// values are given, and none replaced, where the others' are not renewed.
     fn choose(
         &mut self,
         _values: Option<&Self::Buffer>,
         _heads: Heads,
-        _choice: Choice,
         _rows: &mut Self::Rows,
         _cache: (&mut Self::Cache, usize),
     ) -> Result<()> {
         no_choice()
     }
-    /// The response rows that were chosen last, of each span, counted from the start of the response, ascending. For
-    /// observers and tests. Waits for the device.
+    /// Those of the others that were chosen last, of each span, counted among the others, ascending. For observers and tests.
+    /// Waits for the device.
     fn chosen(&self, _rows: &Self::Rows) -> Result<Vec<Vec<usize>>> {
         no_choice()
     }
@@ -277,4 +337,33 @@ pub trait HostUnmask: Backend {
         groups: &[Group],
         unmask: &Unmask,
     ) -> Result<Vec<Verdict>>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_are_rounded_down() {
+        let of = |share, rows| Share::new(share).of(rows);
+        assert_eq!([of(0.25, 7), of(0.25, 3), of(1.0, 7), of(0.0, 7), of(0.25, 0)], [1, 0, 7, 0, 0]);
+    }
+
+    /// Rows 4 .. 20 of a sequence whose response begins at 6, with its block at 10 .. 13.
+    #[test]
+    fn parts_of_a_span() {
+        let parts = |always, others: Option<f64>| {
+            Choice { always, others: others.map(Share::new) }.parts((4, 20), 6, &(10..13))
+        };
+        let response = Parts { always: 6..6, others: [6..20, 20..20], count: 7, renewed: true };
+        assert_eq!(parts(Always::Nothing, Some(0.5)), response);
+        let prompt = Parts { always: 4..6, others: [6..20, 20..20], count: 0, renewed: false };
+        assert_eq!(parts(Always::Prompt, None), prompt);
+        let block = Parts { always: 10..13, others: [4..10, 13..20], count: 13, renewed: true };
+        assert_eq!(parts(Always::Block, Some(1.0)), block);
+        assert_eq!((block.rows(), block.num_others()), (16, 13));
+        // Where the block is not, nothing runs in any case.
+        let outside = Choice { always: Always::Block, others: None }.parts((4, 8), 6, &(10..13));
+        assert_eq!((outside.rows(), outside.num_others()), (0, 4));
+    }
 }

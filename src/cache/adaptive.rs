@@ -5,7 +5,7 @@
 //! multiple of another. In between V-verify renews those response rows whose values turned most since the forward before.
 //! The first layer runs everything that a later layer or the head looks at, always.
 
-use crate::backend::{Choice, Response};
+use crate::backend::{Always, Choice, Share};
 use crate::model::{CachePlan, Family, LayerPlan};
 use std::ops::Range;
 
@@ -20,8 +20,6 @@ pub struct Adaptive {
     pub refresh_ratio: f64,
     /// With guidance: forwards between two of the unconditional twin.
     pub guidance_interval: usize,
-    /// Positions of the response.
-    pub gen_length: usize,
 }
 
 /// What the unconditional twin of a guided sequence does in a forward.
@@ -48,10 +46,10 @@ impl Adaptive {
         AdaptivePlan {
             prompt: t.is_multiple_of(self.prompt_interval),
             response,
-            choice: match self.refresh_ratio > 0.0 {
-                _ if response => Response::Fresh(self.gen_length),
-                true => Response::Fresh((self.gen_length as f64 * self.refresh_ratio) as usize),
-                false => Response::Stale,
+            others: match self.refresh_ratio > 0.0 {
+                _ if response => Some(Share::new(1.0)),
+                true => Some(Share::new(self.refresh_ratio)),
+                false => None,
             },
         }
     }
@@ -80,8 +78,8 @@ pub struct AdaptivePlan {
     pub prompt: bool,
     /// Whether it renews the response.
     pub response: bool,
-    /// Response rows that layers from the second on run.
-    choice: Response,
+    /// Share of the response that layers from the second on run.
+    others: Option<Share>,
 }
 
 impl AdaptivePlan {
@@ -98,7 +96,10 @@ impl CachePlan for AdaptivePlan {
             // them nobody would read.
             (0, prompt, _) => LayerPlan::Whole { reuse: !prompt, store: true, keep: false },
             (_, true, true) => LayerPlan::Whole { reuse: false, store: true, keep: true },
-            (_, prompt, _) => LayerPlan::Partly(Choice { prompt, response: self.choice }),
+            (_, prompt, _) => {
+                let always = if prompt { Always::Prompt } else { Always::Nothing };
+                LayerPlan::Partly(Choice { always, others: self.others })
+            }
         }
     }
 }
@@ -118,31 +119,27 @@ pub fn first_live(family: Family, prompt: &[u32], mask: u32) -> usize {
 mod tests {
     use super::*;
 
-    const ADAPTIVE: Adaptive = Adaptive {
-        prompt_interval: 6,
-        response_interval: 3,
-        refresh_ratio: 0.25,
-        guidance_interval: 1,
-        gen_length: 10,
-    };
+    const ADAPTIVE: Adaptive =
+        Adaptive { prompt_interval: 6, response_interval: 3, refresh_ratio: 0.25, guidance_interval: 1 };
     const WHOLE: LayerPlan = LayerPlan::Whole { reuse: false, store: true, keep: true };
 
-    fn partly(prompt: bool, response: Response) -> LayerPlan {
-        LayerPlan::Partly(Choice { prompt, response })
+    fn partly(prompt: bool, share: f64) -> LayerPlan {
+        let always = if prompt { Always::Prompt } else { Always::Nothing };
+        LayerPlan::Partly(Choice { always, others: (share > 0.0).then_some(Share::new(share)) })
     }
 
     #[test]
     fn a_period() {
         let later: Vec<LayerPlan> = (0..7).map(|t| ADAPTIVE.plan(t).layer(2)).collect();
-        let (verify, refresh) = (partly(false, Response::Fresh(2)), partly(false, Response::Fresh(10)));
+        let (verify, refresh) = (partly(false, 0.25), partly(false, 1.0));
         assert_eq!(later, [WHOLE, verify, verify, refresh, verify, verify, WHOLE]);
         // The prompt without the response; then V-verify runs beside it, or nothing does.
         let other = Adaptive { prompt_interval: 4, response_interval: 7, ..ADAPTIVE };
-        assert_eq!(other.plan(4).layer(1), partly(true, Response::Fresh(2)));
+        assert_eq!(other.plan(4).layer(1), partly(true, 0.25));
         let stale = Adaptive { refresh_ratio: 0.0, ..other };
-        assert_eq!(stale.plan(4).layer(1), partly(true, Response::Stale));
-        assert_eq!(stale.plan(5).layer(1), partly(false, Response::Stale));
-        assert_eq!(stale.plan(7).layer(1), partly(false, Response::Fresh(10)));
+        assert_eq!(stale.plan(4).layer(1), partly(true, 0.0));
+        assert_eq!(stale.plan(5).layer(1), partly(false, 0.0));
+        assert_eq!(stale.plan(7).layer(1), partly(false, 1.0));
     }
 
     #[test]
@@ -169,15 +166,6 @@ mod tests {
         }
         assert!([5, 6, 7, 9, 11, 13].iter().all(|t| apart.twin(*t) == TwinPlan::Remembered));
         assert!((0..20).all(|t| ADAPTIVE.twin(t) == TwinPlan::Beside));
-    }
-
-    #[test]
-    fn counts_are_rounded_down() {
-        let count = |refresh_ratio, gen_length| Adaptive { refresh_ratio, gen_length, ..ADAPTIVE }.plan(1).choice;
-        assert_eq!(count(0.25, 7), Response::Fresh(1));
-        assert_eq!(count(0.25, 3), Response::Fresh(0));
-        assert_eq!(count(1.0, 7), Response::Fresh(7));
-        assert_eq!(count(0.0, 7), Response::Stale);
     }
 
     #[test]

@@ -3,10 +3,12 @@
 //!
 //! At the start of a block everything runs and is cached (a refresh). Until the block is done, PrefixCache runs the
 //! block and all that follows against the cached prefix; DualCache runs the block alone, against cached prefix and
-//! suffix. Nothing outlives the block.
+//! suffix. Nothing outlives the block, unless they are joined with what dLLM-Cache does ([`BlockPlan::refresh`]): then a
+//! refresh may leave the prompt as it is cached, or run the block and those other rows whose values turned most.
 
 pub mod adaptive;
 
+use crate::backend::{Always, Choice, Share};
 use crate::model::{CachePlan, LayerPlan};
 use std::ops::Range;
 
@@ -29,6 +31,8 @@ pub enum CacheMode {
 pub enum PassKind {
     /// All positions.
     Full,
+    /// The response, and what is before it that can change.
+    Response,
     /// The block and all that follows.
     Suffix,
     /// The block.
@@ -57,29 +61,62 @@ impl CacheMode {
 }
 
 impl PassKind {
-    /// The positions that run, for a block of a sequence of `len` positions.
-    pub fn window(self, block: &Range<usize>, len: usize) -> Range<usize> {
+    /// The rows that run, for a block of a sequence of `len` positions, of which none before `first_live` can change
+    /// ([`adaptive::first_live`]).
+    pub fn window(self, block: &Range<usize>, first_live: usize, len: usize) -> Range<usize> {
         match self {
             PassKind::Full => 0..len,
+            PassKind::Response => first_live..len,
             PassKind::Suffix => block.start..len,
             PassKind::Block => block.clone(),
         }
     }
+
+    /// Whether it begins a block.
+    pub fn refreshes(self) -> bool {
+        matches!(self, PassKind::Full | PassKind::Response)
+    }
 }
 
-/// The cache use of one pass, the same in every layer.
+/// What the refreshes of a block leave to later ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refresh {
+    /// Nothing: all rows run again.
+    Whole,
+    /// This one runs all rows, and keeps what later ones need.
+    Keep,
+    /// This one runs the block, and of the other rows the share whose values turned most since the last refresh.
+    Some(Share),
+}
+
+/// The cache use of one pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockPlan {
     /// What is kept.
     pub mode: CacheMode,
     /// What runs.
     pub pass: PassKind,
+    /// Of a refresh.
+    pub refresh: Refresh,
+}
+
+impl BlockPlan {
+    /// Refreshes run all rows.
+    pub const fn new(mode: CacheMode, pass: PassKind) -> BlockPlan {
+        BlockPlan { mode, pass, refresh: Refresh::Whole }
+    }
 }
 
 impl CachePlan for BlockPlan {
-    fn layer(&self, _layer: usize) -> LayerPlan {
-        let full = self.pass == PassKind::Full;
+    fn layer(&self, layer: usize) -> LayerPlan {
+        let reuse = self.pass != PassKind::Full;
         // A later pass of the block recomputes all the rows it stands in for, so only the refresh needs to store.
-        LayerPlan::Whole { reuse: !full, store: full && self.mode != CacheMode::None, keep: false }
+        let store = self.pass.refreshes() && self.mode != CacheMode::None;
+        match self.refresh {
+            Refresh::Some(share) if store && layer > 0 => {
+                LayerPlan::Partly(Choice { always: Always::Block, others: Some(share) })
+            }
+            refresh => LayerPlan::Whole { reuse, store, keep: store && layer > 0 && refresh == Refresh::Keep },
+        }
     }
 }

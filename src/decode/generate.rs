@@ -5,10 +5,10 @@ use super::options::{Options, Policy, Rule};
 use super::schedule::DreamSchedule;
 use super::state::{Plan, Sequence, State, Turn};
 use super::stretch::{From, Stage, Stretch};
+use crate::cache::PassKind;
 use crate::cache::adaptive::{AdaptivePlan, TwinPlan};
-use crate::cache::{BlockPlan, PassKind};
 use crate::error::Result;
-use crate::model::{Config, Course, CourseSequence, CourseStage, Network, Pass, Schedule, Twins};
+use crate::model::{Config, Course, CourseSequence, CourseStage, Network, Pass, Schedule, Twins, Window};
 use crate::oracle::unmask::{Group, Selection};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -89,8 +89,9 @@ impl Decoder<'_> {
             _ => Schedule::None,
         };
         let stage = |pass| Stage { pass, from: From::Window, first_only: false };
-        let stages = [stage(PassKind::Full), stage(self.state.options.cache.block_pass())];
         for block in 0..self.state.blocks() {
+            let options = self.state.options;
+            let stages = [stage(options.refresh_pass(block)), stage(options.cache.block_pass())];
             let schedule = schedule.clone();
             self.run(block, &Stretch { block: Some(block), stages, schedule, steps: usize::MAX })?;
         }
@@ -120,9 +121,10 @@ impl Decoder<'_> {
             Policy::Fixed => Schedule::Dream(DreamSchedule::new(steps.max(1), self.state.options.eps).ratios()),
             _ => Schedule::None,
         };
-        let first = Stage { pass: PassKind::Full, from: From::Block, first_only: true };
-        let rest = Stage { pass: self.state.options.cache.block_pass(), from: From::Block, first_only: false };
         for block in 0..self.state.blocks() {
+            let options = self.state.options;
+            let first = Stage { pass: options.refresh_pass(block), from: From::Block, first_only: true };
+            let rest = Stage { pass: options.cache.block_pass(), from: From::Block, first_only: false };
             let schedule = schedule.clone();
             let stretch = Stretch { block: Some(block), stages: [first, rest], schedule, steps: usize::MAX };
             self.run(block, &stretch)?;
@@ -179,60 +181,114 @@ impl Decoder<'_> {
         (0..self.state.sequences.len()).filter_map(turn).collect()
     }
 
-    /// The same on a network that needs to be told only once.
+    /// The same on a network that needs to be told only once. Sequences at different places of the adaptive cache's intervals
+    /// cannot run together: they run one kind after the other.
     fn run_on_device(&mut self, stretch: &Stretch) -> Result<()> {
         let state = &self.state;
-        let mut sequences = state.each(|d, s| stretch.course(d, s));
-        let turns = self.turns(stretch, &sequences, 0);
-        for turn in &turns {
-            let course = &mut sequences[turn.sequence];
-            course.active = true;
-            course.first_commit_before = turn.commit_before;
-            course.first_quota = match stretch.stages[0].first_only {
-                true => 1,
-                false => stretch.quota(state, turn.sequence, course, 0),
-            };
+        let turns = self.turns(stretch, &state.each(|d, s| stretch.course(d, s)), 0);
+        let mut kinds: Vec<usize> = turns.iter().map(|turn| state.sequences[turn.sequence].step).collect();
+        kinds.sort_unstable();
+        kinds.dedup();
+        if state.options.adaptive().is_none() {
+            kinds.truncate(1);
         }
-        if turns.is_empty() {
-            return Ok(());
+        let mut nfe = 0;
+        for step in kinds {
+            let alike = |s: usize| self.state.options.adaptive().is_none() || self.state.sequences[s].step == step;
+            let alike: Vec<usize> = turns.iter().map(|turn| turn.sequence).filter(|s| alike(*s)).collect();
+            nfe = nfe.max(self.course(stretch, &alike)?);
+            if self.interrupted {
+                break;
+            }
         }
-        let parts = stretch.stages.each_ref().map(|stage| {
-            let window = |t: &Turn| (t.sequence, stage.pass.window(&t.block, state.tokens[t.sequence].len()));
-            let candidates = |t: &Turn| {
-                let range = stage.candidates(state, t.sequence, &sequences[t.sequence].open, false);
-                (t.sequence, state.masks(t.sequence, range))
-            };
-            let plan = BlockPlan { mode: state.options.cache, pass: stage.pass };
-            let windows: Vec<_> = turns.iter().map(window).collect();
-            (plan, windows, turns.iter().map(candidates).collect::<Vec<_>>())
-        });
-        let course = Course {
-            stages: parts.each_ref().map(|(plan, windows, candidates)| CourseStage {
-                plan,
-                windows,
-                candidates,
-                shrinks: plan.pass == PassKind::Suffix,
-            }),
-            one_stage: stretch.stages[0] == stretch.stages[1],
-            schedule: &stretch.schedule,
-            selection: state.selection(0),
-            sequences: &sequences,
-            unmask: &state.unmask,
-            end_tokens: if state.options.early_stop { &state.end_tokens } else { &[] },
-        };
-        let go_on = || !self.interrupt.is_some_and(|flag| flag.load(Ordering::Relaxed));
-        let Some(network) = self.network.autonomous() else { return Ok(()) };
-        let mut tokens = state.tokens.clone();
-        let ran = network.run(&mut tokens, &course, &go_on)?;
-        let state = &mut self.state;
-        state.tokens = tokens;
-        state.nfe += ran.passes;
-        self.interrupted |= ran.interrupted;
-        for (s, forwards) in ran.forwards.into_iter().enumerate() {
-            state.sequences[s].step = forwards;
-            state.check_end(s);
-        }
+        self.state.nfe += nfe;
         Ok(())
+    }
+
+    /// The passes of a stretch over some sequences, all at the same place of the intervals. Returns how many there were.
+    fn course(&mut self, stretch: &Stretch, alike: &[usize]) -> Result<usize> {
+        let mut courses = self.state.each(|d, s| stretch.course(d, s));
+        let mut passes = 0;
+        let together = self.state.options.adaptive().is_some();
+        loop {
+            let turns = self.turns(stretch, &courses, passes);
+            let turns: Vec<Turn> = turns.into_iter().filter(|turn| alike.contains(&turn.sequence)).collect();
+            let Some(first) = turns.first() else { return Ok(passes) };
+            let state = &self.state;
+            for course in &mut courses {
+                course.active = false;
+            }
+            for turn in &turns {
+                let quota = stretch.quota(state, turn.sequence, &courses[turn.sequence], passes);
+                let course = &mut courses[turn.sequence];
+                course.active = true;
+                course.first_commit_before = turn.commit_before;
+                course.first_quota = if stretch.stages[passes.min(1)].first_only { 1 } else { quota };
+            }
+            // What the passes run: kinds of them, and which one a pass is of. Each of them commits a token, or is one of the
+            // schedule's steps.
+            let step = state.sequences[first.sequence].step;
+            let kind = |i: usize| {
+                let stage = stretch.stages[(passes + i).min(1)];
+                let plan = |turn: &Turn| state.plan_at(stage.pass, turn, step + i);
+                (stage, turns.first().map(|turn| plan(turn).0))
+            };
+            let mut kinds = vec![];
+            let mut parts = vec![];
+            let masks: usize =
+                turns.iter().map(|t| state.masks(t.sequence, courses[t.sequence].open.clone()).len()).sum();
+            for i in 0..state.options.period().min(masks.saturating_add(state.options.steps())).saturating_add(2) {
+                if kinds.contains(&kind(i)) {
+                    continue;
+                }
+                kinds.push(kind(i));
+                let stage = kind(i).0;
+                let (plans, windows): (Vec<_>, Vec<_>) =
+                    turns.iter().map(|turn| state.plan_at(stage.pass, turn, step + i)).unzip();
+                let candidates = |t: &Turn| {
+                    let range = stage.candidates(state, t.sequence, &courses[t.sequence].open, false);
+                    (t.sequence, state.masks(t.sequence, range))
+                };
+                parts.push((plans, windows, turns.iter().map(candidates).collect::<Vec<_>>(), stage.pass));
+            }
+            let stage = |i: usize| kinds.iter().position(|known| *known == kind(i)).unwrap_or(kinds.len());
+            let stages: Vec<CourseStage> = parts
+                .iter()
+                .map(|(plans, windows, candidates, pass)| CourseStage {
+                    plan: &plans[0],
+                    windows,
+                    candidates,
+                    shrinks: *pass == PassKind::Suffix,
+                })
+                .collect();
+            let course = Course {
+                stages: &stages,
+                stage: &stage,
+                first_pass: passes,
+                together,
+                schedule: &stretch.schedule,
+                selection: state.selection(0),
+                sequences: &courses,
+                unmask: &state.unmask,
+                end_tokens: if state.options.early_stop { &state.end_tokens } else { &[] },
+            };
+            let go_on = || !self.interrupt.is_some_and(|flag| flag.load(Ordering::Relaxed));
+            let Some(network) = self.network.autonomous() else { return Ok(passes) };
+            let mut tokens = state.tokens.clone();
+            let ran = network.run(&mut tokens, &course, &go_on)?;
+            let state = &mut self.state;
+            state.tokens = tokens;
+            passes += ran.passes;
+            for (s, course) in ran.sequences.iter().enumerate() {
+                state.sequences[s].step = course.forwards;
+                state.check_end(s);
+            }
+            courses = ran.sequences;
+            self.interrupted |= ran.interrupted;
+            if ran.interrupted || !together {
+                return Ok(passes);
+            }
+        }
     }
 
     fn interrupted(&mut self) -> bool {
@@ -246,7 +302,7 @@ impl Decoder<'_> {
             return Ok(false);
         }
         let state = &self.state;
-        let (plans, windows): (Vec<Plan>, Vec<_>) = turns.iter().map(|turn| state.plan(kind, turn)).unzip();
+        let (plans, windows): (Vec<Plan>, Vec<Window>) = turns.iter().map(|turn| state.plan(kind, turn)).unzip();
         let group = |t: &Turn| Group {
             sequence: t.sequence,
             step: state.sequences[t.sequence].step,
@@ -264,11 +320,10 @@ impl Decoder<'_> {
             let plan = plans[*first];
             let (alike, others): (Vec<usize>, _) = left.iter().partition(|i| plans[**i] == plan);
             left = others;
-            let windows: Vec<_> = alike.iter().map(|i| (groups[*i].sequence, windows[*i].clone())).collect();
+            let windows: Vec<_> = alike.iter().map(|i| windows[*i].clone()).collect();
             let of: Vec<Group> = alike.iter().map(|i| groups[*i].clone()).collect();
             let of_twins = |plan: AdaptivePlan| -> Vec<_> {
-                let window = |s: usize| (s, plan.window(state.sequences[s].first_live, state.tokens[s].len()));
-                windows.iter().map(|(s, _)| window(*s)).collect()
+                windows.iter().map(|window| state.adaptive_window(plan, window.sequence)).collect()
             };
             let twin =
                 if let Plan::Adaptive(_, TwinPlan::Apart(plan)) = plan { Some((plan, of_twins(plan))) } else { None };
@@ -301,7 +356,7 @@ impl Decoder<'_> {
             state.check_end(group.sequence);
         }
         if observed {
-            self.observer.step(&self.state.describe(kind, block, &plans, &groups, &verdicts, verified));
+            self.observer.step(&self.state.describe(kind, block, (&plans, &windows), &groups, &verdicts, verified));
         }
         Ok(true)
     }

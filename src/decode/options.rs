@@ -1,7 +1,7 @@
 //! What a decode is asked to do, whether that is possible, and which rule it selects.
 
-use crate::cache::CacheMode;
 use crate::cache::adaptive::Adaptive;
+use crate::cache::{CacheMode, PassKind};
 use crate::error::{Error, Result};
 use crate::model::{Config, Family, Sizes};
 use crate::oracle::unmask::{Confidence, Unmask};
@@ -35,6 +35,17 @@ pub struct Options {
     pub response_interval: usize,
     /// `CacheMode::Adaptive`: share of the response that is renewed in between, in [0, 1].
     pub refresh_ratio: f64,
+    /// `CacheMode::Prefix` and `Dual`: one refresh of so many renews the prompt, the first among them; the others leave it as it
+    /// is cached. At least 1.
+    pub refresh_prompt_every: usize,
+    /// Likewise: refreshes but the first run the block and this share of the other rows, those whose values turned most, in [0, 1].
+    pub refresh_rows: f64,
+    /// Likewise: positions on either side of the block that its forwards run too.
+    pub vicinity: usize,
+    /// All caches but `Adaptive`: positions behind the block that are in view. None: all.
+    pub suffix_window: Option<usize>,
+    /// Of those behind the window one of so many is in view too; 0: none.
+    pub suffix_stride: usize,
     /// Which tokens a step commits.
     pub policy: Policy,
     /// What ranks them. None: the probability, but the negative entropy for Dream in blocks with `Policy::Fixed`, as in
@@ -75,6 +86,11 @@ impl Default for Options {
             prompt_interval: 50,
             response_interval: 7,
             refresh_ratio: 0.25,
+            refresh_prompt_every: 1,
+            refresh_rows: 1.0,
+            vicinity: 0,
+            suffix_window: None,
+            suffix_stride: 0,
             policy: Policy::Threshold(0.9),
             confidence: None,
             temperature: 0.0,
@@ -144,10 +160,33 @@ impl Options {
 
     /// What the adaptive cache renews when, if it is the cache.
     pub fn adaptive(&self) -> Option<Adaptive> {
-        let Options { prompt_interval, response_interval, refresh_ratio, gen_length, .. } = *self;
-        let guidance_interval = self.cfg_interval;
-        let adaptive = Adaptive { prompt_interval, response_interval, refresh_ratio, guidance_interval, gen_length };
+        let Options { prompt_interval, response_interval, refresh_ratio, cfg_interval: guidance_interval, .. } = *self;
+        let adaptive = Adaptive { prompt_interval, response_interval, refresh_ratio, guidance_interval };
         (self.cache == CacheMode::Adaptive).then_some(adaptive)
+    }
+
+    /// After so many forwards kinds of forwards come again.
+    pub(super) fn period(&self) -> usize {
+        let (a, b) = (self.prompt_interval, self.response_interval);
+        if self.adaptive().is_some() { a.saturating_mul(b) } else { 1 }
+    }
+
+    /// Whether blocks have refreshes that are joined with those before.
+    fn refreshes(&self) -> bool {
+        matches!(self.cache, CacheMode::Prefix | CacheMode::Dual)
+    }
+
+    /// Whether refreshes keep outputs for later ones.
+    pub(super) fn keeps_refreshes(&self) -> bool {
+        self.refreshes() && self.refresh_rows < 1.0
+    }
+
+    /// What the first pass of a block runs.
+    pub(super) fn refresh_pass(&self, block: usize) -> PassKind {
+        match self.refreshes() && !block.is_multiple_of(self.refresh_prompt_every) {
+            true => PassKind::Response,
+            false => PassKind::Full,
+        }
     }
 
     /// How rows are scored under a rule; `mask` is never chosen.
@@ -220,6 +259,7 @@ impl Options {
             ("prompt-interval", self.prompt_interval),
             ("response-interval", self.response_interval),
             ("cfg-interval", self.cfg_interval),
+            ("refresh-prompt-every", self.refresh_prompt_every),
         ] {
             if interval == 0 {
                 return Err(Error::argument(name, "at least 1", 0));
@@ -252,6 +292,14 @@ impl Options {
         }
         let ratio = self.refresh_ratio;
         within("refresh-ratio", ratio, (0.0..=1.0).contains(&ratio), "a number in [0, 1]")?;
+        let rows = self.refresh_rows;
+        within("refresh-rows", rows, (0.0..=1.0).contains(&rows), "a number in [0, 1]")?;
+        if let Some(window) = self.suffix_window {
+            // What is cached and kept of a place must be of one position.
+            let alone = !self.keeps_refreshes() && self.cache != CacheMode::Adaptive;
+            let expected = "no --refresh-rows, and a cache other than adaptive, beside it";
+            within("suffix-window", window as f64, alone, expected)?;
+        }
         within("eps", self.eps, self.eps > 0.0 && self.eps < 1.0, "a number in (0, 1)")
     }
 
@@ -313,7 +361,7 @@ impl Options {
             gen_length: self.gen_length,
             candidates: prompts.iter().map(|p| in_reach(p) + masks(p)).sum(),
             cached: self.cache != CacheMode::None,
-            kept: adaptive,
+            kept: adaptive || self.keeps_refreshes(),
             remembered,
             guided: self.cfg_scale > 0.0,
             end_tokens: match self.early_stop {

@@ -2,17 +2,20 @@
 
 use super::observer::{SequenceStep, Step};
 use super::options::{Options, Policy};
+use crate::backend::Share;
 use crate::cache::adaptive::{AdaptivePlan, TwinPlan, first_live};
-use crate::cache::{BlockPlan, PassKind};
-use crate::model::{CachePlan, Family, LayerPlan};
+use crate::cache::{BlockPlan, PassKind, Refresh};
+use crate::model::{CachePlan, Family, LayerPlan, View, Window};
 use crate::oracle::unmask::{Group, Selection, Unmask, Verdict};
 use std::ops::Range;
 
 /// One sequence of the batch.
 pub(super) struct Sequence {
     pub prompt_len: usize,
-    /// Where rows begin that the adaptive cache cannot leave out.
+    /// Where rows begin that no cache can leave out for good.
     pub first_live: usize,
+    /// How far before a position the row stands whose logits decide about it.
+    pub source: usize,
     /// Forwards it has taken part in: the same alone or in a batch, so that random numbers are too.
     pub step: usize,
     /// Tokens of the generated region that stand, once an end-of-text token has ended it early.
@@ -69,7 +72,14 @@ pub(super) struct State<'a> {
 
 impl Sequence {
     pub fn new(family: Family, prompt: &[u32], mask: u32) -> Sequence {
-        Sequence { prompt_len: prompt.len(), first_live: first_live(family, prompt, mask), step: 0, ended: None }
+        let source = if family == Family::Dream { 1 } else { 0 };
+        Sequence {
+            prompt_len: prompt.len(),
+            first_live: first_live(family, prompt, mask),
+            source,
+            step: 0,
+            ended: None,
+        }
     }
 }
 
@@ -89,19 +99,47 @@ impl State<'_> {
         start..start + length
     }
 
-    /// What a pass of this kind runs of a sequence, and the positions that it has rows of.
-    pub fn plan(&self, kind: PassKind, turn: &Turn) -> (Plan, Range<usize>) {
-        let len = self.tokens[turn.sequence].len();
+    /// What a pass of this kind runs of a sequence, and the rows that it has.
+    pub fn plan(&self, kind: PassKind, turn: &Turn) -> (Plan, Window) {
+        self.plan_at(kind, turn, self.sequences[turn.sequence].step)
+    }
+
+    /// The same, in forward `step` of the sequence.
+    pub fn plan_at(&self, kind: PassKind, turn: &Turn, step: usize) -> (Plan, Window) {
         let sequence = &self.sequences[turn.sequence];
-        match self.options.adaptive() {
-            None => (Plan::Block(BlockPlan { mode: self.options.cache, pass: kind }), kind.window(&turn.block, len)),
-            Some(adaptive) => {
-                let plan = adaptive.plan(sequence.step);
-                let guided = self.options.cfg_scale > 0.0;
-                let twin = if guided { adaptive.twin(sequence.step) } else { TwinPlan::Beside };
-                (Plan::Adaptive(plan, twin), plan.window(sequence.first_live, len))
-            }
+        let options = self.options;
+        if let Some(adaptive) = options.adaptive() {
+            let plan = adaptive.plan(step);
+            let twin = if options.cfg_scale > 0.0 { adaptive.twin(step) } else { TwinPlan::Beside };
+            return (Plan::Adaptive(plan, twin), self.adaptive_window(plan, turn.sequence));
         }
+        let refresh = match options.keeps_refreshes() {
+            false => Refresh::Whole,
+            true if turn.block.start == sequence.prompt_len => Refresh::Keep,
+            true => Refresh::Some(Share::new(options.refresh_rows)),
+        };
+        let plan = BlockPlan { mode: options.cache, pass: kind, refresh };
+        (Plan::Block(plan), self.window(kind, turn.sequence, &turn.block))
+    }
+
+    /// The rows of a pass around a block.
+    pub fn window(&self, kind: PassKind, sequence: usize, block: &Range<usize>) -> Window {
+        let Sequence { first_live, source, .. } = self.sequences[sequence];
+        let len = self.tokens[sequence].len();
+        let near = self.options.suffix_window.map_or(len, |window| block.end.saturating_add(window).min(len));
+        let view = View { near, stride: self.options.suffix_stride, len };
+        let mut rows = kind.window(block, first_live, view.places());
+        if !kind.refreshes() {
+            let vicinity = self.options.vicinity;
+            rows = rows.start.saturating_sub(vicinity)..rows.end.saturating_add(vicinity).min(view.places());
+        }
+        Window { sequence, rows, block: block.start.saturating_sub(source)..block.end, view }
+    }
+
+    /// The rows of a pass with the adaptive cache.
+    pub fn adaptive_window(&self, plan: AdaptivePlan, sequence: usize) -> Window {
+        let len = self.tokens[sequence].len();
+        Window::new(sequence, plan.window(self.sequences[sequence].first_live, len), len)
     }
 
     /// Masked positions in `range`.
@@ -141,7 +179,7 @@ impl State<'_> {
         &self,
         kind: PassKind,
         block: usize,
-        plans: &[Plan],
+        (plans, windows): (&[Plan], &[Window]),
         groups: &[Group],
         verdicts: &[Vec<Verdict>],
         verified: Vec<Vec<(usize, Vec<usize>)>>,
@@ -150,7 +188,7 @@ impl State<'_> {
             let block = self.block(s, block);
             SequenceStep {
                 active: false,
-                window: kind.window(&block, self.tokens[s].len()),
+                window: self.window(kind, s, &block).positions(),
                 block,
                 candidates: vec![],
                 confidence: vec![],
@@ -161,10 +199,12 @@ impl State<'_> {
             }
         };
         let mut sequences: Vec<_> = (0..self.sequences.len()).map(idle).collect();
-        for (((plan, group), own), verified) in plans.iter().zip(groups).zip(verdicts).zip(verified) {
+        let plans = plans.iter().zip(windows);
+        for ((((plan, window), group), own), verified) in plans.zip(groups).zip(verdicts).zip(verified) {
             let committed = group.positions.iter().zip(own).filter(|(_, v)| v.commit);
             let step = &mut sequences[group.sequence];
             step.active = true;
+            step.window = if plan.renewed().is_some() { step.window.clone() } else { window.positions() };
             step.renewed = plan.renewed();
             step.verified = verified;
             step.transferred = committed.map(|(p, _)| *p).collect();

@@ -33,7 +33,7 @@ pub(super) struct Stage {
 pub(super) enum From {
     /// The first position of the sequence.
     Start,
-    /// The first position that runs.
+    /// The first position that runs, but for a block's vicinity.
     Window,
     /// The first position of the block.
     Block,
@@ -44,7 +44,7 @@ impl Stage {
     pub fn candidates(&self, state: &State, sequence: usize, block: &Range<usize>, observed: bool) -> Range<usize> {
         let start = match self.from {
             From::Start => 0,
-            From::Window => self.pass.window(block, state.tokens[sequence].len()).start,
+            From::Window => self.pass.window(block, state.sequences[sequence].first_live, block.end).start,
             From::Block => block.start,
         };
         start..if observed { block.end } else { block.end.min(self.commit_before(block)) }

@@ -49,6 +49,7 @@ impl Observer for Trace {
     fn step(&mut self, step: &Step) {
         let kind = match step.kind {
             PassKind::Full => "full",
+            PassKind::Response => "response",
             PassKind::Suffix => "suffix",
             PassKind::Block => "block",
         };
@@ -138,6 +139,18 @@ fn params(config: &Config, options: &Options, batch: usize) -> Value {
         "mask_id": config.mask_token_id,
         "batch": batch,
     });
+    let default = Options::default();
+    for (name, value, off) in [
+        ("refresh_prompt_every", json!(options.refresh_prompt_every), json!(default.refresh_prompt_every)),
+        ("refresh_rows", json!(options.refresh_rows), json!(default.refresh_rows)),
+        ("vicinity", json!(options.vicinity), json!(default.vicinity)),
+        ("suffix_window", json!(options.suffix_window), json!(default.suffix_window)),
+        ("suffix_stride", json!(options.suffix_stride), json!(default.suffix_stride)),
+    ] {
+        if value != off {
+            params[name] = value;
+        }
+    }
     if let Some(adaptive) = options.adaptive() {
         params["prompt_interval_steps"] = json!(adaptive.prompt_interval);
         params["gen_interval_steps"] = json!(adaptive.response_interval);

@@ -1,6 +1,7 @@
 //! A stretch of passes that a network runs by itself: everything it has to know at the beginning.
 
 use super::forward::CachePlan;
+use super::window::Window;
 use crate::error::Result;
 use crate::oracle::unmask::{Selection, Unmask};
 use std::ops::Range;
@@ -22,7 +23,7 @@ pub enum Schedule {
     Among,
 }
 
-/// Where a sequence stands when the passes begin. Positions count from the start of its prompt.
+/// Where a sequence stands when passes begin. Positions count from the start of its prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CourseSequence {
     /// First generated position.
@@ -54,8 +55,8 @@ pub struct CourseSequence {
 pub struct CourseStage<'a> {
     /// Cache use, layer by layer.
     pub plan: &'a dyn CachePlan,
-    /// (sequence, positions) that run.
-    pub windows: &'a [(usize, Range<usize>)],
+    /// What runs.
+    pub windows: &'a [Window],
     /// (sequence, positions, ascending) that may be committed if they are still masked, in the order of the windows.
     pub candidates: &'a [(usize, Vec<usize>)],
     /// Whether windows of later courses are shorter: launches are then sized for a few lengths only.
@@ -64,10 +65,14 @@ pub struct CourseStage<'a> {
 
 /// A stretch of passes: they go on until no sequence takes part any more.
 pub struct Course<'a> {
-    /// The first pass, and all later ones.
-    pub stages: [CourseStage<'a>; 2],
-    /// Whether both are the same.
-    pub one_stage: bool,
+    /// What passes run.
+    pub stages: &'a [CourseStage<'a>],
+    /// Which of them a pass runs, by the passes of the course before it.
+    pub stage: &'a dyn Fn(usize) -> usize,
+    /// Passes of the schedule before this course.
+    pub first_pass: usize,
+    /// Whether the course ends as soon as a sequence takes part no more: where a pass over it would change what is kept.
+    pub together: bool,
     /// Quotas.
     pub schedule: &'a Schedule,
     /// Which candidates to commit; numbers of them are the schedule's.
@@ -85,8 +90,8 @@ pub struct Course<'a> {
 pub struct Ran {
     /// Passes in which a sequence took part.
     pub passes: usize,
-    /// Forwards that each sequence has taken part in, those before included.
-    pub forwards: Vec<usize>,
+    /// Where the sequences stand: `forwards`, `per_step`, `left` and `limit`.
+    pub sequences: Vec<CourseSequence>,
     /// Whether it was stopped before the end.
     pub interrupted: bool,
     /// Of each pass, from the end of the one before to the moment when the host knew what came of it.

@@ -4,7 +4,8 @@ use super::config::{Config, Family};
 use super::course::Autonomous;
 use super::names::Names;
 use super::weights::Weights;
-use crate::backend::{Backend, Choice, HostUnmask, Needs, Part, Placement, Response, Room, Span};
+use super::window::Window;
+use crate::backend::{Backend, Choice, HostUnmask, Needs, Part, Parts, Placement, Room, Span};
 use crate::error::Result;
 use crate::oracle::unmask::{Group, Unmask, Verdict};
 use crate::tensor::Tensor;
@@ -25,8 +26,18 @@ pub enum LayerPlan {
         keep: bool,
     },
     /// Some rows run, attend to what is cached of all positions, and renew what is cached and kept of them; the other rows
-    /// add what was kept. Not of the first layer.
+    /// add what was kept. Not of the first layer. One choice for all layers that have one.
     Partly(Choice),
+}
+
+impl LayerPlan {
+    /// The choice that is made, if one is.
+    pub fn choice(&self) -> Option<Choice> {
+        match self {
+            LayerPlan::Whole { .. } => None,
+            LayerPlan::Partly(choice) => Some(*choice),
+        }
+    }
 }
 
 /// Asked layer by layer: what a pass runs, reuses and leaves behind. Implemented by [`crate::cache`].
@@ -46,8 +57,8 @@ impl CachePlan for Vec<LayerPlan> {
 pub struct Pass<'a> {
     /// Cache use, layer by layer.
     pub plan: &'a dyn CachePlan,
-    /// (sequence, positions) that run, at most one entry per sequence.
-    pub windows: &'a [(usize, Range<usize>)],
+    /// What runs, at most one entry per sequence.
+    pub windows: &'a [Window],
     /// What to decide; candidates lie inside the window of their sequence.
     pub groups: &'a [Group],
     /// How to decide it.
@@ -67,19 +78,20 @@ pub enum Twins<'a> {
     Apart {
         /// Cache use, layer by layer.
         plan: &'a dyn CachePlan,
-        /// (sequence, positions) that run, in the order of the pass.
-        windows: &'a [(usize, Range<usize>)],
+        /// What runs, in the order of the pass.
+        windows: &'a [Window],
     },
     /// Not at all: their logits are as far from the sequences' as is remembered.
     Remembered,
 }
 
-/// The response rows that V-verify chose in a layer.
+/// The rows that V-verify chose in a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chosen {
     /// The layer.
     pub layer: usize,
-    /// For each window of the pass, positions counted from the start of the response, ascending.
+    /// For each window of the pass, counted among those that it chose from ([`Parts::others`]), ascending: with the adaptive
+    /// cache from the start of the response.
     pub rows: Vec<Vec<usize>>,
 }
 
@@ -229,6 +241,12 @@ impl Sizes {
         if self.guided { 2 } else { 1 }
     }
 
+    /// Kinds of passes that a block is made of, at most: its first and the rest; with kept outputs the rest are of four, by
+    /// whether they renew the prompt and the response.
+    pub(crate) fn slots(&self) -> usize {
+        if self.kept { 5 } else { 2 }
+    }
+
     /// Rows of the largest pass: every position of every sequence.
     fn rows(&self) -> usize {
         let positions: usize = self.prompt_lens.iter().map(|p| p + self.gen_length).sum();
@@ -248,16 +266,18 @@ impl Sizes {
     }
 
     /// What launches are sized for, of passes over windows of these lengths and so many scored rows: just these rows, or with
-    /// `rooms` windows of a multiple of that part of the generated positions, which no shrinking window exceeds.
+    /// `rooms` windows of a multiple of that part of the generated positions, which no shrinking window exceeds. Rows that are
+    /// chosen come on top.
     #[cfg(feature = "cuda")]
     pub(super) fn room(&self, windows: &[usize], scored: usize, rooms: usize) -> Room {
         let (rows, longest) = (windows.iter().sum::<usize>(), windows.iter().copied().max().unwrap_or(0));
         if rooms == 0 {
-            return Room { rows: rows * self.twins(), longest, scored };
+            return Room { rows: rows * self.twins(), longest, scored, ..Room::default() };
         }
         let longest = longest.next_multiple_of(self.gen_length.div_ceil(rooms).max(1)).min(self.longest());
         // Not more than the windows could fill: attention's workspace is sized for that.
-        Room { rows: (windows.len() * self.twins() * longest).min(self.rows()), longest, scored }
+        let rows = (windows.len() * self.twins() * longest).min(self.rows());
+        Room { rows, longest, scored, ..Room::default() }
     }
 
     /// The same, as a backend wants to know it.
@@ -375,6 +395,8 @@ struct Slot<B: Backend> {
     rows: B::Rows,
     room: Room,
     spans: Vec<Span>,
+    /// Of each span, where a choice is made.
+    parts: Vec<Parts>,
 }
 
 /// A model, a device, and the buffers and cache of one decode.
@@ -383,8 +405,8 @@ pub struct Session<'m, B: Backend> {
     pub(super) backend: B,
     sizes: Sizes,
     buffers: Buffers<B>,
-    /// Two, so that one pass can follow another without waiting for the host: the first of a block, and the rest.
-    slots: [Slot<B>; 2],
+    /// So many that one pass can follow another without waiting for the host.
+    slots: Vec<Slot<B>>,
     multiply_adds: u64,
     /// Which of a sequence and its twin the pass runs.
     twins: Range<usize>,
@@ -425,9 +447,10 @@ impl<'m, B: Backend> Session<'m, B> {
                 false => None,
             },
         };
-        let slot =
-            || -> Result<Slot<B>> { Ok(Slot { rows: backend.rows(&needs)?, room: Room::default(), spans: vec![] }) };
-        let slots = [slot()?, slot()?];
+        let slot = |_| -> Result<Slot<B>> {
+            Ok(Slot { rows: backend.rows(&needs)?, room: Room::default(), spans: vec![], parts: vec![] })
+        };
+        let slots = (0..sizes.slots()).map(slot).collect::<Result<_>>()?;
         let (twins, distances) = (0..sizes.twins(), HashMap::new());
         Ok(Session { transformer, backend, sizes, buffers, slots, multiply_adds: 0, twins, distances, chosen: None })
     }
@@ -458,31 +481,34 @@ impl<'m, B: Backend> Session<'m, B> {
         tokens.iter().flatten().copied().chain([self.transformer.config.mask_token_id]).collect()
     }
 
-    /// The spans of a pass, and for each row the index of its token among the flat ones; unconditional twins, with their
-    /// prompts masked, come last.
-    fn rows(&self, windows: &[(usize, Range<usize>)]) -> (Vec<Span>, Vec<usize>) {
+    /// The spans of a pass, one for each window; unconditional twins come last.
+    fn spans(&self, windows: &[Window]) -> Vec<Span> {
         let sequences = self.sizes.prompt_lens.len();
-        let length = |sequence: usize| self.sizes.prompt_lens[sequence] + self.sizes.gen_length;
         let positions = self.first_token(sequences);
-        let (mut spans, mut tokens) = (Vec::new(), Vec::new());
+        let span = |twin: usize, window: &Window| Span {
+            sequence: twin * sequences + window.sequence,
+            start: window.rows.start,
+            end: window.rows.end,
+            len: window.view.places(),
+            cache_base: twin * positions + self.first_token(window.sequence),
+        };
+        self.twins.clone().flat_map(|twin| windows.iter().map(move |window| span(twin, window))).collect()
+    }
+
+    /// For each row of a pass its position and the index of its token among the flat ones; the prompts of twins are masked.
+    fn places(&self, windows: &[Window]) -> (Vec<usize>, Vec<usize>) {
+        let mask = self.first_token(self.sizes.prompt_lens.len());
+        let (mut positions, mut tokens) = (Vec::new(), Vec::new());
         for twin in self.twins.clone() {
-            for (sequence, window) in windows {
-                let base = self.first_token(*sequence);
-                spans.push(Span {
-                    sequence: twin * sequences + sequence,
-                    start: window.start,
-                    end: window.end,
-                    len: length(*sequence),
-                    cache_base: twin * positions + base,
-                });
-                let prompt = self.sizes.prompt_lens[*sequence];
-                tokens.extend(window.clone().map(|position| match twin == 1 && position < prompt {
-                    true => positions,
-                    false => base + position,
-                }));
+            for window in windows {
+                let (base, prompt) = (self.first_token(window.sequence), self.sizes.prompt_lens[window.sequence]);
+                for position in window.rows.clone().map(|place| window.view.position(place)) {
+                    positions.push(position);
+                    tokens.push(if twin == 1 && position < prompt { mask } else { base + position });
+                }
             }
         }
-        (spans, tokens)
+        (positions, tokens)
     }
 
     /// Where the tokens of a sequence begin among the flat ones.
@@ -491,29 +517,47 @@ impl<'m, B: Backend> Session<'m, B> {
     }
 
     /// Which rows the passes of slot `slot` run, and of which of them logits are asked for. Launches are sized for `room`, or
-    /// without one for just these rows.
+    /// without one for just these rows; what they are sized for in the end is returned.
     ///
     /// # Panics
-    /// When the pass is larger than the session's [`Sizes`].
+    /// When the pass is larger than the session's [`Sizes`], or layers of the plan choose differently.
     pub(super) fn place(
         &mut self,
         slot: usize,
-        windows: &[(usize, Range<usize>)],
+        windows: &[Window],
+        plan: &dyn CachePlan,
         scored: &[usize],
         room: Option<Room>,
-    ) -> Result<()> {
-        let (spans, tokens) = self.rows(windows);
+    ) -> Result<Room> {
+        let (spans, (positions, tokens)) = (self.spans(windows), self.places(windows));
+        let choices = (0..self.transformer.layers.len()).filter_map(|layer| plan.layer(layer).choice());
+        let choice = choices.reduce(|a, b| {
+            assert_eq!(a, b, "two choices in a pass");
+            a
+        });
+        let parts = |choice: Choice| -> Vec<Parts> {
+            let of = |(span, window): (&Span, &Window)| {
+                choice.parts((span.start, span.end), self.sizes.prompt_lens[window.sequence], &window.block)
+            };
+            spans.iter().zip(windows.iter().cycle()).map(of).collect()
+        };
+        let parts = choice.map(parts).unwrap_or_default();
         let longest = spans.iter().map(Span::rows).max().unwrap_or(0);
-        let room = room.unwrap_or(Room { rows: tokens.len(), longest, scored: scored.len() });
+        let least = Room { rows: tokens.len(), longest, scored: scored.len(), ..Room::default() };
+        let room = Room {
+            chosen: parts.iter().map(Parts::rows).sum(),
+            longest_chosen: parts.iter().map(Parts::rows).max().unwrap_or(0),
+            ..room.unwrap_or(least)
+        };
         let needs = self.sizes.needs(&self.transformer.config);
         assert!(tokens.len() <= room.rows && room.rows <= needs.rows, "{room:?} in {needs:?}");
         assert!(scored.len() <= room.scored && room.scored <= needs.scored && longest <= room.longest, "{room:?}");
+        let placement =
+            Placement { spans: &spans, positions: &positions, tokens: &tokens, scored, parts: &parts, room };
         let slot = &mut self.slots[slot];
-        slot.room = room;
-        let gen_length = self.sizes.gen_length;
-        self.backend.place(&mut slot.rows, &Placement { spans: &spans, tokens: &tokens, scored, gen_length, room })?;
-        slot.spans = spans;
-        Ok(())
+        self.backend.place(&mut slot.rows, &placement)?;
+        (slot.room, slot.spans, slot.parts) = (room, spans, parts);
+        Ok(room)
     }
 
     /// Embeds the rows of the pass that slot `slot` holds; then come its layers, and the head.
@@ -552,12 +596,12 @@ impl<'m, B: Backend> Session<'m, B> {
             }
             let (reuse, store, keep) = match plan.layer(i) {
                 LayerPlan::Whole { reuse, store, keep } => (reuse, store, keep),
-                LayerPlan::Partly(choice) => {
-                    self.partly(slot, i, choice)?;
+                LayerPlan::Partly(_) => {
+                    self.partly(slot, i)?;
                     continue;
                 }
             };
-            let Slot { rows: placed, room, spans } = &self.slots[slot];
+            let Slot { rows: placed, room, spans, .. } = &self.slots[slot];
             let (backend, b, rows) = (&mut self.backend, &mut self.buffers, room.rows);
             self.multiply_adds += work::attention(config, spans.iter().map(|s| (s.rows(), s.keys(reuse))));
             backend.linear(&b.normed, &layer.qkv, &mut b.qkv, rows)?;
@@ -608,26 +652,24 @@ impl<'m, B: Backend> Session<'m, B> {
     }
 
     /// Layer `i` where only some rows run: its normed input stands in `normed`. What it adds is left in what is kept.
-    fn partly(&mut self, slot: usize, i: usize, choice: Choice) -> Result<()> {
+    fn partly(&mut self, slot: usize, i: usize) -> Result<()> {
         let Transformer { config, layers, .. } = self.transformer;
         let (layer, heads, eps) = (&layers[i], config.heads(), config.rms_norm_eps);
         let (q, kv) = (config.q_width(), config.kv_width());
-        let Slot { rows: placed, room, spans } = &mut self.slots[slot];
+        let Slot { rows: placed, room, spans, parts } = &mut self.slots[slot];
         let (backend, b) = (&mut self.backend, &mut self.buffers);
         let (Some(cache), Some(kept)) = (&mut b.cache, &mut b.kept) else { panic!("the session keeps no outputs") };
         let first_row = kept.first_row(i);
-        let gen_length = self.sizes.gen_length;
-        let active = |span: &Span| choice.rows(span, gen_length);
-        let rows: usize = spans.iter().map(active).sum();
+        let rows = room.chosen;
         if rows > 0 {
             // With V-verify the values of all rows are fresh; without, of those that run.
-            let verifies = choice.response != Response::Stale;
+            let verifies = parts.iter().any(|parts| parts.renewed);
             if verifies {
                 backend.linear_part(&b.normed, &layer.qkv, q + kv..q + 2 * kv, &mut b.qkv, room.rows)?;
                 self.multiply_adds += work::values(config, spans.iter().map(Span::rows).sum());
             }
-            backend.choose(verifies.then_some(&b.qkv), heads, choice, placed, (cache, i))?;
-            if let (Response::Fresh(_), Some(chosen)) = (choice.response, &mut self.chosen) {
+            backend.choose(verifies.then_some(&b.qkv), heads, placed, (cache, i))?;
+            if let (true, Some(chosen)) = (verifies, &mut self.chosen) {
                 let mut rows = backend.chosen(placed)?;
                 rows.truncate(spans.len() / self.twins.len());
                 chosen.push(Chosen { layer: i, rows });
@@ -639,7 +681,7 @@ impl<'m, B: Backend> Session<'m, B> {
             backend.attention_chosen(&b.qkv, heads, placed, (cache, i), !verifies, &mut b.attn)?;
             backend.linear(&b.attn, &layer.attn_out, &mut b.delta, rows)?;
             backend.keep(&b.delta, Part::Chosen, config.d_model, placed, (&mut kept.attention, first_row))?;
-            self.multiply_adds += work::attention(config, spans.iter().map(|s| (active(s), s.len)));
+            self.multiply_adds += work::attention(config, parts.iter().zip(&*spans).map(|(p, s)| (p.rows(), s.len)));
             self.multiply_adds -= if verifies { work::values(config, rows) } else { 0 };
             self.multiply_adds += work::rest(config, rows);
         }
@@ -705,14 +747,14 @@ impl<'m, B: Backend> Session<'m, B> {
     pub fn forward(
         &mut self,
         tokens: &[Vec<u32>],
-        windows: &[(usize, Range<usize>)],
+        windows: &[Window],
         plan: &dyn CachePlan,
         index: &[usize],
         hidden: Option<&mut Vec<Vec<f32>>>,
     ) -> Result<()> {
         let flat = self.flat(tokens);
         self.backend.write_tokens(&flat)?;
-        self.place(0, windows, index, None)?;
+        self.place(0, windows, plan, index, None)?;
         let mut hidden = hidden;
         self.embed(0, hidden.as_deref_mut())?;
         self.layers(0, plan, 0..self.transformer.layers.len(), hidden.as_deref_mut())?;
@@ -725,18 +767,18 @@ impl<'m, B: Backend> Session<'m, B> {
     }
 
     /// The rows of a pass whose logits decide about the groups' positions; with guidance those of the twins behind them.
-    pub(super) fn scored(&self, windows: &[(usize, Range<usize>)], groups: &[(usize, &[usize])]) -> Vec<usize> {
+    pub(super) fn scored(&self, windows: &[Window], groups: &[(usize, &[usize])]) -> Vec<usize> {
         let family = self.transformer.config.family;
-        let rows: usize = windows.iter().map(|(_, window)| window.len()).sum();
+        let rows: usize = windows.iter().map(|window| window.rows.len()).sum();
         let mut index = Vec::new();
         for twin in 0..self.twins.len() {
             for (group, positions) in groups {
                 let mut first = twin * rows;
-                for (sequence, window) in windows {
-                    if sequence == group {
-                        index.extend(positions.iter().map(|p| first + source_row(family, window, *p)));
+                for window in windows {
+                    if window.sequence == *group {
+                        index.extend(positions.iter().map(|p| first + source_row(family, &window.rows, *p)));
                     }
-                    first += window.len();
+                    first += window.rows.len();
                 }
             }
         }
@@ -749,7 +791,7 @@ impl<B: HostUnmask> Session<'_, B> {
     fn logits_of(
         &mut self,
         tokens: &[Vec<u32>],
-        (plan, windows): (&dyn CachePlan, &[(usize, Range<usize>)]),
+        (plan, windows): (&dyn CachePlan, &[Window]),
         positions: &[(usize, &[usize])],
         twin: bool,
     ) -> Result<Vec<f32>> {
@@ -769,8 +811,9 @@ impl<B: HostUnmask> Session<'_, B> {
         let mut logits = Vec::new();
         if let Twins::Apart { plan, windows } = pass.twins {
             // Any mask may be decided about before the twins run again.
-            let masks = |(s, window): &(usize, Range<usize>)| -> (usize, Vec<usize>) {
-                (*s, window.clone().filter(|p| tokens[*s][*p] == mask_token_id).collect())
+            let masks = |window: &Window| -> (usize, Vec<usize>) {
+                let masked = |p: &usize| tokens[window.sequence][*p] == mask_token_id;
+                (window.sequence, window.rows.clone().filter(masked).collect())
             };
             let masks: Vec<_> = pass.windows.iter().map(masks).collect();
             let open: Vec<_> = masks.iter().map(|(s, positions)| (*s, &positions[..])).collect();
@@ -848,7 +891,7 @@ mod work {
     }
 }
 
-/// The row of a window whose logits decide about `position`: its own for LLaDA, the one before for Dream (whose first
+/// The row of a window, all of it near, whose logits decide about `position`: its own for LLaDA, the one before for Dream (whose first
 /// row of a window stands for itself).
 pub fn source_row(family: Family, window: &Range<usize>, position: usize) -> usize {
     match family {

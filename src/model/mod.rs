@@ -8,6 +8,7 @@ mod random;
 #[cfg(feature = "cuda")]
 mod resident;
 pub mod weights;
+mod window;
 
 pub use config::{Config, Family};
 pub use course::{Autonomous, Course, CourseSequence, CourseStage, Ran, Schedule};
@@ -15,6 +16,7 @@ pub use forward::{CachePlan, Chosen, Launches, LayerPlan, Memory, Network, Pass,
 #[cfg(feature = "cuda")]
 pub use resident::{Resident, supports as supports_cuda};
 pub use weights::Weights;
+pub use window::{View, Window};
 
 use crate::backend::cpu::{Cpu, ensure_memory};
 #[cfg(feature = "cuda")]

@@ -36,7 +36,8 @@ pub struct Resident<'m> {
     graphs: HashMap<Key, Recorded>,
     session: Session<'m, Cuda>,
     control: Control,
-    stages: [Stage; 2],
+    /// One for each slot of the session.
+    stages: Vec<Stage>,
     /// The last, so that it sees to what the others have freed.
     _settle: Settle,
 }
@@ -252,6 +253,7 @@ impl Control {
         let start = dllm_advance_control {
             schedule: schedule as i32,
             steps: of_steps,
+            pass: int(course.first_pass)?,
             num_ratios: int(shares.len())?,
             passes: self.passes,
             failed_sequence: DLLM_NONE_FAILED,
@@ -308,14 +310,14 @@ pub(super) fn memory(sizes: &Sizes, config: &Config, multiprocessors: usize) -> 
     let needs = sizes.needs(config);
     let (sequences, candidates) = (sizes.prompt_lens.len(), sizes.candidates);
     let [cache, activations, logits] = sizes.elements(config);
-    let tables = 2 * Stage::len(sequences, candidates)
+    let tables = sizes.slots() * Stage::len(sequences, candidates)
         + Layout::new(sequences, sizes.end_tokens, sizes.ratios).len
         + 3 * sequences
         + 3 * candidates;
     let workspace = 2 * activations
         + 4 * (logits + tables)
         + unmask_workspace(sequences, candidates, config.vocab_size)?
-        + Cuda::session_bytes(&needs, multiprocessors);
+        + Cuda::session_bytes(&needs, sizes.slots(), multiprocessors);
     Ok([2 * cache, workspace])
 }
 
@@ -341,8 +343,8 @@ impl<'m> Resident<'m> {
     pub fn new(transformer: &'m Transformer<Cuda>, device: &Device, sizes: Sizes) -> Result<Resident<'m>> {
         let config = transformer.config();
         supports(config)?;
-        if sizes.kept {
-            return Err(Error::Unavailable("--cache adaptive runs on the CPU only: --device cpu".into()));
+        if sizes.remembered {
+            return Err(Error::Unavailable("--cfg-interval above 1 runs on the CPU only: --device cpu".into()));
         }
         let (sequences, candidates) = (sizes.prompt_lens.len(), sizes.candidates);
         let what = format!("{sequences} sequences of up to {} positions", sizes.longest());
@@ -365,7 +367,7 @@ impl<'m> Resident<'m> {
         let settle = stream.settle();
         let control = Control::new(&stream, &sizes, config).map_err(named)?;
         let stage = || Stage::new(&stream, sequences, candidates).map_err(named);
-        let stages = [stage()?, stage()?];
+        let stages = (0..sizes.slots()).map(|_| stage()).collect::<Result<_>>()?;
         let session = Session::new(transformer, cuda, sizes).map_err(named)?;
         Ok(Resident { graphs: HashMap::new(), session, control, stages, _settle: settle })
     }
@@ -403,9 +405,9 @@ impl<'m> Resident<'m> {
         } else {
             scored.resize(room, 0);
         }
-        let lens: Vec<usize> = stage.windows.iter().map(|(_, window)| window.len()).collect();
+        let lens: Vec<usize> = stage.windows.iter().map(|window| window.rows.len()).collect();
         let room = session.sizes().room(&lens, scored.len(), if stage.shrinks { ROOMS } else { 0 });
-        session.place(slot, stage.windows, &scored, Some(room))?;
+        let room = session.place(slot, stage.windows, stage.plan, &scored, Some(room))?;
 
         let mut table = vec![0i32; Stage::len(sequences, candidates)];
         let (rows, bounds) = table.split_at_mut(4 * candidates);
@@ -442,7 +444,11 @@ impl<'m> Resident<'m> {
         }
         let flat = self.session.flat(tokens);
         self.session.backend.write_tokens(&flat)?;
-        for (slot, stage) in course.stages.iter().enumerate().take(if course.one_stage { 1 } else { 2 }) {
+        if course.stages.len() > self.stages.len() {
+            let expected = format!("at most {}, as the session was made for", self.stages.len());
+            return Err(Error::argument("stages", expected, course.stages.len()));
+        }
+        for (slot, stage) in course.stages.iter().enumerate() {
             self.place(slot, stage)?;
         }
         let first_tokens: Vec<usize> = (0..tokens.len()).map(|s| self.session.first_token(s)).collect();
@@ -629,14 +635,14 @@ impl<'m> Resident<'m> {
         }
     }
 
-    /// Whether another pass follows; an error when a sequence has failed.
-    fn outcome(&self) -> Result<bool> {
+    /// How many sequences take part in the next pass; an error when one has failed.
+    fn outcome(&self) -> Result<usize> {
         const ACTIVE: usize = std::mem::offset_of!(dllm_progress, active) / 4;
         const FAILED: usize = std::mem::offset_of!(dllm_progress, failed_sequence) / 4;
         let word = |i: usize| self.control.progress.get(i);
         let [sequence, position, step] = [FAILED, FAILED + 1, FAILED + 2].map(word);
         match (sequence, position) {
-            (DLLM_NONE_FAILED, _) => Ok(word(ACTIVE) > 0),
+            (DLLM_NONE_FAILED, _) => Ok(word(ACTIVE).max(0) as usize),
             (_, 0..) => Err(Error::NoFiniteLogit {
                 sequence: sequence as usize,
                 position: position as usize,
@@ -662,34 +668,49 @@ impl<'m> Resident<'m> {
 impl Autonomous for Resident<'_> {
     fn run(&mut self, tokens: &mut [Vec<u32>], course: &Course, go_on: &dyn Fn() -> bool) -> Result<Ran> {
         let decision = Decision::of(course.selection, course.unmask);
-        let later = if course.one_stage { 0 } else { 1 };
+        let slot = |pass: usize| match (course.stage)(pass) {
+            slot if slot < course.stages.len() => Ok(slot),
+            slot => Err(Error::argument("stage", format!("one of {}", course.stages.len()), slot)),
+        };
+        let together = if course.together { course.sequences.iter().filter(|s| s.active).count() } else { 1 };
         let mut start = Instant::now();
         self.begin(tokens, course)?;
-        self.launch(0, Part::Ahead, course.unmask, decision)?;
-        self.launch(0, Part::Rest, course.unmask, decision)?;
+        self.launch(slot(0)?, Part::Ahead, course.unmask, decision)?;
+        self.launch(slot(0)?, Part::Rest, course.unmask, decision)?;
         let mut interrupted = false;
         let mut seconds = Vec::new();
-        loop {
-            self.launch(later, Part::Ahead, course.unmask, decision)?;
+        for pass in 1.. {
+            let slot = slot(pass)?;
+            self.launch(slot, Part::Ahead, course.unmask, decision)?;
             self.wait(self.control.passes)?;
             seconds.push(start.elapsed().as_secs_f64());
             start = Instant::now();
-            if !self.outcome()? {
+            if self.outcome()? < together {
                 break;
             }
             interrupted = !go_on();
             if interrupted {
                 break;
             }
-            self.launch(later, Part::Rest, course.unmask, decision)?;
+            self.launch(slot, Part::Rest, course.unmask, decision)?;
         }
         self.read_tokens(tokens)?;
         const NFE: usize = std::mem::offset_of!(dllm_progress, nfe) / 4;
         let state = self.control.state.read()?;
         let sequences = state[self.control.layout.sequences..].chunks(size_of::<dllm_advance_sequence>() / 4);
-        const FORWARDS: usize = std::mem::offset_of!(dllm_advance_sequence, forwards) / 4;
-        let forwards = sequences.take(tokens.len()).map(|s| s[FORWARDS].max(0) as usize).collect();
-        Ok(Ran { passes: self.control.progress.get(NFE).max(0) as usize, forwards, interrupted, seconds })
+        let stands = |(course, state): (&CourseSequence, &[i32])| {
+            let state: dllm_advance_sequence = bytemuck::pod_read_unaligned(bytemuck::cast_slice(state));
+            let number = |number: i32| number.max(0) as usize;
+            CourseSequence {
+                forwards: number(state.forwards),
+                per_step: number(state.per_step),
+                left: number(state.left),
+                limit: if state.limit == i32::MAX { course.limit } else { number(state.limit) },
+                ..course.clone()
+            }
+        };
+        let sequences = course.sequences.iter().zip(sequences).map(stands).collect();
+        Ok(Ran { passes: self.control.progress.get(NFE).max(0) as usize, sequences, interrupted, seconds })
     }
 }
 
@@ -723,8 +744,10 @@ impl Network for Resident<'_> {
         }
         let stage = CourseStage { plan: pass.plan, windows: pass.windows, candidates: &candidates, shrinks: false };
         let course = Course {
-            stages: [stage; 2],
-            one_stage: true,
+            stages: &[stage],
+            stage: &|_| 0,
+            first_pass: 0,
+            together: false,
             schedule: &Schedule::None,
             selection,
             sequences: &sequences,

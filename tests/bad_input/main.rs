@@ -15,7 +15,7 @@ mod tensors;
 use checkpoint::{Checkpoint, FILE, INDEX, MASK, VOCAB, WINDOW, write};
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind};
-use dllm_kernels::model::{Session, Sizes};
+use dllm_kernels::model::{Session, Sizes, Window};
 use dllm_kernels::{CacheMode, Confidence, Error, Family, Generation, Generator, Model, Options, Policy, Result};
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -69,7 +69,7 @@ fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
         end_tokens: 0,
     };
     let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
-    let plan = BlockPlan { mode: CacheMode::None, pass: PassKind::Full };
-    session.forward(&[tokens.to_vec()], &[(0, 0..n)], &plan, &(0..n).collect::<Vec<_>>(), None).unwrap();
+    let plan = BlockPlan::new(CacheMode::None, PassKind::Full);
+    session.forward(&[tokens.to_vec()], &[Window::new(0, 0..n, n)], &plan, &(0..n).collect::<Vec<_>>(), None).unwrap();
     session.logits(n).unwrap()
 }

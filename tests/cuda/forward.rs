@@ -8,7 +8,7 @@ use crate::rounded::Rounded;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::backend::cuda::Cuda;
 use dllm_kernels::cache::{BlockPlan, CacheMode, PassKind};
-use dllm_kernels::model::{Session, Sizes};
+use dllm_kernels::model::{Session, Sizes, Window};
 use serde_json::Value;
 use std::ops::Range;
 
@@ -94,11 +94,11 @@ fn run(both: &Both, case: &Value, tensors: &Tensors, errors: &mut Errors) {
     };
     let block: Range<usize> = if later.is_some() { size("start")..size("end") } else { 0..length };
     for (call, pass) in passes {
-        let window = pass.window(&block, length);
-        let windows: Vec<_> = (0..batch).map(|s| (s, window.clone())).collect();
+        let window = pass.window(&block, 0, length);
+        let windows: Vec<_> = (0..batch).map(|s| Window::new(s, window.clone(), length)).collect();
         let index: Vec<usize> = (0..batch * window.len()).collect();
         let tokens = token_rows(tensors, &format!("{name}.ids{call}"), batch);
-        let plan = BlockPlan { mode, pass };
+        let plan = BlockPlan::new(mode, pass);
         gpu.forward(&tokens, &windows, &plan, &index, None).unwrap();
         cpu.forward(&tokens, &windows, &plan, &index, None).unwrap();
         rounded.forward(&tokens, &windows, &plan, &index, None).unwrap();

@@ -83,14 +83,14 @@ impl Network for Lockstep<'_> {
 
 /// The rows of a pass whose logits decide about its candidates; with guidance those of the twins behind them.
 fn scored(family: Family, pass: &Pass) -> Vec<usize> {
-    let rows: usize = pass.windows.iter().map(|(_, window)| window.len()).sum();
+    let rows: usize = pass.windows.iter().map(|w| w.rows.len()).sum();
     let twins = if pass.unmask.cfg_scale > 0.0 { 2 } else { 1 };
     let mut scored = Vec::new();
     for twin in 0..twins {
         for group in pass.groups {
-            let before = pass.windows.iter().take_while(|(s, _)| *s != group.sequence);
-            let first = twin * rows + before.map(|(_, window)| window.len()).sum::<usize>();
-            let (_, window) = pass.windows.iter().find(|(s, _)| *s == group.sequence).unwrap();
+            let before = pass.windows.iter().take_while(|w| w.sequence != group.sequence);
+            let first = twin * rows + before.map(|w| w.rows.len()).sum::<usize>();
+            let window = &pass.windows.iter().find(|w| w.sequence == group.sequence).unwrap().rows;
             scored.extend(group.positions.iter().map(|position| match family {
                 Family::Llada => first + position - window.start,
                 Family::Dream => first + (position - window.start).saturating_sub(1),

@@ -15,7 +15,7 @@ pub use simd::Isa;
 #[doc(hidden)]
 pub use simd::fma_roof;
 
-use super::{Backend, Choice, Heads, HostUnmask, Needs, Part, Placement, Response, Span};
+use super::{Backend, Heads, HostUnmask, Needs, Part, Parts, Placement, Span};
 use crate::error::{Error, Result};
 use crate::oracle::unmask::{self, Group, Unmask, Verdict};
 use crate::oracle::{norm, rope};
@@ -36,23 +36,32 @@ pub struct Cpu {
 #[derive(Debug, Default)]
 pub struct Rows {
     spans: Vec<Span>,
+    positions: Vec<usize>,
     tokens: Vec<usize>,
     scored: Vec<usize>,
-    gen_length: usize,
-    /// Of each span, the positions of the rows that a layer runs, ascending.
+    parts: Vec<Parts>,
+    /// Of each span, which of the others run, counted among them.
     chosen: Vec<Vec<usize>>,
 }
 
 impl Rows {
-    /// The rows chosen last: index among the rows of the pass, span, position.
-    fn chosen(&self) -> impl Iterator<Item = (usize, &Span, usize)> {
+    /// The rows chosen last: index among the rows of the pass, and place in the cache.
+    fn chosen(&self) -> impl Iterator<Item = (usize, usize)> {
         let firsts = self.spans.iter().scan(0, |next, span| {
             let first = *next;
             *next += span.rows();
             Some(first)
         });
-        let spans = self.spans.iter().zip(firsts).zip(&self.chosen);
-        spans.flat_map(|((span, first), positions)| positions.iter().map(move |p| (first + p - span.start, span, *p)))
+        let spans = self.spans.iter().zip(firsts).zip(self.parts.iter().zip(&self.chosen));
+        spans.flat_map(|((span, first), (parts, chosen))| {
+            let [before, after] = &parts.others;
+            let other = move |i: &usize| match before.len() {
+                len if *i < len => before.start + i,
+                len => after.start + i - len,
+            };
+            let places = parts.always.clone().chain(chosen.iter().map(other));
+            places.map(move |place| (first + place - span.start, span.cache_base + place))
+        })
     }
 
     /// All rows of the pass, as places in the cache.
@@ -150,9 +159,15 @@ impl Backend for Cpu {
     }
 
     fn place(&mut self, rows: &mut Rows, placement: &Placement) -> Result<()> {
-        let Placement { spans, tokens, scored, gen_length, .. } = *placement;
-        let (spans, tokens, scored) = (spans.to_vec(), tokens.to_vec(), scored.to_vec());
-        *rows = Rows { spans, tokens, scored, gen_length, chosen: vec![] };
+        let Placement { spans, positions, tokens, scored, parts, .. } = *placement;
+        *rows = Rows {
+            spans: spans.to_vec(),
+            positions: positions.to_vec(),
+            tokens: tokens.to_vec(),
+            scored: scored.to_vec(),
+            parts: parts.to_vec(),
+            chosen: vec![],
+        };
         Ok(())
     }
 
@@ -209,48 +224,47 @@ impl Backend for Cpu {
         &mut self,
         values: Option<&Vec<f32>>,
         heads: Heads,
-        choice: Choice,
         rows: &mut Rows,
         (cache, layer): (&mut KvCache, usize),
     ) -> Result<()> {
         let width = heads.num_kv_heads * heads.head_dim;
-        let gen_length = rows.gen_length;
         rows.chosen.clear();
         let mut first = 0;
-        for span in &rows.spans {
-            let response = span.len - gen_length;
-            let mut positions: Vec<usize> = if choice.prompt { (span.start..response).collect() } else { vec![] };
-            if let (Some(values), Response::Fresh(count)) = (values, choice.response) {
-                let at = |position: usize| (layer * cache.positions + span.cache_base + position) * width;
-                let fresh = &values[first * width..(first + span.rows()) * width];
-                let (of_prompt, of_response) = fresh.split_at((response - span.start) * width);
-                let cached = &mut cache.v[at(response)..at(span.len)];
-                let turned = match count == gen_length {
-                    true => (0..gen_length).collect(),
-                    false => vverify::vverify(of_response, cached, width, count),
+        for (span, parts) in rows.spans.iter().zip(&rows.parts) {
+            let mut chosen = vec![];
+            if let Some(values) = values {
+                let cached = |places: &Range<usize>| {
+                    let at = |place: usize| (layer * cache.positions + span.cache_base + place) * width;
+                    at(places.start)..at(places.end)
                 };
-                positions.extend(turned.iter().map(|i| response + i));
-                cached.copy_from_slice(of_response);
-                if choice.prompt {
-                    cache.v[at(span.start)..at(response)].copy_from_slice(of_prompt);
+                let fresh = |places: &Range<usize>| {
+                    let at = |place: usize| (first + place - span.start) * width;
+                    at(places.start)..at(places.end)
+                };
+                chosen = match parts.count == parts.num_others() {
+                    true => (0..parts.count).collect(),
+                    false => {
+                        let pairs = parts.others.each_ref().map(|p| (&values[fresh(p)], &cache.v[cached(p)]));
+                        vverify::vverify(pairs, width, parts.count)
+                    }
+                };
+                let [before, after] = &parts.others;
+                for places in [&parts.always, before, after] {
+                    cache.v[cached(places)].copy_from_slice(&values[fresh(places)]);
                 }
             }
-            rows.chosen.push(positions);
+            rows.chosen.push(chosen);
             first += span.rows();
         }
         Ok(())
     }
 
     fn chosen(&self, rows: &Rows) -> Result<Vec<Vec<usize>>> {
-        let of = |(span, positions): (&Span, &Vec<usize>)| {
-            let response = span.len - rows.gen_length;
-            positions.iter().filter(|p| **p >= response).map(|p| p - response).collect()
-        };
-        Ok(rows.spans.iter().zip(&rows.chosen).map(of).collect())
+        Ok(rows.chosen.clone())
     }
 
     fn gather_chosen(&mut self, x: &Vec<f32>, rows: &Rows, width: usize, out: &mut Vec<f32>) -> Result<()> {
-        for ((row, ..), to) in rows.chosen().zip(out.chunks_exact_mut(width)) {
+        for ((row, _), to) in rows.chosen().zip(out.chunks_exact_mut(width)) {
             to.copy_from_slice(&x[row * width..(row + 1) * width]);
         }
         Ok(())
@@ -266,9 +280,9 @@ impl Backend for Cpu {
     ) -> Result<()> {
         let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
         let width = q + if values { 2 * kv } else { kv };
-        for ((_, span, position), row) in rows.chosen().zip(qkv.chunks_exact_mut(width)) {
-            rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(position));
-            let at = (layer * cache.positions + span.cache_base + position) * kv;
+        for ((of_pass, place), row) in rows.chosen().zip(qkv.chunks_exact_mut(width)) {
+            rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(rows.positions[of_pass]));
+            let at = (layer * cache.positions + place) * kv;
             cache.k[at..at + kv].copy_from_slice(&row[q..q + kv]);
             if values {
                 cache.v[at..at + kv].copy_from_slice(&row[q + kv..]);
@@ -288,7 +302,7 @@ impl Backend for Cpu {
     ) -> Result<()> {
         let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
         let stride = q + if values { 2 * kv } else { kv };
-        let counts: Vec<usize> = rows.chosen.iter().map(Vec::len).collect();
+        let counts: Vec<usize> = rows.parts.iter().map(Parts::rows).collect();
         attention::attention_cached(qkv, stride, heads, &rows.spans, &counts, cache.layer(layer), out);
         Ok(())
     }
@@ -307,7 +321,7 @@ impl Backend for Cpu {
         let delta = delta.chunks_exact(width);
         match part {
             Part::Whole => rows.places().zip(delta).for_each(copy),
-            Part::Chosen => rows.chosen().map(|(_, span, p)| span.cache_base + p).zip(delta).for_each(copy),
+            Part::Chosen => rows.chosen().map(|(_, place)| place).zip(delta).for_each(copy),
         }
         Ok(())
     }
@@ -339,15 +353,13 @@ impl Backend for Cpu {
         mut store: Option<(&mut KvCache, usize)>,
     ) -> Result<()> {
         let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
-        let mut rows_of_all = qkv.chunks_exact_mut(heads.qkv_width());
-        for span in &rows.spans {
-            for (position, row) in (span.start..span.end).zip(&mut rows_of_all) {
-                rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(position));
-                if let Some((cache, layer)) = &mut store {
-                    let at = (*layer * cache.positions + span.cache_base + position) * kv;
-                    cache.k[at..at + kv].copy_from_slice(&row[q..q + kv]);
-                    cache.v[at..at + kv].copy_from_slice(&row[q + kv..]);
-                }
+        let places = rows.positions.iter().zip(rows.places());
+        for ((position, place), row) in places.zip(qkv.chunks_exact_mut(heads.qkv_width())) {
+            rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(*position));
+            if let Some((cache, layer)) = &mut store {
+                let at = (*layer * cache.positions + place) * kv;
+                cache.k[at..at + kv].copy_from_slice(&row[q..q + kv]);
+                cache.v[at..at + kv].copy_from_slice(&row[q + kv..]);
             }
         }
         Ok(())

@@ -8,14 +8,17 @@ const EPS: f64 = 1e-8;
 /// Partial sums of a dot product.
 const LANES: usize = 8;
 
-/// The `count` rows of `fresh` whose cosine with the same row of `cached` is lowest, as
-/// [`crate::oracle::vverify::vverify`] has them. Rows are `width` floats.
-pub fn vverify(fresh: &[f32], cached: &[f32], width: usize, count: usize) -> Vec<usize> {
+/// The `count` rows whose cosine with the cached row is lowest, as [`crate::oracle::vverify::vverify`] has them; of two runs of
+/// (fresh, cached) rows, counted one after the other. Rows are `width` floats.
+pub fn vverify(runs: [(&[f32], &[f32]); 2], width: usize, count: usize) -> Vec<usize> {
     if count == 0 {
         return vec![];
     }
-    let rows = fresh.par_chunks_exact(width).zip(cached.par_chunks_exact(width));
-    let similarity: Vec<f64> = rows.map(|(a, b)| cosine(a, b)).collect();
+    let mut similarity: Vec<f64> = vec![];
+    for (fresh, cached) in runs {
+        let rows = fresh.par_chunks_exact(width).zip(cached.par_chunks_exact(width));
+        similarity.par_extend(rows.map(|(a, b)| cosine(a, b)));
+    }
     lowest_of(&similarity, count)
 }
 
@@ -46,6 +49,12 @@ mod tests {
         (0..len as u32).map(|i| ((i.wrapping_mul(2_654_435_761) ^ seed) >> 16) as f32 / 32768.0 - 1.0).collect()
     }
 
+    /// In two runs, of a third of the rows and of the rest.
+    fn two(fresh: &[f32], cached: &[f32], width: usize, count: usize) -> Vec<usize> {
+        let at = fresh.len() / width / 3 * width;
+        vverify([(&fresh[..at], &cached[..at]), (&fresh[at..], &cached[at..])], width, count)
+    }
+
     #[test]
     fn equals_the_oracle() {
         for width in [1, 7, 8, 64, 129] {
@@ -56,7 +65,7 @@ mod tests {
             for count in [0, 1, 13, 40] {
                 let want = oracle::vverify(&fresh, &cached, width, (count as f64 + 0.5) / 40.5);
                 // Of one element each, cosines are 1 or -1 up to the last bit.
-                assert!(width == 1 || vverify(&fresh, &cached, width, count) == want, "{width} {count}");
+                assert!(width == 1 || two(&fresh, &cached, width, count) == want, "{width} {count}");
             }
         }
     }
@@ -65,11 +74,11 @@ mod tests {
     #[test]
     fn equal_rows_tie() {
         let rows = noise(50 * 33, 3);
-        assert_eq!(vverify(&rows, &rows, 33, 7), [0, 1, 2, 3, 4, 5, 6]);
+        assert_eq!(two(&rows, &rows, 33, 7), [0, 1, 2, 3, 4, 5, 6]);
         let mut one = rows.clone();
         one[20 * 33] += 1.0;
-        assert_eq!(vverify(&one, &rows, 33, 3), [0, 1, 20]);
+        assert_eq!(two(&one, &rows, 33, 3), [0, 1, 20]);
         one[30 * 33] = f32::NAN;
-        assert_eq!(vverify(&one, &rows, 33, 1), [30]);
+        assert_eq!(two(&one, &rows, 33, 1), [30]);
     }
 }

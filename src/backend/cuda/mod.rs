@@ -127,11 +127,11 @@ impl Cuda {
         Ok(buffer)
     }
 
-    /// Device bytes that [`Backend::prepare`] and twice [`Backend::rows`] take.
-    pub(crate) fn session_bytes(needs: &Needs, multiprocessors: usize) -> usize {
+    /// Device bytes that [`Backend::prepare`] and so many [`Backend::rows`] take.
+    pub(crate) fn session_bytes(needs: &Needs, slots: usize, multiprocessors: usize) -> usize {
         let angles = needs.longest * needs.heads.head_dim / 2 * size_of::<[f32; 2]>();
         let workspace = attention_workspace(needs, multiprocessors) * size_of::<f32>();
-        let ints = needs.tokens + 2 * Rows::len(needs);
+        let ints = needs.tokens + slots * Rows::len(needs);
         Blas::memory_bytes() + angles + workspace + ints * size_of::<i32>()
     }
 }

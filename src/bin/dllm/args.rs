@@ -144,9 +144,26 @@ pub struct Decoding {
     /// With --cfg-scale: forwards between two of the unconditional half; the first five run it always [default: 1]
     #[arg(long, value_name = "N", help_heading = ADAPTIVE)]
     pub cfg_interval: Option<usize>,
+
+    /// Renew the prompt in one refresh of N, the first among them [default: 1]
+    #[arg(long, value_name = "N", help_heading = BLOCKS)]
+    pub refresh_prompt_every: Option<usize>,
+    /// Later refreshes run the block and this share of the other rows, those whose values turned most [default: 1]
+    #[arg(long, value_name = "R", allow_negative_numbers = true, help_heading = BLOCKS)]
+    pub refresh_rows: Option<f64>,
+    /// Rows on either side of the block that its forwards run too [default: 0]
+    #[arg(long, value_name = "W", help_heading = BLOCKS)]
+    pub vicinity: Option<usize>,
+    /// Positions behind the block that are in view, with any cache but adaptive [default: all]
+    #[arg(long, value_name = "W", help_heading = BLOCKS)]
+    pub suffix_window: Option<usize>,
+    /// Behind the window one position of K is in view too [default: none]
+    #[arg(long, value_name = "K", help_heading = BLOCKS)]
+    pub suffix_stride: Option<usize>,
 }
 
 const ADAPTIVE: &str = "Cache mode adaptive";
+const BLOCKS: &str = "Cache modes prefix and dual";
 const CACHE_HELP: &str = "What is kept between forwards: none, prefix, dual or adaptive [default: dual]";
 
 /// The flags of a setting, parsed as if they stood on a command line.
@@ -186,6 +203,11 @@ impl Decoding {
             response_interval: self.response_interval.unwrap_or(default.response_interval),
             refresh_ratio: self.refresh_ratio.unwrap_or(default.refresh_ratio),
             cfg_interval: self.cfg_interval.unwrap_or(default.cfg_interval),
+            refresh_prompt_every: self.refresh_prompt_every.unwrap_or(default.refresh_prompt_every),
+            refresh_rows: self.refresh_rows.unwrap_or(default.refresh_rows),
+            vicinity: self.vicinity.unwrap_or(default.vicinity),
+            suffix_window: self.suffix_window.or(default.suffix_window),
+            suffix_stride: self.suffix_stride.unwrap_or(default.suffix_stride),
             policy: match self.policy() {
                 PolicyName::Threshold => Policy::Threshold(self.threshold.unwrap_or(0.9)),
                 PolicyName::Fixed => Policy::Fixed,
@@ -227,6 +249,11 @@ impl Decoding {
             || self.response_interval.is_some()
             || self.refresh_ratio.is_some()
             || self.cfg_interval.is_some()
+            || self.refresh_prompt_every.is_some()
+            || self.refresh_rows.is_some()
+            || self.vicinity.is_some()
+            || self.suffix_window.is_some()
+            || self.suffix_stride.is_some()
     }
 
     /// Errs when the preset is for models of another family.
@@ -245,6 +272,7 @@ impl Decoding {
     pub fn idle_flags(&self) -> Vec<&'static str> {
         let policy = self.policy();
         let adaptive = self.options().cache == CacheMode::Adaptive;
+        let refreshes = matches!(self.options().cache, CacheMode::Prefix | CacheMode::Dual);
         let guided = self.cfg_scale.is_some_and(|scale| scale > 0.0);
         let flags = [
             ("--threshold (see --policy)", self.threshold.is_some() && policy != PolicyName::Threshold),
@@ -254,6 +282,10 @@ impl Decoding {
             ("--response-interval (see --cache)", self.response_interval.is_some() && !adaptive),
             ("--refresh-ratio (see --cache)", self.refresh_ratio.is_some() && !adaptive),
             ("--cfg-interval (see --cache, --cfg-scale)", self.cfg_interval.is_some() && !(adaptive && guided)),
+            ("--refresh-prompt-every (see --cache)", self.refresh_prompt_every.is_some() && !refreshes),
+            ("--refresh-rows (see --cache)", self.refresh_rows.is_some() && !refreshes),
+            ("--vicinity (see --cache)", self.vicinity.is_some() && !refreshes),
+            ("--suffix-stride (see --suffix-window)", self.suffix_stride.is_some() && self.suffix_window.is_none()),
         ];
         flags.into_iter().filter(|(_, idle)| *idle).map(|(name, _)| name).collect()
     }

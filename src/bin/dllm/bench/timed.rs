@@ -2,14 +2,13 @@
 
 use super::Setup;
 use dllm_kernels::Options;
-use dllm_kernels::backend::{Choice, Response};
+use dllm_kernels::backend::{Always, Choice, Share};
 use dllm_kernels::cache::{CacheMode, PassKind};
 use dllm_kernels::model::{
-    Autonomous, CachePlan, Chosen, Config, Course, Launches, LayerPlan, Network, Pass, Ran, Weights,
+    Autonomous, CachePlan, Chosen, Config, Course, Launches, LayerPlan, Network, Pass, Ran, Weights, Window,
 };
 use dllm_kernels::oracle::unmask::Verdict;
 use dllm_kernels::{Error, Result};
-use std::ops::Range;
 use std::time::Instant;
 
 /// What a forward runs.
@@ -48,15 +47,19 @@ impl Forward {
     }
 
     /// What a plan runs of windows.
-    fn of(plan: &dyn CachePlan, windows: &[(usize, Range<usize>)], cache: CacheMode, gen_length: usize) -> Forward {
+    fn of(plan: &dyn CachePlan, windows: &[Window], cache: CacheMode) -> Forward {
         match (cache, plan.layer(1)) {
-            (CacheMode::Adaptive, LayerPlan::Partly(Choice { prompt: true, .. })) => Forward::Prompt,
-            (CacheMode::Adaptive, LayerPlan::Partly(Choice { response, .. })) => {
-                if response == Response::Fresh(gen_length) { Forward::Response } else { Forward::Verify }
+            (CacheMode::Adaptive, LayerPlan::Partly(Choice { always: Always::Prompt, .. })) => Forward::Prompt,
+            (CacheMode::Adaptive, LayerPlan::Partly(Choice { others, .. })) => {
+                if others == Some(Share::new(1.0)) {
+                    Forward::Response
+                } else {
+                    Forward::Verify
+                }
             }
             _ if is_full(windows) => Forward::Full,
             _ => match cache.block_pass() {
-                PassKind::Full => Forward::Full,
+                PassKind::Full | PassKind::Response => Forward::Full,
                 PassKind::Suffix => Forward::Suffix,
                 PassKind::Block => Forward::Block,
             },
@@ -84,8 +87,8 @@ pub struct Timed<'m> {
 }
 
 /// Prompts are never empty, so only a full window starts at 0. The end tells nothing: the last block has no suffix.
-fn is_full(windows: &[(usize, Range<usize>)]) -> bool {
-    windows.iter().all(|(_, window)| window.start == 0)
+fn is_full(windows: &[Window]) -> bool {
+    windows.iter().all(|window| window.rows.start == 0)
 }
 
 impl Timed<'_> {
@@ -93,15 +96,15 @@ impl Timed<'_> {
         &mut self,
         tokens: &[Vec<u32>],
         plan: &dyn CachePlan,
-        windows: &[(usize, Range<usize>)],
+        windows: &[Window],
         counted: Result<u64, usize>,
         seconds: f64,
     ) {
-        let rows = windows.iter().map(|(_, window)| window.len()).sum();
+        let rows = windows.iter().map(|window| window.rows.len()).sum();
         // Prompts are of one length here.
         let keys = tokens.first().map_or(0, Vec::len);
         self.timings.push(Timing {
-            kind: Forward::of(plan, windows, self.options.cache, self.options.gen_length),
+            kind: Forward::of(plan, windows, self.options.cache),
             rows,
             multiply_adds: match counted {
                 Ok(counted) => counted as f64,
@@ -148,7 +151,7 @@ impl Autonomous for Timed<'_> {
         };
         let ran = network.run(tokens, course, go_on)?;
         for (i, seconds) in ran.seconds.iter().enumerate() {
-            let stage = course.stages[if course.one_stage { 0 } else { i.min(1) }];
+            let Some(stage) = course.stages.get((course.stage)(i)) else { continue };
             let scored = stage.candidates.iter().map(|(_, positions)| positions.len()).sum();
             self.record(tokens, stage.plan, stage.windows, Err(scored), *seconds);
         }
