@@ -251,6 +251,8 @@ fn wrong_calls_name_the_flag() {
         (1, "generate --prompt-file no/such/file", "error: no/such/file"),
         (1, "generate --trace no/such/dir/file.json", "error: no/such/dir/file.json"),
         (1, "generate --trace tests", "tests: expected a file"),
+        (1, "eval --plot no/such/dir/plot.svg", "error: no/such/dir/plot.svg"),
+        (1, "eval --plot tests", "tests: expected a file"),
         (1, "eval --problems no/such/file", "error: no/such/file"),
         (1, "eval --problems Cargo.toml", "error: Cargo.toml: line 1: "),
     ];
@@ -522,6 +524,89 @@ fn eval_compares_settings() {
     assert_eq!(lines.len(), 2, "{lines:?}");
     assert!(lines[0].contains("accuracy") && lines[1].starts_with("cache=dual,policy=fixed,steps=32"), "{lines:?}");
     assert!(lines[1].contains(" 32.0 "), "{lines:?}");
+}
+
+/// Whether tags and attributes are those of well-formed XML, as far as the program writes it: no comments, no CDATA.
+fn check_xml(xml: &str) {
+    let check_text = |text: &str| {
+        for entity in text.split('&').skip(1) {
+            let name = entity.split(';').next().unwrap();
+            assert!(["lt", "gt", "amp", "quot", "apos"].contains(&name), "&{entity:.20} in {xml}");
+        }
+        assert!(text.chars().all(|c| c == '\n' || !c.is_control()), "{text:?}");
+    };
+    let mut open = Vec::new();
+    let mut roots = 0;
+    let (before, rest) = xml.split_once('<').unwrap();
+    assert!(before.trim().is_empty(), "{before}");
+    for piece in rest.split('<') {
+        let (tag, text) = piece.split_once('>').unwrap_or_else(|| panic!("<{piece}"));
+        check_text(text);
+        if let Some(name) = tag.strip_prefix('/') {
+            assert_eq!(open.pop(), Some(name), "</{name}>");
+        } else {
+            let (tag, empty) = tag.strip_suffix('/').map_or((tag, false), |tag| (tag, true));
+            let (name, attributes) = tag.split_once(' ').unwrap_or((tag, ""));
+            assert!(!name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric()), "<{tag}>");
+            let parts: Vec<&str> = attributes.split('"').collect();
+            assert!(parts.len() % 2 == 1 && parts[parts.len() - 1].is_empty(), "<{tag}>");
+            let mut names = std::collections::HashSet::new();
+            for pair in parts.chunks_exact(2) {
+                let name = pair[0].trim_start().strip_suffix('=').unwrap_or_else(|| panic!("<{tag}>"));
+                assert!(name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') && names.insert(name), "<{tag}>");
+                check_text(pair[1]);
+            }
+            roots += usize::from(open.is_empty());
+            if !empty {
+                open.push(name);
+            }
+        }
+        assert!(!open.is_empty() || text.trim().is_empty(), "{text:?} outside of the root");
+    }
+    assert!(open.is_empty() && roots == 1, "{open:?}, {roots} roots");
+}
+
+#[test]
+fn eval_draws_settings_and_counts_their_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("plot.svg");
+    let settings = ["cache=dual", "cache=none,policy=fixed", "policy=threshold, cache=dual"];
+    let mut command = dllm(words("eval --limit 2 --gen-length 32 --json --plot"));
+    command.arg(&file).args(settings.iter().flat_map(|setting| ["--setting", setting]));
+    let rows: Value = serde_json::from_slice(&done(command).stdout).unwrap();
+    let work: Vec<f64> = (0..settings.len()).map(|i| numbers(&rows[i]["multiply_adds"])).collect();
+    assert!(work[0] > 0.0 && work[0] == work[2] && work[1] > work[0], "{work:?}");
+
+    let svg = std::fs::read_to_string(&file).unwrap();
+    check_xml(&svg);
+    assert_eq!(svg.matches("<g class=\"point").count(), settings.len());
+    let labels: Vec<&str> = svg.split("<text class=\"label\"").skip(1).collect();
+    assert_eq!(labels.len(), settings.len());
+    for (label, setting) in labels.iter().zip(settings) {
+        assert!(label.contains(&format!(">{setting}</tspan></text>")), "{label}");
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_leaves_eval_its_plot() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("plot.svg");
+    let mut command = dllm(words("eval --gen-length 32 --limit 1 --plot"));
+    let endless = std::iter::repeat_n(["--setting", "cache=none,policy=fixed"], 1000);
+    command.arg(&file).args(endless.flatten());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    // The head, and the first setting.
+    assert!(lines.by_ref().take(2).all(|line| line.is_ok()));
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let finished = 1 + lines.count();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(finished < 1000);
+    let svg = std::fs::read_to_string(&file).unwrap();
+    check_xml(&svg);
+    assert_eq!(svg.matches("<g class=\"point").count(), finished);
 }
 
 /// Mode flags without `--setting` are a setting, not something that the six usual ones overrule.

@@ -21,6 +21,9 @@ pub struct Generation {
     pub elapsed: Duration,
     /// Whether it was interrupted; mask tokens are then left.
     pub interrupted: bool,
+    /// Multiply-adds of the matrix products and of attention in these passes, counted as they were run; `None` on a CUDA
+    /// device, where nobody counts.
+    pub multiply_adds: Option<u64>,
     end_tokens: Vec<u32>,
 }
 
@@ -168,6 +171,7 @@ impl<'m> Generator<'m> {
             nfe: decoded.nfe,
             elapsed: start.elapsed(),
             interrupted: decoded.interrupted,
+            multiply_adds: network.multiply_adds(),
             end_tokens: end_tokens(config, &self.options),
         })
     }

@@ -3,7 +3,8 @@
 use crate::args::Decoding;
 use crate::generate::Checkpoint;
 use crate::machine::Machine;
-use crate::output::{self, INTERRUPT};
+use crate::output::{self, INTERRUPT, Target};
+use crate::plot::{self, Point};
 use clap::Args;
 use dllm_kernels::text::Text;
 use dllm_kernels::{Error, Generation, Generator, Options, Policy, Result};
@@ -30,6 +31,7 @@ Examples:
   dllm eval --limit 50 --gen-length 64
   dllm eval --model DIR --problems F.jsonl --setting cache=none,policy=fixed --setting cache=dual,threshold=0.8
   dllm eval --json > results.json
+  dllm eval --plot accuracy.svg
 ";
 
 /// Accuracy, forward passes and speed of decode settings on a set of problems.
@@ -52,9 +54,13 @@ pub struct Eval {
     /// 3 caches x 2 policies]
     #[arg(long, value_name = "K=V,K=V", help_heading = "Evaluation")]
     setting: Vec<String>,
-    /// Print a JSON list: setting, problems, accuracy, nfe, tokens_per_second
+    /// Print a JSON list: setting, problems, accuracy, nfe, tokens_per_second, multiply_adds (per problem; null where the
+    /// device does not count)
     #[arg(long, help_heading = "Evaluation")]
     json: bool,
+    /// Draw accuracy against tokens/s
+    #[arg(long, value_name = "FILE.svg", help_heading = "Evaluation")]
+    plot: Option<PathBuf>,
     /// What settings do not say.
     #[command(flatten)]
     decoding: Decoding,
@@ -78,6 +84,7 @@ struct Score {
     nfe: usize,
     tokens: f64,
     elapsed: Duration,
+    multiply_adds: Option<u64>,
 }
 
 impl Score {
@@ -87,6 +94,8 @@ impl Score {
         self.nfe += generation.nfe;
         self.tokens += generation.tokens_per_second() * generation.elapsed.as_secs_f64();
         self.elapsed += generation.elapsed;
+        // A model's networks count always or never.
+        self.multiply_adds = generation.multiply_adds.map(|n| self.multiply_adds.unwrap_or(0) + n);
     }
 
     fn accuracy(&self) -> f64 {
@@ -101,6 +110,10 @@ impl Score {
         self.tokens / self.elapsed.as_secs_f64().max(1e-9)
     }
 
+    fn multiply_adds(&self) -> Option<f64> {
+        self.multiply_adds.map(|n| n as f64 / self.problems as f64)
+    }
+
     fn json(&self, setting: &str) -> Value {
         json!({
             "setting": setting,
@@ -108,13 +121,24 @@ impl Score {
             "accuracy": self.accuracy(),
             "nfe": self.nfe(),
             "tokens_per_second": self.tokens_per_second(),
+            "multiply_adds": self.multiply_adds(),
         })
+    }
+
+    fn point(&self, setting: &str) -> Point {
+        Point {
+            name: setting.to_string(),
+            problems: self.problems,
+            right: self.right,
+            tokens_per_second: self.tokens_per_second(),
+        }
     }
 }
 
 /// Runs the command.
 pub fn run(args: &Eval) -> Result<()> {
     let settings = settings(args)?;
+    let plot_file = args.plot.as_deref().map(Target::new).transpose()?;
     let place = args.machine.start()?;
     let checkpoint = Checkpoint::open(args.model.as_deref(), &place)?;
     let Some(text) = &checkpoint.text else {
@@ -137,19 +161,39 @@ pub fn run(args: &Eval) -> Result<()> {
     for (name, options) in &settings {
         check(&checkpoint, &file, &problems, name, options)?;
     }
+    let mut scores = Vec::new();
+    let printed = compare(&checkpoint, text, &problems, &settings, args.json, &mut scores);
+    // A reader of stdout that has left is no error, and costs no picture.
+    let done = printed.as_ref().map_or_else(output::is_closed_pipe, |()| true);
+    if let Some(file) = plot_file.filter(|_| done && !scores.is_empty()) {
+        let points: Vec<Point> = scores.iter().map(|(name, score)| score.point(name)).collect();
+        file.write(&plot::svg(&points))?;
+    }
+    printed
+}
+
+/// Prints what each setting comes to, and leaves it in `scores`; after Ctrl-C only what there is.
+fn compare<'s>(
+    checkpoint: &Checkpoint,
+    text: &Text,
+    problems: &[Problem],
+    settings: &'s [(String, Options)],
+    json: bool,
+    scores: &mut Vec<(&'s str, Score)>,
+) -> Result<()> {
     let width = settings.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0).max("setting".len());
-    if !args.json {
-        let line = format!("{:width$}  problems  accuracy  NFE/problem  tokens/s\n", "setting");
+    if !json {
+        let line = format!("{:width$}  problems  accuracy  NFE/problem  G MAC/problem  tokens/s\n", "setting");
         output::print(&line)?;
     }
-    let mut rows = Vec::new();
     output::catch_interrupts();
-    for (name, options) in &settings {
-        let score = score(&checkpoint, text, &problems, name, options)?;
+    for (name, options) in settings {
+        let score = score(checkpoint, text, problems, name, options)?;
         if score.problems > 0 {
-            rows.push(score.json(name));
-            if !args.json {
-                output::print(&table_row(name, width, &score))?;
+            let row = table_row(name, width, &score);
+            scores.push((name, score));
+            if !json {
+                output::print(&row)?;
             }
         }
         if output::interrupted() {
@@ -157,12 +201,14 @@ pub fn run(args: &Eval) -> Result<()> {
             break;
         }
     }
-    if args.json { output::print(&format!("{}\n", Value::from(rows))) } else { Ok(()) }
+    let rows = || scores.iter().map(|(name, score)| score.json(name)).collect::<Vec<_>>();
+    if json { output::print(&format!("{}\n", Value::from(rows()))) } else { Ok(()) }
 }
 
 fn table_row(name: &str, width: usize, score: &Score) -> String {
+    let giga = score.multiply_adds().map_or("-".into(), |n| format!("{:.3}", n / 1e9));
     format!(
-        "{name:width$}  {:8}  {:8.3}  {:11.1}  {:8.1}\n",
+        "{name:width$}  {:8}  {:8.3}  {:11.1}  {giga:>13}  {:8.1}\n",
         score.problems,
         score.accuracy(),
         score.nfe(),

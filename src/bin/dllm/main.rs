@@ -10,6 +10,7 @@ mod generate;
 mod inspect;
 mod machine;
 mod output;
+mod plot;
 mod presets;
 mod report;
 mod screen;
