@@ -25,6 +25,8 @@ pub struct Needs {
     pub tokens: usize,
     /// Heads.
     pub heads: Heads,
+    /// Whether choices are made among rows.
+    pub chooses: bool,
 }
 
 /// What the launches of a pass are sized for: at least what is there. A device replays the same launches for passes of the
@@ -110,16 +112,28 @@ pub struct Parts {
     pub always: Range<usize>,
     /// The others, in two pieces.
     pub others: [Range<usize>; 2],
-    /// How many of the others run.
-    pub count: usize,
-    /// Whether the others' values are renewed.
-    pub renewed: bool,
+    /// The share of the others that run: [`Choice::others`].
+    pub share: Option<Share>,
 }
 
 impl Parts {
     /// Rows that run.
     pub fn rows(&self) -> usize {
-        self.always.len() + self.count
+        self.always.len() + self.count()
+    }
+
+    /// How many of the others run.
+    pub fn count(&self) -> usize {
+        self.share.map_or(0, |share| share.of(self.num_others()))
+    }
+
+    /// The others, each by its number among them.
+    pub fn other(&self, number: usize) -> usize {
+        let [before, after] = &self.others;
+        match number.checked_sub(before.len()) {
+            None => before.start + number,
+            Some(number) => after.start + number,
+        }
     }
 
     /// How many others there are.
@@ -141,8 +155,7 @@ impl Choice {
                 (block.clone(), [start..block.start, block.end..end])
             }
         };
-        let parts = Parts { always, others, count: 0, renewed: self.others.is_some() };
-        Parts { count: self.others.map_or(0, |share| share.of(parts.num_others())), ..parts }
+        Parts { always, others, share: self.others }
     }
 }
 
@@ -355,13 +368,13 @@ mod tests {
         let parts = |always, others: Option<f64>| {
             Choice { always, others: others.map(Share::new) }.parts((4, 20), 6, &(10..13))
         };
-        let response = Parts { always: 6..6, others: [6..20, 20..20], count: 7, renewed: true };
-        assert_eq!(parts(Always::Nothing, Some(0.5)), response);
-        let prompt = Parts { always: 4..6, others: [6..20, 20..20], count: 0, renewed: false };
-        assert_eq!(parts(Always::Prompt, None), prompt);
-        let block = Parts { always: 10..13, others: [4..10, 13..20], count: 13, renewed: true };
-        assert_eq!(parts(Always::Block, Some(1.0)), block);
-        assert_eq!((block.rows(), block.num_others()), (16, 13));
+        let response = parts(Always::Nothing, Some(0.5));
+        assert_eq!((&response.always, &response.others, response.rows()), (&(6..6), &[6..20, 20..20], 7));
+        let prompt = parts(Always::Prompt, None);
+        assert_eq!((&prompt.always, &prompt.others, prompt.rows()), (&(4..6), &[6..20, 20..20], 2));
+        let block = parts(Always::Block, Some(0.5));
+        assert_eq!((&block.always, &block.others, block.rows()), (&(10..13), &[4..10, 13..20], 9));
+        assert_eq!([0, 5, 6, 12].map(|number| block.other(number)), [4, 9, 13, 19]);
         // Where the block is not, nothing runs in any case.
         let outside = Choice { always: Always::Block, others: None }.parts((4, 8), 6, &(10..13));
         assert_eq!((outside.rows(), outside.num_others()), (0, 4));

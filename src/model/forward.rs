@@ -290,6 +290,7 @@ impl Sizes {
             longest: self.longest(),
             tokens: positions + 1,
             heads: config.heads(),
+            chooses: self.kept,
         }
     }
 
@@ -453,6 +454,18 @@ impl<'m, B: Backend> Session<'m, B> {
         let slots = (0..sizes.slots()).map(slot).collect::<Result<_>>()?;
         let (twins, distances) = (0..sizes.twins(), HashMap::new());
         Ok(Session { transformer, backend, sizes, buffers, slots, multiply_adds: 0, twins, distances, chosen: None })
+    }
+
+    /// Whether passes from now on remember what V-verify chooses, which is read back layer by layer.
+    #[cfg(feature = "cuda")]
+    pub(super) fn observe(&mut self, observed: bool) {
+        self.chosen = observed.then(Vec::new);
+    }
+
+    /// What was remembered.
+    #[cfg(feature = "cuda")]
+    pub(super) fn observed(&self) -> &[Chosen] {
+        self.chosen.as_deref().unwrap_or_default()
     }
 
     /// Sizes and constants of the model.
@@ -663,7 +676,7 @@ impl<'m, B: Backend> Session<'m, B> {
         let rows = room.chosen;
         if rows > 0 {
             // With V-verify the values of all rows are fresh; without, of those that run.
-            let verifies = parts.iter().any(|parts| parts.renewed);
+            let verifies = parts.iter().any(|parts| parts.share.is_some());
             if verifies {
                 backend.linear_part(&b.normed, &layer.qkv, q + kv..q + 2 * kv, &mut b.qkv, room.rows)?;
                 self.multiply_adds += work::values(config, spans.iter().map(Span::rows).sum());

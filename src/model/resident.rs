@@ -8,7 +8,7 @@
 
 use super::config::Config;
 use super::course::{Autonomous, Course, CourseSequence, CourseStage, Ran, Schedule};
-use super::forward::{Launches, LayerPlan, Network, Pass, Session, Sizes, Transformer};
+use super::forward::{Chosen, Launches, LayerPlan, Network, Pass, Session, Sizes, Transformer};
 use crate::abi::*;
 use crate::backend::cuda::{Cuda, Staging};
 use crate::backend::{Backend, Room};
@@ -672,6 +672,7 @@ impl Autonomous for Resident<'_> {
             slot if slot < course.stages.len() => Ok(slot),
             slot => Err(Error::argument("stage", format!("one of {}", course.stages.len()), slot)),
         };
+        self.session.observe(false);
         let together = if course.together { course.sequences.iter().filter(|s| s.active).count() } else { 1 };
         let mut start = Instant::now();
         self.begin(tokens, course)?;
@@ -756,8 +757,18 @@ impl Network for Resident<'_> {
         };
         self.begin(tokens, &course)?;
         let decision = Decision::of(selection, pass.unmask);
-        self.launch(0, Part::Ahead, pass.unmask, decision)?;
-        self.launch(0, Part::Rest, pass.unmask, decision)?;
+        let chooses = self.stages[0].plan.iter().any(|layer| layer.choice().is_some());
+        // What is chosen is read back in the middle of a pass, which no graph can do.
+        self.session.observe(pass.observed && chooses);
+        for part in [Part::Ahead, Part::Rest] {
+            match pass.observed && chooses {
+                true => self.work(0, part, pass.unmask, decision)?,
+                false => self.launch(0, part, pass.unmask, decision)?,
+            }
+        }
+        if pass.observed && chooses {
+            self.control.passes = self.control.passes.wrapping_add(1);
+        }
         self.wait(self.control.passes)?;
         self.outcome()?;
         let mut after = tokens.to_vec();
@@ -784,6 +795,10 @@ impl Network for Resident<'_> {
 
     fn autonomous(&mut self) -> Option<&mut dyn Autonomous> {
         Some(self)
+    }
+
+    fn chosen(&self) -> &[Chosen] {
+        self.session.observed()
     }
 
     fn launches(&self) -> Result<Option<Launches>> {
@@ -873,6 +888,7 @@ mod tests {
                         longest: sizes.longest(),
                         tokens: rows,
                         heads,
+                        chooses: false,
                     };
                     let most = cuda::attention_workspace(&needs, 132);
                     let full: Vec<usize> = prompt_lens.iter().map(|prompt| prompt + gen_length).collect();

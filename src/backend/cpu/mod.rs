@@ -54,12 +54,7 @@ impl Rows {
         });
         let spans = self.spans.iter().zip(firsts).zip(self.parts.iter().zip(&self.chosen));
         spans.flat_map(|((span, first), (parts, chosen))| {
-            let [before, after] = &parts.others;
-            let other = move |i: &usize| match before.len() {
-                len if *i < len => before.start + i,
-                len => after.start + i - len,
-            };
-            let places = parts.always.clone().chain(chosen.iter().map(other));
+            let places = parts.always.clone().chain(chosen.iter().map(|number| parts.other(*number)));
             places.map(move |place| (first + place - span.start, span.cache_base + place))
         })
     }
@@ -241,11 +236,11 @@ impl Backend for Cpu {
                     let at = |place: usize| (first + place - span.start) * width;
                     at(places.start)..at(places.end)
                 };
-                chosen = match parts.count == parts.num_others() {
-                    true => (0..parts.count).collect(),
+                chosen = match parts.count() == parts.num_others() {
+                    true => (0..parts.count()).collect(),
                     false => {
                         let pairs = parts.others.each_ref().map(|p| (&values[fresh(p)], &cache.v[cached(p)]));
-                        vverify::vverify(pairs, width, parts.count)
+                        vverify::vverify(pairs, width, parts.count())
                     }
                 };
                 let [before, after] = &parts.others;

@@ -10,15 +10,17 @@ mod staging;
 pub use rows::Rows;
 pub(crate) use staging::Staging;
 
-use super::{Backend, Heads, Needs, Placement};
+use super::{Backend, Heads, Needs, Part, Parts, Placement, Room};
 use crate::abi;
 use crate::error::{Error, Result};
 use crate::gpu::blas::{Blas, Shape};
 use crate::gpu::{Buffer, Device, Stream};
 use crate::ops;
+use crate::ops::rows::Copy;
 use crate::tensor::Tensor;
 use half::bf16;
 use staging::Uploader;
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// A stream of a device, and what passes need there. One per decode.
@@ -39,6 +41,10 @@ struct Prepared {
     num_positions: usize,
     /// For the splits of attention.
     workspace: Buffer<f32>,
+    /// For V-verify, where choices are made.
+    vverify: Option<Buffer<u8>>,
+    /// Rows of all sequences, as caches have them.
+    rows: usize,
 }
 
 /// A weight matrix `[rows, cols]`.
@@ -77,8 +83,15 @@ pub struct KvCache {
 impl KvCache {
     /// Where the keys and the values of a layer begin.
     fn layer(&self, layer: usize) -> [u64; 2] {
-        let bytes = (layer * self.positions * self.width * size_of::<bf16>()) as u64;
+        let bytes = bytes(layer * self.positions * self.width);
         [self.k.address() + bytes, self.v.address() + bytes]
+    }
+
+    /// Part of a layer, by tables of starts and lengths for each span.
+    fn segment(&self, layer: usize, [start, len]: [u64; 2]) -> Result<abi::dllm_segment> {
+        let [k, v] = self.layer(layer);
+        let (stride, num_rows) = (self.width as i64, count("positions", self.positions)?);
+        Ok(abi::dllm_segment { k, v, start, len, k_stride: stride, v_stride: stride, num_rows, ..Default::default() })
     }
 }
 
@@ -132,8 +145,117 @@ impl Cuda {
         let angles = needs.longest * needs.heads.head_dim / 2 * size_of::<[f32; 2]>();
         let workspace = attention_workspace(needs, multiprocessors) * size_of::<f32>();
         let ints = needs.tokens + slots * Rows::len(needs);
-        Blas::memory_bytes() + angles + workspace + ints * size_of::<i32>()
+        let vverify = if needs.chooses { vverify_workspace(needs) } else { 0 };
+        Blas::memory_bytes() + angles + workspace + vverify + ints * size_of::<i32>()
     }
+}
+
+/// What the ops of a pass have in common with those of chosen rows.
+impl Cuda {
+    /// Copies rows of `width` elements, of which an index is given for so many: [source, target], the indexed one with
+    /// `num_indexed` rows.
+    fn copy(
+        &self,
+        copy: Copy,
+        [source, target]: [u64; 2],
+        width: usize,
+        (index, max_rows): (u64, usize),
+        num_indexed: usize,
+    ) -> Result<()> {
+        let row_bytes = bytes(width) as i64;
+        let params = abi::dllm_rows_params {
+            size: size_of::<abi::dllm_rows_params>() as u64,
+            source,
+            target,
+            index,
+            source_stride_bytes: row_bytes,
+            target_stride_bytes: row_bytes,
+            row_bytes,
+            max_rows: count("rows", max_rows)?,
+            num_indexed_rows: count("rows", num_indexed)?,
+            ..Default::default()
+        };
+        // SAFETY: buffers of the session, of these sizes; indices are checked on the device, and a placement gives no row of
+        // a cache twice.
+        unsafe { ops::rows::launch_raw(self.stream.device(), self.stream.raw(), &params, copy) }
+    }
+
+    /// Fills in what all norms have in common, and launches.
+    fn norm(&self, params: abi::dllm_norm_params, weight: &Buffer<bf16>, rows: usize) -> Result<()> {
+        let width = weight.len() as i64;
+        let params = abi::dllm_norm_params {
+            size: size_of::<abi::dllm_norm_params>() as u64,
+            weight: weight.address(),
+            x_stride: width,
+            delta_stride: width,
+            out_stride: width,
+            max_rows: count("rows", rows)?,
+            width: count("width", weight.len())?,
+            dtype: BF16,
+            ..params
+        };
+        // SAFETY: buffers of the session, of these sizes and distinct; weights of the model, which outlives it; rows of what
+        // is added are checked on the device.
+        unsafe { ops::norm::launch_raw(self.stream.device(), self.stream.raw(), &params) }
+    }
+
+    /// The same of rotations; values go to the cache where rows have room for them.
+    fn rotate(&self, params: abi::dllm_rope_params, heads: Heads, store: Option<(&mut KvCache, usize)>) -> Result<()> {
+        let Some(session) = &self.session else { return Err(unprepared()) };
+        let mut params = abi::dllm_rope_params {
+            size: size_of::<abi::dllm_rope_params>() as u64,
+            angles: session.angles.address(),
+            num_positions: count("positions", session.num_positions)?,
+            num_heads: count("num_heads", heads.num_heads)?,
+            num_kv_heads: count("num_kv_heads", heads.num_kv_heads)?,
+            head_dim: count("head_dim", heads.head_dim)?,
+            dtype: BF16,
+            ..params
+        };
+        if let Some((cache, layer)) = store {
+            let [k, v] = cache.layer(layer);
+            params.k_cache = k;
+            params.v_cache = if params.qkv_stride == heads.qkv_width() as i64 { v } else { 0 };
+            params.cache_stride = cache.width as i64;
+            params.num_cache_rows = count("positions", cache.positions)?;
+        }
+        // SAFETY: as above; positions and cache rows are checked on the device, and the placement gives no cache row twice.
+        unsafe { ops::rope::launch_raw(self.stream.device(), self.stream.raw(), &params) }
+    }
+
+    /// The same of attention: launches of so many rows, and so many of one span at most.
+    fn attend(&self, params: abi::dllm_attention_params, heads: Heads, max_rows: usize, longest: usize) -> Result<()> {
+        let Some(session) = &self.session else { return Err(unprepared()) };
+        let Heads { num_heads, num_kv_heads, head_dim } = heads;
+        let splits = ops::attention::splits(longest, op_heads(heads), self.multiprocessors);
+        let params = abi::dllm_attention_params {
+            size: size_of::<abi::dllm_attention_params>() as u64,
+            workspace: session.workspace.address(),
+            workspace_bytes: (session.workspace.len() * size_of::<f32>()) as u64,
+            out_stride: (num_heads * head_dim) as i64,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            max_rows: count("rows", max_rows)?,
+            max_sequence_rows: count("rows", longest)?,
+            num_heads: count("num_heads", num_heads)?,
+            num_kv_heads: count("num_kv_heads", num_kv_heads)?,
+            head_dim: count("head_dim", head_dim)?,
+            dtype: BF16,
+            max_splits: count("splits", splits)?,
+            ..params
+        };
+        // SAFETY: as above; starts and lengths are checked on the device, and no span is longer than that.
+        unsafe { ops::attention::launch_raw(self.stream.device(), self.stream.raw(), &params) }
+    }
+}
+
+/// Of so many elements.
+fn bytes(elements: usize) -> u64 {
+    (elements * size_of::<bf16>()) as u64
+}
+
+/// Elements of a chosen row, with values or without.
+fn chosen_width(heads: Heads, values: bool) -> usize {
+    heads.qkv_width() - if values { 0 } else { heads.num_kv_heads * heads.head_dim }
 }
 
 fn unprepared() -> Error {
@@ -155,6 +277,14 @@ pub(crate) fn attention_workspace(needs: &Needs, multiprocessors: usize) -> usiz
     };
     // Longer spans are not split.
     (1..=needs.longest.min(256)).map(of).max().unwrap_or(0)
+}
+
+/// Bytes of workspace that V-verify needs in any pass of a session.
+fn vverify_workspace(needs: &Needs) -> usize {
+    let most = |value: usize| i32::try_from(value).unwrap_or(i32::MAX);
+    let (max_rows, num_sequences) = (most(needs.rows), most(needs.spans));
+    let params = abi::dllm_vverify_params { max_rows, num_sequences, ..Default::default() };
+    ops::vverify::plan(&params).workspace_bytes as usize
 }
 
 fn count(name: &'static str, value: usize) -> Result<i32> {
@@ -184,6 +314,10 @@ impl Backend for Cuda {
 
     fn prepare(&mut self, needs: &Needs, theta: f32) -> Result<()> {
         let stream = &self.stream;
+        let vverify = match needs.chooses {
+            true => Some(stream.zeros(vverify_workspace(needs))?),
+            false => None,
+        };
         self.session = Some(Prepared {
             blas: Blas::new(stream)?,
             tokens: stream.alloc(needs.tokens)?,
@@ -191,6 +325,8 @@ impl Backend for Cuda {
             angles: ops::rope::angles(stream, theta, needs.heads.head_dim, needs.longest)?,
             num_positions: needs.longest,
             workspace: stream.alloc(attention_workspace(needs, self.multiprocessors))?,
+            vverify,
+            rows: needs.rows,
         });
         Ok(())
     }
@@ -253,33 +389,35 @@ impl Backend for Cuda {
         out: &mut Activations,
         rows: usize,
     ) -> Result<()> {
-        let width = weight.len() as i64;
         let params = abi::dllm_norm_params {
-            size: size_of::<abi::dllm_norm_params>() as u64,
             x: x.address(),
             delta: delta.map_or(0, Activations::address),
-            weight: weight.address(),
             out: out.address(),
-            x_stride: width,
-            delta_stride: width,
-            out_stride: width,
-            max_rows: count("rows", rows)?,
-            width: count("width", weight.len())?,
-            dtype: BF16,
             eps,
             ..Default::default()
         };
-        // SAFETY: buffers of the session, of these sizes and distinct; weights of the model, which outlives it.
-        unsafe { ops::norm::launch_raw(self.stream.device(), self.stream.raw(), &params) }
+        self.norm(params, weight, rows)
     }
 
     fn linear(&mut self, x: &Activations, w: &Matrix, out: &mut Activations, rows: usize) -> Result<()> {
+        self.linear_part(x, w, 0..w.rows, out, rows)
+    }
+
+    fn linear_part(
+        &mut self,
+        x: &Activations,
+        w: &Matrix,
+        outputs: Range<usize>,
+        out: &mut Activations,
+        rows: usize,
+    ) -> Result<()> {
         let f32_out = matches!(out, Activations::F32(_));
-        let shape = Shape { rows, out: w.rows, inner: w.cols, f32_out, biased: w.bias.is_some() };
-        let bias = w.bias.as_ref().map_or(0, Buffer::address);
+        let shape = Shape { rows, out: outputs.len(), inner: w.cols, f32_out, biased: w.bias.is_some() };
+        let weights = w.weights.address() + bytes(outputs.start * w.cols);
+        let bias = w.bias.as_ref().map_or(0, |bias| bias.address() + bytes(outputs.start));
         let (x, out) = (x.address(), out.address());
-        // SAFETY: as above.
-        unsafe { self.prepared()?.blas.launch(shape, x, w.weights.address(), bias, out) }
+        // SAFETY: as above; the outputs lie within the matrix.
+        unsafe { self.prepared()?.blas.launch(shape, x, weights, bias, out) }
     }
 
     fn rope(
@@ -289,29 +427,15 @@ impl Backend for Cuda {
         rows: &Rows,
         store: Option<(&mut KvCache, usize)>,
     ) -> Result<()> {
-        let Some(session) = &self.session else { return Err(unprepared()) };
-        let mut params = abi::dllm_rope_params {
-            size: size_of::<abi::dllm_rope_params>() as u64,
+        let params = abi::dllm_rope_params {
             qkv: qkv.address(),
             positions: rows.positions(),
-            angles: session.angles.address(),
+            cache_row: if store.is_some() { rows.cache_rows() } else { 0 },
             qkv_stride: heads.qkv_width() as i64,
             max_rows: count("rows", rows.room().rows)?,
-            num_positions: count("positions", session.num_positions)?,
-            num_heads: count("num_heads", heads.num_heads)?,
-            num_kv_heads: count("num_kv_heads", heads.num_kv_heads)?,
-            head_dim: count("head_dim", heads.head_dim)?,
-            dtype: BF16,
             ..Default::default()
         };
-        if let Some((cache, layer)) = store {
-            [params.k_cache, params.v_cache] = cache.layer(layer);
-            params.cache_row = rows.cache_rows();
-            params.cache_stride = cache.width as i64;
-            params.num_cache_rows = count("positions", cache.positions)?;
-        }
-        // SAFETY: as above; positions and cache rows are checked on the device, and the placement gives no cache row twice.
-        unsafe { ops::rope::launch_raw(self.stream.device(), self.stream.raw(), &params) }
+        self.rotate(params, heads, store)
     }
 
     fn attention(
@@ -322,10 +446,8 @@ impl Backend for Cuda {
         reuse: Option<(&KvCache, usize)>,
         out: &mut Activations,
     ) -> Result<()> {
-        let Some(session) = &self.session else { return Err(unprepared()) };
         let Heads { num_heads, num_kv_heads, head_dim } = heads;
         let room = rows.room();
-        let bytes = |elements: usize| (elements * size_of::<bf16>()) as u64;
         let (q, kv) = (num_heads * head_dim, num_kv_heads * head_dim);
         let live = abi::dllm_segment {
             k: qkv.address() + bytes(q),
@@ -339,37 +461,18 @@ impl Backend for Cuda {
         };
         let mut segments = [abi::dllm_segment::default(), live, abi::dllm_segment::default()];
         if let Some((cache, layer)) = reuse {
-            let [k, v] = cache.layer(layer);
-            let part = |[start, len]: [u64; 2]| -> Result<abi::dllm_segment> {
-                let (stride, num_rows) = (cache.width as i64, count("positions", cache.positions)?);
-                Ok(abi::dllm_segment { k, v, start, len, k_stride: stride, v_stride: stride, num_rows, ..live })
-            };
-            segments = [part(rows.prefix())?, live, part(rows.suffix())?];
+            segments = [cache.segment(layer, rows.prefix())?, live, cache.segment(layer, rows.suffix())?];
         }
-        let splits = ops::attention::splits(room.longest, op_heads(heads), self.multiprocessors);
         let params = abi::dllm_attention_params {
-            size: size_of::<abi::dllm_attention_params>() as u64,
             q: qkv.address(),
             out: out.address(),
             cu_rows: rows.cu_rows(),
             segments,
-            workspace: session.workspace.address(),
-            workspace_bytes: (session.workspace.len() * size_of::<f32>()) as u64,
             q_stride: heads.qkv_width() as i64,
-            out_stride: q as i64,
-            scale: 1.0 / (head_dim as f32).sqrt(),
-            max_rows: count("rows", room.rows)?,
-            max_sequence_rows: count("rows", room.longest)?,
             num_sequences: count("sequences", rows.spans())?,
-            num_heads: count("num_heads", num_heads)?,
-            num_kv_heads: count("num_kv_heads", num_kv_heads)?,
-            head_dim: count("head_dim", head_dim)?,
-            dtype: BF16,
-            max_splits: count("splits", splits)?,
             ..Default::default()
         };
-        // SAFETY: as above; starts and lengths are checked on the device, and no span is longer than the room says.
-        unsafe { ops::attention::launch_raw(self.stream.device(), self.stream.raw(), &params) }
+        self.attend(params, heads, room.rows, room.longest)
     }
 
     fn swiglu(&mut self, gate_up: &Activations, width: usize, out: &mut Activations, rows: usize) -> Result<()> {
@@ -389,21 +492,146 @@ impl Backend for Cuda {
     }
 
     fn gather(&mut self, x: &Activations, rows: &Rows, width: usize, out: &mut Activations) -> Result<()> {
-        let row_bytes = (width * size_of::<bf16>()) as i64;
-        let params = abi::dllm_rows_params {
-            size: size_of::<abi::dllm_rows_params>() as u64,
-            source: x.address(),
-            target: out.address(),
-            index: rows.scored(),
-            source_stride_bytes: row_bytes,
-            target_stride_bytes: row_bytes,
-            row_bytes,
-            max_rows: count("rows", rows.room().scored)?,
-            num_indexed_rows: count("rows", rows.room().rows)?,
+        let Room { rows: all, scored, .. } = rows.room();
+        self.copy(Copy::Gather, [x.address(), out.address()], width, (rows.scored(), scored), all)
+    }
+
+    fn choose(
+        &mut self,
+        values: Option<&Activations>,
+        _heads: Heads,
+        rows: &mut Rows,
+        (cache, layer): (&mut KvCache, usize),
+    ) -> Result<()> {
+        let (Some(tables), Some(values)) = (rows.choice(), values) else { return Ok(()) };
+        let ([_, cached], width) = (cache.layer(layer), cache.width);
+        let Room { rows: all, chosen, .. } = rows.room();
+        let compared = |parts: &&Parts| parts.count() < parts.num_others();
+        if let Some(share) = rows.parts().iter().find(compared).and_then(|parts| parts.share) {
+            let workspace = self.prepared()?.vverify.as_ref().ok_or_else(unprepared)?;
+            let params = abi::dllm_vverify_params {
+                size: size_of::<abi::dllm_vverify_params>() as u64,
+                fresh: values.address(),
+                fresh_row: tables.others[0],
+                cached,
+                cached_row: tables.others[2],
+                cu_rows: tables.cu_others,
+                indices: tables.numbers,
+                tables: tables.others,
+                selected: tables.chosen,
+                first_selected: tables.first_other,
+                cu_selected: tables.cu_selected,
+                workspace: workspace.address(),
+                workspace_bytes: workspace.len() as u64,
+                fresh_stride: width as i64,
+                cached_stride: width as i64,
+                ratio: share.get(),
+                max_rows: count("rows", all)?,
+                num_sequences: count("sequences", rows.spans())?,
+                num_fresh_rows: count("rows", all)?,
+                num_cached_rows: count("positions", cache.positions)?,
+                num_listed: count("rows", chosen)?,
+                width: count("width", width)?,
+                dtype: BF16,
+                update_cached: 1,
+                ..Default::default()
+            };
+            // SAFETY: as above; rows are checked on the device, and the placement gives no cache row twice. The workspace was
+            // zeroed, and is V-verify's alone.
+            unsafe { ops::vverify::launch_raw(self.stream.device(), self.stream.raw(), &params) }?;
+        }
+        self.copy(Copy::Scatter, [values.address(), cached], width, (tables.stored, all), cache.positions)
+    }
+
+    fn chosen(&self, rows: &Rows) -> Result<Vec<Vec<usize>>> {
+        rows.numbers()
+    }
+
+    fn gather_chosen(&mut self, x: &Activations, rows: &Rows, width: usize, out: &mut Activations) -> Result<()> {
+        let Room { rows: all, chosen, .. } = rows.room();
+        let index = rows.choice().ok_or_else(unprepared)?.chosen[0];
+        self.copy(Copy::Gather, [x.address(), out.address()], width, (index, chosen), all)
+    }
+
+    fn rope_chosen(
+        &mut self,
+        qkv: &mut Activations,
+        heads: Heads,
+        rows: &Rows,
+        cache: (&mut KvCache, usize),
+        values: bool,
+    ) -> Result<()> {
+        let [_, positions, cache_row] = rows.choice().ok_or_else(unprepared)?.chosen;
+        let params = abi::dllm_rope_params {
+            qkv: qkv.address(),
+            positions,
+            cache_row,
+            qkv_stride: chosen_width(heads, values) as i64,
+            max_rows: count("rows", rows.room().chosen)?,
             ..Default::default()
         };
-        // SAFETY: as above; indices are checked on the device.
-        unsafe { ops::rows::launch_raw(self.stream.device(), self.stream.raw(), &params, ops::rows::Copy::Gather) }
+        self.rotate(params, heads, Some(cache))
+    }
+
+    fn attention_chosen(
+        &mut self,
+        qkv: &Activations,
+        heads: Heads,
+        rows: &Rows,
+        (cache, layer): (&KvCache, usize),
+        values: bool,
+        out: &mut Activations,
+    ) -> Result<()> {
+        let tables = rows.choice().ok_or_else(unprepared)?;
+        let none = abi::dllm_segment::default();
+        let params = abi::dllm_attention_params {
+            q: qkv.address(),
+            out: out.address(),
+            cu_rows: tables.cu_chosen,
+            segments: [cache.segment(layer, tables.cached)?, none, none],
+            q_stride: chosen_width(heads, values) as i64,
+            num_sequences: count("sequences", rows.spans())?,
+            ..Default::default()
+        };
+        self.attend(params, heads, rows.room().chosen, rows.room().longest_chosen)
+    }
+
+    fn keep(
+        &mut self,
+        delta: &Activations,
+        part: Part,
+        width: usize,
+        rows: &Rows,
+        (kept, first_row): (&mut Activations, usize),
+    ) -> Result<()> {
+        let (index, max_rows) = match part {
+            Part::Whole => (rows.cache_rows(), rows.room().rows),
+            Part::Chosen => (rows.choice().ok_or_else(unprepared)?.chosen[2], rows.room().chosen),
+        };
+        let kept = kept.address() + bytes(first_row * width);
+        let positions = self.prepared()?.rows;
+        self.copy(Copy::Scatter, [delta.address(), kept], width, (index, max_rows), positions)
+    }
+
+    fn add_norm_kept(
+        &mut self,
+        x: &mut Activations,
+        (kept, first_row): (&Activations, usize),
+        rows: &Rows,
+        weight: &Buffer<bf16>,
+        eps: f32,
+        out: &mut Activations,
+    ) -> Result<()> {
+        let params = abi::dllm_norm_params {
+            x: x.address(),
+            delta: kept.address() + bytes(first_row * weight.len()),
+            delta_row: rows.cache_rows(),
+            num_delta_rows: count("positions", self.prepared()?.rows)?,
+            out: out.address(),
+            eps,
+            ..Default::default()
+        };
+        self.norm(params, weight, rows.room().rows)
     }
 
     fn read(&self, buffer: &Activations, rows: usize, width: usize) -> Result<Vec<f32>> {

@@ -1,5 +1,5 @@
 use super::{Needs, Placement, Staging, count};
-use crate::backend::Room;
+use crate::backend::{Parts, Room};
 use crate::error::Result;
 use crate::gpu::{Buffer, Stream};
 
@@ -15,6 +15,8 @@ pub struct Rows {
     room: Room,
     /// Spans, those that are not there included; they have no rows.
     spans: usize,
+    /// Of the spans that are there, where a choice is made.
+    parts: Vec<Parts>,
 }
 
 /// Where each table begins, in elements.
@@ -28,7 +30,29 @@ struct Layout {
     live_lens: usize,
     prefix: [usize; 2],
     suffix: [usize; 2],
+    choice: Option<ChoiceLayout>,
     len: usize,
+}
+
+/// The same of the tables of a choice. What is chosen by V-verify is written on the device.
+#[derive(Clone, Copy, Debug)]
+struct ChoiceLayout {
+    /// Of the other rows, one span after the other: row of the pass, position, row of the cache.
+    others: [usize; 3],
+    cu_others: usize,
+    /// Of the rows that run, one span after the other, those that run in any case first: their number among the others, and
+    /// the same.
+    numbers: usize,
+    chosen: [usize; 3],
+    cu_chosen: usize,
+    /// Where the others begin among a span's rows that run.
+    first_other: usize,
+    /// Out of V-verify, not read.
+    cu_selected: usize,
+    /// For each row of the pass the row of the cache where its value goes when none has to be compared; -1: nowhere.
+    stored: usize,
+    /// All that is cached of a span's sequence.
+    cached: [usize; 2],
 }
 
 impl Layout {
@@ -48,11 +72,86 @@ impl Layout {
             live_lens: table(needs.spans),
             prefix: [table(needs.spans), table(needs.spans)],
             suffix: [table(needs.spans), table(needs.spans)],
+            choice: needs.chooses.then(|| ChoiceLayout {
+                others: [table(needs.rows), table(needs.rows), table(needs.rows)],
+                cu_others: table(needs.spans + 1),
+                numbers: table(needs.rows),
+                chosen: [table(needs.rows), table(needs.rows), table(needs.rows)],
+                cu_chosen: table(needs.spans + 1),
+                first_other: table(needs.spans),
+                cu_selected: table(needs.spans + 1),
+                stored: table(needs.rows),
+                cached: [table(needs.spans), table(needs.spans)],
+            }),
             len: 0,
         };
         layout.len = len;
         layout
     }
+}
+
+impl ChoiceLayout {
+    /// Writes the tables of a placement, whose others are written already.
+    fn write(self, table: &mut [i32], of: Layout, placement: &Placement, spans: usize) -> Result<()> {
+        table[self.stored..][..placement.tokens.len()].fill(-1);
+        let (mut first, mut other, mut chosen) = (0, 0, 0);
+        for (s, (span, parts)) in placement.spans.iter().zip(placement.parts).enumerate() {
+            let row = |place: usize| first + place - span.start;
+            let known = |table: &[i32], row: usize| -> Result<[i32; 3]> {
+                Ok([count("rows", row)?, table[of.positions + row], table[of.cache_rows + row]])
+            };
+            for place in parts.always.clone() {
+                let known = known(table, row(place))?;
+                table[self.stored + row(place)] = known[2];
+                for (list, value) in self.chosen.iter().zip(known) {
+                    table[list + chosen] = value;
+                }
+                chosen += 1;
+            }
+            table[self.first_other + s] = count("rows", chosen)?;
+            let all = parts.count() == parts.num_others();
+            for number in 0..parts.num_others() {
+                let row = row(parts.other(number));
+                let known = known(table, row)?;
+                for (list, value) in self.others.iter().zip(known) {
+                    table[list + other] = value;
+                }
+                if all {
+                    table[self.stored + row] = known[2];
+                    table[self.numbers + chosen + number] = count("rows", other)?;
+                    for (list, value) in self.chosen.iter().zip(known) {
+                        table[list + chosen + number] = value;
+                    }
+                }
+                other += 1;
+            }
+            chosen += parts.count();
+            table[self.cu_others + s + 1] = count("rows", other)?;
+            table[self.cu_chosen + s + 1] = count("rows", chosen)?;
+            table[self.cached[0] + s] = count("positions", span.cache_base)?;
+            table[self.cached[1] + s] = count("positions", span.len)?;
+            first += span.rows();
+        }
+        let last = placement.parts.len();
+        let (other, chosen) = (count("rows", other)?, count("rows", chosen)?);
+        table[self.cu_others + last + 1..=self.cu_others + spans].fill(other);
+        table[self.cu_chosen + last + 1..=self.cu_chosen + spans].fill(chosen);
+        table[self.first_other + last..self.first_other + spans].fill(chosen);
+        Ok(())
+    }
+}
+
+/// Addresses of the tables of a choice.
+pub(super) struct ChoiceTables {
+    pub others: [u64; 3],
+    pub cu_others: u64,
+    pub numbers: u64,
+    pub chosen: [u64; 3],
+    pub cu_chosen: u64,
+    pub first_other: u64,
+    pub cu_selected: u64,
+    pub stored: u64,
+    pub cached: [u64; 2],
 }
 
 impl Rows {
@@ -64,12 +163,13 @@ impl Rows {
     pub(super) fn new(stream: &Stream, needs: &Needs) -> Result<Rows> {
         let layout = Layout::of(needs);
         let (table, staging) = (stream.alloc(layout.len)?, Staging::new(stream, layout.len)?);
-        Ok(Rows { table, staging, layout, room: Room::default(), spans: needs.spans })
+        Ok(Rows { table, staging, layout, room: Room::default(), spans: needs.spans, parts: vec![] })
     }
 
     /// Puts a copy of the placement into the stream. `mask_slot` is the index of a mask token.
     pub(super) fn write(&mut self, placement: &Placement, mask_slot: usize) -> Result<()> {
-        let Layout { tokens, positions, cache_rows, scored, cu_rows, live_lens, prefix, suffix, len } = self.layout;
+        let Layout { tokens, positions, cache_rows, scored, cu_rows, live_lens, prefix, suffix, choice, len } =
+            self.layout;
         let mut table = vec![0; len];
         table[tokens..positions].fill(count("tokens", mask_slot)?);
         table[cache_rows..scored].fill(-1);
@@ -81,9 +181,9 @@ impl Rows {
         }
         let mut row = 0;
         for (s, span) in placement.spans.iter().enumerate() {
-            for position in span.start..span.end {
-                table[positions + row] = count("positions", position)?;
-                table[cache_rows + row] = count("positions", span.cache_base + position)?;
+            for place in span.start..span.end {
+                table[positions + row] = count("positions", placement.positions[row])?;
+                table[cache_rows + row] = count("positions", span.cache_base + place)?;
                 row += 1;
             }
             table[cu_rows + s + 1] = count("rows", row)?;
@@ -96,7 +196,11 @@ impl Rows {
         }
         let rows = count("rows", row)?;
         table[cu_rows + placement.spans.len() + 1..=cu_rows + self.spans].fill(rows);
+        if let Some(choice) = choice {
+            choice.write(&mut table, self.layout, placement, self.spans)?;
+        }
         self.room = placement.room;
+        self.parts = placement.parts.to_vec();
         self.staging.write(&mut self.table, &table)
     }
 
@@ -146,5 +250,43 @@ impl Rows {
 
     pub(super) fn suffix(&self) -> [u64; 2] {
         self.layout.suffix.map(|element| self.at(element))
+    }
+
+    /// Those of a choice, where there are any.
+    pub(super) fn choice(&self) -> Option<ChoiceTables> {
+        let at = |element: usize| self.at(element);
+        self.layout.choice.map(|layout| ChoiceTables {
+            others: layout.others.map(at),
+            cu_others: at(layout.cu_others),
+            numbers: at(layout.numbers),
+            chosen: layout.chosen.map(at),
+            cu_chosen: at(layout.cu_chosen),
+            first_other: at(layout.first_other),
+            cu_selected: at(layout.cu_selected),
+            stored: at(layout.stored),
+            cached: layout.cached.map(at),
+        })
+    }
+
+    /// The choice among each span's rows.
+    pub(super) fn parts(&self) -> &[Parts] {
+        &self.parts
+    }
+
+    /// Of each span, the numbers of the others that run. Waits for the device.
+    pub(super) fn numbers(&self) -> Result<Vec<Vec<usize>>> {
+        let Some(layout) = self.layout.choice else { return Ok(vec![]) };
+        let table = self.table.read()?;
+        let number = |value: i32| value.max(0) as usize;
+        let (mut first, mut others) = (0, 0);
+        let of = |parts: &Parts| {
+            let at = layout.numbers + first + parts.always.len();
+            let numbers =
+                table[at..][..parts.count()].iter().map(|value| number(*value).saturating_sub(others)).collect();
+            first += parts.rows();
+            others += parts.num_others();
+            numbers
+        };
+        Ok(self.parts.iter().map(of).collect())
     }
 }
