@@ -46,7 +46,9 @@ impl Case for Rows {
 
     fn launch(&mut self) -> Result<()> {
         let Rows { rows, x, delta, weight, out, .. } = self;
-        norm::launch(&self.stream, Norm { max_rows: *rows, count: None, x, delta: Some(delta), weight, eps: EPS, out })
+        let (max_rows, delta) = (*rows, Some(delta));
+        let norm = Norm { max_rows, count: None, x, delta, delta_row: None, weight, eps: EPS, out };
+        norm::launch(&self.stream, norm)
     }
 
     fn check(&self) -> Result<()> {

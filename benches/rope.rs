@@ -55,7 +55,7 @@ impl Case for Rows {
     }
 
     fn launch(&mut self) -> Result<()> {
-        let caches = Caches { k: &mut self.k_cache, v: &mut self.v_cache, row: &self.cache_row };
+        let caches = Caches { k: &mut self.k_cache, v: Some(&mut self.v_cache), row: &self.cache_row };
         let Rows { heads, qkv, positions, angles, .. } = self;
         let caches = Some(caches);
         rope::launch(&self.stream, Rope { heads: *heads, qkv, positions, count: None, angles, caches, failed: None })

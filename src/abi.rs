@@ -516,21 +516,29 @@ const _: () = {
 pub struct dllm_vverify_params {
     /// sizeof(dllm_vverify_params)
     pub size: u64,
-    /// \[max_rows, width\], rows of sequence s at cu_rows\[s\]..cu_rows\[s+1\].
+    /// \[max_rows, width\], rows of sequence s at cu_rows\[s\]..cu_rows\[s+1\]; with fresh_row \[num_fresh_rows, width\].
     pub fresh: u64,
+    /// \[max_rows\] int32: where each row's values stand in `fresh`; or 0 when they are the same.
+    pub fresh_row: u64,
     /// \[num_cached_rows, width\], of the previous step.
     pub cached: u64,
-    /// \[max_rows\] int32: the cached row of each fresh row, distinct with update_cached; or 0 when they are the same.
+    /// \[max_rows\] int32: the cached row of each row, distinct with update_cached; or 0 when they are the same.
     pub cached_row: u64,
     /// \[num_sequences + 1\] int32, ascending from 0.
     pub cu_rows: u64,
-    /// Out: \[max_rows\] int32: selected rows, sequence after sequence, ascending, nothing between.
+    /// Out: \[num_listed\] int32: selected rows, each sequence's together and ascending.
     pub indices: u64,
-    /// Out: \[num_sequences + 1\] int32: where each sequence's part of `indices` begins, and the count.
+    /// Each \[max_rows\] int32, numbers that are listed with their rows; or 0.
+    pub tables: [u64; 3usize],
+    /// Out: each \[num_listed\] int32, beside indices\[j\] the tables\[k\]\[indices\[j\]\]; 0 where tables\[k\] is.
+    pub selected: [u64; 3usize],
+    /// \[num_sequences\] int32: where each sequence's part of `indices` and `selected` begins, what is between parts left as it is; or 0: one after the other, nothing between.
+    pub first_selected: u64,
+    /// Out: \[num_sequences + 1\] int32: how many are selected before each sequence, and in all: without first_selected where each part begins.
     pub cu_selected: u64,
     /// Out: \[max_rows\] f32, the cosines; or 0.
     pub similarity: u64,
-    /// In and out: \[1\] int32, set to DLLM_INDEX_FAILED when a cached_row is out of range, which counts as turned most; or 0.
+    /// In and out: \[1\] int32, set to DLLM_INDEX_FAILED when a fresh_row or cached_row is out of range, which counts as turned most, or when an output list has no such element, which is not written; or 0.
     pub failed: u64,
     /// workspace_bytes, zeroed before the first use; every launch leaves it ready for the next, whatever its shape.
     pub workspace: u64,
@@ -545,7 +553,11 @@ pub struct dllm_vverify_params {
     /// Rows the launch has room for; cu_rows says how many there are.
     pub max_rows: i32,
     pub num_sequences: i32,
+    /// Rows of `fresh`; 0 without fresh_row.
+    pub num_fresh_rows: i32,
     pub num_cached_rows: i32,
+    /// Elements of `indices` and of each `selected`; or 0 for max_rows.
+    pub num_listed: i32,
     /// Elements of a row: all key/value heads.
     pub width: i32,
     /// dllm_dtype: bf16 or f16.
@@ -555,41 +567,53 @@ pub struct dllm_vverify_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of dllm_vverify_params"][::core::mem::size_of::<dllm_vverify_params>() - 136usize];
+    ["Size of dllm_vverify_params"][::core::mem::size_of::<dllm_vverify_params>() - 208usize];
     ["Alignment of dllm_vverify_params"][::core::mem::align_of::<dllm_vverify_params>() - 8usize];
     ["Offset of field: dllm_vverify_params::size"][::core::mem::offset_of!(dllm_vverify_params, size) - 0usize];
     ["Offset of field: dllm_vverify_params::fresh"][::core::mem::offset_of!(dllm_vverify_params, fresh) - 8usize];
-    ["Offset of field: dllm_vverify_params::cached"][::core::mem::offset_of!(dllm_vverify_params, cached) - 16usize];
+    ["Offset of field: dllm_vverify_params::fresh_row"]
+        [::core::mem::offset_of!(dllm_vverify_params, fresh_row) - 16usize];
+    ["Offset of field: dllm_vverify_params::cached"][::core::mem::offset_of!(dllm_vverify_params, cached) - 24usize];
     ["Offset of field: dllm_vverify_params::cached_row"]
-        [::core::mem::offset_of!(dllm_vverify_params, cached_row) - 24usize];
-    ["Offset of field: dllm_vverify_params::cu_rows"][::core::mem::offset_of!(dllm_vverify_params, cu_rows) - 32usize];
-    ["Offset of field: dllm_vverify_params::indices"][::core::mem::offset_of!(dllm_vverify_params, indices) - 40usize];
+        [::core::mem::offset_of!(dllm_vverify_params, cached_row) - 32usize];
+    ["Offset of field: dllm_vverify_params::cu_rows"][::core::mem::offset_of!(dllm_vverify_params, cu_rows) - 40usize];
+    ["Offset of field: dllm_vverify_params::indices"][::core::mem::offset_of!(dllm_vverify_params, indices) - 48usize];
+    ["Offset of field: dllm_vverify_params::tables"][::core::mem::offset_of!(dllm_vverify_params, tables) - 56usize];
+    ["Offset of field: dllm_vverify_params::selected"]
+        [::core::mem::offset_of!(dllm_vverify_params, selected) - 80usize];
+    ["Offset of field: dllm_vverify_params::first_selected"]
+        [::core::mem::offset_of!(dllm_vverify_params, first_selected) - 104usize];
     ["Offset of field: dllm_vverify_params::cu_selected"]
-        [::core::mem::offset_of!(dllm_vverify_params, cu_selected) - 48usize];
+        [::core::mem::offset_of!(dllm_vverify_params, cu_selected) - 112usize];
     ["Offset of field: dllm_vverify_params::similarity"]
-        [::core::mem::offset_of!(dllm_vverify_params, similarity) - 56usize];
-    ["Offset of field: dllm_vverify_params::failed"][::core::mem::offset_of!(dllm_vverify_params, failed) - 64usize];
+        [::core::mem::offset_of!(dllm_vverify_params, similarity) - 120usize];
+    ["Offset of field: dllm_vverify_params::failed"][::core::mem::offset_of!(dllm_vverify_params, failed) - 128usize];
     ["Offset of field: dllm_vverify_params::workspace"]
-        [::core::mem::offset_of!(dllm_vverify_params, workspace) - 72usize];
+        [::core::mem::offset_of!(dllm_vverify_params, workspace) - 136usize];
     ["Offset of field: dllm_vverify_params::workspace_bytes"]
-        [::core::mem::offset_of!(dllm_vverify_params, workspace_bytes) - 80usize];
+        [::core::mem::offset_of!(dllm_vverify_params, workspace_bytes) - 144usize];
     ["Offset of field: dllm_vverify_params::fresh_stride"]
-        [::core::mem::offset_of!(dllm_vverify_params, fresh_stride) - 88usize];
+        [::core::mem::offset_of!(dllm_vverify_params, fresh_stride) - 152usize];
     ["Offset of field: dllm_vverify_params::cached_stride"]
-        [::core::mem::offset_of!(dllm_vverify_params, cached_stride) - 96usize];
-    ["Offset of field: dllm_vverify_params::ratio"][::core::mem::offset_of!(dllm_vverify_params, ratio) - 104usize];
+        [::core::mem::offset_of!(dllm_vverify_params, cached_stride) - 160usize];
+    ["Offset of field: dllm_vverify_params::ratio"][::core::mem::offset_of!(dllm_vverify_params, ratio) - 168usize];
     ["Offset of field: dllm_vverify_params::max_rows"]
-        [::core::mem::offset_of!(dllm_vverify_params, max_rows) - 112usize];
+        [::core::mem::offset_of!(dllm_vverify_params, max_rows) - 176usize];
     ["Offset of field: dllm_vverify_params::num_sequences"]
-        [::core::mem::offset_of!(dllm_vverify_params, num_sequences) - 116usize];
+        [::core::mem::offset_of!(dllm_vverify_params, num_sequences) - 180usize];
+    ["Offset of field: dllm_vverify_params::num_fresh_rows"]
+        [::core::mem::offset_of!(dllm_vverify_params, num_fresh_rows) - 184usize];
     ["Offset of field: dllm_vverify_params::num_cached_rows"]
-        [::core::mem::offset_of!(dllm_vverify_params, num_cached_rows) - 120usize];
-    ["Offset of field: dllm_vverify_params::width"][::core::mem::offset_of!(dllm_vverify_params, width) - 124usize];
-    ["Offset of field: dllm_vverify_params::dtype"][::core::mem::offset_of!(dllm_vverify_params, dtype) - 128usize];
+        [::core::mem::offset_of!(dllm_vverify_params, num_cached_rows) - 188usize];
+    ["Offset of field: dllm_vverify_params::num_listed"]
+        [::core::mem::offset_of!(dllm_vverify_params, num_listed) - 192usize];
+    ["Offset of field: dllm_vverify_params::width"][::core::mem::offset_of!(dllm_vverify_params, width) - 196usize];
+    ["Offset of field: dllm_vverify_params::dtype"][::core::mem::offset_of!(dllm_vverify_params, dtype) - 200usize];
     ["Offset of field: dllm_vverify_params::update_cached"]
-        [::core::mem::offset_of!(dllm_vverify_params, update_cached) - 132usize];
+        [::core::mem::offset_of!(dllm_vverify_params, update_cached) - 204usize];
 };
-/// rows: gather, target\[i\] = source\[index\[i\]\]; scatter, target\[index\[i\]\] = source\[i\]. Bytes, whatever they mean.
+/// rows: gather, target\[i\] = source\[index\[i\]\]; scatter, target\[index\[i\]\] = source\[i\]. Bytes, whatever they mean. A row whose
+/// index is out of range, -1 say, is left out; with failed 0 nothing tells.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct dllm_rows_params {
@@ -696,10 +720,12 @@ const _: () = {
 pub struct dllm_norm_params {
     /// sizeof(dllm_norm_params)
     pub size: u64,
-    /// \[max_rows, width\], the residual stream; written when there is a delta.
+    /// \[max_rows, width\], the residual stream; written where something is added.
     pub x: u64,
-    /// \[max_rows, width\]; or 0.
+    /// \[max_rows, width\], with delta_row \[num_delta_rows, width\]; or 0.
     pub delta: u64,
+    /// \[max_rows\] int32: the row of `delta` that is added to each row, one out of range, -1 say, for nothing; or 0 when they are the same.
+    pub delta_row: u64,
     /// \[width\]
     pub weight: u64,
     /// Out: \[max_rows, width\]; may not overlap the others.
@@ -719,44 +745,52 @@ pub struct dllm_norm_params {
     /// dllm_dtype of all.
     pub dtype: i32,
     pub eps: f32,
+    /// Rows of `delta`; 0 without delta_row.
+    pub num_delta_rows: i32,
+    /// 0
+    pub reserved: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of dllm_norm_params"][::core::mem::size_of::<dllm_norm_params>() - 88usize];
+    ["Size of dllm_norm_params"][::core::mem::size_of::<dllm_norm_params>() - 104usize];
     ["Alignment of dllm_norm_params"][::core::mem::align_of::<dllm_norm_params>() - 8usize];
     ["Offset of field: dllm_norm_params::size"][::core::mem::offset_of!(dllm_norm_params, size) - 0usize];
     ["Offset of field: dllm_norm_params::x"][::core::mem::offset_of!(dllm_norm_params, x) - 8usize];
     ["Offset of field: dllm_norm_params::delta"][::core::mem::offset_of!(dllm_norm_params, delta) - 16usize];
-    ["Offset of field: dllm_norm_params::weight"][::core::mem::offset_of!(dllm_norm_params, weight) - 24usize];
-    ["Offset of field: dllm_norm_params::out"][::core::mem::offset_of!(dllm_norm_params, out) - 32usize];
-    ["Offset of field: dllm_norm_params::count"][::core::mem::offset_of!(dllm_norm_params, count) - 40usize];
-    ["Offset of field: dllm_norm_params::x_stride"][::core::mem::offset_of!(dllm_norm_params, x_stride) - 48usize];
+    ["Offset of field: dllm_norm_params::delta_row"][::core::mem::offset_of!(dllm_norm_params, delta_row) - 24usize];
+    ["Offset of field: dllm_norm_params::weight"][::core::mem::offset_of!(dllm_norm_params, weight) - 32usize];
+    ["Offset of field: dllm_norm_params::out"][::core::mem::offset_of!(dllm_norm_params, out) - 40usize];
+    ["Offset of field: dllm_norm_params::count"][::core::mem::offset_of!(dllm_norm_params, count) - 48usize];
+    ["Offset of field: dllm_norm_params::x_stride"][::core::mem::offset_of!(dllm_norm_params, x_stride) - 56usize];
     ["Offset of field: dllm_norm_params::delta_stride"]
-        [::core::mem::offset_of!(dllm_norm_params, delta_stride) - 56usize];
-    ["Offset of field: dllm_norm_params::out_stride"][::core::mem::offset_of!(dllm_norm_params, out_stride) - 64usize];
-    ["Offset of field: dllm_norm_params::max_rows"][::core::mem::offset_of!(dllm_norm_params, max_rows) - 72usize];
-    ["Offset of field: dllm_norm_params::width"][::core::mem::offset_of!(dllm_norm_params, width) - 76usize];
-    ["Offset of field: dllm_norm_params::dtype"][::core::mem::offset_of!(dllm_norm_params, dtype) - 80usize];
-    ["Offset of field: dllm_norm_params::eps"][::core::mem::offset_of!(dllm_norm_params, eps) - 84usize];
+        [::core::mem::offset_of!(dllm_norm_params, delta_stride) - 64usize];
+    ["Offset of field: dllm_norm_params::out_stride"][::core::mem::offset_of!(dllm_norm_params, out_stride) - 72usize];
+    ["Offset of field: dllm_norm_params::max_rows"][::core::mem::offset_of!(dllm_norm_params, max_rows) - 80usize];
+    ["Offset of field: dllm_norm_params::width"][::core::mem::offset_of!(dllm_norm_params, width) - 84usize];
+    ["Offset of field: dllm_norm_params::dtype"][::core::mem::offset_of!(dllm_norm_params, dtype) - 88usize];
+    ["Offset of field: dllm_norm_params::eps"][::core::mem::offset_of!(dllm_norm_params, eps) - 92usize];
+    ["Offset of field: dllm_norm_params::num_delta_rows"]
+        [::core::mem::offset_of!(dllm_norm_params, num_delta_rows) - 96usize];
+    ["Offset of field: dllm_norm_params::reserved"][::core::mem::offset_of!(dllm_norm_params, reserved) - 100usize];
 };
 /// rope: rotates the queries and keys of qkv in place by their positions, half-split form (element i pairs with
-/// i + head_dim / 2), and leaves keys and values in the cache.
+/// i + head_dim / 2), and leaves keys, and values where there is a v_cache, in the cache.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct dllm_rope_params {
     /// sizeof(dllm_rope_params)
     pub size: u64,
-    /// \[max_rows, (num_heads + 2 num_kv_heads) \* head_dim\]: q, k, v.
+    /// \[max_rows, (num_heads + 2 num_kv_heads) \* head_dim\]: q, k, v; with a k_cache alone q, k will do.
     pub qkv: u64,
     /// \[max_rows\] int32, below num_positions.
     pub positions: u64,
     /// \[num_positions, head_dim / 2\] pairs of f32: cosine, sine.
     pub angles: u64,
-    /// Out: \[num_cache_rows, num_kv_heads \* head_dim\], rotated keys; or 0 with v_cache.
+    /// Out: \[num_cache_rows, num_kv_heads \* head_dim\], rotated keys; or 0, and no v_cache.
     pub k_cache: u64,
-    /// Out: \[num_cache_rows, num_kv_heads \* head_dim\]; or 0.
+    /// Out: \[num_cache_rows, num_kv_heads \* head_dim\]; or 0: no values go anywhere, and rows need have none.
     pub v_cache: u64,
-    /// \[max_rows\] int32: where a row's key and value go, -1 nowhere; 0 without caches.
+    /// \[max_rows\] int32: where a row's key and value go, -1 nowhere; 0 without a k_cache.
     pub cache_row: u64,
     /// \[1\] int32: rows there are, at most max_rows; or 0 for max_rows.
     pub count: u64,

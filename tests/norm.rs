@@ -17,11 +17,13 @@ use half::{bf16, f16};
 on_device! {
     equals_the_oracle,
     counts_on_the_device,
+    adds_rows_by_a_map,
     same_bits_whatever_else_runs,
     rounds_ties_to_even,
     passes_on_what_is_not_finite,
     overflows_like_f32,
     replays,
+    replays_with_a_map,
     wrong_sizes_are_errors,
 }
 
@@ -35,6 +37,7 @@ struct Case<T> {
     width: usize,
     x: Vec<T>,
     delta: Option<Vec<T>>,
+    delta_row: Option<Vec<i32>>,
     weight: Vec<T>,
     eps: f32,
     count: Option<i32>,
@@ -44,13 +47,21 @@ impl<T: Float> Case<T> {
     fn new(random: &mut Random, rows: usize, width: usize) -> Case<T> {
         let weight = (0..width).map(|_| T::of(1.0 + 0.2 * random.normal())).collect();
         let [x, delta] = [(); 2].map(|_| random.floats(rows * width));
-        Case { width, x, delta: Some(delta), weight, eps: 1e-5, count: None }
+        Case { width, x, delta: Some(delta), delta_row: None, weight, eps: 1e-5, count: None }
     }
 
     /// One row without delta, with weights of 1.
     fn row(x: &[f32]) -> Case<T> {
         let x: Vec<T> = x.iter().map(|x| T::of(*x)).collect();
-        Case { width: x.len(), weight: vec![T::of(1.0); x.len()], x, delta: None, eps: 1e-5, count: None }
+        Case {
+            width: x.len(),
+            weight: vec![T::of(1.0); x.len()],
+            x,
+            delta: None,
+            delta_row: None,
+            eps: 1e-5,
+            count: None,
+        }
     }
 
     /// `x` and `out` after a launch, with what lies between their rows.
@@ -61,6 +72,7 @@ impl<T: Float> Case<T> {
         let [x_stride, delta_stride, out_stride] = [1, 2, 3].map(|gap| width + gap * unit);
         let x = stream.upload(&spread(&self.x, width, x_stride)).unwrap();
         let delta = self.delta.as_ref().map(|delta| stream.upload(&spread(delta, width, delta_stride)).unwrap());
+        let delta_row = self.delta_row.as_ref().map(|map| stream.upload(map).unwrap());
         let weight = stream.upload(&self.weight).unwrap();
         let out = stream.upload(&vec![poison::<T>(); rows * out_stride]).unwrap();
         let count = self.count.map(|count| stream.upload(&[count]).unwrap());
@@ -68,6 +80,7 @@ impl<T: Float> Case<T> {
             size: size_of::<dllm_norm_params>() as u64,
             x: x.address(),
             delta: delta.as_ref().map_or(0, |delta| delta.address()),
+            delta_row: delta_row.as_ref().map_or(0, |map| map.address()),
             weight: weight.address(),
             out: out.address(),
             count: count.as_ref().map_or(0, |count| count.address()),
@@ -78,6 +91,8 @@ impl<T: Float> Case<T> {
             width: width as i32,
             dtype: T::DTYPE as i32,
             eps: self.eps,
+            num_delta_rows: delta_row.as_ref().map_or(0, |_| self.delta.as_ref().map_or(0, Vec::len) / width) as i32,
+            reserved: 0,
         };
         // SAFETY: the buffers are as large as the struct says, and stay until the stream has been waited for.
         unsafe { norm::launch_raw(stream.device(), stream.raw(), &params) }.unwrap();
@@ -90,10 +105,12 @@ impl<T: Float> Case<T> {
         let counted = self.count.map_or(rows, |count| count.clamp(0, rows as i32) as usize);
         let mut want_x = self.x.clone();
         let [mut low, mut high] = [(); 2].map(|_| vec![poison::<T>(); rows * width]);
-        for at in (0..counted).map(|row| row * width..(row + 1) * width) {
+        for row in 0..counted {
+            let at = row * width..(row + 1) * width;
             let mut x = widened(&self.x[at.clone()]);
-            if let Some(delta) = &self.delta {
-                add_rounded(&mut x, &widened(&delta[at.clone()]), T::round);
+            let delta_row = self.delta_row.as_ref().map_or(row, |map| map[row] as usize);
+            if let Some(delta) = self.delta.as_ref().and_then(|delta| delta.chunks_exact(width).nth(delta_row)) {
+                add_rounded(&mut x, &widened(delta), T::round);
                 want_x[at.clone()].copy_from_slice(&narrowed::<T>(&x));
             }
             let scale = rms_scale(&x, self.eps.into());
@@ -134,6 +151,40 @@ fn counts_on_the_device() {
     for count in [0, 1, 4, 5, 6, i32::MAX, -1, i32::MIN] {
         Case { count: Some(count), ..case.clone() }.check("counted");
     }
+}
+
+/// Rows of delta in another order, more and fewer than there are of x; those out of range add nothing.
+fn adds_rows_by_a_map() {
+    fn check<T: Float>() {
+        let random = &mut Random(6);
+        for width in [16 / size_of::<T>(), 24, 4096, 8192] {
+            for delta_rows in [1, 3, 9] {
+                let case = Case::<T>::new(random, 6, width);
+                let case = Case { delta: Some(random.floats(delta_rows * width)), ..case };
+                let map = |map: [i32; 6]| Some(map.to_vec());
+                let last = delta_rows as i32 - 1;
+                for delta_row in [map([last, 0, 0, last, 0, last]), map([-1, last, last + 1, i32::MAX, 0, i32::MIN])] {
+                    let case = Case { delta_row, ..case.clone() };
+                    case.check("by a map");
+                    Case { count: Some(4), ..case }.check("by a map");
+                }
+            }
+        }
+        let case = Case::<T>::new(random, 6, 24);
+        let [mapped, plain] = [Some((0..6).collect()), None].map(|delta_row| Case { delta_row, ..case.clone() }.run());
+        for (mapped, plain) in mapped.iter().zip(&plain) {
+            same_bits("each its own", mapped, plain);
+        }
+        // Nothing added is not a zero added: minus zero stays, and so do the bits of a NaN.
+        let edge = [-0.0, f32::NAN, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+        let case = Case { delta: Some(vec![T::of(0.0); 8]), delta_row: Some(vec![-1]), ..Case::<T>::row(&edge) };
+        case.check("nothing added");
+        // Without a delta the map is not looked at.
+        Case { delta: None, ..case }.check("no delta");
+    }
+    check::<bf16>();
+    check::<f16>();
+    check::<f32>();
 }
 
 /// A row's bits are its own: they depend neither on the order of threads nor on the other rows.
@@ -214,6 +265,35 @@ fn overflows_like_f32() {
     Case::<f16>::row(&[f16::LARGEST; 4096]).check("large");
 }
 
+/// One capture of the safe launch; the map changes on the device.
+fn replays_with_a_map() {
+    let (random, stream) = (&mut Random(7), stream());
+    let (rows, width, eps) = (4, 24, 1e-5);
+    let case = Case { delta: Some(random.floats(3 * width)), ..Case::<f16>::new(random, rows, width) };
+    let mut x = stream.upload(&case.x).unwrap();
+    let delta = stream.upload(case.delta.as_ref().unwrap()).unwrap();
+    let mut map = stream.upload(&[0; 4]).unwrap();
+    let weight = stream.upload(&case.weight).unwrap();
+    let mut out = stream.zeros::<f16>(rows * width).unwrap();
+    let graph = stream.capture(|| {
+        let (delta, delta_row, weight) = (Some(&delta), Some(&map), &weight);
+        let norm = Norm { max_rows: rows, count: None, x: &mut x, delta, delta_row, weight, eps, out: &mut out };
+        norm::launch(&stream, norm)
+    });
+    let graph = graph.unwrap();
+    for delta_row in [[2, -1, 0, 1], [3, 1, 1, -1]] {
+        let case = Case { delta_row: Some(delta_row.to_vec()), ..case.clone() };
+        case.check("as replayed");
+        map.write(&delta_row).unwrap();
+        x.write(&case.x).unwrap();
+        // SAFETY: the buffers are still there, and of this stream.
+        unsafe { graph.launch() }.unwrap();
+        let [want_x, want_out] = case.run();
+        same_bits("x", &spread(&x.read().unwrap(), width, width + 8), &want_x);
+        same_bits("out", &spread(&out.read().unwrap(), width, width + 24), &want_out);
+    }
+}
+
 /// One capture of the safe launch; count and rows change on the device, and each replay follows them.
 fn replays() {
     device().preload().unwrap();
@@ -226,8 +306,9 @@ fn replays() {
     let mut out = stream.zeros::<bf16>(rows * width).unwrap();
     let mut count = stream.upload(&[0]).unwrap();
     let graph = stream.capture(|| {
-        let (count, delta) = (Some(&count), Some(&delta));
-        norm::launch(&stream, Norm { max_rows: rows, count, x: &mut x, delta, weight: &weight, eps, out: &mut out })
+        let (count, delta, weight) = (Some(&count), Some(&delta), &weight);
+        let norm = Norm { max_rows: rows, count, x: &mut x, delta, delta_row: None, weight, eps, out: &mut out };
+        norm::launch(&stream, norm)
     });
     let graph = graph.unwrap();
     for counted in [3, 4, 1] {
@@ -257,7 +338,8 @@ fn wrong_sizes_are_errors() {
     let zeros = |len| stream.zeros::<f32>(len).unwrap();
     macro_rules! refused {
         ($says:literal, $($field:ident: $value:expr),+) => {{
-            let fits = Norm { max_rows: 4, count: None, x: &mut x, delta: None, weight: &weight, eps: 1e-5, out: &mut out };
+            let (count, delta, delta_row, weight) = (None, None, None, &weight);
+            let fits = Norm { max_rows: 4, count, x: &mut x, delta, delta_row, weight, eps: 1e-5, out: &mut out };
             let error = norm::launch(&stream, Norm { $($field: $value,)+ ..fits }).unwrap_err().to_string();
             assert!(error.contains($says), "{error}");
         }};
@@ -270,6 +352,9 @@ fn wrong_sizes_are_errors() {
     refused!("weight: expected 1 elements, found 0", weight: &zeros(0));
     refused!("width: expected a multiple of 4 elements (16 bytes), found 6", weight: &zeros(6));
     refused!("delta: expected 32 elements, found 31", delta: Some(&zeros(31)));
+    let [three, four] = [3, 4].map(|len| stream.zeros::<i32>(len).unwrap());
+    refused!("delta_row: expected 4 elements, found 3", delta: Some(&zeros(8)), delta_row: Some(&three));
+    refused!("delta: expected 8 elements, found 7", delta: Some(&zeros(7)), delta_row: Some(&four));
     refused!("out: expected 32 elements, found 31", out: &mut zeros(31));
     refused!("out: expected a buffer of the stream", out: &mut other.zeros(32).unwrap());
     refused!("count: expected 1 elements, found 0", count: Some(&stream.zeros(0).unwrap()));

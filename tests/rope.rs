@@ -17,6 +17,7 @@ on_device! {
     leaves_out_rows_out_of_range,
     rows_may_stay_out_of_the_cache,
     rotates_without_caches,
+    caches_keys_alone,
     same_bits_whatever_else_runs,
     passes_on_what_is_not_finite,
     replays,
@@ -38,6 +39,8 @@ struct Case<T> {
     num_cache_rows: usize,
     cache_row: Vec<i32>,
     count: Option<i32>,
+    /// Whether rows have values, and there is a cache for them.
+    values: bool,
 }
 
 /// What a launch leaves, with what lies between rows: qkv, keys, values.
@@ -48,23 +51,43 @@ impl<T: Float> Case<T> {
         let positions = (0..rows).map(|_| random.below(NUM_POSITIONS) as i32).collect();
         let num_cache_rows = rows + 3;
         let cache_row = random.distinct(rows, num_cache_rows);
-        Case { heads, qkv: random.floats(rows * heads.qkv_width()), positions, num_cache_rows, cache_row, count: None }
+        Case {
+            heads,
+            qkv: random.floats(rows * heads.qkv_width()),
+            positions,
+            num_cache_rows,
+            cache_row,
+            count: None,
+            values: true,
+        }
     }
 
     fn kv_width(&self) -> usize {
         self.heads.num_kv_heads * self.heads.head_dim
     }
 
+    /// Of a row of qkv.
+    fn width(&self) -> usize {
+        self.heads.qkv_width() - if self.values { 0 } else { self.kv_width() }
+    }
+
     /// Of rows of qkv and of the caches.
     fn strides(&self) -> [usize; 2] {
-        [self.heads.qkv_width() + 8, self.kv_width() + 16]
+        [self.width() + 8, self.kv_width() + 16]
+    }
+
+    /// The same rows, and no values.
+    fn without_values(&self) -> Case<T> {
+        let width = self.width() - self.kv_width();
+        let qkv = self.qkv.chunks_exact(self.width()).flat_map(|row| &row[..width]).copied().collect();
+        Case { qkv, values: false, ..self.clone() }
     }
 
     /// What a launch leaves, and what it tells of failures.
     fn run(&self) -> (Left<T>, i32) {
         let [qkv_stride, cache_stride] = self.strides();
         let stream = stream();
-        let qkv = stream.upload(&spread(&self.qkv, self.heads.qkv_width(), qkv_stride)).unwrap();
+        let qkv = stream.upload(&spread(&self.qkv, self.width(), qkv_stride)).unwrap();
         let [k, v] = [(); 2].map(|_| stream.upload(&vec![poison::<T>(); self.num_cache_rows * cache_stride]).unwrap());
         let positions = stream.upload(&self.positions).unwrap();
         let cache_row = stream.upload(&self.cache_row).unwrap();
@@ -77,7 +100,7 @@ impl<T: Float> Case<T> {
             positions: positions.address(),
             angles: angles.address(),
             k_cache: k.address(),
-            v_cache: v.address(),
+            v_cache: if self.values { v.address() } else { 0 },
             cache_row: cache_row.address(),
             count: count.as_ref().map_or(0, |count| count.address()),
             failed: failed.address(),
@@ -99,7 +122,7 @@ impl<T: Float> Case<T> {
 
     /// The same from the oracle.
     fn want(&self) -> (Left<T>, i32) {
-        let (width, kv_width) = (self.heads.qkv_width(), self.kv_width());
+        let (width, kv_width) = (self.width(), self.kv_width());
         let mut angles = Angles::default();
         angles.extend(THETA, self.heads.head_dim, NUM_POSITIONS);
         let mut qkv = self.qkv.clone();
@@ -112,13 +135,13 @@ impl<T: Float> Case<T> {
                 failed = DLLM_INDEX_FAILED;
                 continue;
             }
-            let (turned, values) = row.split_at_mut(width - kv_width);
+            let (turned, values) = row.split_at_mut(if self.values { width - kv_width } else { width });
             let mut wide = widened(turned);
             rotate_rounded(&mut wide, self.heads.head_dim, angles.at(position as usize), T::round);
             turned.copy_from_slice(&narrowed::<T>(&wide));
             if let Ok(to) = usize::try_from(to) {
                 k[to * kv_width..][..kv_width].copy_from_slice(&turned[turned.len() - kv_width..]);
-                v[to * kv_width..][..kv_width].copy_from_slice(values);
+                v[to * kv_width..][..values.len()].copy_from_slice(values);
             }
         }
         let [qkv_stride, cache_stride] = self.strides();
@@ -203,7 +226,7 @@ fn rotates_without_caches() {
         let mut qkv = stream.upload(&case.qkv).unwrap();
         let [mut k, mut v] =
             [(); 2].map(|_| stream.upload(&vec![poison::<bf16>(); case.num_cache_rows * kv_width]).unwrap());
-        let caches = with_caches.then_some(Caches { k: &mut k, v: &mut v, row: &row });
+        let caches = with_caches.then_some(Caches { k: &mut k, v: Some(&mut v), row: &row });
         let (heads, positions, angles) = (case.heads, &positions, &angles);
         let rows = Rope { heads, qkv: &mut qkv, positions, count: None, angles, caches, failed: None };
         rope::launch(&stream, rows).unwrap();
@@ -213,6 +236,41 @@ fn rotates_without_caches() {
             same_bits("cache", &cache.read().unwrap(), &want);
         }
     }
+}
+
+/// Rows `[q | k]`, and a cache for keys: what they get is what they get with values.
+fn caches_keys_alone() {
+    fn check<T: Float>() {
+        // Where pairs fill the block's 256 threads, and where threads are left over that would have had values.
+        for (num_heads, num_kv_heads, head_dim) in [(1, 1, 32), (14, 2, 64), (28, 4, 128), (32, 32, 128)] {
+            let case = Case::<T>::new(&mut Random(9), 5, heads(num_heads, num_kv_heads, head_dim));
+            let mut alone = case.without_values();
+            alone.check("keys alone");
+            let ([_, want, _], _) = case.run();
+            same_bits("keys", &alone.run().0[1], &want);
+            alone.cache_row[1] = -1;
+            alone.cache_row[3] = i32::MAX;
+            alone.count = Some(4);
+            alone.check("keys alone");
+        }
+    }
+    check::<bf16>();
+    check::<f16>();
+
+    // The safe launch.
+    let case = Case::<bf16>::new(&mut Random(10), 3, heads(4, 2, 32)).without_values();
+    let stream = stream();
+    let mut qkv = stream.upload(&case.qkv).unwrap();
+    let mut k = stream.upload(&vec![poison::<bf16>(); case.num_cache_rows * case.kv_width()]).unwrap();
+    let row = stream.upload(&case.cache_row).unwrap();
+    let positions = &stream.upload(&case.positions).unwrap();
+    let angles = &rope::angles(&stream, THETA, 32, NUM_POSITIONS).unwrap();
+    let caches = Some(Caches { k: &mut k, v: None, row: &row });
+    let rows = Rope { heads: case.heads, qkv: &mut qkv, positions, count: None, angles, caches, failed: None };
+    rope::launch(&stream, rows).unwrap();
+    let ([want_qkv, want_k, _], [qkv_stride, cache_stride]) = (case.want().0, case.strides());
+    same_bits("qkv", &spread(&qkv.read().unwrap(), case.width(), qkv_stride), &want_qkv);
+    same_bits("keys", &spread(&k.read().unwrap(), case.kv_width(), cache_stride), &want_k);
 }
 
 /// A row's bits are its own: they depend neither on the order of threads nor on the other rows.
@@ -261,7 +319,7 @@ fn replays() {
     let mut count = stream.upload(&[5]).unwrap();
     let mut failed = stream.upload(&[DLLM_NONE_FAILED]).unwrap();
     let graph = stream.capture(|| {
-        let caches = Some(Caches { k: &mut k, v: &mut v, row: &row });
+        let caches = Some(Caches { k: &mut k, v: Some(&mut v), row: &row });
         let (count, failed) = (Some(&count), Some(&mut failed));
         let positions = &positions;
         rope::launch(&stream, Rope { heads: shape, qkv: &mut qkv, positions, count, angles: &angles, caches, failed })
@@ -299,7 +357,7 @@ fn wrong_sizes_are_errors() {
     macro_rules! refused {
         ($says:literal, $($field:ident: $value:expr),+) => {{
             let fits = {
-                let caches = Some(Caches { k: &mut k, v: &mut v, row: &positions });
+                let caches = Some(Caches { k: &mut k, v: Some(&mut v), row: &positions });
                 let (heads, qkv, positions, angles) = (heads(4, 2, 32), &mut qkv, &positions, &angles);
                 Rope { heads, qkv, positions, count: None, angles, caches, failed: None }
             };
@@ -322,7 +380,7 @@ fn wrong_sizes_are_errors() {
     refused!("head_dim: expected 32, 64 or 128, found 16", heads: heads(4, 2, 16));
     let [mut one, mut two, mut short] = [64, 64, 63].map(|len| stream.zeros::<bf16>(len).unwrap());
     let (k, row) = (&mut one, &positions);
-    refused!("caches.v: expected 64 elements, found 63", caches: Some(Caches { k, v: &mut short, row }));
+    refused!("caches.v: expected 64 elements, found 63", caches: Some(Caches { k, v: Some(&mut short), row }));
     let (k, v) = (&mut one, &mut two);
-    refused!("caches.row: expected 3 elements, found 2", caches: Some(Caches { k, v, row: &ints(2) }));
+    refused!("caches.row: expected 3 elements, found 2", caches: Some(Caches { k, v: Some(v), row: &ints(2) }));
 }

@@ -13,6 +13,7 @@ on_device! {
     copies_rows,
     counts_on_the_device,
     leaves_out_rows_out_of_range,
+    leaves_them_out_in_silence,
     copies_elements_of_every_type,
     replays,
     wrong_sizes_are_errors,
@@ -26,6 +27,8 @@ struct Case {
     num_indexed_rows: usize,
     index: Vec<i32>,
     count: Option<i32>,
+    /// Whether there is a place to tell of failures.
+    tells: bool,
 }
 
 impl Case {
@@ -33,7 +36,7 @@ impl Case {
     fn new(random: &mut Random, copy: Copy, row_bytes: usize, rows: usize, num_indexed_rows: usize) -> Case {
         let index = random.distinct(rows, num_indexed_rows);
         let (source_stride, target_stride) = (row_bytes + 32, row_bytes + 16);
-        Case { copy, row_bytes, source_stride, target_stride, num_indexed_rows, index, count: None }
+        Case { copy, row_bytes, source_stride, target_stride, num_indexed_rows, index, count: None, tells: true }
     }
 
     /// Launches on random bytes and compares all of the target, and what is told of failures, with the oracle.
@@ -64,7 +67,7 @@ impl Case {
             target: target.address(),
             index: index.address(),
             count: count.as_ref().map_or(0, |count| count.address()),
-            failed: failed.address(),
+            failed: if self.tells { failed.address() } else { 0 },
             source_stride_bytes: source_stride as i64,
             target_stride_bytes: target_stride as i64,
             row_bytes: row_bytes as i64,
@@ -73,7 +76,7 @@ impl Case {
         };
         // SAFETY: the buffers are as large as the struct says, and stay until the stream has been waited for.
         unsafe { rows::launch_raw(stream.device(), stream.raw(), &params, copy) }.unwrap();
-        let told = if known { DLLM_NONE_FAILED } else { DLLM_INDEX_FAILED };
+        let told = if known || !self.tells { DLLM_NONE_FAILED } else { DLLM_INDEX_FAILED };
         assert_eq!(failed.read().unwrap(), [told]);
         let same = target.read().unwrap() == spread(&want, row_bytes, target_stride);
         assert!(same, "{copy:?}, {} rows of {row_bytes} bytes, count {:?}", self.index.len(), self.count);
@@ -118,6 +121,16 @@ fn leaves_out_rows_out_of_range() {
         }
         let case = Case::new(random, copy, 48, 5, 8);
         Case { index: vec![-1; 5], ..case }.check(random);
+    }
+}
+
+/// With nowhere to tell of it a row of -1 is left out just so.
+fn leaves_them_out_in_silence() {
+    let random = &mut Random(6);
+    for copy in BOTH {
+        for index in [vec![-1, 3, -1, 0, 7], vec![6, i32::MIN, 1, 8, -1], vec![-1; 5]] {
+            Case { index, tells: false, ..Case::new(random, copy, 4112, 5, 8) }.check(random);
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use common::{Float, Random, assert_nothing_reported, on_device, spread, stream};
 use dllm_kernels::abi::{dllm_rows_params, dllm_vverify_params};
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::{Workspace, rows, vverify};
-use dllm_kernels::oracle::vverify::{cosine, lowest};
+use dllm_kernels::oracle::vverify::{cosine, lowest, place};
 use half::{bf16, f16};
 
 on_device! {
@@ -24,12 +24,17 @@ on_device! {
     equal_rows_have_cosine_one_and_zero_vectors_zero,
     what_is_not_a_number_counts_as_turned_most,
     cached_rows_by_a_map,
+    fresh_rows_by_a_map,
+    lists_inside_larger_ones,
+    places_that_lists_do_not_have,
+    maps_that_say_nothing_change_nothing,
     strides_and_optional_outputs,
     same_bits_in_any_order_alone_and_in_a_batch,
     golden_cases,
     lies_in_cu_rows_do_no_harm,
     one_workspace_for_launches_of_any_shape,
     a_captured_launch_follows_the_device,
+    a_captured_launch_follows_its_maps,
     gather_takes_the_selected_rows,
     wrong_buffers_are_named,
 }
@@ -45,8 +50,13 @@ struct Case<T> {
     cu_rows: Vec<i32>,
     fresh: Vec<T>,
     cached: Vec<T>,
+    fresh_row: Option<Vec<i32>>,
     cached_row: Option<Vec<i32>>,
     update_cached: bool,
+    first_selected: Option<Vec<i32>>,
+    /// 0: as many as there are rows.
+    num_listed: usize,
+    tables: [Option<Vec<i32>>; 3],
     /// NaNs between the rows of either matrix.
     pad: [usize; 2],
     /// Whether to ask for the cosines and for `failed`.
@@ -56,6 +66,8 @@ struct Case<T> {
 #[derive(Debug)]
 struct Outcome {
     indices: Vec<i32>,
+    /// A list for each table that there is.
+    selected: Vec<Vec<i32>>,
     cu_selected: Vec<i32>,
     similarity: Vec<f32>,
     failed: i32,
@@ -81,15 +93,23 @@ impl<T: Float> Case<T> {
             cu_rows,
             fresh: cached.chunks(width).flat_map(turned).collect(),
             cached: cached.iter().map(|x| T::of(*x)).collect(),
+            fresh_row: None,
             cached_row: None,
             update_cached: false,
+            first_selected: None,
+            num_listed: 0,
+            tables: Default::default(),
             pad: [0; 2],
             optional_outputs: true,
         }
     }
 
     fn rows(&self) -> usize {
-        self.fresh.len() / self.width
+        self.fresh_row.as_ref().map_or(self.fresh.len() / self.width, Vec::len)
+    }
+
+    fn listed(&self) -> usize {
+        if self.num_listed == 0 { self.rows() } else { self.num_listed }
     }
 
     fn set_fresh(&mut self, row: usize, x: impl Fn(usize) -> f32) {
@@ -112,19 +132,29 @@ impl<T: Float> Case<T> {
         let fresh = stream.upload(&padded(&self.fresh, self.pad[0])).unwrap();
         let before = padded(&self.cached, self.pad[1]);
         let cached = stream.upload(&before).unwrap();
-        let cached_row = self.cached_row.as_ref().map(|map| stream.upload(map).unwrap());
+        let upload = |map: &Option<Vec<i32>>| map.as_ref().map(|map| stream.upload(map).unwrap());
+        let address = |buffer: &Option<Buffer<i32>>| buffer.as_ref().map_or(0, Buffer::address);
+        let [fresh_row, cached_row, first_selected] =
+            [&self.fresh_row, &self.cached_row, &self.first_selected].map(upload);
+        let tables = self.tables.each_ref().map(upload);
+        let untouched = || stream.upload(&vec![UNTOUCHED; self.listed()]).unwrap();
+        let selected = tables.each_ref().map(|table| table.as_ref().map(|_| untouched()));
         let cu_rows = stream.upload(&self.cu_rows).unwrap();
-        let indices = stream.upload(&vec![UNTOUCHED; self.rows()]).unwrap();
+        let indices = untouched();
         let cu_selected = stream.upload(&vec![UNTOUCHED; self.cu_rows.len()]).unwrap();
         let similarity = stream.upload(&vec![UNTOUCHED as f32; self.rows()]).unwrap();
         let failed = stream.upload(&[-1]).unwrap();
         let params = dllm_vverify_params {
             size: size_of::<dllm_vverify_params>() as u64,
             fresh: fresh.address(),
+            fresh_row: address(&fresh_row),
             cached: cached.address(),
-            cached_row: cached_row.as_ref().map_or(0, Buffer::address),
+            cached_row: address(&cached_row),
             cu_rows: cu_rows.address(),
             indices: indices.address(),
+            tables: tables.each_ref().map(address),
+            selected: selected.each_ref().map(address),
+            first_selected: address(&first_selected),
             cu_selected: cu_selected.address(),
             similarity: if self.optional_outputs { similarity.address() } else { 0 },
             failed: if self.optional_outputs { failed.address() } else { 0 },
@@ -135,7 +165,9 @@ impl<T: Float> Case<T> {
             ratio: self.ratio,
             max_rows: self.rows() as i32,
             num_sequences: self.cu_rows.len() as i32 - 1,
+            num_fresh_rows: if fresh_row.is_some() { (self.fresh.len() / self.width) as i32 } else { 0 },
             num_cached_rows: (self.cached.len() / self.width) as i32,
+            num_listed: self.num_listed as i32,
             width: self.width as i32,
             dtype: T::DTYPE as i32,
             update_cached: self.update_cached.into(),
@@ -152,6 +184,7 @@ impl<T: Float> Case<T> {
         assert_nothing_reported();
         Outcome {
             indices: indices.read().unwrap(),
+            selected: selected.iter().flatten().map(|list| list.read().unwrap()).collect(),
             cu_selected: cu_selected.read().unwrap(),
             similarity: similarity.read().unwrap(),
             failed: failed.read().unwrap()[0],
@@ -169,20 +202,21 @@ impl<T: Float> Case<T> {
         let mut similarity = vec![f64::from(UNTOUCHED); self.rows()];
         let mut failed = -1;
         for row in 0..*self.cu_rows.last().unwrap() as usize {
-            let cached_row = self.cached_row.as_ref().map_or(row, |map| map[row] as usize);
-            if cached_row * self.width >= self.cached.len() {
+            let [fresh_row, cached_row] =
+                [&self.fresh_row, &self.cached_row].map(|map| map.as_ref().map_or(row, |map| map[row] as usize));
+            let known = |matrix: &[T], row: usize| row < matrix.len() / self.width;
+            if !known(&self.fresh, fresh_row) || !known(&self.cached, cached_row) {
                 (similarity[row], failed) = (f64::NAN, -2);
                 continue;
             }
-            similarity[row] = cosine(&floats(&self.fresh, row), &floats(&self.cached, cached_row));
+            similarity[row] = cosine(&floats(&self.fresh, fresh_row), &floats(&self.cached, cached_row));
             if self.update_cached {
-                let fresh = bytemuck::cast_slice(&self.fresh[row * self.width..(row + 1) * self.width]);
+                let fresh = bytemuck::cast_slice(&self.fresh[fresh_row * self.width..(fresh_row + 1) * self.width]);
                 cached[cached_row * self.width..(cached_row + 1) * self.width].copy_from_slice(fresh);
             }
         }
         assert!(got.cached == cached, "the cached rows differ");
         if self.optional_outputs {
-            assert_eq!(got.failed, failed);
             for (row, (got, want)) in got.similarity.iter().zip(&similarity).enumerate() {
                 match want.is_nan() {
                     true => assert_eq!(*got, f32::NEG_INFINITY, "row {row}"),
@@ -192,13 +226,25 @@ impl<T: Float> Case<T> {
         }
 
         let (mut near, mut selected) = (0, 0);
+        let mut lists = vec![vec![UNTOUCHED; self.listed()]; 1 + got.selected.len()];
         for (s, rows) in self.cu_rows.windows(2).enumerate() {
             let (first, rows) = (rows[0] as usize, rows[0] as usize..rows[1] as usize);
             let want = lowest(&similarity[rows.clone()], self.ratio);
             assert_eq!(got.cu_selected[s] as usize, selected, "where sequence {s} begins");
+            let begins = self.first_selected.as_ref().map_or(selected as i32, |first| first[s]);
+            // What has no place is believed.
+            let listed = |j: usize| got.indices.get(usize::try_from(i64::from(begins) + j as i64).ok()?);
             let taken: Vec<usize> =
-                got.indices[selected..selected + want.len()].iter().map(|i| *i as usize - first).collect();
+                want.iter().enumerate().map(|(j, i)| listed(j).map_or(*i, |row| *row as usize - first)).collect();
             selected += want.len();
+            let numbers = taken.iter().map(|i| (first + i) as i32).collect::<Vec<_>>();
+            let of = |table: &Vec<i32>| numbers.iter().map(|row| table[*row as usize]).collect::<Vec<_>>();
+            let tables: Vec<_> = self.tables.iter().flatten().map(of).collect();
+            for (numbers, list) in [&numbers].into_iter().chain(&tables).zip(&mut lists) {
+                if !place(numbers, begins, list) {
+                    failed = -2;
+                }
+            }
             if self.optional_outputs {
                 let own: Vec<f64> = got.similarity[rows.clone()].iter().map(|x| f64::from(*x)).collect();
                 assert_eq!(taken, lowest(&own, self.ratio), "sequence {s}, by the kernel's cosines");
@@ -213,7 +259,10 @@ impl<T: Float> Case<T> {
             }
         }
         assert_eq!(*got.cu_selected.last().unwrap() as usize, selected);
-        assert!(got.indices[selected..].iter().all(|i| *i == UNTOUCHED), "written behind the selected rows");
+        assert!([&got.indices].into_iter().chain(&got.selected).eq(&lists), "the lists differ");
+        if self.optional_outputs {
+            assert_eq!(got.failed, failed);
+        }
         near
     }
 
@@ -351,6 +400,96 @@ fn cached_rows_by_a_map() {
     assert!(got.indices.contains(&4) && got.indices.contains(&5));
 }
 
+/// Rows stand anywhere in a larger pass, and are cached under their own numbers.
+fn fresh_rows_by_a_map() {
+    let mut case = Case::<bf16>::new(&[13, 0, 24], 72, 0.3);
+    let map: Vec<i32> = (0..37).map(|row| row * 11 % 47).collect();
+    let fresh = case.fresh.clone();
+    case.fresh = vec![bf16::ONE; 47 * 72];
+    for (row, to) in map.iter().enumerate() {
+        case.fresh[*to as usize * 72..][..72].copy_from_slice(&fresh[row * 72..][..72]);
+    }
+    case.fresh_row = Some(map);
+    case.agrees();
+    case.update_cached = true;
+    case.agrees();
+    case.cached_row = Some((0..37).rev().collect());
+    case.pad = [8, 16];
+    case.agrees();
+
+    // Out of range: told, taken for the lowest, nothing read, and nothing written over the cached row.
+    let map = case.fresh_row.as_mut().unwrap();
+    (map[2], map[9], map[30], map[36]) = (47, -1, i32::MAX, i32::MIN);
+    let got = case.run();
+    assert_eq!((case.check(&got), got.failed), (0, -2));
+    assert!([2, 9, 30, 36].iter().all(|row| got.indices.contains(row)));
+    // A matrix of fewer rows than are compared: two rows are the same one.
+    let mut case = Case::<f16>::new(&[9], 16, 0.5);
+    case.fresh.truncate(2 * 16);
+    case.fresh_row = Some(vec![1, 0, 1, 1, 0, 0, 1, 0, 1]);
+    case.agrees();
+}
+
+/// A case with a table of 3,000 elements that its sequences lie in, in another order.
+fn within_a_table() -> Case<bf16> {
+    let mut case = Case::<bf16>::new(&[20, 0, 270, 3, 30], 24, 0.4);
+    case.first_selected = Some(vec![2990, 5, 700, 0, 100]);
+    case.num_listed = 3000;
+    case.tables = [5, 7, 11].map(|by| Some((0..323).map(|row| row * by % 323).collect()));
+    case
+}
+
+/// Nothing between the parts is touched.
+fn lists_inside_larger_ones() {
+    let case = within_a_table();
+    case.agrees();
+    let [some, other] = [&case.tables[0], &case.tables[1]].map(Clone::clone);
+    for tables in [[None, some.clone(), None], [other, None, some], Default::default()] {
+        Case { tables, ..case.clone() }.agrees();
+    }
+    // Without places of their own sequences stand one after the other.
+    Case { first_selected: None, ..case.clone() }.agrees();
+    Case { first_selected: None, num_listed: 0, ..case }.agrees();
+}
+
+fn places_that_lists_do_not_have() {
+    let case = within_a_table();
+    assert_eq!(case.run().failed, -1);
+    for first_selected in [
+        vec![2993, 5, 700, 0, 100],
+        vec![2990, 5, 700, -1, 100],
+        vec![2990, 5, 700, 90, -11],
+        vec![3000, 5, 700, 0, 100],
+        vec![i32::MAX, 5, i32::MIN, i32::MAX, i32::MIN],
+    ] {
+        let case = Case { first_selected: Some(first_selected), ..case.clone() };
+        let got = case.run();
+        assert_eq!((case.check(&got), got.failed), (0, -2));
+        Case { optional_outputs: false, ..case }.agrees();
+    }
+    // A list that is too short without places either: 8 of 20, none, 108 of 270, 1 of 3, 12 of 30.
+    let case = Case { first_selected: None, ..case };
+    for (num_listed, failed) in [(1, -2), (8, -2), (128, -2), (129, -1)] {
+        let case = Case { num_listed, ..case.clone() };
+        let got = case.run();
+        assert_eq!((case.check(&got), got.failed), (0, failed));
+    }
+}
+
+fn maps_that_say_nothing_change_nothing() {
+    let mut plain = Case::<f16>::new(&[19, 0, 30], 264, 0.25);
+    plain.update_cached = true;
+    let mut case = plain.clone();
+    [case.fresh_row, case.cached_row, case.tables[2]] = [(); 3].map(|_| Some((0..49).collect()));
+    case.first_selected = Some(vec![0, 4, 4]);
+    case.num_listed = 49;
+    let (want, got) = (plain.run(), case.run());
+    assert_eq!((case.check(&got), &got.selected), (0, &vec![want.indices.clone()]));
+    assert_eq!((got.indices, got.cu_selected, got.cached), (want.indices, want.cu_selected, want.cached));
+    let bits = |x: Vec<f32>| x.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+    assert_eq!((bits(got.similarity), got.failed), (bits(want.similarity), want.failed));
+}
+
 fn strides_and_optional_outputs() {
     for (pad, update_cached, optional_outputs) in
         [([8, 24], true, true), ([24, 0], false, true), ([0, 8], true, false), ([0, 0], false, false)]
@@ -445,8 +584,12 @@ fn one_workspace_for_launches_of_any_shape() {
 struct Buffers<T> {
     fresh: Buffer<T>,
     cached: Buffer<T>,
+    fresh_row: Option<Buffer<i32>>,
+    cached_row: Option<Buffer<i32>>,
     cu_rows: Buffer<i32>,
     indices: Buffer<i32>,
+    tables: [Option<[Buffer<i32>; 2]>; 3],
+    first_selected: Option<Buffer<i32>>,
     cu_selected: Buffer<i32>,
     similarity: Buffer<f32>,
     failed: Buffer<i32>,
@@ -455,11 +598,17 @@ struct Buffers<T> {
 
 impl<T: Float> Buffers<T> {
     fn new(stream: &Stream, case: &Case<T>) -> Buffers<T> {
+        let upload = |map: &Option<Vec<i32>>| map.as_ref().map(|map| stream.upload(map).unwrap());
+        let list = || stream.upload(&vec![UNTOUCHED; case.listed()]).unwrap();
         Buffers {
             fresh: stream.upload(&case.fresh).unwrap(),
             cached: stream.upload(&case.cached).unwrap(),
+            fresh_row: upload(&case.fresh_row),
+            cached_row: upload(&case.cached_row),
             cu_rows: stream.upload(&case.cu_rows).unwrap(),
-            indices: stream.upload(&vec![UNTOUCHED; case.rows()]).unwrap(),
+            indices: list(),
+            tables: case.tables.each_ref().map(|table| upload(table).map(|table| [table, list()])),
+            first_selected: upload(&case.first_selected),
             cu_selected: stream.alloc(case.cu_rows.len()).unwrap(),
             similarity: stream.upload(&vec![UNTOUCHED as f32; case.rows()]).unwrap(),
             failed: stream.upload(&[-1]).unwrap(),
@@ -472,11 +621,17 @@ impl<T: Float> Buffers<T> {
             width: case.width,
             ratio: case.ratio,
             fresh: &self.fresh,
+            fresh_row: self.fresh_row.as_ref(),
             cached: &mut self.cached,
-            cached_row: None,
+            cached_row: self.cached_row.as_ref(),
             update_cached: case.update_cached,
             cu_rows: &self.cu_rows,
             indices: &mut self.indices,
+            tables: self.tables.each_mut().map(|table| {
+                let [values, selected] = table.as_mut()?;
+                Some(vverify::Table { values, selected })
+            }),
+            first_selected: self.first_selected.as_ref(),
             cu_selected: &mut self.cu_selected,
             similarity: Some(&mut self.similarity),
             failed: Some(&mut self.failed),
@@ -488,6 +643,7 @@ impl<T: Float> Buffers<T> {
     fn outcome(&self) -> Outcome {
         Outcome {
             indices: self.indices.read().unwrap(),
+            selected: self.tables.iter().flatten().map(|[_, selected]| selected.read().unwrap()).collect(),
             cu_selected: self.cu_selected.read().unwrap(),
             similarity: self.similarity.read().unwrap(),
             failed: self.failed.read().unwrap()[0],
@@ -519,6 +675,34 @@ fn a_captured_launch_follows_the_device() {
         unsafe { graph.launch() }.unwrap();
         assert_eq!(case.check(&buffers.outcome()), 0, "{cu_rows:?}");
     }
+    assert_nothing_reported();
+}
+
+/// The same with maps and lists of every kind, the maps changing on the device.
+fn a_captured_launch_follows_its_maps() {
+    let stream = stream();
+    let mut case = within_a_table();
+    case.fresh_row = Some((0..323).rev().collect());
+    case.cached_row = Some((0..323).map(|row| row * 7 % 323).collect());
+    let mut buffers = Buffers::new(&stream, &case);
+    buffers.launch(&stream, &case).unwrap();
+    assert_eq!(case.check(&buffers.outcome()), 0);
+
+    let graph = stream.capture(|| buffers.launch(&stream, &case)).unwrap();
+    case.fresh_row = Some((0..323).map(|row| row * 5 % 323).collect());
+    case.first_selected = Some(vec![0, 0, 2500, 2400, 1000]);
+    case.tables[1] = case.fresh_row.clone();
+    buffers.fresh_row.as_mut().unwrap().write(case.fresh_row.as_ref().unwrap()).unwrap();
+    buffers.first_selected.as_mut().unwrap().write(case.first_selected.as_ref().unwrap()).unwrap();
+    let untouched = vec![UNTOUCHED; 3000];
+    buffers.indices.write(&untouched).unwrap();
+    for ([values, selected], table) in buffers.tables.iter_mut().flatten().zip(case.tables.iter().flatten()) {
+        values.write(table).unwrap();
+        selected.write(&untouched).unwrap();
+    }
+    // SAFETY: the buffers are there, and no other stream uses them.
+    unsafe { graph.launch() }.unwrap();
+    assert_eq!(case.check(&buffers.outcome()), 0);
     assert_nothing_reported();
 }
 
@@ -555,6 +739,12 @@ fn gather_takes_the_selected_rows() {
 }
 
 fn wrong_buffers_are_named() {
+    fn ints(stream: &Stream, len: usize) -> Option<Buffer<i32>> {
+        Some(stream.zeros(len).unwrap())
+    }
+    fn table(stream: &Stream, lens: [usize; 2]) -> Option<[Buffer<i32>; 2]> {
+        Some(lens.map(|len| stream.zeros(len).unwrap()))
+    }
     let stream = stream();
     let case = Case::<f16>::new(&[5, 4], 16, 0.5);
     let wrong = |change: fn(&mut Buffers<f16>, &Stream), says: &str| {
@@ -572,6 +762,20 @@ fn wrong_buffers_are_named() {
     wrong(|b, stream| b.failed = stream.alloc(0).unwrap(), "failed: expected 1 elements");
     wrong(|b, _| b.indices = common::stream().alloc(9).unwrap(), "indices: expected a buffer of the stream");
     wrong(|b, stream| b.workspace = vverify::workspace(stream, 8, 2).unwrap(), "workspace_bytes: expected at least 72");
+    wrong(|b, stream| b.fresh_row = ints(stream, 0), "fresh_row: expected 1 elements, found 0");
+    wrong(|b, stream| b.fresh_row = ints(stream, 10), "indices: expected 10 elements, found 9");
+    wrong(|b, stream| b.cached_row = ints(stream, 8), "cached_row: expected 9 elements");
+    wrong(|b, stream| b.first_selected = ints(stream, 1), "first_selected: expected 2 elements");
+    wrong(|b, stream| b.tables[2] = table(stream, [8, 9]), "tables.values: expected 9 elements");
+    wrong(|b, stream| b.tables[0] = table(stream, [9, 8]), "tables.selected: expected 9 elements");
+    wrong(
+        |b, stream| {
+            b.first_selected = ints(stream, 2);
+            b.tables[0] = table(stream, [9, 9]);
+            b.indices = stream.alloc(10).unwrap();
+        },
+        "tables.selected: expected 10 elements",
+    );
     let mut buffers = Buffers::new(&stream, &case);
     let error = buffers.launch(&stream, &Case { ratio: 1.01, ..case.clone() }).unwrap_err().to_string();
     assert!(error.contains("ratio: expected 0 to 1, found 1.01"), "{error}");

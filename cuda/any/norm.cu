@@ -2,8 +2,8 @@
 //
 // grid   (max_rows). A block owns one row, whatever the number of rows: its bits depend on nothing else.
 // block  256 threads of at most 32 elements each, in registers from the first load to the last store
-// bytes  (2 + 2 with a delta) * width * sizeof(element) a row, and the weights once
-// bound  by memory bandwidth; at 32 rows by one load, one reduction and one store in a row
+// bytes  (2 + 2 where a delta is added) * width * sizeof(element) a row, and the weights once
+// bound  by memory bandwidth; at 32 rows by one load (two with delta_row), one reduction and one store in a row
 #include "memory.cuh"
 #include "reduce.cuh"
 
@@ -18,18 +18,28 @@ __device__ __forceinline__ void norm(const dllm_norm_params& p) {
   const int64_t row = blockIdx.x;
   if (row >= num_rows(p.count, p.max_rows)) return;
   T* x = at<T>(p.x, row * p.x_stride);
-  const T* delta = at<const T>(p.delta, row * p.delta_stride);
   T* out = at<T>(p.out, row * p.out_stride);
   const auto element = [](int v) { return (v * kThreads + int(threadIdx.x)) * kVector<T>; };
 
-  // All that is read, before anything is stored: no load moves over a store that might be to the same place.
+  const int delta_row = p.delta_row ? at<const int32_t>(p.delta_row)[row] : int(row);
+
+  // All that is read, before anything is stored: no load moves over a store that might be to the same place. Those of the
+  // delta behind a branch: it waits for the delta's row, they alone with it.
   uint4 bits[kVectors], added[kVectors], weights[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; v++) {
     if (element(v) < p.width) {
       bits[v] = *reinterpret_cast<const uint4*>(x + element(v));
-      if (p.delta) added[v] = *reinterpret_cast<const uint4*>(delta + element(v));
       weights[v] = *reinterpret_cast<const uint4*>(at<const T>(p.weight) + element(v));
+    }
+  }
+  const int num_delta_rows = p.delta_row ? p.num_delta_rows : p.max_rows;
+  const bool adds = (p.delta != 0) & (uint32_t(delta_row) < uint32_t(num_delta_rows));
+  if (adds) {
+    const T* delta = at<const T>(p.delta, delta_row * p.delta_stride);
+#pragma unroll
+    for (int v = 0; v < kVectors; v++) {
+      if (element(v) < p.width) added[v] = *reinterpret_cast<const uint4*>(delta + element(v));
     }
   }
   Vector<T> values[kVectors];
@@ -38,7 +48,7 @@ __device__ __forceinline__ void norm(const dllm_norm_params& p) {
   for (int v = 0; v < kVectors; v++) {
     if (element(v) >= p.width) break;
     values[v] = Vector<T>::unpack(bits[v]);
-    if (p.delta) {
+    if (adds) {
       const Vector<T> delta_values = Vector<T>::unpack(added[v]);
 #pragma unroll
       for (int j = 0; j < kVector<T>; j++) values[v].x[j] = rounded<T>(values[v].x[j] + delta_values.x[j]);

@@ -3,8 +3,8 @@
 // grid   (max_rows, parts). A block owns 256 items of a row [q | k | v], each of one thread: 16 bytes of the lower half of a
 //        query or key head and the 16 bytes of the upper half that they pair with, or 16 bytes of a value to be cached
 // block  256 threads, each of which loads all that it needs before it stores anything
-// bytes  2 * (num_heads + num_kv_heads) * head_dim * sizeof(element) a row; with caches num_kv_heads * head_dim *
-//        sizeof(element) more for keys, twice that for values; angles come from the L2 cache
+// bytes  2 * (num_heads + num_kv_heads) * head_dim * sizeof(element) a row; with a k_cache num_kv_heads *
+//        head_dim * sizeof(element) more, with a v_cache twice that more; angles come from the L2 cache
 // bound  by memory bandwidth; at 32 rows by two dependent loads (position, angle)
 #include "memory.cuh"
 
@@ -53,7 +53,7 @@ __device__ __forceinline__ void rope(const dllm_rope_params& p) {
       low.store(key);
       high.store(key + half);
     }
-  } else if (cache_row >= 0 && item - pairs < p.num_kv_heads * p.head_dim / kVec) {
+  } else if (p.v_cache && cache_row >= 0 && item - pairs < p.num_kv_heads * p.head_dim / kVec) {
     const T* values = qkv + (p.num_heads + p.num_kv_heads) * p.head_dim;
     reinterpret_cast<uint4*>(cached_values)[item - pairs] = reinterpret_cast<const uint4*>(values)[item - pairs];
   }

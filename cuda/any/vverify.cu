@@ -3,9 +3,9 @@
 // grid    (max_rows). A block compares one row.
 // block   256 threads
 // phases  1. each block: cosine of its fresh and its cached row            -> similarity, in the workspace
-//         2. the last row of a sequence selects the floor(n * ratio) lowest and writes their indices in order
+//         2. the last row of a sequence selects the floor(n * ratio) lowest and lists them in order
 // shared  8 KiB of keys for phase 2, and the reductions' 1 KiB
-// bytes   2 * width * sizeof(element) a row, 3 with update_cached
+// bytes   2 * width * sizeof(element) a row, 3 with update_cached; lists are next to nothing
 // bound   by memory bandwidth
 //
 // Sums are f32 over at most width / 256 elements a thread, then over a tree: a cosine is good to about 3e-7, so rows that
@@ -30,15 +30,15 @@ struct Slot {
 
 __device__ __forceinline__ int num_selected(const dllm_vverify_params& p, int rows) { return int(double(rows) * p.ratio); }
 
-// A sequence: its rows first .. first + rows, and where its selected ones begin in `indices`. Its end is brought to between
-// its beginning and max_rows: so, whatever stands in cu_rows, no row has two sequences and all selected rows have room.
+// A sequence: its rows first .. first + rows, and how many are selected before it. Its end is brought to between its
+// beginning and max_rows: so, whatever stands in cu_rows, no row has two sequences and no more are selected than there are.
 struct Sequence {
-  int index = -1, first = 0, rows = 0, first_selected = 0;
+  int index = -1, first = 0, rows = 0, selected_before = 0;
 
   __device__ __forceinline__ explicit Sequence(const dllm_vverify_params& p) { next(p); }
 
   __device__ __forceinline__ void next(const dllm_vverify_params& p) {
-    first_selected += num_selected(p, rows);
+    selected_before += num_selected(p, rows);
     first += rows;
     index++;
     const int end = index < p.num_sequences ? at<const int32_t>(p.cu_rows)[index + 1] : 0;
@@ -93,8 +93,21 @@ struct Keys {
   __device__ __forceinline__ uint64_t operator[](int i) const { return rows <= kSharedKeys ? shared[i] : ranked_row(i); }
 };
 
+// Row `row` into element `place` of the output lists.
+__device__ __forceinline__ void list(const dllm_vverify_params& p, uint32_t place, int row) {
+  if (place >= uint32_t(p.num_listed ? p.num_listed : p.max_rows)) {
+    if (p.failed) *at<int32_t>(p.failed) = DLLM_INDEX_FAILED;
+    return;
+  }
+  at<int32_t>(p.indices)[place] = row;
+#pragma unroll
+  for (int k = 0; k < 3; k++) {
+    if (p.tables[k]) at<int32_t>(p.selected[k])[place] = at<const int32_t>(p.tables[k])[row];
+  }
+}
+
 // Phase 2, the whole block: of a sequence's rows those with the `count` lowest similarities, in order.
-__device__ void select(const Slot* slots, const Sequence& sequence, int count, int32_t* indices) {
+__device__ void select(const dllm_vverify_params& p, const Slot* slots, const Sequence& sequence, int count) {
   __shared__ uint64_t shared_keys[kSharedKeys];
   __shared__ int warp_total[kThreads / kWarp];
   const int rows = sequence.rows;
@@ -103,6 +116,8 @@ __device__ void select(const Slot* slots, const Sequence& sequence, int count, i
   __syncthreads();
   const uint64_t bound = kth_largest(keys, rows, count);
 
+  const int first_selected =
+      p.first_selected ? at<const int32_t>(p.first_selected)[sequence.index] : sequence.selected_before;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int written = 0;
   for (int tile = 0; tile < rows; tile += kThreads) {
@@ -117,7 +132,8 @@ __device__ void select(const Slot* slots, const Sequence& sequence, int count, i
       if (w < warp) before += warp_total[w];
       written += warp_total[w];
     }
-    if (selected) indices[before] = sequence.first + i;
+    // Unsigned: a sum below 0, or past an int, is out of range.
+    if (selected) list(p, uint32_t(first_selected) + uint32_t(before), sequence.first + i);
   }
 }
 
@@ -127,19 +143,21 @@ __device__ __forceinline__ void vverify(const dllm_vverify_params& p) {
   if (row == 0 && threadIdx.x == 0) {
     int32_t* cu_selected = at<int32_t>(p.cu_selected);
     Sequence s(p);
-    for (; s.index < p.num_sequences; s.next(p)) cu_selected[s.index] = s.first_selected;
-    cu_selected[p.num_sequences] = s.first_selected;
+    for (; s.index < p.num_sequences; s.next(p)) cu_selected[s.index] = s.selected_before;
+    cu_selected[p.num_sequences] = s.selected_before;
   }
   Sequence sequence(p);
   while (sequence.index < p.num_sequences && row >= sequence.first + sequence.rows) sequence.next(p);
   if (sequence.index == p.num_sequences) return;
 
   Slot* slots = at<Slot>(p.workspace);
+  const int fresh_row = p.fresh_row ? at<const int32_t>(p.fresh_row)[row] : row;
   const int cached_row = p.cached_row ? at<const int32_t>(p.cached_row)[row] : row;
   float similarity = -INFINITY;
-  if (cached_row >= 0 && cached_row < p.num_cached_rows) {
-    similarity = cosine(at<const T>(p.fresh, row * p.fresh_stride), at<T>(p.cached, cached_row * p.cached_stride), p.width,
-                        p.update_cached);
+  const int num_fresh_rows = p.fresh_row ? p.num_fresh_rows : p.max_rows;
+  if (fresh_row >= 0 && fresh_row < num_fresh_rows && cached_row >= 0 && cached_row < p.num_cached_rows) {
+    similarity = cosine(at<const T>(p.fresh, fresh_row * p.fresh_stride),
+                        at<T>(p.cached, cached_row * p.cached_stride), p.width, p.update_cached);
   } else if (p.failed && threadIdx.x == 0) {
     *at<int32_t>(p.failed) = DLLM_INDEX_FAILED;
   }
@@ -149,7 +167,7 @@ __device__ __forceinline__ void vverify(const dllm_vverify_params& p) {
   }
   if (!is_last(&slots[sequence.index].counter, sequence.rows)) return;
   const int count = num_selected(p, sequence.rows);
-  if (count > 0) select(slots, sequence, count, at<int32_t>(p.indices) + sequence.first_selected);
+  if (count > 0) select(p, slots, sequence, count);
 }
 
 }  // namespace

@@ -227,14 +227,18 @@ typedef struct dllm_advance_params {
  */
 typedef struct dllm_vverify_params {
   uint64_t size;       /**< sizeof(dllm_vverify_params) */
-  uint64_t fresh;      /**< [max_rows, width], rows of sequence s at cu_rows[s]..cu_rows[s+1]. */
+  uint64_t fresh;      /**< [max_rows, width], rows of sequence s at cu_rows[s]..cu_rows[s+1]; with fresh_row [num_fresh_rows, width]. */
+  uint64_t fresh_row;  /**< [max_rows] int32: where each row's values stand in `fresh`; or 0 when they are the same. */
   uint64_t cached;     /**< [num_cached_rows, width], of the previous step. */
-  uint64_t cached_row; /**< [max_rows] int32: the cached row of each fresh row, distinct with update_cached; or 0 when they are the same. */
+  uint64_t cached_row; /**< [max_rows] int32: the cached row of each row, distinct with update_cached; or 0 when they are the same. */
   uint64_t cu_rows;    /**< [num_sequences + 1] int32, ascending from 0. */
-  uint64_t indices;    /**< Out: [max_rows] int32: selected rows, sequence after sequence, ascending, nothing between. */
-  uint64_t cu_selected; /**< Out: [num_sequences + 1] int32: where each sequence's part of `indices` begins, and the count. */
+  uint64_t indices;    /**< Out: [num_listed] int32: selected rows, each sequence's together and ascending. */
+  uint64_t tables[3];  /**< Each [max_rows] int32, numbers that are listed with their rows; or 0. */
+  uint64_t selected[3]; /**< Out: each [num_listed] int32, beside indices[j] the tables[k][indices[j]]; 0 where tables[k] is. */
+  uint64_t first_selected; /**< [num_sequences] int32: where each sequence's part of `indices` and `selected` begins, what is between parts left as it is; or 0: one after the other, nothing between. */
+  uint64_t cu_selected; /**< Out: [num_sequences + 1] int32: how many are selected before each sequence, and in all: without first_selected where each part begins. */
   uint64_t similarity;  /**< Out: [max_rows] f32, the cosines; or 0. */
-  uint64_t failed;      /**< In and out: [1] int32, set to DLLM_INDEX_FAILED when a cached_row is out of range, which counts as turned most; or 0. */
+  uint64_t failed;      /**< In and out: [1] int32, set to DLLM_INDEX_FAILED when a fresh_row or cached_row is out of range, which counts as turned most, or when an output list has no such element, which is not written; or 0. */
   uint64_t workspace;   /**< workspace_bytes, zeroed before the first use; every launch leaves it ready for the next, whatever its shape. */
   uint64_t workspace_bytes; /**< At least what the plan asks. */
   int64_t fresh_stride;     /**< Elements from row to row. */
@@ -242,13 +246,18 @@ typedef struct dllm_vverify_params {
   double ratio;             /**< rho, 0 to 1. */
   int32_t max_rows;         /**< Rows the launch has room for; cu_rows says how many there are. */
   int32_t num_sequences;
+  int32_t num_fresh_rows; /**< Rows of `fresh`; 0 without fresh_row. */
   int32_t num_cached_rows;
+  int32_t num_listed;    /**< Elements of `indices` and of each `selected`; or 0 for max_rows. */
   int32_t width;         /**< Elements of a row: all key/value heads. */
   int32_t dtype;         /**< dllm_dtype: bf16 or f16. */
   int32_t update_cached; /**< 1: the fresh rows are written over the cached ones, after the comparison. */
 } dllm_vverify_params;
 
-/** rows: gather, target[i] = source[index[i]]; scatter, target[index[i]] = source[i]. Bytes, whatever they mean. */
+/**
+ * rows: gather, target[i] = source[index[i]]; scatter, target[index[i]] = source[i]. Bytes, whatever they mean. A row whose
+ * index is out of range, -1 say, is left out; with failed 0 nothing tells.
+ */
 typedef struct dllm_rows_params {
   uint64_t size;   /**< sizeof(dllm_rows_params) */
   uint64_t source; /**< Gather: [num_indexed_rows, row_bytes]; scatter: [max_rows, row_bytes]. */
@@ -287,8 +296,9 @@ typedef struct dllm_embed_params {
  */
 typedef struct dllm_norm_params {
   uint64_t size;        /**< sizeof(dllm_norm_params) */
-  uint64_t x;           /**< [max_rows, width], the residual stream; written when there is a delta. */
-  uint64_t delta;       /**< [max_rows, width]; or 0. */
+  uint64_t x;           /**< [max_rows, width], the residual stream; written where something is added. */
+  uint64_t delta;       /**< [max_rows, width], with delta_row [num_delta_rows, width]; or 0. */
+  uint64_t delta_row;   /**< [max_rows] int32: the row of `delta` that is added to each row, one out of range, -1 say, for nothing; or 0 when they are the same. */
   uint64_t weight;      /**< [width] */
   uint64_t out;         /**< Out: [max_rows, width]; may not overlap the others. */
   uint64_t count;       /**< [1] int32: rows there are, at most max_rows; or 0 for max_rows. */
@@ -299,20 +309,22 @@ typedef struct dllm_norm_params {
   int32_t width;        /**< A multiple of 16 bytes, at most 8,192 elements. */
   int32_t dtype;        /**< dllm_dtype of all. */
   float eps;
+  int32_t num_delta_rows; /**< Rows of `delta`; 0 without delta_row. */
+  int32_t reserved;       /**< 0 */
 } dllm_norm_params;
 
 /**
  * rope: rotates the queries and keys of qkv in place by their positions, half-split form (element i pairs with
- * i + head_dim / 2), and leaves keys and values in the cache.
+ * i + head_dim / 2), and leaves keys, and values where there is a v_cache, in the cache.
  */
 typedef struct dllm_rope_params {
   uint64_t size;        /**< sizeof(dllm_rope_params) */
-  uint64_t qkv;         /**< [max_rows, (num_heads + 2 num_kv_heads) * head_dim]: q, k, v. */
+  uint64_t qkv;         /**< [max_rows, (num_heads + 2 num_kv_heads) * head_dim]: q, k, v; with a k_cache alone q, k will do. */
   uint64_t positions;   /**< [max_rows] int32, below num_positions. */
   uint64_t angles;      /**< [num_positions, head_dim / 2] pairs of f32: cosine, sine. */
-  uint64_t k_cache;     /**< Out: [num_cache_rows, num_kv_heads * head_dim], rotated keys; or 0 with v_cache. */
-  uint64_t v_cache;     /**< Out: [num_cache_rows, num_kv_heads * head_dim]; or 0. */
-  uint64_t cache_row;   /**< [max_rows] int32: where a row's key and value go, -1 nowhere; 0 without caches. */
+  uint64_t k_cache;     /**< Out: [num_cache_rows, num_kv_heads * head_dim], rotated keys; or 0, and no v_cache. */
+  uint64_t v_cache;     /**< Out: [num_cache_rows, num_kv_heads * head_dim]; or 0: no values go anywhere, and rows need have none. */
+  uint64_t cache_row;   /**< [max_rows] int32: where a row's key and value go, -1 nowhere; 0 without a k_cache. */
   uint64_t count;       /**< [1] int32: rows there are, at most max_rows; or 0 for max_rows. */
   uint64_t failed;      /**< In and out: [1] int32, set to DLLM_INDEX_FAILED when a row was left out; or 0. */
   int64_t qkv_stride;   /**< Elements from row to row. */
@@ -451,10 +463,10 @@ DLLM_ASSERT_LAYOUT(dllm_advance_sequence, reserved, 60, 64);
 DLLM_ASSERT_LAYOUT(dllm_advance_control, reserved, 36, 48);
 DLLM_ASSERT_LAYOUT(dllm_progress, reserved, 24, 32);
 DLLM_ASSERT_LAYOUT(dllm_advance_params, reserved, 116, 120);
-DLLM_ASSERT_LAYOUT(dllm_vverify_params, update_cached, 132, 136);
+DLLM_ASSERT_LAYOUT(dllm_vverify_params, update_cached, 204, 208);
 DLLM_ASSERT_LAYOUT(dllm_rows_params, num_indexed_rows, 76, 80);
 DLLM_ASSERT_LAYOUT(dllm_embed_params, reserved, 92, 96);
-DLLM_ASSERT_LAYOUT(dllm_norm_params, eps, 84, 88);
+DLLM_ASSERT_LAYOUT(dllm_norm_params, reserved, 100, 104);
 DLLM_ASSERT_LAYOUT(dllm_rope_params, reserved, 116, 120);
 DLLM_ASSERT_LAYOUT(dllm_swiglu_params, reserved, 60, 64);
 DLLM_ASSERT_LAYOUT(dllm_segment, reserved1, 56, 64);

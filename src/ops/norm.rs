@@ -16,6 +16,7 @@ pub fn validate(params: &dllm_norm_params) -> Result<()> {
     let element_bytes = check::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16, abi::DLLM_F32])?;
     check::address("x", params.x, 16)?;
     check::optional("delta", params.delta, 16)?;
+    check::optional("delta_row", params.delta_row, 4)?;
     check::address("weight", params.weight, 16)?;
     check::address("out", params.out, 16)?;
     check::optional("count", params.count, 4)?;
@@ -28,6 +29,7 @@ pub fn validate(params: &dllm_norm_params) -> Result<()> {
         check::stride("delta_stride", params.delta_stride, width, element_bytes)?;
     }
     check::size("max_rows", params.max_rows)?;
+    check::reserved(params.reserved)?;
     if !(params.eps >= 0.0 && params.eps.is_finite()) {
         return Err(Error::argument("eps", "a finite number, at least 0", params.eps));
     }
@@ -39,7 +41,12 @@ pub fn validate(params: &dllm_norm_params) -> Result<()> {
     [x, out, weight].into_iter().try_for_each(check::Place::in_memory)?;
     [x, weight].into_iter().try_for_each(|other| out.apart_from(other))?;
     if params.delta != 0 {
-        let delta = place("delta", params.delta, params.delta_stride);
+        let delta_rows = match params.delta_row {
+            0 => params.max_rows,
+            _ => params.num_delta_rows,
+        };
+        check::size("num_delta_rows", delta_rows)?;
+        let delta = check::Place { rows: delta_rows, ..place("delta", params.delta, params.delta_stride) };
         delta.in_memory()?;
         out.apart_from(delta)?;
     }
@@ -79,10 +86,13 @@ pub struct Norm<'a, T> {
     pub max_rows: usize,
     /// `[1]`: how many of them there are; all, if not given.
     pub count: Option<&'a Buffer<i32>>,
-    /// `[max_rows, width]`, the residual stream; written when there is a delta.
+    /// `[max_rows, width]`, the residual stream; written where something is added.
     pub x: &'a mut Buffer<T>,
-    /// `[max_rows, width]`, added to `x` first.
+    /// `[max_rows, width]`, with `delta_row` `[any, width]`: added to `x` first.
     pub delta: Option<&'a Buffer<T>>,
+    /// `[max_rows]`: the row of `delta` that is added to each row, one out of range, -1 say, for nothing; the same, if not
+    /// given.
+    pub delta_row: Option<&'a Buffer<i32>>,
     /// `[width]`: its length is the width, a multiple of 16 bytes and at most 8,192 elements.
     pub weight: &'a Buffer<T>,
     /// Added to the mean square.
@@ -96,13 +106,14 @@ pub struct Norm<'a, T> {
 /// # Errors
 /// [`crate::Error::Argument`] when a buffer is too short or belongs to another stream, or as [`validate`]; the driver's.
 pub fn launch<T: Element>(stream: &Stream, norm: Norm<T>) -> Result<()> {
-    let Norm { max_rows, count, x, delta, weight, eps, out } = norm;
+    let Norm { max_rows, count, x, delta, delta_row, weight, eps, out } = norm;
     let width = weight.len();
     let elements = safe::elements(max_rows, width);
     let params = dllm_norm_params {
         size: size_of::<dllm_norm_params>() as u64,
         x: safe::buffer("x", x, elements, stream)?,
-        delta: safe::optional("delta", delta, elements, stream)?,
+        delta: safe::optional("delta", delta, delta_row.map_or(elements, |_| width), stream)?,
+        delta_row: safe::optional("delta_row", delta_row, max_rows, stream)?,
         weight: safe::buffer("weight", weight, 1, stream)?,
         out: safe::buffer("out", out, elements, stream)?,
         count: safe::optional("count", count, 1, stream)?,
@@ -113,8 +124,11 @@ pub fn launch<T: Element>(stream: &Stream, norm: Norm<T>) -> Result<()> {
         width: safe::count("weight", width)?,
         dtype: T::DTYPE as i32,
         eps,
+        num_delta_rows: safe::count("delta", delta.map_or(0, |delta| delta.len() / width))?,
+        reserved: 0,
     };
-    // SAFETY: addresses and sizes come from buffers of this stream; `x` and `out` are borrowed alone.
+    // SAFETY: addresses and sizes come from buffers of this stream; `x` and `out` are borrowed alone; the kernel checks
+    // every row of `delta`.
     unsafe { launch_raw(stream.device(), stream.raw(), &params) }
 }
 
@@ -127,6 +141,7 @@ mod tests {
             size: size_of::<dllm_norm_params>() as u64,
             x: 0x1000,
             delta: 0x2000,
+            delta_row: 0,
             weight: 0x3000,
             out: 0x4000,
             count: 0,
@@ -137,6 +152,8 @@ mod tests {
             width: 24,
             dtype: abi::DLLM_BF16 as i32,
             eps: 1e-5,
+            num_delta_rows: 0,
+            reserved: 0,
         }
     }
 
@@ -157,10 +174,13 @@ mod tests {
             let error = validate(&params).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");
         };
-        wrong(|p| p.size = 0, "size: expected 88");
+        wrong(|p| p.size = 0, "size: expected 104");
         wrong(|p| p.dtype = 3, "dtype: expected bf16 (0) or f16 (1) or f32 (2), found 3");
         wrong(|p| p.x = 0, "x: expected a device address, found 0");
         wrong(|p| p.delta = 8, "delta: expected an address aligned to 16 bytes, found 0x8");
+        wrong(|p| p.delta_row = 2, "delta_row: expected an address aligned to 4");
+        wrong(|p| p.delta_row = 4, "num_delta_rows: expected 1 to");
+        wrong(|p| p.reserved = 1, "reserved: expected 0, found 1");
         wrong(|p| p.weight = 0, "weight: expected a device address");
         wrong(|p| p.out += 2, "out: expected an address aligned to 16");
         wrong(|p| p.count = 2, "count");
@@ -179,6 +199,10 @@ mod tests {
         wrong(|p| p.out_stride = i64::MAX - 7, "out: expected rows within 64-bit addresses");
         wrong(|p| p.out = p.x, "out: expected memory that does not overlap x");
         wrong(|p| p.out = p.delta + 16, "out: expected memory that does not overlap delta");
+        wrong(
+            |p| (p.delta_row, p.num_delta_rows, p.out) = (4, 90, 0x3080),
+            "out: expected memory that does not overlap delta",
+        );
         wrong(|p| p.out = p.weight - 320, "out: expected memory that does not overlap weight");
     }
 

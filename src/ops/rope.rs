@@ -24,9 +24,12 @@ pub fn validate(params: &dllm_rope_params) -> Result<()> {
     check::size("num_heads", params.num_heads)?;
     check::size("num_kv_heads", params.num_kv_heads)?;
     let [head_dim, num_heads, num_kv_heads] = [params.head_dim, params.num_heads, params.num_kv_heads].map(i64::from);
-    let (kv_width, qkv_width) = (num_kv_heads * head_dim, (num_heads + 2 * num_kv_heads) * head_dim);
+    let (kv_width, heads) = (num_kv_heads * head_dim, num_heads + 2 * num_kv_heads);
     // A row has at most 65,535 blocks.
-    check::within("num_heads + 2 num_kv_heads", qkv_width / head_dim, 1, 65_535 * 256 * 8 / head_dim)?;
+    check::within("num_heads + 2 num_kv_heads", heads, 1, 65_535 * 256 * 8 / head_dim)?;
+    // With a cache for keys alone, values need not be there.
+    let without_values = params.k_cache != 0 && params.v_cache == 0;
+    let qkv_width = heads * head_dim - if without_values { kv_width } else { 0 };
     check::stride("qkv_stride", params.qkv_stride, qkv_width, element_bytes)?;
     check::reserved(params.reserved)?;
     check::Place::new("qkv", params.qkv, params.max_rows, params.qkv_stride, qkv_width, element_bytes).in_memory()?;
@@ -38,7 +41,7 @@ pub fn validate(params: &dllm_rope_params) -> Result<()> {
         };
     }
     check::address("k_cache", params.k_cache, 16)?;
-    check::address("v_cache", params.v_cache, 16)?;
+    check::optional("v_cache", params.v_cache, 16)?;
     check::address("cache_row", params.cache_row, 4)?;
     check::size("num_cache_rows", params.num_cache_rows)?;
     check::stride("cache_stride", params.cache_stride, kv_width, element_bytes)?;
@@ -56,7 +59,7 @@ pub fn plan(params: &dllm_rope_params) -> Plan {
     };
     // A head has head_dim / 8 vectors, half as many pairs; values are in the last num_kv_heads heads.
     let heads = (i64::from(params.num_heads.max(0)) + i64::from(params.num_kv_heads.max(0))) as u64;
-    let values = if params.k_cache == 0 { 0 } else { params.num_kv_heads.max(0) as u64 * 2 };
+    let values = if params.k_cache == 0 || params.v_cache == 0 { 0 } else { params.num_kv_heads.max(0) as u64 * 2 };
     let parts = ((heads + values) * params.head_dim.max(0) as u64 / 16).div_ceil(256).max(1) as u32;
     Plan { kernel, grid: [params.max_rows.max(1) as u32, parts, 1], block: 256, workspace_bytes: 0 }
 }
@@ -91,17 +94,18 @@ pub fn angles(stream: &Stream, theta: f32, head_dim: usize, num_positions: usize
 pub struct Caches<'a, T> {
     /// `[any, num_kv_heads * head_dim]`, rotated keys.
     pub k: &'a mut Buffer<T>,
-    /// The same for values.
-    pub v: &'a mut Buffer<T>,
+    /// The same for values; without it rows are `[q | k]`.
+    pub v: Option<&'a mut Buffer<T>>,
     /// `[max_rows]`: where a row's key and value go, -1 nowhere.
     pub row: &'a Buffer<i32>,
 }
 
-/// The rows that a safe launch rotates. Rows are packed: `[q | k | v]`, one after the other.
+/// The rows that a safe launch rotates. Rows are packed: `[q | k | v]` or `[q | k]`, one after the other.
 pub struct Rope<'a, T> {
     /// Head counts and widths. A head is 32, 64 or 128 wide.
     pub heads: Heads,
-    /// `[max_rows, (num_heads + 2 num_kv_heads) * head_dim]`
+    /// `[max_rows, (num_heads + 2 num_kv_heads) * head_dim]`; with a cache for keys alone
+    /// `[max_rows, (num_heads + num_kv_heads) * head_dim]`.
     pub qkv: &'a mut Buffer<T>,
     /// `[max_rows]`: its length is the number of rows that the launch has room for.
     pub positions: &'a Buffer<i32>,
@@ -133,7 +137,9 @@ pub fn launch<T: Element>(stream: &Stream, rope: Rope<T>) -> Result<()> {
     check::size("num_kv_heads", kv_heads_i32)?;
     check::within("head_dim", head_dim as i64, 2, i32::MAX.into())?;
     let kv_width = num_kv_heads.saturating_mul(head_dim);
-    let qkv_width = num_heads.saturating_add(2 * num_kv_heads).saturating_mul(head_dim);
+    let without_values = caches.as_ref().is_some_and(|caches| caches.v.is_none());
+    let parts = if without_values { num_kv_heads } else { 2 * num_kv_heads };
+    let qkv_width = num_heads.saturating_add(parts).saturating_mul(head_dim);
     let mut params = dllm_rope_params {
         size: size_of::<dllm_rope_params>() as u64,
         qkv: safe::buffer("qkv", qkv, safe::elements(max_rows, qkv_width), stream)?,
@@ -157,9 +163,9 @@ pub fn launch<T: Element>(stream: &Stream, rope: Rope<T>) -> Result<()> {
     };
     if let Some(Caches { k, v, row }) = &caches {
         params.k_cache = safe::buffer("caches.k", k, kv_width, stream)?;
-        params.v_cache = safe::buffer("caches.v", v, kv_width, stream)?;
+        params.v_cache = safe::optional("caches.v", v.as_deref(), kv_width, stream)?;
         params.cache_row = safe::buffer("caches.row", row, max_rows, stream)?;
-        params.num_cache_rows = safe::count("caches", k.len().min(v.len()) / kv_width)?;
+        params.num_cache_rows = safe::count("caches", v.as_ref().map_or(k.len(), |v| k.len().min(v.len())) / kv_width)?;
     }
     // SAFETY: addresses and sizes come from buffers of this stream, what is written is borrowed alone, and the kernel
     // checks every position and cache row. Two rows for one row of the cache mix their elements, no more.
@@ -205,6 +211,7 @@ mod tests {
         let llada = dllm_rope_params { num_heads: 32, num_kv_heads: 32, head_dim: 128, ..params() };
         assert_eq!(plan(&llada).grid, [5, 4, 1]);
         assert_eq!(plan(&dllm_rope_params { k_cache: 0, ..llada }).grid, [5, 2, 1]);
+        assert_eq!(plan(&dllm_rope_params { v_cache: 0, ..llada }).grid, [5, 2, 1]);
     }
 
     #[test]
@@ -212,6 +219,8 @@ mod tests {
         let without =
             dllm_rope_params { k_cache: 0, v_cache: 0, cache_row: 0, num_cache_rows: 0, cache_stride: 0, ..params() };
         assert!(validate(&without).is_ok());
+        // Rows without values: six heads of 32.
+        assert!(validate(&dllm_rope_params { v_cache: 0, qkv_stride: 192, ..params() }).is_ok());
     }
 
     #[test]
@@ -230,7 +239,12 @@ mod tests {
         wrong(|p| p.count = 2, "count");
         wrong(|p| p.failed = 2, "failed");
         wrong(|p| p.k_cache = 0, "k_cache: expected a device address, as there is a v_cache");
-        wrong(|p| p.v_cache = 0, "v_cache: expected a device address");
+        wrong(|p| p.v_cache = 8, "v_cache: expected an address aligned to 16");
+        wrong(
+            |p| (p.v_cache, p.qkv_stride) = (0, 184),
+            "qkv_stride: expected a multiple of 8 elements (16 bytes), at least the width, 192",
+        );
+        wrong(|p| p.qkv_stride = 192, "at least the width, 256");
         wrong(|p| p.k_cache = 8, "k_cache: expected an address aligned to 16");
         wrong(|p| p.cache_row = 0, "cache_row: expected a device address");
         wrong(|p| p.max_rows = 0, "max_rows: expected 1 to");

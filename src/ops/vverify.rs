@@ -12,10 +12,24 @@ pub fn validate(params: &dllm_vverify_params) -> Result<()> {
     check::struct_size::<dllm_vverify_params>(params.size)?;
     let element_bytes = check::dtype(params.dtype, &[DLLM_BF16, DLLM_F16])?;
     check::address("fresh", params.fresh, 16)?;
+    check::optional("fresh_row", params.fresh_row, 4)?;
     check::address("cached", params.cached, 16)?;
     check::optional("cached_row", params.cached_row, 4)?;
     check::address("cu_rows", params.cu_rows, 4)?;
     check::address("indices", params.indices, 4)?;
+    for (name, table, selected) in [
+        ("selected[0]", params.tables[0], params.selected[0]),
+        ("selected[1]", params.tables[1], params.selected[1]),
+        ("selected[2]", params.tables[2], params.selected[2]),
+    ] {
+        check::optional("tables", table, 4)?;
+        match table {
+            0 if selected != 0 => return Err(Error::argument(name, "0, as there is no such table", selected)),
+            0 => {}
+            _ => check::address(name, selected, 4)?,
+        }
+    }
+    check::optional("first_selected", params.first_selected, 4)?;
     check::address("cu_selected", params.cu_selected, 4)?;
     check::optional("similarity", params.similarity, 4)?;
     check::optional("failed", params.failed, 4)?;
@@ -26,10 +40,16 @@ pub fn validate(params: &dllm_vverify_params) -> Result<()> {
     let place = |name, address, rows, stride| {
         check::Place::new(name, address, rows, stride, params.width.into(), element_bytes)
     };
-    place("fresh", params.fresh, params.max_rows, params.fresh_stride).in_memory()?;
+    let fresh_rows = match params.fresh_row {
+        0 => params.max_rows,
+        _ => params.num_fresh_rows,
+    };
+    check::size("num_fresh_rows", fresh_rows)?;
+    place("fresh", params.fresh, fresh_rows, params.fresh_stride).in_memory()?;
     place("cached", params.cached, params.num_cached_rows.max(1), params.cached_stride).in_memory()?;
     check::size("num_sequences", params.num_sequences)?;
     check::size("num_cached_rows", params.num_cached_rows)?;
+    check::within("num_listed", params.num_listed.into(), 0, i32::MAX.into())?;
     check::flag("update_cached", params.update_cached)?;
     if !(0.0..=1.0).contains(&params.ratio) {
         return Err(Error::argument("ratio", "0 to 1", params.ratio));
@@ -51,9 +71,10 @@ pub fn plan(params: &dllm_vverify_params) -> Plan {
 /// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads, with a
 /// workspace each.
 ///
-/// Nothing that `cu_rows` and `cached_row` hold makes the kernel leave its memory, or the workspace unfit for the next
-/// launch. Where `cu_rows` does not ascend from 0 to at most `max_rows`, the end of a sequence counts as no less than its
-/// beginning and no more than `max_rows`.
+/// Nothing that `cu_rows`, `fresh_row`, `cached_row` and `first_selected` hold makes the kernel leave its memory, or the
+/// workspace unfit for the next launch. Where `cu_rows` does not ascend from 0 to at most `max_rows`, the end of a sequence
+/// counts as no less than its beginning and no more than `max_rows`. Where parts of the output lists overlap, either may be
+/// what stays.
 ///
 /// # Errors
 /// As [`validate`]; the driver's.
@@ -62,7 +83,7 @@ pub fn plan(params: &dllm_vverify_params) -> Plan {
 /// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
 ///    is there until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_vverify_params`] gives, until the work is done.
-/// 3. What the launch writes (`indices`, `cu_selected`, `similarity`, `failed`, the workspace, and `cached` with
+/// 3. What the launch writes (`indices`, `selected`, `cu_selected`, `similarity`, `failed`, the workspace, and `cached` with
 ///    `update_cached`) overlaps no other memory of the struct, and nothing else uses it meanwhile.
 /// 4. The workspace was zeroed before the first use, and only launches of this op have written to it since.
 /// 5. With `update_cached`, no two rows have the same `cached_row`.
@@ -72,30 +93,47 @@ pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_vve
     unsafe { super::launch(device, stream, "vverify", plan(params), params) }
 }
 
+/// Numbers of rows, of which those of the selected ones are listed.
+pub struct Table<'a> {
+    /// `[max_rows]`
+    pub values: &'a Buffer<i32>,
+    /// Out, as long as `indices`: beside each row there its value.
+    pub selected: &'a mut Buffer<i32>,
+}
+
 /// The rows that a safe launch compares. All matrices are packed: rows of `width` elements, one after the other.
 pub struct VVerify<'a, T> {
     /// Elements of a row, all key/value heads; a multiple of 8.
     pub width: usize,
     /// Share of a sequence's rows to select, 0 to 1, rounded down to whole rows.
     pub ratio: f64,
-    /// `[max_rows, width]`: its length gives the number of rows that the launch has room for.
+    /// `[max_rows, width]`, with `fresh_row` `[any, width]`.
     pub fresh: &'a Buffer<T>,
+    /// `[max_rows]`: where each row's values stand in `fresh`; the same, if not given. Its length, else that of `fresh`,
+    /// gives the number of rows that the launch has room for.
+    pub fresh_row: Option<&'a Buffer<i32>>,
     /// `[any, width]`: the rows of the previous step.
     pub cached: &'a mut Buffer<T>,
-    /// `[max_rows]`: the cached row of each fresh row; the same, if not given.
+    /// `[max_rows]`: the cached row of each row; the same, if not given.
     pub cached_row: Option<&'a Buffer<i32>>,
     /// Whether the fresh rows are written over the cached ones, after the comparison.
     pub update_cached: bool,
     /// `[num_sequences + 1]`: sequence s owns the rows `cu_rows[s]..cu_rows[s + 1]`. Its length gives the number of
     /// sequences.
     pub cu_rows: &'a Buffer<i32>,
-    /// Out, `[max_rows]`: the selected rows, sequence after sequence, ascending; what follows them is left as it is.
+    /// Out, `[max_rows]`, with `first_selected` of any length: the selected rows, each sequence's together and ascending;
+    /// all else is left as it is.
     pub indices: &'a mut Buffer<i32>,
-    /// Out, `[num_sequences + 1]`: where each sequence's part of `indices` begins, and how many there are in all.
+    /// What is listed beside `indices`.
+    pub tables: [Option<Table<'a>>; 3],
+    /// `[num_sequences]`: where each sequence's part of `indices` begins; one after the other, if not given.
+    pub first_selected: Option<&'a Buffer<i32>>,
+    /// Out, `[num_sequences + 1]`: how many are selected before each sequence, and in all.
     pub cu_selected: &'a mut Buffer<i32>,
     /// Out, `[max_rows]`: the cosines; minus infinity where there is none. Rows without a sequence are left as they are.
     pub similarity: Option<&'a mut Buffer<f32>>,
-    /// `[1]`: set to -2 when a `cached_row` was out of range; its row counts as turned most.
+    /// `[1]`: set to -2 when a `fresh_row` or `cached_row` was out of range, whose row counts as turned most, or a
+    /// selected row found no place in `indices`.
     pub failed: Option<&'a mut Buffer<i32>>,
     /// From [`workspace`], with room for these rows.
     pub workspace: &'a mut Workspace,
@@ -116,17 +154,29 @@ pub fn workspace(stream: &Stream, max_rows: usize, num_sequences: usize) -> Resu
 /// # Errors
 /// [`Error::Argument`] when a buffer is too short or belongs to another stream, or the ratio is not one; the driver's.
 pub fn launch<T: Element>(stream: &Stream, rows: VVerify<T>) -> Result<()> {
-    let VVerify { width, ratio, fresh, cached, cached_row, update_cached, .. } = rows;
+    let VVerify { width, ratio, fresh, fresh_row, cached, cached_row, update_cached, first_selected, .. } = rows;
     check::within("width", width as i64, 1, i32::MAX.into())?;
-    let max_rows = fresh.len() / width;
+    let num_fresh_rows = fresh.len() / width;
+    let max_rows = fresh_row.map_or(num_fresh_rows, Buffer::len);
+    let listed = first_selected.map_or(max_rows, |_| rows.indices.len().max(1));
+    let (mut tables, mut selected) = ([0; 3], [0; 3]);
+    for (k, table) in rows.tables.iter().enumerate() {
+        let (values, listed_values) = (table.as_ref().map(|t| t.values), table.as_ref().map(|t| &*t.selected));
+        tables[k] = safe::optional("tables.values", values, max_rows, stream)?;
+        selected[k] = safe::optional("tables.selected", listed_values, listed, stream)?;
+    }
     let (workspace, workspace_bytes) = safe::workspace(rows.workspace, LAYOUT, stream)?;
     let params = dllm_vverify_params {
         size: size_of::<dllm_vverify_params>() as u64,
         fresh: safe::buffer("fresh", fresh, width, stream)?,
+        fresh_row: safe::optional("fresh_row", fresh_row, 1, stream)?,
         cached: safe::buffer("cached", cached, width, stream)?,
         cached_row: safe::optional("cached_row", cached_row, max_rows, stream)?,
         cu_rows: safe::buffer("cu_rows", rows.cu_rows, 2, stream)?,
-        indices: safe::buffer("indices", rows.indices, max_rows, stream)?,
+        indices: safe::buffer("indices", rows.indices, listed, stream)?,
+        tables,
+        selected,
+        first_selected: safe::optional("first_selected", first_selected, rows.cu_rows.len().saturating_sub(1), stream)?,
         cu_selected: safe::buffer("cu_selected", rows.cu_selected, rows.cu_rows.len(), stream)?,
         similarity: safe::optional("similarity", rows.similarity.as_deref(), max_rows, stream)?,
         failed: safe::optional("failed", rows.failed.as_deref(), 1, stream)?,
@@ -135,9 +185,11 @@ pub fn launch<T: Element>(stream: &Stream, rows: VVerify<T>) -> Result<()> {
         fresh_stride: width as i64,
         cached_stride: width as i64,
         ratio,
-        max_rows: safe::count("fresh", max_rows)?,
+        max_rows: safe::count(if fresh_row.is_some() { "fresh_row" } else { "fresh" }, max_rows)?,
         num_sequences: safe::count("cu_rows", rows.cu_rows.len() - 1)?,
+        num_fresh_rows: safe::count("fresh", num_fresh_rows)?,
         num_cached_rows: safe::count("cached", cached.len() / width)?,
+        num_listed: safe::count("indices", listed)?,
         width: width as i32,
         dtype: T::DTYPE as i32,
         update_cached: update_cached.into(),
@@ -155,10 +207,14 @@ mod tests {
         dllm_vverify_params {
             size: size_of::<dllm_vverify_params>() as u64,
             fresh: 0x1000,
+            fresh_row: 0,
             cached: 0x2000,
             cached_row: 0,
             cu_rows: 0x3000,
             indices: 0x4000,
+            tables: [0, 0x7000, 0],
+            selected: [0, 0x8000, 0],
+            first_selected: 0,
             cu_selected: 0x5000,
             similarity: 0,
             failed: 0,
@@ -169,7 +225,9 @@ mod tests {
             ratio: 0.25,
             max_rows: 5,
             num_sequences: 3,
+            num_fresh_rows: 0,
             num_cached_rows: 9,
+            num_listed: 0,
             width: 24,
             dtype: 0,
             update_cached: 1,
@@ -195,13 +253,20 @@ mod tests {
             let error = validate(&params).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");
         };
-        wrong(|p| p.size += 8, "size: expected 136");
+        wrong(|p| p.size += 8, "size: expected 208");
         wrong(|p| p.dtype = 2, "dtype: expected bf16 (0) or f16 (1), found 2");
         wrong(|p| p.fresh = 0, "fresh: expected a device address");
         wrong(|p| p.cached += 8, "cached: expected an address aligned to 16");
+        wrong(|p| p.fresh_row = 2, "fresh_row: expected an address aligned to 4");
+        wrong(|p| p.fresh_row = 4, "num_fresh_rows: expected 1 to");
         wrong(|p| p.cached_row = 2, "cached_row: expected an address aligned to 4");
         wrong(|p| p.cu_rows = 0, "cu_rows");
         wrong(|p| p.indices = 0, "indices");
+        wrong(|p| p.tables[1] += 2, "tables: expected an address aligned to 4");
+        wrong(|p| p.selected[1] = 0, "selected[1]: expected a device address");
+        wrong(|p| p.tables[1] = 0, "selected[1]: expected 0, as there is no such table");
+        wrong(|p| p.first_selected = 2, "first_selected: expected an address aligned to 4");
+        wrong(|p| p.num_listed = -1, "num_listed: expected 0 to");
         wrong(|p| p.cu_selected += 1, "cu_selected");
         wrong(|p| p.similarity = 2, "similarity");
         wrong(|p| p.failed = 2, "failed");

@@ -34,6 +34,18 @@ pub fn lowest_of(similarity: &[f64], count: usize) -> Vec<usize> {
     order
 }
 
+/// Writes numbers of the selected rows into a list, one after the other from element `first` on; whether all had a place.
+pub fn place(selected: &[i32], first: i32, list: &mut [i32]) -> bool {
+    let mut all_placed = true;
+    for (place, number) in (i64::from(first)..).zip(selected) {
+        match usize::try_from(place).ok().and_then(|place| list.get_mut(place)) {
+            Some(to) => *to = *number,
+            None => all_placed = false,
+        }
+    }
+    all_placed
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -66,5 +78,14 @@ mod tests {
         assert_eq!(lowest(&[0.0; 9], 0.33), [0, 1]);
         assert!(lowest(&[0.0; 9], 0.1).is_empty() && lowest(&[], 1.0).is_empty());
         assert_eq!(lowest(&[0.0; 3], 1.0), [0, 1, 2]);
+    }
+
+    #[test]
+    fn what_has_no_place_is_left_out() {
+        let mut list = [0; 4];
+        assert!(place(&[7, 8], 1, &mut list));
+        assert_eq!(list, [0, 7, 8, 0]);
+        assert!(!place(&[1, 2], 3, &mut list) && !place(&[3, 4], -1, &mut list) && !place(&[5], i32::MAX, &mut list));
+        assert_eq!(list, [4, 7, 8, 1]);
     }
 }

@@ -59,6 +59,7 @@ impl<T: Float> Case for Residual<T> {
             count: count.as_ref().map(|count| &count.device),
             x: &mut x.device,
             delta: Some(&delta.device),
+            delta_row: None,
             weight: &weight.device,
             eps: EPS,
             out: &mut out.device,

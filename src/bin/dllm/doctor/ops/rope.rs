@@ -74,7 +74,7 @@ impl<T: Float> Case for Turning<T> {
 
     fn launch(&mut self) -> Result<()> {
         let Turning { heads, qkv, positions, angles, k_cache, v_cache, cache_row, failed, .. } = self;
-        let caches = Caches { k: &mut k_cache.device, v: &mut v_cache.device, row: &cache_row.device };
+        let caches = Caches { k: &mut k_cache.device, v: Some(&mut v_cache.device), row: &cache_row.device };
         let rope = Rope {
             heads: *heads,
             qkv: &mut qkv.device,
