@@ -12,6 +12,8 @@ mod company;
 mod formats;
 #[path = "cuda/forward.rs"]
 mod forward;
+#[path = "cuda/kept.rs"]
+mod kept;
 #[path = "cuda/lockstep.rs"]
 mod lockstep;
 #[path = "cuda/margin.rs"]
@@ -47,31 +49,40 @@ fn made_up(family: Family) -> Model {
     Model::open(dir.path()).unwrap().to_device(&small_device(), |_, _| ()).unwrap()
 }
 
-/// The adaptive cache is the CPU's; a device says so before it does anything.
-fn adaptive_is_refused() {
+/// Twins at intervals are the CPU's; a device says so before it does anything.
+fn guidance_at_intervals_is_refused() {
     let model = made_up(Family::Llada);
-    let generator = Generator::new(&model).gen_length(8).cache(CacheMode::Adaptive);
+    let generator = Generator::new(&model).gen_length(8).cache(CacheMode::Adaptive).cfg_scale(1.0).cfg_interval(2);
     let error = generator.generate(&[vec![1, 2, 3]]).unwrap_err();
-    assert!(matches!(&error, Error::Unavailable(message) if message.contains("--cache adaptive")), "{error}");
+    assert!(matches!(&error, Error::Unavailable(message) if message.contains("--cfg-interval")), "{error}");
 }
 
 use company::alone_and_in_a_batch;
 use formats::{element_types, tied_head};
 use forward::logits_are_within_the_margin;
+use kept::{
+    kept_alone_and_in_a_batch, kept_in_lockstep, kept_watched_or_not_dream, kept_watched_or_not_llada,
+    recorded_kept_decodes,
+};
 use random::{random_settings_dream, random_settings_llada};
 use recorded_decodes::recorded_decodes;
 use watched::{many_blocks, masks_in_the_prompt, watched_or_not_dream, watched_or_not_llada};
 
 once_on_device!(
-    adaptive_is_refused,
     alone_and_in_a_batch,
     element_types,
+    guidance_at_intervals_is_refused,
+    kept_alone_and_in_a_batch,
+    kept_in_lockstep,
+    kept_watched_or_not_dream,
+    kept_watched_or_not_llada,
     logits_are_within_the_margin,
     many_blocks,
     masks_in_the_prompt,
     random_settings_dream,
     random_settings_llada,
     recorded_decodes,
+    recorded_kept_decodes,
     tied_head,
     watched_or_not_dream,
     watched_or_not_llada,

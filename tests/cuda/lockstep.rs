@@ -2,26 +2,30 @@
 
 use crate::common::golden_dir;
 use crate::margin::{Logits, Tally, compare};
-use crate::rounded::Rounded;
+use crate::rounded::{Choices, Rounded};
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::decode::{Decoded, Observer, decode};
 use dllm_kernels::model::{Network, Pass, Session, Transformer, Weights};
 use dllm_kernels::oracle::unmask::{Verdict, unmask};
 use dllm_kernels::{Config, Family, Model, Options, Result};
+use std::cell::RefCell;
 use std::path::Path;
+use std::rc::Rc;
 
 /// A checkpoint, opened for the CPU, the device, and the CPU that rounds.
 pub struct Both {
     pub model: Model,
     pub rounded: Transformer<Rounded>,
+    pub exact: Transformer<Rounded>,
 }
 
 impl Both {
     pub fn open(dir: &Path) -> Both {
         let weights = Weights::open(dir).unwrap();
         let model = Model::open(dir).unwrap().to_device(&crate::small_device(), |_, _| ()).unwrap();
-        let rounded = Transformer::load(&Rounded::default(), model.config(), &weights).unwrap();
-        Both { model, rounded }
+        let load = || Transformer::load(&Rounded::default(), model.config(), &weights).unwrap();
+        let (rounded, exact) = (load(), load());
+        Both { model, rounded, exact }
     }
 
     pub fn recorded(name: &str) -> Both {
@@ -37,10 +41,17 @@ impl Both {
 struct Lockstep<'m> {
     what: String,
     config: &'m Config,
-    cpu: Session<'m, Cpu>,
+    cpu: Reference<'m>,
     rounded: Session<'m, Rounded>,
+    choices: [Rc<RefCell<Choices>>; 2],
     gpu: Box<dyn Network + 'm>,
     tally: Tally,
+}
+
+/// What stands for the CPU: its backend, or where V-verify chooses rows one that can be told which.
+enum Reference<'m> {
+    Cpu(Session<'m, Cpu>),
+    Told(Session<'m, Rounded>),
 }
 
 /// Decodes in lockstep, and compares every pass.
@@ -54,28 +65,51 @@ pub fn decode_both(
     let config = both.model.config();
     options.validate(config, prompts).unwrap_or_else(|e| panic!("{what}: {e}"));
     let sizes = options.sizes(config, prompts);
+    let choices: [Rc<RefCell<Choices>>; 2] = Default::default();
+    let told = |exact: bool| Rounded::told(exact, choices[usize::from(exact)].clone());
     let mut lockstep = Lockstep {
         what: what.into(),
         config,
-        cpu: Session::new(both.model.transformer(), Cpu::default(), sizes.clone()).unwrap(),
-        rounded: Session::new(&both.rounded, Rounded::default(), sizes.clone()).unwrap(),
+        cpu: match sizes.kept {
+            false => Reference::Cpu(Session::new(both.model.transformer(), Cpu::default(), sizes.clone()).unwrap()),
+            true => Reference::Told(Session::new(&both.exact, told(true), sizes.clone()).unwrap()),
+        },
+        rounded: Session::new(&both.rounded, told(false), sizes.clone()).unwrap(),
+        choices: choices.clone(),
         gpu: both.model.network(sizes).unwrap(),
         tally: Tally::default(),
     };
     let decoded = decode(&mut lockstep, config, prompts, options, None, observer);
+    lockstep.tally.choices(&choices[0].borrow());
     (decoded.unwrap_or_else(|e| panic!("{what}: {e}")), lockstep.tally)
 }
 
 impl Network for Lockstep<'_> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
-        let Lockstep { what, config, cpu, rounded, gpu, tally } = self;
+        let Lockstep { what, config, cpu, rounded, choices, gpu, tally } = self;
         let scored = scored(config.family, pass);
-        cpu.forward(tokens, pass.windows, pass.plan, &scored, None)?;
+        let got = gpu.step(tokens, &Pass { observed: true, ..*pass })?;
+        for choices in &*choices {
+            choices.borrow_mut().of_device = gpu.chosen().iter().map(|chosen| chosen.rows.clone()).collect();
+        }
+        let cpu = match cpu {
+            Reference::Cpu(cpu) => {
+                cpu.forward(tokens, pass.windows, pass.plan, &scored, None)?;
+                cpu.logits(scored.len())?
+            }
+            Reference::Told(cpu) => {
+                cpu.forward(tokens, pass.windows, pass.plan, &scored, None)?;
+                cpu.logits(scored.len())?
+            }
+        };
         rounded.forward(tokens, pass.windows, pass.plan, &scored, None)?;
-        let (cpu, rounded) = (cpu.logits(scored.len())?, rounded.logits(scored.len())?);
+        let rounded = rounded.logits(scored.len())?;
+        assert!(
+            choices.iter().all(|choices| choices.borrow().of_device.is_empty()),
+            "{what}: choices that nobody made"
+        );
         let want = unmask(&mut cpu.clone(), config.vocab_size, pass.groups, pass.unmask)?;
         let logits = Logits { cpu, rounded, vocab_size: config.vocab_size };
-        let got = gpu.step(tokens, pass)?;
         tally.add(compare(what, &logits, pass.groups, pass.unmask, [&want, &got]));
         Ok(want)
     }

@@ -21,6 +21,7 @@
 //!
 //! What is in doubt is counted, and so is where the device makes use of it; the tests bound how often. All else has to be equal.
 
+use crate::rounded::Choices;
 use dllm_kernels::Confidence;
 use dllm_kernels::oracle::philox::{Purpose, gumbel};
 use dllm_kernels::oracle::unmask::{Group, Selection, Unmask, Verdict, cut_logit, score_row, select};
@@ -43,10 +44,22 @@ pub struct Tally {
     /// Candidates whose commit is in doubt, and those of them where it differs.
     pub commit_in_doubt: usize,
     pub commit_differs: usize,
+    /// Rows that V-verify chose on the device, those of them that the CPU that rounds would not have chosen, and the largest
+    /// angle by which a row had turned less than one that was left.
+    pub chosen: usize,
+    pub chosen_differs: usize,
+    pub worst_angle: f64,
 }
 
 impl Tally {
+    pub fn choices(&mut self, choices: &Choices) {
+        (self.chosen, self.chosen_differs, self.worst_angle) = (choices.rows, choices.other_rows, choices.worst);
+    }
+
     pub fn add(&mut self, other: Tally) {
+        self.chosen += other.chosen;
+        self.chosen_differs += other.chosen_differs;
+        self.worst_angle = self.worst_angle.max(other.worst_angle);
         self.passes += other.passes;
         self.candidates += other.candidates;
         self.token_in_doubt += other.token_in_doubt;
@@ -87,7 +100,15 @@ impl std::fmt::Display for Tally {
             self.commit_in_doubt,
             100.0 * commit,
             self.commit_differs,
-        )
+        )?;
+        match self.chosen {
+            0 => Ok(()),
+            n => write!(
+                f,
+                "; rows chosen {n}, different {}, by an angle of {:.4}",
+                self.chosen_differs, self.worst_angle
+            ),
+        }
     }
 }
 

@@ -1,17 +1,20 @@
 //! The CPU, with activations rounded to bf16 wherever the device stores them: what the device computes, but for the order of
 //! sums and the weights of attention, which the device rounds too. So it tells errors of the device from those of bf16.
+//!
+//! Where V-verify chooses rows it is told what the device chose, and counts how far that is from its own choice; so is its
+//! twin that does not round, which stands for the CPU there.
 
 use dllm_kernels::Result;
 use dllm_kernels::backend::cpu::linear::Matrix;
 use dllm_kernels::backend::cpu::{Cpu, attention};
-use dllm_kernels::backend::{Backend, Heads, HostUnmask, Needs, Placement, Span, Tensor};
-use dllm_kernels::oracle::rope;
+use dllm_kernels::backend::{Backend, Heads, HostUnmask, Needs, Part, Parts, Placement, Span, Tensor};
 use dllm_kernels::oracle::unmask::{Group, Unmask, Verdict, unmask};
+use dllm_kernels::oracle::{rope, vverify};
 use half::bf16;
-
-fn round(x: f32) -> f32 {
-    bf16::from_f32(x).to_f32()
-}
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::rc::Rc;
 
 /// The backend. One per session.
 #[derive(Default)]
@@ -19,6 +22,48 @@ pub struct Rounded {
     cpu: Cpu,
     angles: rope::Angles,
     tokens: Vec<u32>,
+    /// Whether it does not round after all.
+    exact: bool,
+    device: Rc<RefCell<Choices>>,
+}
+
+/// What the device has chosen by V-verify, layer by layer, and how that compares.
+#[derive(Default)]
+pub struct Choices {
+    pub of_device: VecDeque<Vec<Vec<usize>>>,
+    /// Rows that were chosen, and those of them that are not of the own choice.
+    pub rows: usize,
+    pub other_rows: usize,
+    /// The largest angle by which a row that was chosen had turned less than one that was not.
+    pub worst: f64,
+}
+
+impl Rounded {
+    /// One that is told what the device chooses.
+    pub fn told(exact: bool, device: Rc<RefCell<Choices>>) -> Rounded {
+        Rounded { exact, device, ..Rounded::default() }
+    }
+
+    fn round(&self, x: f32) -> f32 {
+        if self.exact { x } else { bf16::from_f32(x).to_f32() }
+    }
+
+    fn round_all(&self, list: &mut [f32]) {
+        list.iter_mut().for_each(|x| *x = self.round(*x));
+    }
+
+    /// The device's choice, measured by the own cosines.
+    fn told_choice(&self, similarity: &[f64], of_device: &[usize]) -> Vec<usize> {
+        let own = vverify::lowest_of(similarity, of_device.len());
+        let mut choices = self.device.borrow_mut();
+        choices.rows += own.len();
+        choices.other_rows += own.iter().filter(|row| !of_device.contains(row)).count();
+        let angle = |row: &usize| similarity[*row].clamp(-1.0, 1.0).acos();
+        let least = of_device.iter().map(angle).fold(f64::INFINITY, f64::min);
+        let most = (0..similarity.len()).filter(|row| !of_device.contains(row)).map(|row| angle(&row));
+        choices.worst = choices.worst.max(most.fold(0.0, f64::max) - least);
+        of_device.to_vec()
+    }
 }
 
 /// Activations, or logits, which stay f32.
@@ -33,8 +78,13 @@ pub struct Cache(Vec<[Vec<f32>; 2]>);
 #[derive(Default)]
 pub struct Rows {
     spans: Vec<Span>,
+    positions: Vec<usize>,
     tokens: Vec<usize>,
     scored: Vec<usize>,
+    parts: Vec<Parts>,
+    /// Rows that run, of each span, and the places in the cache of all rows.
+    chosen: Vec<Vec<usize>>,
+    places: Vec<usize>,
 }
 
 impl Backend for Rounded {
@@ -79,8 +129,16 @@ impl Backend for Rounded {
     }
 
     fn place(&mut self, rows: &mut Rows, placement: &Placement) -> Result<()> {
-        let Placement { spans, tokens, scored, .. } = *placement;
-        *rows = Rows { spans: spans.to_vec(), tokens: tokens.to_vec(), scored: scored.to_vec() };
+        let Placement { spans, positions, tokens, scored, parts, .. } = *placement;
+        *rows = Rows {
+            spans: spans.to_vec(),
+            positions: positions.to_vec(),
+            tokens: tokens.to_vec(),
+            scored: scored.to_vec(),
+            parts: parts.to_vec(),
+            chosen: vec![],
+            places: spans.iter().flat_map(|span| (span.start..span.end).map(|p| span.cache_base + p)).collect(),
+        };
         Ok(())
     }
 
@@ -105,12 +163,12 @@ impl Backend for Rounded {
             let row = row * width..(row + 1) * width;
             let x = &mut x.data[row.clone()];
             if let Some(delta) = delta {
-                x.iter_mut().zip(&delta.data[row.clone()]).for_each(|(x, delta)| *x = round(*x + delta));
+                x.iter_mut().zip(&delta.data[row.clone()]).for_each(|(x, delta)| *x = self.round(*x + delta));
             }
             let mean = x.iter().map(|x| x * x).sum::<f32>() / width as f32;
             let scale = 1.0 / (mean + eps).sqrt();
             for ((out, x), weight) in out.data[row].iter_mut().zip(x).zip(weight) {
-                *out = round(round(*x * scale) * weight);
+                *out = self.round(self.round(*x * scale) * weight);
             }
         }
         Ok(())
@@ -119,9 +177,140 @@ impl Backend for Rounded {
     fn linear(&mut self, x: &Buffer, w: &Matrix, out: &mut Buffer, rows: usize) -> Result<()> {
         self.cpu.linear(&x.data, w, &mut out.data, rows)?;
         if !out.logits {
-            out.data.iter_mut().for_each(|y| *y = round(*y));
+            self.round_all(&mut out.data);
         }
         Ok(())
+    }
+
+    fn linear_part(
+        &mut self,
+        x: &Buffer,
+        w: &Matrix,
+        outputs: Range<usize>,
+        out: &mut Buffer,
+        rows: usize,
+    ) -> Result<()> {
+        self.cpu.linear_part(&x.data, w, outputs, &mut out.data, rows)?;
+        self.round_all(&mut out.data);
+        Ok(())
+    }
+
+    fn choose(
+        &mut self,
+        values: Option<&Buffer>,
+        heads: Heads,
+        rows: &mut Rows,
+        (Cache(layers), layer): (&mut Cache, usize),
+    ) -> Result<()> {
+        let width = heads.num_kv_heads * heads.head_dim;
+        let of_device = values.map(|_| self.device.borrow_mut().of_device.pop_front().expect("a choice of the device"));
+        rows.chosen.clear();
+        let mut first = 0;
+        for (s, (span, parts)) in rows.spans.iter().zip(&rows.parts).enumerate() {
+            let mut chosen: Vec<usize> = parts.always.clone().collect();
+            if let (Some(Buffer { data, .. }), Some(of_device)) = (values, &of_device) {
+                let fresh = |place: usize| &data[(first + place - span.start) * width..][..width];
+                let cached = |place: usize| (span.cache_base + place) * width..(span.cache_base + place + 1) * width;
+                let others: Vec<usize> = (0..parts.num_others()).map(|number| parts.other(number)).collect();
+                let cache = &mut layers[layer][1];
+                let numbers = match parts.count() == others.len() {
+                    true => (0..others.len()).collect(),
+                    // Twins' are not told.
+                    false => {
+                        let cosine = |place: &usize| vverify::cosine(fresh(*place), &cache[cached(*place)]);
+                        let similarity: Vec<f64> = others.iter().map(cosine).collect();
+                        self.told_choice(&similarity, &of_device[s])
+                    }
+                };
+                chosen.extend(numbers.iter().map(|number| others[*number]));
+                for place in parts.always.clone().chain(others) {
+                    cache[cached(place)].copy_from_slice(fresh(place));
+                }
+            }
+            rows.chosen.push(chosen.iter().map(|place| first + place - span.start).collect());
+            first += span.rows();
+        }
+        Ok(())
+    }
+
+    fn gather_chosen(&mut self, x: &Buffer, rows: &Rows, width: usize, out: &mut Buffer) -> Result<()> {
+        for (row, to) in rows.chosen.iter().flatten().zip(out.data.chunks_exact_mut(width)) {
+            to.copy_from_slice(&x.data[row * width..(row + 1) * width]);
+        }
+        Ok(())
+    }
+
+    fn rope_chosen(
+        &mut self,
+        qkv: &mut Buffer,
+        heads: Heads,
+        rows: &Rows,
+        (Cache(layers), layer): (&mut Cache, usize),
+        values: bool,
+    ) -> Result<()> {
+        let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
+        let width = q + if values { 2 * kv } else { kv };
+        for (of_pass, row) in rows.chosen.iter().flatten().zip(qkv.data.chunks_exact_mut(width)) {
+            rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(rows.positions[*of_pass]));
+            self.round_all(row);
+            let at = rows.places[*of_pass] * kv;
+            layers[layer][0][at..at + kv].copy_from_slice(&row[q..q + kv]);
+            if values {
+                layers[layer][1][at..at + kv].copy_from_slice(&row[q + kv..]);
+            }
+        }
+        Ok(())
+    }
+
+    fn attention_chosen(
+        &mut self,
+        qkv: &Buffer,
+        heads: Heads,
+        rows: &Rows,
+        (Cache(layers), layer): (&Cache, usize),
+        values: bool,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let kv = heads.num_kv_heads * heads.head_dim;
+        let stride = heads.qkv_width() - if values { 0 } else { kv };
+        let counts: Vec<usize> = rows.chosen.iter().map(Vec::len).collect();
+        let cached = (&layers[layer][0][..], &layers[layer][1][..]);
+        attention::attention_cached(&qkv.data, stride, heads, &rows.spans, &counts, cached, &mut out.data);
+        self.round_all(&mut out.data);
+        Ok(())
+    }
+
+    fn keep(
+        &mut self,
+        delta: &Buffer,
+        part: Part,
+        width: usize,
+        rows: &Rows,
+        (kept, first_row): (&mut Buffer, usize),
+    ) -> Result<()> {
+        let of_pass: Vec<usize> = match part {
+            Part::Whole => (0..rows.places.len()).collect(),
+            Part::Chosen => rows.chosen.concat(),
+        };
+        for (of_pass, row) in of_pass.into_iter().zip(delta.data.chunks_exact(width)) {
+            kept.data[(first_row + rows.places[of_pass]) * width..][..width].copy_from_slice(row);
+        }
+        Ok(())
+    }
+
+    fn add_norm_kept(
+        &mut self,
+        x: &mut Buffer,
+        (kept, first_row): (&Buffer, usize),
+        rows: &Rows,
+        weight: &Vec<f32>,
+        eps: f32,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let width = weight.len();
+        let row = |place: &usize| kept.data[(first_row + place) * width..][..width].to_vec();
+        let delta = Buffer { data: rows.places.iter().flat_map(row).collect(), logits: false };
+        self.add_norm(x, Some(&delta), weight, eps, out, rows.places.len())
     }
 
     fn rope(
@@ -132,16 +321,14 @@ impl Backend for Rounded {
         mut store: Option<(&mut Cache, usize)>,
     ) -> Result<()> {
         let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
-        let mut all = qkv.data.chunks_exact_mut(heads.qkv_width());
-        for span in &rows.spans {
-            for (position, row) in (span.start..span.end).zip(&mut all) {
-                rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(position));
-                row.iter_mut().for_each(|x| *x = round(*x));
-                if let Some((Cache(layers), layer)) = &mut store {
-                    let at = (span.cache_base + position) * kv;
-                    layers[*layer][0][at..at + kv].copy_from_slice(&row[q..q + kv]);
-                    layers[*layer][1][at..at + kv].copy_from_slice(&row[q + kv..]);
-                }
+        let all = qkv.data.chunks_exact_mut(heads.qkv_width());
+        for ((position, place), row) in rows.positions.iter().zip(&rows.places).zip(all) {
+            rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(*position));
+            self.round_all(row);
+            if let Some((Cache(layers), layer)) = &mut store {
+                let at = place * kv;
+                layers[*layer][0][at..at + kv].copy_from_slice(&row[q..q + kv]);
+                layers[*layer][1][at..at + kv].copy_from_slice(&row[q + kv..]);
             }
         }
         Ok(())
@@ -157,7 +344,7 @@ impl Backend for Rounded {
     ) -> Result<()> {
         let cached = reuse.map(|(Cache(layers), layer)| (&layers[layer][0][..], &layers[layer][1][..]));
         attention::attention(&qkv.data, heads, &rows.spans, cached, &mut out.data);
-        out.data.iter_mut().for_each(|x| *x = round(*x));
+        self.round_all(&mut out.data);
         Ok(())
     }
 
@@ -166,7 +353,7 @@ impl Backend for Rounded {
         for (from, out) in rows {
             let (gate, up) = from.split_at(width);
             for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-                *out = round(round(gate / (1.0 + (-gate).exp())) * up);
+                *out = self.round(self.round(gate / (1.0 + (-gate).exp())) * up);
             }
         }
         Ok(())

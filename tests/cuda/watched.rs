@@ -30,7 +30,7 @@ pub fn loops() -> Vec<Options> {
 }
 
 /// The same tokens and forwards, watched or not.
-fn same_watched(model: &Model, options: &Options, prompts: &[Vec<u32>]) {
+pub fn same_watched(model: &Model, options: &Options, prompts: &[Vec<u32>]) {
     // What else is in the batch may change the last bits of a product on a GPU; here it does not.
     if prompts.len() > 1 && !softgpu::active() {
         return;
