@@ -46,7 +46,7 @@ impl Case for Rows {
 
     fn launch(&mut self) -> Result<()> {
         let Rows { rows, x, delta, weight, out, .. } = self;
-        let (max_rows, delta) = (*rows, Some(delta));
+        let (max_rows, delta) = (*rows, Some(&*delta));
         let norm = Norm { max_rows, count: None, x, delta, delta_row: None, weight, eps: EPS, out };
         norm::launch(&self.stream, norm)
     }

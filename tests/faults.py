@@ -649,7 +649,7 @@ class Library:
         self.folder, self.lock = folder / "library", threading.RLock()
         for name in ["src", "cuda", "ptx", "benches", "examples"]:
             shutil.copytree(ROOT / name, self.folder / name)
-        for name in ["Cargo.lock", "build.rs", "tests/bindings.rs"]:
+        for name in ["Cargo.lock", "build.rs", "tests/bindings.rs", "tests/nvtx.rs"]:
             (self.folder / name).parent.mkdir(exist_ok=True)
             shutil.copy2(ROOT / name, self.folder / name)
         # Unit tests do without the software device, which would be built again.
