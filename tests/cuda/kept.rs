@@ -157,8 +157,8 @@ pub fn recorded_kept_decodes() {
     assert_choices(&all);
 }
 
-/// Few rows are others than the CPU that rounds would choose, and those had turned about as much.
+/// Few rows are others than the CPU that rounds would choose, and those had turned about as much: twice what was seen.
 fn assert_choices(all: &Tally) {
     assert!(all.chosen > 500, "{all}");
-    assert!(all.chosen_differs as f64 <= 0.06 * all.chosen as f64 && all.worst_angle < 0.05, "{all}");
+    assert!(all.chosen_differs as f64 <= 0.035 * all.chosen as f64 && all.worst_angle < 0.01, "{all}");
 }
