@@ -96,6 +96,8 @@ pub struct Ran {
     pub interrupted: bool,
     /// Of each pass, from the end of the one before to the moment when the host knew what came of it.
     pub seconds: Vec<f64>,
+    /// Of each pass likewise.
+    pub multiply_adds: Vec<u64>,
 }
 
 /// A network that runs whole courses.

@@ -117,8 +117,8 @@ pub trait Network {
         &[]
     }
 
-    /// Multiply-adds of the matrix products and of attention of all passes so far, counted as they were run; None where
-    /// nobody counts.
+    /// Multiply-adds of the matrix products and of attention of all passes so far, counted as they were run (on a CUDA device
+    /// with rows that fill up, and a first layer in vain now and then); None where nobody counts.
     fn multiply_adds(&self) -> Option<u64> {
         None
     }
@@ -460,6 +460,18 @@ impl<'m, B: Backend> Session<'m, B> {
     #[cfg(feature = "cuda")]
     pub(super) fn observe(&mut self, observed: bool) {
         self.chosen = observed.then(Vec::new);
+    }
+
+    /// Multiply-adds so far.
+    #[cfg(feature = "cuda")]
+    pub(super) fn counted(&self) -> u64 {
+        self.multiply_adds
+    }
+
+    /// Counts those of work that was put in as a graph.
+    #[cfg(feature = "cuda")]
+    pub(super) fn count(&mut self, multiply_adds: u64) {
+        self.multiply_adds += multiply_adds;
     }
 
     /// What was remembered.

@@ -100,7 +100,8 @@ impl Decision {
 /// A part of a pass. Its first run is not recorded: libraries load their kernels then, which has no place in a recording.
 enum Recorded {
     Run,
-    Graph(Graph),
+    /// And the multiply-adds of a launch.
+    Graph(Graph, u64),
 }
 
 /// What the passes of a slot run.
@@ -456,35 +457,33 @@ impl<'m> Resident<'m> {
         self.control.begin(course, &first_tokens, &lengths)
     }
 
-    /// Puts a part of a pass into the stream: as a graph, from its second run on recorded.
-    fn launch(&mut self, slot: usize, part: Part, unmask: &Unmask, decision: Decision) -> Result<()> {
+    /// Puts a part of a pass into the stream: as a graph, from its second run on recorded. Returns its multiply-adds.
+    fn launch(&mut self, slot: usize, part: Part, unmask: &Unmask, decision: Decision) -> Result<u64> {
         let Stage { plan, room, .. } = &self.stages[slot];
         let _range = nvtx::range_of(|| format!("step, {} rows: {part:?}", room.rows));
         // The first part decides nothing.
         let decision = if part == Part::Ahead { Decision::default() } else { decision };
         let key = Key { slot, part, room: *room, plan: plan.clone(), decision };
+        let before = self.session.counted();
         match self.graphs.get(&key) {
-            Some(Recorded::Graph(_)) => {}
+            Some(Recorded::Graph(_, multiply_adds)) => self.session.count(*multiply_adds),
             Some(Recorded::Run) => {
                 let graph = self.stream().clone().capture(|| self.work(slot, part, unmask, decision))?;
-                self.graphs.insert(key.clone(), Recorded::Graph(graph));
+                self.graphs.insert(key.clone(), Recorded::Graph(graph, self.session.counted() - before));
             }
             None => {
-                self.graphs.insert(key, Recorded::Run);
+                self.graphs.insert(key.clone(), Recorded::Run);
                 self.work(slot, part, unmask, decision)?;
-                self.control.passes = self.control.passes.wrapping_add((part == Part::Rest).into());
-                return Ok(());
             }
         }
-        match self.graphs.get(&key) {
+        if let Some(Recorded::Graph(graph, _)) = self.graphs.get(&key) {
             // SAFETY: what it was recorded from lives in this value and in the model, which outlives it, and is used on this
             // stream only.
-            Some(Recorded::Graph(graph)) => unsafe { graph.launch() }?,
-            _ => return Ok(()),
+            unsafe { graph.launch() }?;
         }
         // The device counts with this part's last kernel.
         self.control.passes = self.control.passes.wrapping_add((part == Part::Rest).into());
-        Ok(())
+        Ok(self.session.counted() - before)
     }
 
     /// The launches of a part of a pass.
@@ -676,13 +675,14 @@ impl Autonomous for Resident<'_> {
         let together = if course.together { course.sequences.iter().filter(|s| s.active).count() } else { 1 };
         let mut start = Instant::now();
         self.begin(tokens, course)?;
-        self.launch(slot(0)?, Part::Ahead, course.unmask, decision)?;
-        self.launch(slot(0)?, Part::Rest, course.unmask, decision)?;
+        let mut work = self.launch(slot(0)?, Part::Ahead, course.unmask, decision)?;
+        work += self.launch(slot(0)?, Part::Rest, course.unmask, decision)?;
         let mut interrupted = false;
-        let mut seconds = Vec::new();
+        let (mut seconds, mut multiply_adds) = (Vec::new(), Vec::new());
         for pass in 1.. {
             let slot = slot(pass)?;
-            self.launch(slot, Part::Ahead, course.unmask, decision)?;
+            multiply_adds.push(work);
+            work = self.launch(slot, Part::Ahead, course.unmask, decision)?;
             self.wait(self.control.passes)?;
             seconds.push(start.elapsed().as_secs_f64());
             start = Instant::now();
@@ -693,7 +693,7 @@ impl Autonomous for Resident<'_> {
             if interrupted {
                 break;
             }
-            self.launch(slot, Part::Rest, course.unmask, decision)?;
+            work += self.launch(slot, Part::Rest, course.unmask, decision)?;
         }
         self.read_tokens(tokens)?;
         const NFE: usize = std::mem::offset_of!(dllm_progress, nfe) / 4;
@@ -711,7 +711,8 @@ impl Autonomous for Resident<'_> {
             }
         };
         let sequences = course.sequences.iter().zip(sequences).map(stands).collect();
-        Ok(Ran { passes: self.control.progress.get(NFE).max(0) as usize, sequences, interrupted, seconds })
+        let passes = self.control.progress.get(NFE).max(0) as usize;
+        Ok(Ran { passes, sequences, interrupted, seconds, multiply_adds })
     }
 }
 
@@ -763,7 +764,7 @@ impl Network for Resident<'_> {
         for part in [Part::Ahead, Part::Rest] {
             match pass.observed && chooses {
                 true => self.work(0, part, pass.unmask, decision)?,
-                false => self.launch(0, part, pass.unmask, decision)?,
+                false => self.launch(0, part, pass.unmask, decision).map(|_| ())?,
             }
         }
         if pass.observed && chooses {
@@ -801,10 +802,14 @@ impl Network for Resident<'_> {
         self.session.observed()
     }
 
+    fn multiply_adds(&self) -> Option<u64> {
+        Some(self.session.counted())
+    }
+
     fn launches(&self) -> Result<Option<Launches>> {
         let of_part = |part: Part| {
             self.graphs.iter().filter_map(move |(key, recorded)| match recorded {
-                Recorded::Graph(graph) if key.part == part => Some((key, graph)),
+                Recorded::Graph(graph, _) if key.part == part => Some((key, graph)),
                 _ => None,
             })
         };

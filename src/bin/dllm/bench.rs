@@ -43,7 +43,7 @@ pub struct Bench {
     /// Tokens decoded together [default: 32, at most gen-length]
     #[arg(long, value_name = "N")]
     block_length: Option<usize>,
-    /// Modes to time [default: all; on a CUDA device all but adaptive]
+    /// Modes to time [default: all]
     #[arg(long, value_enum, value_delimiter = ',', value_name = "MODES")]
     modes: Vec<Mode>,
     /// Mode adaptive: forwards between refreshes of the prompt
@@ -55,6 +55,12 @@ pub struct Bench {
     /// Mode adaptive: share of response rows recomputed in between
     #[arg(long, value_name = "R", default_value_t = 0.25, allow_negative_numbers = true)]
     refresh_ratio: f64,
+    /// Mode dual-joined: one refresh of so many renews the prompt
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    refresh_prompt_every: usize,
+    /// Mode dual-joined: share of the rows outside the block that a refresh runs
+    #[arg(long, value_name = "R", default_value_t = 0.25, allow_negative_numbers = true)]
+    refresh_rows: f64,
     /// Sequences decoded together; prompts are random ones of the same length, or the same
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1024))]
     batch: u64,
@@ -83,12 +89,15 @@ pub enum Mode {
     DualFixed,
     PrefixThreshold,
     DualThreshold,
+    DualJoined,
     Adaptive,
 }
 
 impl Mode {
-    const ALL: [Mode; 6] =
-        [Mode::Vanilla, Mode::PrefixFixed, Mode::DualFixed, Mode::PrefixThreshold, Mode::DualThreshold, Mode::Adaptive];
+    const ALL: [Mode; 7] = {
+        use Mode::*;
+        [Vanilla, PrefixFixed, DualFixed, PrefixThreshold, DualThreshold, DualJoined, Adaptive]
+    };
 
     fn name(self) -> &'static str {
         match self {
@@ -97,6 +106,7 @@ impl Mode {
             Mode::DualFixed => "dual-fixed",
             Mode::PrefixThreshold => "prefix-threshold",
             Mode::DualThreshold => "dual-threshold",
+            Mode::DualJoined => "dual-joined",
             Mode::Adaptive => "adaptive",
         }
     }
@@ -107,7 +117,7 @@ impl Mode {
             Mode::PrefixFixed => (CacheMode::Prefix, Policy::Fixed),
             Mode::DualFixed => (CacheMode::Dual, Policy::Fixed),
             Mode::PrefixThreshold => (CacheMode::Prefix, Policy::Threshold(0.9)),
-            Mode::DualThreshold => (CacheMode::Dual, Policy::Threshold(0.9)),
+            Mode::DualThreshold | Mode::DualJoined => (CacheMode::Dual, Policy::Threshold(0.9)),
             Mode::Adaptive => (CacheMode::Adaptive, Policy::Fixed),
         };
         // Dream's own loop has no blocks.
@@ -115,8 +125,12 @@ impl Mode {
             (Mode::Vanilla | Mode::Adaptive, Family::Dream) => setup.gen_length,
             _ => setup.block_length,
         };
-        let block_length = Some(block_length);
-        Options { gen_length: setup.gen_length, block_length, cache, policy, ..setup.intervals.clone() }
+        let (block_length, given) = (Some(block_length), setup.intervals.clone());
+        let joined = match self {
+            Mode::DualJoined => given,
+            _ => Options { refresh_prompt_every: 1, refresh_rows: 1.0, ..given },
+        };
+        Options { gen_length: setup.gen_length, block_length, cache, policy, ..joined }
     }
 }
 
@@ -135,7 +149,7 @@ pub struct Setup {
     device: Device,
     gen_length: usize,
     block_length: usize,
-    /// Intervals and share of the adaptive cache; the rest is the default.
+    /// Intervals and shares of the adaptive and the joined cache; the rest is the default.
     intervals: Options,
     threads: usize,
     modes: Vec<Mode>,
@@ -260,8 +274,7 @@ fn setup(args: &Bench) -> Result<Setup> {
         }
     }
     if modes.is_empty() {
-        // The adaptive cache runs on the CPU only.
-        modes.extend(Mode::ALL.into_iter().filter(|mode| device == Device::Cpu || *mode != Mode::Adaptive));
+        modes.extend(Mode::ALL);
     }
     Ok(Setup {
         source,
@@ -275,6 +288,8 @@ fn setup(args: &Bench) -> Result<Setup> {
             prompt_interval: args.prompt_interval,
             response_interval: args.response_interval,
             refresh_ratio: args.refresh_ratio,
+            refresh_prompt_every: args.refresh_prompt_every,
+            refresh_rows: args.refresh_rows,
             ..Options::default()
         },
         threads: args.threads.unwrap_or_else(rayon::current_num_threads),
@@ -318,7 +333,7 @@ fn our_round(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>], runs: &mut 
     for run in &*runs {
         let options = run.mode.options(setup);
         let network = subject.model.network(options.sizes(&setup.config, prompts))?;
-        let mut network = Timed { network, options: &options, config: &setup.config, timings: vec![] };
+        let mut network = Timed { network, options: &options, timings: vec![] };
         if setup.device != Device::Cpu {
             // A pass of a kind is recorded when it runs for the second time, and some run once a decode.
             for _ in 0..2 {

@@ -5,7 +5,7 @@ use crate::output::{print, print_json};
 use crate::report::{Shape, bytes, count, table};
 use dllm_kernels::model::weights::Dtype;
 use dllm_kernels::model::{Config, Model, Weights};
-use dllm_kernels::{CacheMode, Options, Result};
+use dllm_kernels::{Options, Result};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -34,6 +34,9 @@ pub struct Inspect {
     /// What is kept between forwards
     #[arg(long, value_enum, default_value_t = Cache::Dual)]
     cache: Cache,
+    /// Caches prefix and dual: share of rows that later refreshes run; below 1 outputs are kept too
+    #[arg(long, value_name = "R", default_value_t = 1.0, allow_negative_numbers = true)]
+    refresh_rows: f64,
     /// Classifier-free guidance, which runs every sequence twice [0: off]
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     cfg_scale: f64,
@@ -81,6 +84,8 @@ struct Answer {
     block_length: usize,
     batch: usize,
     cache: &'static str,
+    /// Whether outputs of attention and MLP are kept too.
+    outputs_kept: bool,
     cfg_scale: f64,
     threads: usize,
     bytes: Bytes,
@@ -114,8 +119,7 @@ const MULTIPROCESSORS: usize = 132;
 
 #[cfg(feature = "cuda")]
 fn device_bytes(config: &Config, sizes: &dllm_kernels::model::Sizes) -> Result<Option<DeviceBytes>> {
-    // The adaptive cache runs on the CPU only.
-    if sizes.kept || dllm_kernels::model::supports_cuda(config).is_err() {
+    if sizes.remembered || dllm_kernels::model::supports_cuda(config).is_err() {
         return Ok(None);
     }
     let memory = sizes.device_memory(config, MULTIPROCESSORS)?;
@@ -169,6 +173,7 @@ fn answer(args: &Inspect, source: String, config: Config, tensors: Vec<TensorLin
         gen_length: args.gen_length,
         block_length: args.block_length,
         cache: args.cache.mode(),
+        refresh_rows: args.refresh_rows,
         cfg_scale: args.cfg_scale,
         ..Options::default()
     };
@@ -212,6 +217,7 @@ fn answer(args: &Inspect, source: String, config: Config, tensors: Vec<TensorLin
         block_length: options.block_length(),
         batch,
         cache: options.cache.name(),
+        outputs_kept: sizes.kept,
         cfg_scale: args.cfg_scale,
         threads,
         bytes: Bytes {
@@ -264,11 +270,7 @@ fn text(a: &Answer) -> String {
     let per_thread = bytes(a.bytes.scratch_per_thread);
     let row = |name: &str, size: usize, what: &str| format!("  {name:<16}  {:>10}  {what}\n", bytes(size));
     text += &row("weights", a.bytes.weights, "mapped from the files, shared, can be dropped and read again");
-    let kept = if a.cache == CacheMode::Adaptive.name() {
-        "keys, values, outputs of attention and MLP"
-    } else {
-        "keys and values"
-    };
+    let kept = if a.outputs_kept { "keys, values, outputs of attention and MLP" } else { "keys and values" };
     text += &row("cache", a.bytes.cache, &format!("{kept}, f32"));
     text += &row("workspace", a.bytes.workspace, "activations and logits, f32");
     text += &row("scratch", a.bytes.scratch, &format!("{per_thread} a thread"));
@@ -276,7 +278,7 @@ fn text(a: &Answer) -> String {
     if let Some(DeviceBytes { weights, cache, workspace }) = a.device_bytes {
         text += "\nOn a CUDA device with 132 multiprocessors\n";
         text += &row("weights", weights, "bf16");
-        text += &row("cache", cache, "keys and values, bf16");
+        text += &row("cache", cache, &format!("{kept}, bf16"));
         text += &row("workspace", workspace, "activations in bf16, logits in f32, tables");
         text += &row("all", weights + cache + workspace, "");
     }

@@ -1,10 +1,10 @@
 //! The original Fast-dLLM, timed by `benches/originals.py` in a Python of the user's.
 
-use super::{Setup, Source};
+use super::{Mode, Setup, Source};
 use crate::machine::Device;
 use crate::output::interrupted;
+use dllm_kernels::Family;
 use dllm_kernels::decode::Policy;
-use dllm_kernels::{CacheMode, Family};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::ffi::OsString;
@@ -56,8 +56,8 @@ impl Originals {
                 setup.config.family
             ));
         }
-        if setup.modes.iter().all(|mode| mode.options(setup).cache == CacheMode::Adaptive) {
-            return Err("not measured: the script does not run dLLM-Cache".into());
+        if setup.modes.iter().all(|mode| !is_theirs(*mode)) {
+            return Err("not measured: the script runs vanilla and Fast-dLLM's modes only".into());
         }
         let python = std::env::var_os("DLLM_PYTHON").filter(|v| !v.is_empty()).unwrap_or("python3".into());
         let request = request(setup, &folder.to_string_lossy());
@@ -79,11 +79,16 @@ impl Originals {
     }
 }
 
+/// Whether the script runs this mode.
+fn is_theirs(mode: Mode) -> bool {
+    !matches!(mode, Mode::Adaptive | Mode::DualJoined)
+}
+
 fn request(setup: &Setup, folder: &str) -> Value {
     let config = &setup.config;
     // Fast-dLLM's, and vanilla.
-    let modes = setup.modes.iter().map(|mode| (mode, mode.options(setup)));
-    let modes = modes.filter(|(_, options)| options.cache != CacheMode::Adaptive).map(|(mode, options)| {
+    let modes = setup.modes.iter().filter(|mode| is_theirs(**mode)).map(|mode| (mode, mode.options(setup)));
+    let modes = modes.map(|(mode, options)| {
         let mut fields = json!({ "name": mode.name(), "cache": options.cache.name(), "steps": options.steps() });
         fields["policy"] = match options.policy {
             Policy::Fixed => "fixed",

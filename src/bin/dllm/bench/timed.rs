@@ -20,6 +20,8 @@ pub enum Forward {
     Suffix,
     /// The block.
     Block,
+    /// Joined caches: what begins a block after the first.
+    Refresh,
     /// Adaptive cache: the prompt, and of the response what V-verify chooses.
     Prompt,
     /// Adaptive cache: the response.
@@ -30,9 +32,9 @@ pub enum Forward {
 
 impl Forward {
     /// In the order of tables.
-    pub const ALL: [Forward; 6] = {
+    pub const ALL: [Forward; 7] = {
         use Forward::*;
-        [Full, Suffix, Block, Prompt, Response, Verify]
+        [Full, Suffix, Block, Refresh, Prompt, Response, Verify]
     };
 
     pub fn name(self) -> &'static str {
@@ -40,6 +42,7 @@ impl Forward {
             Forward::Full => "full",
             Forward::Suffix => "suffix",
             Forward::Block => "block",
+            Forward::Refresh => "refresh",
             Forward::Prompt => "prompt",
             Forward::Response => "response",
             Forward::Verify => "verify",
@@ -57,6 +60,7 @@ impl Forward {
                     Forward::Verify
                 }
             }
+            (_, LayerPlan::Partly(_) | LayerPlan::Whole { reuse: true, store: true, .. }) => Forward::Refresh,
             _ if is_full(windows) => Forward::Full,
             _ => match cache.block_pass() {
                 PassKind::Full | PassKind::Response => Forward::Full,
@@ -73,7 +77,7 @@ pub struct Timing {
     pub kind: Forward,
     /// Positions that ran.
     pub rows: usize,
-    /// Multiply-adds of the matrix products and of attention: counted, or where nobody counts reckoned.
+    /// Of the matrix products and of attention.
     pub multiply_adds: f64,
     pub seconds: f64,
 }
@@ -82,7 +86,6 @@ pub struct Timing {
 pub struct Timed<'m> {
     pub network: Box<dyn Network + 'm>,
     pub options: &'m Options,
-    pub config: &'m Config,
     pub timings: Vec<Timing>,
 }
 
@@ -92,24 +95,11 @@ fn is_full(windows: &[Window]) -> bool {
 }
 
 impl Timed<'_> {
-    fn record(
-        &mut self,
-        tokens: &[Vec<u32>],
-        plan: &dyn CachePlan,
-        windows: &[Window],
-        counted: Result<u64, usize>,
-        seconds: f64,
-    ) {
-        let rows = windows.iter().map(|window| window.rows.len()).sum();
-        // Prompts are of one length here.
-        let keys = tokens.first().map_or(0, Vec::len);
+    fn record(&mut self, plan: &dyn CachePlan, windows: &[Window], multiply_adds: u64, seconds: f64) {
         self.timings.push(Timing {
             kind: Forward::of(plan, windows, self.options.cache),
-            rows,
-            multiply_adds: match counted {
-                Ok(counted) => counted as f64,
-                Err(scored) => multiply_adds(self.config, rows, keys, scored),
-            },
+            rows: windows.iter().map(|window| window.rows.len()).sum(),
+            multiply_adds: multiply_adds as f64,
             seconds,
         });
     }
@@ -121,9 +111,8 @@ impl Network for Timed<'_> {
         let start = Instant::now();
         let verdicts = self.network.step(tokens, pass)?;
         let seconds = start.elapsed().as_secs_f64();
-        let scored = pass.groups.iter().map(|group| group.positions.len()).sum();
         let counted = self.network.multiply_adds().zip(before).map(|(after, before)| after - before);
-        self.record(tokens, pass.plan, pass.windows, counted.ok_or(scored), seconds);
+        self.record(pass.plan, pass.windows, counted.unwrap_or(0), seconds);
         Ok(verdicts)
     }
 
@@ -150,10 +139,9 @@ impl Autonomous for Timed<'_> {
             return Err(Error::Unavailable("this network runs no courses".into()));
         };
         let ran = network.run(tokens, course, go_on)?;
-        for (i, seconds) in ran.seconds.iter().enumerate() {
+        for (i, (seconds, multiply_adds)) in ran.seconds.iter().zip(&ran.multiply_adds).enumerate() {
             let Some(stage) = course.stages.get((course.stage)(i)) else { continue };
-            let scored = stage.candidates.iter().map(|(_, positions)| positions.len()).sum();
-            self.record(tokens, stage.plan, stage.windows, Err(scored), *seconds);
+            self.record(stage.plan, stage.windows, *multiply_adds, *seconds);
         }
         Ok(ran)
     }
@@ -163,16 +151,6 @@ impl Autonomous for Timed<'_> {
 fn widths(config: &Config) -> [f64; 6] {
     [config.d_model, config.q_width(), config.kv_width(), config.mlp_hidden_size, config.vocab_size, config.num_layers]
         .map(|n| n as f64)
-}
-
-/// Multiply-adds of a forward that runs all of its rows in every layer.
-fn multiply_adds(config: &Config, rows: usize, keys: usize, scored: usize) -> f64 {
-    let [rows, keys, scored] = [rows, keys, scored].map(|n| n as f64);
-    let [d, q, kv, mlp, vocab, layers] = widths(config);
-    let attention = rows * (d * (q + 2.0 * kv) + 2.0 * keys * q);
-    let rest = q * d + 3.0 * d * mlp;
-    // The last layer goes on with the scored rows only.
-    layers * attention + ((layers - 1.0) * rows + scored) * rest + scored * d * vocab
 }
 
 /// Multiply-adds of an adaptive decode of a token a forward, by the arithmetic of `docs/caching.md`: that of LLaDA, to which
