@@ -29,7 +29,7 @@ mod watched;
 
 use common::{device, once_on_device};
 use dllm_kernels::gpu::Device;
-use dllm_kernels::{CacheMode, Error, Family, Generator, Model};
+use dllm_kernels::{Family, Model};
 
 const FAMILIES: [Family; 2] = [Family::Llada, Family::Dream];
 
@@ -49,20 +49,12 @@ fn made_up(family: Family) -> Model {
     Model::open(dir.path()).unwrap().to_device(&small_device(), |_, _| ()).unwrap()
 }
 
-/// Twins at intervals are the CPU's; a device says so before it does anything.
-fn guidance_at_intervals_is_refused() {
-    let model = made_up(Family::Llada);
-    let generator = Generator::new(&model).gen_length(8).cache(CacheMode::Adaptive).cfg_scale(1.0).cfg_interval(2);
-    let error = generator.generate(&[vec![1, 2, 3]]).unwrap_err();
-    assert!(matches!(&error, Error::Unavailable(message) if message.contains("--cfg-interval")), "{error}");
-}
-
 use company::alone_and_in_a_batch;
 use formats::{element_types, tied_head};
 use forward::logits_are_within_the_margin;
 use kept::{
-    kept_alone_and_in_a_batch, kept_in_lockstep, kept_watched_or_not_dream, kept_watched_or_not_llada,
-    recorded_kept_decodes,
+    guidance_at_intervals, kept_alone_and_in_a_batch, kept_in_lockstep, kept_watched_or_not_dream,
+    kept_watched_or_not_llada, recorded_kept_decodes,
 };
 use random::{random_settings_dream, random_settings_llada};
 use recorded_decodes::recorded_decodes;
@@ -71,7 +63,7 @@ use watched::{many_blocks, masks_in_the_prompt, watched_or_not_dream, watched_or
 once_on_device!(
     alone_and_in_a_batch,
     element_types,
-    guidance_at_intervals_is_refused,
+    guidance_at_intervals,
     kept_alone_and_in_a_batch,
     kept_in_lockstep,
     kept_watched_or_not_dream,

@@ -811,7 +811,7 @@ impl<'m, B: Backend> Session<'m, B> {
     }
 }
 
-impl<B: HostUnmask> Session<'_, B> {
+impl<B: Backend> Session<'_, B> {
     /// The logits that decide about positions, sequence after sequence, of the sequences or of their twins.
     fn logits_of(
         &mut self,
@@ -828,8 +828,8 @@ impl<B: HostUnmask> Session<'_, B> {
         self.logits(index.len())
     }
 
-    /// A pass whose twins run apart, or not at all.
-    fn step_apart(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
+    /// A pass whose twins run apart, or not at all. Logits are read, and decided about here.
+    pub(super) fn step_apart(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
         let Config { vocab_size, mask_token_id, .. } = self.transformer.config;
         let groups: Vec<_> = pass.groups.iter().map(|group| (group.sequence, &group.positions[..])).collect();
         let own = (pass.plan, pass.windows);

@@ -8,7 +8,7 @@
 
 use super::config::Config;
 use super::course::{Autonomous, Course, CourseSequence, CourseStage, Ran, Schedule};
-use super::forward::{Chosen, Launches, LayerPlan, Network, Pass, Session, Sizes, Transformer};
+use super::forward::{Chosen, Launches, LayerPlan, Network, Pass, Session, Sizes, Transformer, Twins};
 use crate::abi::*;
 use crate::backend::cuda::{Cuda, Staging};
 use crate::backend::{Backend, Room};
@@ -344,9 +344,6 @@ impl<'m> Resident<'m> {
     pub fn new(transformer: &'m Transformer<Cuda>, device: &Device, sizes: Sizes) -> Result<Resident<'m>> {
         let config = transformer.config();
         supports(config)?;
-        if sizes.remembered {
-            return Err(Error::Unavailable("--cfg-interval above 1 runs on the CPU only: --device cpu".into()));
-        }
         let (sequences, candidates) = (sizes.prompt_lens.len(), sizes.candidates);
         let what = format!("{sequences} sequences of up to {} positions", sizes.longest());
         let spans = sizes.needs(config).spans;
@@ -719,6 +716,9 @@ impl Autonomous for Resident<'_> {
 impl Network for Resident<'_> {
     /// One pass, for those who look at every step: waits for the device and reads back.
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
+        if !matches!(pass.twins, Twins::Beside) {
+            return self.session.step_apart(tokens, pass);
+        }
         let candidates: Vec<_> = pass.groups.iter().map(|g| (g.sequence, g.positions.clone())).collect();
         let selection = pass.groups.first().map_or(Selection::Quota(0), |group| group.selection);
         let idle = |s: &Vec<u32>| CourseSequence {
@@ -794,8 +794,9 @@ impl Network for Resident<'_> {
         Ok(pass.groups.iter().flat_map(of_group).collect())
     }
 
+    /// Twins that run now and then are remembered by the host, which then leads.
     fn autonomous(&mut self) -> Option<&mut dyn Autonomous> {
-        Some(self)
+        if self.session.sizes().remembered { None } else { Some(self) }
     }
 
     fn chosen(&self) -> &[Chosen] {

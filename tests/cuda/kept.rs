@@ -110,6 +110,34 @@ pub fn kept_alone_and_in_a_batch() {
     }
 }
 
+/// Twins that run now and then: the host leads and remembers. Twins in each forward are those that run beside, but for the
+/// rounding of differences; and a sequence is what it is alone.
+pub fn guidance_at_intervals() {
+    for family in FAMILIES {
+        let model = made_up(family);
+        let at = |cfg_interval, steps| Options {
+            gen_length: 12,
+            block_length: Some(12),
+            policy: Policy::Fixed,
+            cfg_scale: 1.5,
+            cfg_interval,
+            steps: Some(steps),
+            ..adaptive(5, 3, 0.25)
+        };
+        let run = |options: &Options| tokens(&model, options, &prompts());
+        // The first five forwards are all that there are.
+        assert_eq!(run(&at(1, 5)), run(&at(100, 5)), "{family}");
+        let apart = run(&at(3, 12));
+        assert_ne!(run(&at(1, 12)), apart, "{family}");
+        same_watched(&model, &at(3, 12), &prompts());
+        if softgpu::active() {
+            for (prompt, batch) in prompts().iter().zip(&apart) {
+                assert_eq!(tokens(&model, &at(3, 12), std::slice::from_ref(prompt))[0], *batch, "{family}");
+            }
+        }
+    }
+}
+
 /// In lockstep with the CPU, which is told what V-verify chose on the device: the choice is measured, everything else has to
 /// be within the margin. Twins' choices nobody tells, so guidance goes without.
 pub fn kept_in_lockstep() {

@@ -119,7 +119,7 @@ const MULTIPROCESSORS: usize = 132;
 
 #[cfg(feature = "cuda")]
 fn device_bytes(config: &Config, sizes: &dllm_kernels::model::Sizes) -> Result<Option<DeviceBytes>> {
-    if sizes.remembered || dllm_kernels::model::supports_cuda(config).is_err() {
+    if dllm_kernels::model::supports_cuda(config).is_err() {
         return Ok(None);
     }
     let memory = sizes.device_memory(config, MULTIPROCESSORS)?;
