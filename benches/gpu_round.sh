@@ -311,6 +311,9 @@ stage_e2e() {
     [[ $shape == llada-8b ]] && modes=vanilla,$modes
     bench "e2e: $shape" --shape $shape --random-weights --prompt-length 1024 --gen-length 256 --repeat 1 --modes $modes || failed=1
   done
+  # The bars: a verify forward three times as fast as a full one, a joined refresh twice as fast as a full one.
+  bench "e2e: llada-8b, kept features" --shape llada-8b --random-weights --prompt-length 2048 --gen-length 256 --repeat 1 \
+    --modes dual-threshold,dual-joined,adaptive --prompt-interval 100 || failed=1
   bench "e2e: llada-8b, 8 sequences" --shape llada-8b --random-weights --prompt-length 1024 --gen-length 256 --repeat 1 \
     --batch 8 --modes dual-fixed,dual-threshold || failed=1
   local length

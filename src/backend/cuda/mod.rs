@@ -507,7 +507,8 @@ impl Backend for Cuda {
         let ([_, cached], width) = (cache.layer(layer), cache.width);
         let Room { rows: all, chosen, .. } = rows.room();
         let compared = |parts: &&Parts| parts.count() < parts.num_others();
-        if let Some(share) = rows.parts().iter().find(compared).and_then(|parts| parts.share) {
+        let compared = rows.parts().iter().find(compared).and_then(|parts| parts.share);
+        if let Some(share) = compared {
             let workspace = self.prepared()?.vverify.as_ref().ok_or_else(unprepared)?;
             let params = abi::dllm_vverify_params {
                 size: size_of::<abi::dllm_vverify_params>() as u64,
@@ -539,6 +540,10 @@ impl Backend for Cuda {
             // SAFETY: as above; rows are checked on the device, and the placement gives no cache row twice. The workspace was
             // zeroed, and is V-verify's alone.
             unsafe { ops::vverify::launch_raw(self.stream.device(), self.stream.raw(), &params) }?;
+        }
+        // V-verify has renewed the others.
+        if compared.is_some() && rows.parts().iter().all(|parts| parts.always.is_empty()) {
+            return Ok(());
         }
         self.copy(Copy::Scatter, [values.address(), cached], width, (tables.stored, all), cache.positions)
     }
