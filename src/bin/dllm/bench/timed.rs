@@ -151,7 +151,7 @@ impl Autonomous for Timed<'_> {
         };
         let ran = network.run(tokens, course, go_on)?;
         for (i, seconds) in ran.seconds.iter().enumerate() {
-            let Some(stage) = course.stages.get((course.stage)(i)) else { continue };
+            let Some(Some(stage)) = course.stages.get((course.stage)(i)) else { continue };
             let scored = stage.candidates.iter().map(|(_, positions)| positions.len()).sum();
             self.record(tokens, stage.plan, stage.windows, Err(scored), *seconds);
         }
