@@ -8,14 +8,17 @@ mod common;
 use checkpoint::{Checkpoint, EOS, MASK};
 use common::{device, once_on_device};
 use dllm_kernels::decode::decode;
-use dllm_kernels::model::{Course, CourseSequence, CourseStage, LayerPlan, Schedule, Window};
-use dllm_kernels::oracle::unmask::{Selection, Unmask};
+use dllm_kernels::model::{
+    Autonomous, Course, CourseSequence, CourseStage, LayerPlan, Network, Pass, Ran, Schedule, Window,
+};
+use dllm_kernels::oracle::unmask::{Selection, Unmask, Verdict};
 use dllm_kernels::{
     CacheMode, Confidence, Config, Error, Family, Generation, Generator, Model, Observer, Options, Policy,
 };
 use softgpu::Opt;
 use std::cell::Cell;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 once_on_device!(
     a_failing_kernel_ends_the_decode,
@@ -55,7 +58,7 @@ fn with_soft(work: impl FnOnce()) {
         return;
     }
     in_turn(|| {
-        let process = [Opt::Lazy, Opt::TotalMemory].map(|option| (option, softgpu::get(option)));
+        let process = [Opt::Lazy, Opt::TotalMemory, Opt::Multiprocessors].map(|option| (option, softgpu::get(option)));
         let thread = [(Opt::FailAlloc, -1), (Opt::FailKernel, -1), (Opt::Quiet, 0)];
         let _restore = Restore(process.into_iter().chain(thread).collect());
         softgpu::set(Opt::Quiet, 1);
@@ -81,6 +84,32 @@ fn generator<'m>(model: &'m Model, cache: CacheMode, policy: Policy) -> Generato
 
 fn generate(model: &Model) -> dllm_kernels::Result<Generation> {
     generator(model, CacheMode::Dual, Policy::Threshold(0.9)).generate(&prompts())
+}
+
+fn caches() -> Vec<Options> {
+    let cached = |cache| Options { cache, ..Options::default() };
+    [CacheMode::None, CacheMode::Prefix, CacheMode::Dual].map(cached).to_vec()
+}
+
+/// Of six forwards the first renews everything, the fourth the prompt, the third and the fifth the response: of every kind
+/// one is among any four that follow the first of a block of four.
+fn adaptive() -> Options {
+    let (prompt_interval, response_interval, refresh_ratio) = (3, 2, 0.5);
+    Options { cache: CacheMode::Adaptive, prompt_interval, response_interval, refresh_ratio, ..Options::default() }
+}
+
+/// PrefixCache and DualCache joined with it.
+fn joined() -> [Options; 2] {
+    let base = Options { vicinity: 1, refresh_prompt_every: 2, ..Options::default() };
+    [
+        Options { cache: CacheMode::Dual, refresh_rows: 0.5, ..base.clone() },
+        Options { cache: CacheMode::Prefix, suffix_window: Some(2), suffix_stride: 2, ..base },
+    ]
+}
+
+/// Of [`generator`].
+fn in_blocks(base: Options, policy: Policy) -> Options {
+    Options { gen_length: 16, block_length: Some(4), policy, ..base }
 }
 
 /// Fails one allocation after the other, until none is left to fail. `work` gives back what it made.
@@ -129,14 +158,23 @@ fn named(what: &str, error: &Error) {
 
 fn out_of_memory_at_any_allocation() {
     with_soft(|| {
+        softgpu::set(Opt::Multiprocessors, 4); // takes less time
         for family in FAMILIES {
             let dir = Checkpoint::new(family).write();
             let load = || Model::open(dir.path())?.to_device(&device(), |_, _| ());
             fail_each(&format!("{family}, to_device"), || load().map(|_| ()), || ());
             let model = load().unwrap();
-            let want = generate(&model).unwrap();
-            let same = || assert_eq!(generate(&model).unwrap().tokens, want.tokens);
-            fail_each(&format!("{family}, generate"), || generate(&model).map(|_| ()), same);
+            // Of the adaptive cache once: what it allocates is the same for both.
+            let bases =
+                if family == Family::Llada { vec![Options::default(), adaptive()] } else { vec![Options::default()] };
+            for base in bases {
+                let cache = base.cache;
+                let generator = Generator::new(&model).options(in_blocks(base, Policy::Threshold(0.9)));
+                let generate = || generator.generate(&prompts());
+                let want = generate().unwrap();
+                let same = || assert_eq!(generate().unwrap().tokens, want.tokens);
+                fail_each(&format!("{family} {cache:?}, generate"), || generate().map(|_| ()), same);
+            }
         }
     });
 }
@@ -165,11 +203,24 @@ fn too_little_memory() {
         assert_eq!(state(), before);
         softgpu::set(Opt::TotalMemory, total);
         generate(&model).unwrap();
+
+        // To the byte, with what the adaptive cache keeps.
+        let options = in_blocks(adaptive(), Policy::Fixed);
+        let sizes = options.sizes(model.config(), &prompts());
+        let needed = sizes.device_memory(model.config(), device().multiprocessors().unwrap()).unwrap().total() as i64;
+        let generate = || Generator::new(&model).options(options.clone()).generate(&prompts());
+        let before = state();
+        softgpu::set(Opt::TotalMemory, softgpu::get(Opt::UsedMemory) + needed - 1);
+        refused(generate().unwrap_err(), "2 sequences of up to 21 positions need");
+        assert_eq!(state(), before);
+        // A buffer without elements has 16 bytes all the same.
+        softgpu::set(Opt::TotalMemory, softgpu::get(Opt::UsedMemory) + needed + 64);
+        generate().unwrap();
     });
 }
 
 /// Blocking calls between the ends of blocks, and those of the whole decode.
-fn blocks(generator: &Generator) -> (Vec<i64>, i64) {
+fn blocks(generator: &Generator, prompts: &[Vec<u32>]) -> (Vec<i64>, i64) {
     struct Blocks(Vec<i64>);
     impl Observer for Blocks {
         fn decided(&mut self, sequence: usize, _tokens: &[u32]) {
@@ -180,36 +231,55 @@ fn blocks(generator: &Generator) -> (Vec<i64>, i64) {
     }
     let before = softgpu::get(Opt::BlockingCalls);
     let mut blocks = Blocks(vec![]);
-    generator.generate_observed(&prompts(), &mut blocks).unwrap();
+    generator.generate_observed(prompts, &mut blocks).unwrap();
     let between = blocks.0.windows(2).map(|pair| pair[1] - pair[0]).collect();
     (between, softgpu::get(Opt::BlockingCalls) - before)
 }
 
 /// Four calls wait for the device between a block and the next, two for each of what is read back there, the tokens and the
 /// state; however many passes the block takes. None is inside a block.
+///
+/// With the adaptive cache a pass over a sequence that has ended its block would change what is kept of it. So where the
+/// sequences of a batch end a block apart, the host hears of it each time one does, for four calls, and goes on with the others;
+/// and those that have come apart in the intervals then run one after the other, for four calls each. Where they end together,
+/// as with a fixed number of tokens to a pass, it is as with the other caches.
 fn no_blocking_call_inside_a_block() {
     with_soft(|| {
+        softgpu::set(Opt::Multiprocessors, 4); // takes less time
+        let prompts = [vec![3, 14, 15, 9, 26], vec![5, 6, 7, 8, 9]];
+        let policies = [
+            (Policy::Fixed, 16),
+            (Policy::Fixed, 4),
+            (Policy::Threshold(0.9), 16),
+            (Policy::Threshold(0.01), 16),
+            (Policy::Factor(1.0), 16),
+        ];
         for lazy in [0, 1] {
             softgpu::set(Opt::Lazy, lazy);
             for family in FAMILIES {
                 let model = on_device(family);
-                for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
+                for base in caches().into_iter().chain(joined()).chain([adaptive()]) {
+                    let cache = base.cache;
                     let mut around = vec![];
-                    for (policy, steps) in [
-                        (Policy::Fixed, 16),
-                        (Policy::Fixed, 4),
-                        (Policy::Threshold(0.9), 16),
-                        (Policy::Threshold(0.01), 16),
-                        (Policy::Factor(1.0), 16),
-                    ] {
-                        let generator = generator(&model, cache, policy).steps(steps);
-                        let (between, all) = blocks(&generator);
-                        assert_eq!(between, [4; 3], "{family} {cache:?} {policy:?}");
+                    for (policy, steps) in policies {
+                        let apart = cache == CacheMode::Adaptive && policy != Policy::Fixed;
+                        let prompts = if apart { &prompts[..1] } else { &prompts[..] };
+                        let options = Options { steps: Some(steps), ..in_blocks(base.clone(), policy) };
+                        let (between, all) = blocks(&Generator::new(&model).options(options.clone()), prompts);
+                        assert_eq!(between, [4; 3], "{family} {options:?}");
                         around.push(all - 4 * 4);
                     }
                     // What begins and ends a decode waits too, no more for many passes than for few.
                     assert_eq!(around, [3; 5], "{family} {cache:?}");
                 }
+                let apart = |policy| {
+                    let generator = Generator::new(&model).options(in_blocks(adaptive(), policy));
+                    blocks(&generator, &checkpoint::prompts()).0
+                };
+                let apart = [Policy::Threshold(0.3), Policy::Threshold(0.6), Policy::Factor(1.0)].map(apart);
+                println!("{family}: between blocks that sequences end apart: {apart:?}");
+                assert!(apart.iter().flatten().all(|calls| calls % 4 == 0), "{apart:?}");
+                assert!(apart.iter().flatten().any(|calls| *calls > 4), "{family}: none was ended apart");
             }
         }
         assert_eq!(softgpu::report(), "");
@@ -219,18 +289,22 @@ fn no_blocking_call_inside_a_block() {
 /// Work that only runs when somebody waits for it: the same tokens, the same forwards.
 fn work_put_off() {
     with_soft(|| {
+        softgpu::set(Opt::Multiprocessors, 4); // takes less time
         for family in FAMILIES {
-            for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
-                for policy in [Policy::Fixed, Policy::Threshold(0.6), Policy::Factor(1.0)] {
+            let [joined, _] = joined();
+            for base in caches().into_iter().chain([joined, adaptive()]) {
+                let kept = base.cache == CacheMode::Adaptive || base.refresh_rows < 1.0;
+                let policies = [Policy::Fixed, Policy::Threshold(0.6), Policy::Factor(1.0)];
+                for policy in policies.into_iter().take(if kept { 2 } else { 3 }) {
+                    let options = Options { temperature: 0.5, cfg_scale: 0.5, ..in_blocks(base.clone(), policy) };
                     let run = |lazy| {
                         softgpu::set(Opt::Lazy, lazy);
                         // Loading is put off too.
                         let model = on_device(family);
-                        let generator = generator(&model, cache, policy).temperature(0.5).cfg_scale(0.5);
-                        let generation = generator.generate(&prompts()).unwrap();
+                        let generation = Generator::new(&model).options(options.clone()).generate(&prompts()).unwrap();
                         (generation.tokens, generation.nfe)
                     };
-                    assert_eq!(run(1), run(0), "{family} {cache:?} {policy:?}");
+                    assert_eq!(run(1), run(0), "{family} {options:?}");
                 }
             }
         }
@@ -243,23 +317,54 @@ fn launches_of_a_layer() {
 }
 
 fn launches() {
-    let config = |family| open(family).config().clone();
     for family in FAMILIES {
         let model = on_device(family);
-        for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
-            let prompts = prompts();
-            let options = Options { gen_length: 16, block_length: Some(4), cache, ..Options::default() };
-            let options = Options { policy: Policy::Fixed, ..options };
-            let mut network = model.network(options.sizes(model.config(), &prompts)).unwrap();
+        let layers = model.config().num_layers;
+        let of = |base: Options| {
+            let options = in_blocks(base, Policy::Fixed);
+            let mut network = model.network(options.sizes(model.config(), &prompts())).unwrap();
             assert_eq!(network.launches().unwrap(), None, "nothing is recorded yet");
-            decode(&mut *network, model.config(), &prompts, &options, None, &mut ()).unwrap();
+            decode(&mut *network, model.config(), &prompts(), &options, None, &mut ()).unwrap();
             let launches = network.launches().unwrap().unwrap();
-            println!("{family} {cache:?}: {launches:?}");
-            // add_norm, QKV, rope, attention and its combine, attn_out, add_norm, gate and up, swiglu, down.
-            assert_eq!(launches.layer, 10, "{family} {cache:?}");
-            // Embedding; layers, of which the last gathers twice; norm and head; unmask and advance.
-            assert_eq!(launches.pass, 1 + 10 * config(family).num_layers + 2 + 2 + 2, "{family} {cache:?}");
+            println!("{family} {:?}: {launches:?}", options.cache);
+            (launches.layer, launches.pass)
+        };
+        // add_norm, QKV, rope, attention and its combine, attn_out, add_norm, gate and up, swiglu, down.
+        const WHOLE: usize = 10;
+        for base in caches().into_iter().chain(joined()) {
+            let what = format!("{family} {base:?}");
+            // Embedding; layers, of which the last gathers twice; norm and head; unmask and advance. Of the joined caches the
+            // forwards of a block, which have fewest rows, are the same.
+            assert_eq!(of(base), (WHOLE, 1 + WHOLE * layers + 2 + 2 + 2), "{what}");
         }
+        // The adaptive cache, by the kind of all forwards but the first; the first one's graph is never recorded.
+        const NEVER: usize = 1000;
+        let kinds = [
+            // add_norm_kept, V, vverify, the values, gather, QK, rope, attention and its combine, attn_out, keep; add_norm_kept,
+            // gather, gate and up, swiglu, down, keep.
+            (NEVER, NEVER, 0.5, 17),
+            // The response: all of it, no vverify.
+            (NEVER, 1, 0.5, 16),
+            // The prompt, with vverify beside it.
+            (1, NEVER, 0.5, 17),
+            // Without: nor V, nor vverify, nor the values apart.
+            (1, NEVER, 0.0, 14),
+            // Neither: add_norm_kept twice.
+            (NEVER, NEVER, 0.0, 2),
+            // Both: all rows, and keep twice.
+            (1, 1, 0.5, WHOLE + 2),
+        ];
+        // The same for both families.
+        let kinds = if family == Family::Llada { &kinds[..] } else { &[] };
+        for &(prompt_interval, response_interval, refresh_ratio, layer) in kinds {
+            let base = Options { prompt_interval, response_interval, refresh_ratio, ..adaptive() };
+            let what = format!("{family} {base:?}");
+            // Embedding; the first layer, and the others; add_norm_kept, gather and head; unmask and advance.
+            let head = 1 + 1 + 1;
+            assert_eq!(of(base), (WHOLE, 1 + WHOLE + layer * (layers - 1) + head + 2), "{what}");
+        }
+        // Of all kinds V-verify's.
+        assert_eq!(of(adaptive()), (WHOLE, 1 + WHOLE + 17 * (layers - 1) + 3 + 2), "{family}");
     }
 }
 
@@ -287,6 +392,22 @@ fn graphs_are_recorded_once() {
                     let of_shape = few.0 / 2;
                     assert!(many.0 <= of_shape * (1 + most_sizes), "{family} {cache:?}: {} {of_shape}", many.0);
                 }
+            }
+            // Likewise every kind of forward, once a decode, wherever in a block it comes; five blocks have each twice.
+            let [joined, _] = joined();
+            for base in [adaptive(), joined] {
+                let run = |blocks: usize| {
+                    let before = [Opt::LaunchCalls, Opt::Launches].map(softgpu::get);
+                    let options = Options { gen_length: 4 * blocks, ..in_blocks(base.clone(), Policy::Fixed) };
+                    let nfe = Generator::new(&model).options(options).generate(&[vec![7; 16]]).unwrap().nfe;
+                    assert_eq!(nfe, 4 * blocks);
+                    let [calls, kernels] = [Opt::LaunchCalls, Opt::Launches].map(softgpu::get);
+                    (calls - before[0], kernels - before[1])
+                };
+                let all = [5, 9].map(run);
+                println!("{family} {:?}: launch calls and kernels of 5 and 9 blocks: {all:?}", base.cache);
+                assert!(all[0].1 < all[1].1);
+                assert!(all[0].0 == all[1].0, "{family} {base:?}: recorded again: {all:?}");
             }
         }
     });
@@ -343,9 +464,10 @@ fn no_finite_logit() {
         assert_eq!(gpu, cpu);
     };
     for family in FAMILIES {
-        for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
+        let [joined, _] = joined();
+        for base in caches().into_iter().chain([joined, adaptive()]) {
             for policy in [Policy::Fixed, Policy::Threshold(0.9)] {
-                let options = Options { gen_length: 8, block_length: Some(4), cache, policy, ..Options::default() };
+                let options = Options { gen_length: 8, ..in_blocks(base.clone(), policy) };
                 // Of every row, at once.
                 let mut checkpoint = Checkpoint::new(family);
                 let norm = match family {
@@ -428,7 +550,7 @@ fn interrupted() {
         first_commit_before: usize::MAX,
     };
     let course = Course {
-        stages: &[stage],
+        stages: &[Some(stage)],
         stage: &|_| 0,
         first_pass: 0,
         together: false,
@@ -453,10 +575,67 @@ fn interrupted() {
         assert!(tokens[0][5..].iter().zip(&whole).all(|(got, want)| *got == MASK || got == want));
     }
 
+    interrupted_adaptive(&model);
+
     // The generator's flag: set before, nothing runs.
     let flag = true.into();
     let stopped = Generator::new(&model).options(options).interrupt(&flag).generate(&[prompt]).unwrap();
     assert!(stopped.interrupted && stopped.nfe == 0 && stopped.tokens[0] == [MASK; 8]);
+}
+
+/// Sets a flag once a decode has asked so often whether to go on, between two passes of a course.
+struct Stopping<'m> {
+    network: Box<dyn Network + 'm>,
+    flag: &'m AtomicBool,
+    asks: usize,
+}
+
+impl Network for Stopping<'_> {
+    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> dllm_kernels::Result<Vec<Verdict>> {
+        self.network.step(tokens, pass)
+    }
+
+    fn autonomous(&mut self) -> Option<&mut dyn Autonomous> {
+        Some(self)
+    }
+}
+
+impl Autonomous for Stopping<'_> {
+    fn run(&mut self, tokens: &mut [Vec<u32>], course: &Course, go_on: &dyn Fn() -> bool) -> dllm_kernels::Result<Ran> {
+        let asks = Cell::new(self.asks);
+        let asked = || {
+            asks.set(asks.get().saturating_sub(1));
+            self.flag.fetch_or(asks.get() == 0, Ordering::Relaxed);
+            go_on()
+        };
+        let ran = self.network.autonomous().unwrap().run(tokens, course, &asked);
+        self.asks = asks.get();
+        ran
+    }
+}
+
+/// With the adaptive cache, whose kept features are of tokens as they stood: before every pass of a block but its first, of
+/// whatever kind it is. What was committed stands; the next decode, of the same network too, knows nothing of it.
+fn interrupted_adaptive(model: &Model) {
+    let config = model.config();
+    let prompts = [vec![3, 14, 15, 9, 26], vec![5, 6]];
+    // Of one block: one question between each pass and the next.
+    let options = Options { gen_length: 8, block_length: Some(8), policy: Policy::Fixed, ..adaptive() };
+    let whole = Generator::new(model).options(options.clone()).generate(&prompts).unwrap().tokens;
+    for asks in 1..8 {
+        let flag = AtomicBool::new(false);
+        let network = model.network(options.sizes(config, &prompts)).unwrap();
+        let mut network = Stopping { network, flag: &flag, asks };
+        let mut run = |interrupt| decode(&mut network, config, &prompts, &options, interrupt, &mut ()).unwrap();
+        let stopped = run(Some(&flag));
+        assert!(stopped.interrupted && stopped.nfe == asks, "{asks}: {stopped:?}");
+        for (got, want) in stopped.tokens.iter().zip(&whole) {
+            assert_eq!(got.iter().filter(|token| **token != MASK).count(), asks);
+            assert!(got.iter().zip(want).all(|(got, want)| *got == MASK || got == want), "{asks}: {got:?} {want:?}");
+        }
+        assert_eq!(run(None).tokens, whole, "after {asks} passes, the same network");
+    }
+    assert_eq!(Generator::new(model).options(options).generate(&prompts).unwrap().tokens, whole);
 }
 
 /// Whichever kernel fails, in a launch or in a graph, at once or later: an error with the driver's name of it, and no hang.

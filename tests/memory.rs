@@ -7,24 +7,42 @@
 
 use dllm_kernels::model::weights::Tensor;
 use dllm_kernels::model::{Config, Weights};
-use dllm_kernels::{CacheMode, Generator, Model, Observer, Options, Policy};
+use dllm_kernels::{CacheMode, Generator, Model, Options, Policy};
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-/// Set for the child: directory, cache, prompt length, sequences.
+/// Set for the child: directory, mode, prompt length, sequences.
 const CASE: &str = "DLLM_MEMORY_CASE";
 const THREADS: usize = 2;
-const MODES: [CacheMode; 3] = [CacheMode::None, CacheMode::Dual, CacheMode::Adaptive];
+/// Without a cache, and with.
+const PLAIN: [&str; 3] = ["none", "dual", "adaptive"];
+/// DualCache that keeps outputs, and the adaptive cache of twins.
+const KEPT: [&str; 2] = ["refresh-rows", "guided"];
+/// Twins whose distances are remembered; without, and of as many positions.
+const REMEMBERED: [&str; 2] = ["guided-long", "remembered"];
 const MIB: usize = 1 << 20;
 
 /// What a process and an allocator have beside the decode.
 const SLACK: usize = 32 * MIB;
 
-fn options(cache: CacheMode) -> Options {
+fn options(mode: &str) -> Options {
     // A refresh and one forward of the block.
-    let (gen_length, steps) = (32, Some(2));
-    Options { gen_length, steps, cache, policy: Policy::Fixed, ..Options::default() }
+    let options = Options { gen_length: 32, steps: Some(2), policy: Policy::Fixed, ..Options::default() };
+    let long = Options { gen_length: 256, block_length: Some(256), cfg_scale: 1.5, ..options.clone() };
+    let adaptive = CacheMode::Adaptive;
+    match mode {
+        "none" => Options { cache: CacheMode::None, ..options },
+        "dual" => Options { cache: CacheMode::Dual, ..options },
+        "adaptive" => Options { cache: adaptive, ..options },
+        "refresh-rows" => Options { cache: CacheMode::Dual, refresh_rows: 0.5, ..options },
+        "guided" => Options { cache: adaptive, cfg_scale: 1.5, ..options },
+        "guided-long" => Options { cache: adaptive, ..long },
+        "remembered" => Options { cache: adaptive, cfg_interval: 3, ..long },
+        _ => panic!("{mode}"),
+    }
 }
 
 fn prompts(length: usize, sequences: usize) -> Vec<Vec<u32>> {
@@ -38,30 +56,38 @@ fn anonymous() -> usize {
     line.trim().trim_end_matches("kB").trim().parse::<usize>().unwrap() << 10
 }
 
-/// Remembers the most; is called while the session lives.
-struct Peak(usize);
-
-impl Observer for Peak {
-    fn decided(&mut self, _sequence: usize, _tokens: &[u32]) {
-        self.0 = self.0.max(anonymous());
-    }
+/// The most that this process has while `work` is done, looked at every millisecond, and what it returns.
+fn peak<T>(work: impl FnOnce() -> T) -> (usize, T) {
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            let mut most = 0;
+            while !done.load(Ordering::Relaxed) {
+                most = most.max(anonymous());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            most
+        });
+        let result = work();
+        done.store(true, Ordering::Relaxed);
+        (watch.join().unwrap(), result)
+    })
 }
 
 #[test]
 #[ignore = "the process that the other tests of this file start"]
 fn child() {
     let Ok(case) = std::env::var(CASE) else { return };
-    let [dir, cache, length, sequences] = case.split(';').collect::<Vec<_>>().try_into().unwrap();
-    let cache = MODES.iter().find(|mode| mode.name() == cache).copied().unwrap();
+    let [dir, mode, length, sequences] = case.split(';').collect::<Vec<_>>().try_into().unwrap();
     let prompts = prompts(length.parse().unwrap(), sequences.parse().unwrap());
     let pool = rayon::ThreadPoolBuilder::new().num_threads(THREADS).build().unwrap();
-    let mut peak = Peak(0);
     pool.install(|| {
         let model = Model::open(dir).unwrap();
-        let generation = Generator::new(&model).options(options(cache)).generate_observed(&prompts, &mut peak).unwrap();
+        let generator = Generator::new(&model).options(options(mode));
+        let (most, generation) = peak(|| generator.generate(&prompts).unwrap());
         assert_eq!(generation.nfe, 2);
+        println!("anonymous: {most}");
     });
-    println!("anonymous: {}", peak.0);
 }
 
 fn measure(case: &str) -> usize {
@@ -76,19 +102,19 @@ fn measure(case: &str) -> usize {
     line.1.trim().parse().unwrap()
 }
 
-/// Every (prompt length, sequences) with and without a cache; returns what each took.
-fn check(dir: &Path, cases: &[(usize, usize)]) -> Vec<usize> {
+/// Every (prompt length, sequences) in these modes; returns what each took.
+fn check(dir: &Path, modes: &[&str], cases: &[(usize, usize)]) -> Vec<usize> {
     let config = Config::open(dir).unwrap();
     let mut all = vec![];
-    for (cache, name) in MODES.map(|mode| (mode, mode.name())) {
+    for mode in modes {
         for (length, sequences) in cases {
-            let case = format!("{};{name};{length};{sequences}", dir.display());
+            let case = format!("{};{mode};{length};{sequences}", dir.display());
             let measured = measure(&case);
-            let sizes = options(cache).sizes(&config, &prompts(*length, *sequences));
+            let sizes = options(mode).sizes(&config, &prompts(*length, *sequences));
             let predicted = sizes.memory(&config, THREADS).total();
             let mib = |bytes: usize| bytes as f64 / MIB as f64;
             println!(
-                "cache {name}, {sequences} x {length} tokens: {:.1} MiB, predicted {:.1}",
+                "{mode}, {sequences} x {length} tokens: {:.1} MiB, predicted {:.1}",
                 mib(measured),
                 mib(predicted)
             );
@@ -100,10 +126,9 @@ fn check(dir: &Path, cases: &[(usize, usize)]) -> Vec<usize> {
     all
 }
 
-/// A checkpoint of the shape `mid` in the public layout, random weights.
-fn write_mid(dir: &Path) -> usize {
-    let config = Config::shape("mid").unwrap();
-    let weights = Weights::random(&config, 1).unwrap();
+/// A checkpoint of this shape in the public layout, random weights.
+fn write(dir: &Path, config: &Config) -> usize {
+    let weights = Weights::random(config, 1).unwrap();
     let get = |(name, shape): (String, Vec<usize>)| (weights.get(&name, &shape).unwrap(), name);
     let tensors: Vec<(Tensor, String)> = config.tensors().into_iter().map(get).collect();
     let views = tensors
@@ -131,15 +156,39 @@ fn write_mid(dir: &Path) -> usize {
 #[cfg_attr(not(target_os = "linux"), ignore = "not run: memory::small needs Linux's RssAnon")]
 fn small() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-math");
-    check(&dir, &[(64, 1), (400, 1)]);
+    check(&dir, &PLAIN, &[(64, 1), (400, 1)]);
+    check(&dir, &KEPT, &[(400, 1)]);
 }
 
 #[test]
 #[cfg_attr(not(target_os = "linux"), ignore = "not run: memory::large needs Linux's RssAnon")]
 fn large() {
     let dir = tempfile::tempdir().unwrap();
-    let weights = write_mid(dir.path());
+    let weights = write(dir.path(), &Config::shape("mid").unwrap());
     // Four sequences make buffers beside which the slack is small.
-    let measured = check(dir.path(), &[(64, 1), (400, 1), (400, 4)]);
+    let measured = check(dir.path(), &PLAIN, &[(64, 1), (400, 1), (400, 4)]);
     assert!(measured[0] < weights / 2, "the weights were copied: {} bytes of {weights}", measured[0]);
+    // What is kept is a third of it.
+    check(dir.path(), &KEPT, &[(400, 2)]);
+}
+
+/// A vocabulary beside which everything else is small: logits of all positions, of both, and how far apart they are.
+#[test]
+#[cfg_attr(not(target_os = "linux"), ignore = "not run: memory::remembered needs Linux's RssAnon")]
+fn remembered() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = Config {
+        d_model: 64,
+        num_layers: 2,
+        num_heads: 2,
+        num_kv_heads: 2,
+        head_dim: 32,
+        mlp_hidden_size: 64,
+        vocab_size: 1 << 17,
+        ..Config::shape("mid").unwrap()
+    };
+    write(dir.path(), &config);
+    let measured = check(dir.path(), &REMEMBERED, &[(8, 1)]);
+    let distances = 256 * config.vocab_size * size_of::<f32>();
+    assert!(measured[1] - measured[0] > 2 * distances, "{measured:?}");
 }

@@ -3,7 +3,7 @@
 use super::observer::Observer;
 use super::options::{Options, Policy, Rule};
 use super::schedule::DreamSchedule;
-use super::state::{Plan, Sequence, State, Turn};
+use super::state::{Plan, SLOTS, Sequence, State, Turn};
 use super::stretch::{From, Stage, Stretch};
 use crate::cache::PassKind;
 use crate::cache::adaptive::{AdaptivePlan, TwinPlan};
@@ -226,41 +226,38 @@ impl Decoder<'_> {
                 course.first_quota = if stretch.stages[passes.min(1)].first_only { 1 } else { quota };
             }
             // What the passes run: kinds of them, and which one a pass is of. Each of them commits a token, or is one of the
-            // schedule's steps.
+            // schedule's steps. A kind has the same place in all courses of a decode; the first one is of passes that only begin
+            // a stretch.
             let step = state.sequences[first.sequence].step;
             let kind = |i: usize| {
                 let stage = stretch.stages[(passes + i).min(1)];
-                let plan = |turn: &Turn| state.plan_at(stage.pass, turn, step + i);
-                (stage, turns.first().map(|turn| plan(turn).0))
+                let slot = state.plan_at(stage.pass, first, step + i).0.slot();
+                (stage, if stage == stretch.stages[1] { slot } else { 0 })
             };
-            let mut kinds = vec![];
-            let mut parts = vec![];
+            let mut parts = [const { None }; SLOTS];
             let masks: usize =
                 turns.iter().map(|t| state.masks(t.sequence, courses[t.sequence].open.clone()).len()).sum();
             for i in 0..state.options.period().min(masks.saturating_add(state.options.steps())).saturating_add(2) {
-                if kinds.contains(&kind(i)) {
-                    continue;
-                }
-                kinds.push(kind(i));
-                let stage = kind(i).0;
-                let (plans, windows): (Vec<_>, Vec<_>) =
-                    turns.iter().map(|turn| state.plan_at(stage.pass, turn, step + i)).unzip();
-                let candidates = |t: &Turn| {
-                    let range = stage.candidates(state, t.sequence, &courses[t.sequence].open, false);
-                    (t.sequence, state.masks(t.sequence, range))
-                };
-                parts.push((plans, windows, turns.iter().map(candidates).collect::<Vec<_>>(), stage.pass));
+                let (stage, slot) = kind(i);
+                parts[slot].get_or_insert_with(|| {
+                    let (plans, windows): (Vec<_>, Vec<_>) =
+                        turns.iter().map(|turn| state.plan_at(stage.pass, turn, step + i)).unzip();
+                    let candidates = |t: &Turn| {
+                        let range = stage.candidates(state, t.sequence, &courses[t.sequence].open, false);
+                        (t.sequence, state.masks(t.sequence, range))
+                    };
+                    (plans, windows, turns.iter().map(candidates).collect::<Vec<_>>(), stage.pass)
+                });
             }
-            let stage = |i: usize| kinds.iter().position(|known| *known == kind(i)).unwrap_or(kinds.len());
-            let stages: Vec<CourseStage> = parts
-                .iter()
-                .map(|(plans, windows, candidates, pass)| CourseStage {
+            let stage = |i: usize| kind(i).1;
+            let stages = parts.each_ref().map(|part| {
+                part.as_ref().map(|(plans, windows, candidates, pass)| CourseStage {
                     plan: &plans[0],
                     windows,
                     candidates,
                     shrinks: *pass == PassKind::Suffix,
                 })
-                .collect();
+            });
             let course = Course {
                 stages: &stages,
                 stage: &stage,

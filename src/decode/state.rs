@@ -38,7 +38,18 @@ impl CachePlan for Plan {
     }
 }
 
+/// Places of [`Plan::slot`], and one before them.
+pub(super) const SLOTS: usize = 5;
+
 impl Plan {
+    /// The place of passes of this kind among those of a decode, from 1 on.
+    pub fn slot(&self) -> usize {
+        match self {
+            Plan::Block(_) => 1,
+            Plan::Adaptive(plan, _) => 1 + 2 * usize::from(plan.prompt) + usize::from(plan.response),
+        }
+    }
+
     /// What the adaptive cache renews.
     fn renewed(&self) -> Option<AdaptivePlan> {
         match self {

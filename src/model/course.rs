@@ -65,8 +65,8 @@ pub struct CourseStage<'a> {
 
 /// A stretch of passes: they go on until no sequence takes part any more.
 pub struct Course<'a> {
-    /// What passes run.
-    pub stages: &'a [CourseStage<'a>],
+    /// What passes run; None where none does. What has the same place as in an earlier course may have been recorded there.
+    pub stages: &'a [Option<CourseStage<'a>>],
     /// Which of them a pass runs, by the passes of the course before it.
     pub stage: &'a dyn Fn(usize) -> usize,
     /// Passes of the schedule before this course.

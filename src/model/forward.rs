@@ -107,7 +107,7 @@ pub trait Network {
     }
 
     /// What a pass is made of, where passes are recorded as graphs and one was: of those recorded the one of fewest rows, a
-    /// block's.
+    /// block's; among passes of as many the one that runs fewest of them in all layers.
     fn launches(&self) -> Result<Option<Launches>> {
         Ok(None)
     }
@@ -127,7 +127,7 @@ pub trait Network {
 /// Kernels and products of a recorded pass, as nodes of its graphs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Launches {
-    /// Of a layer.
+    /// Of the first layer, which runs all rows of the pass; layers that choose among them have others.
     pub layer: usize,
     /// Of everything.
     pub pass: usize,
@@ -247,6 +247,11 @@ impl Sizes {
         if self.kept { 5 } else { 2 }
     }
 
+    /// Rows whose logits are asked for, at most: of twins too, where they run in the same pass.
+    fn scored(&self) -> usize {
+        self.candidates * if self.remembered { 1 } else { self.twins() }
+    }
+
     /// Rows of the largest pass: every position of every sequence.
     fn rows(&self) -> usize {
         let positions: usize = self.prompt_lens.iter().map(|p| p + self.gen_length).sum();
@@ -285,7 +290,7 @@ impl Sizes {
         let positions: usize = self.prompt_lens.iter().map(|p| p + self.gen_length).sum();
         Needs {
             rows: self.rows(),
-            scored: self.candidates * self.twins(),
+            scored: self.scored(),
             spans: self.prompt_lens.len() * self.twins(),
             longest: self.longest(),
             tokens: positions + 1,
@@ -297,7 +302,7 @@ impl Sizes {
     /// Elements of keys and values; of activations; of logits.
     #[cfg(feature = "cuda")]
     pub(super) fn elements(&self, config: &Config) -> [usize; 3] {
-        let (rows, scored, widths) = (self.rows(), self.candidates * self.twins(), Widths::of(config));
+        let (rows, scored, widths) = (self.rows(), self.scored(), Widths::of(config));
         [self.cache_len(config), rows * widths.row() + scored * widths.scored_row(), scored * config.vocab_size]
     }
 
@@ -314,7 +319,7 @@ impl Sizes {
     /// What a CPU session of these sizes allocates with `threads` threads.
     pub fn memory(&self, config: &Config, threads: usize) -> Memory {
         use crate::backend::cpu::{attention, linear};
-        let (rows, scored) = (self.rows(), self.candidates * self.twins());
+        let (rows, scored) = (self.rows(), self.scored());
         let widths = Widths::of(config);
         let distances = if self.remembered { self.candidates * config.vocab_size } else { 0 };
         let cache = self.cache_len(config) + distances;

@@ -4,7 +4,7 @@
 //! A pass is two graphs: the first layer; then the other layers, head, unmask and advance. While a pass is under way the host
 //! puts the first layer of the next one into the stream, then waits for the word of the pass, and puts in the rest or stops.
 //! So the device does not idle while the host finds out, and what runs in vain at the end of a block is one layer, which
-//! commits nothing and caches nothing.
+//! commits nothing, and caches at most (with the adaptive cache) its keys and values of the tokens as they stand.
 
 use super::config::Config;
 use super::course::{Autonomous, Course, CourseSequence, CourseStage, Ran, Schedule};
@@ -442,11 +442,12 @@ impl<'m> Resident<'m> {
         }
         let flat = self.session.flat(tokens);
         self.session.backend.write_tokens(&flat)?;
-        if course.stages.len() > self.stages.len() {
-            let expected = format!("at most {}, as the session was made for", self.stages.len());
-            return Err(Error::argument("stages", expected, course.stages.len()));
-        }
         for (slot, stage) in course.stages.iter().enumerate() {
+            let Some(stage) = stage else { continue };
+            if slot >= self.stages.len() {
+                let expected = format!("at most {}, as the session was made for", self.stages.len());
+                return Err(Error::argument("stages", expected, slot + 1));
+            }
             self.place(slot, stage)?;
         }
         let first_tokens: Vec<usize> = (0..tokens.len()).map(|s| self.session.first_token(s)).collect();
@@ -665,8 +666,8 @@ impl Autonomous for Resident<'_> {
     fn run(&mut self, tokens: &mut [Vec<u32>], course: &Course, go_on: &dyn Fn() -> bool) -> Result<Ran> {
         let decision = Decision::of(course.selection, course.unmask);
         let slot = |pass: usize| match (course.stage)(pass) {
-            slot if slot < course.stages.len() => Ok(slot),
-            slot => Err(Error::argument("stage", format!("one of {}", course.stages.len()), slot)),
+            slot if matches!(course.stages.get(slot), Some(Some(_))) => Ok(slot),
+            slot => Err(Error::argument("stage", "one that the course has", slot)),
         };
         self.session.observe(false);
         let together = if course.together { course.sequences.iter().filter(|s| s.active).count() } else { 1 };
@@ -746,7 +747,7 @@ impl Network for Resident<'_> {
         }
         let stage = CourseStage { plan: pass.plan, windows: pass.windows, candidates: &candidates, shrinks: false };
         let course = Course {
-            stages: &[stage],
+            stages: &[Some(stage)],
             stage: &|_| 0,
             first_pass: 0,
             together: false,
@@ -814,7 +815,7 @@ impl Network for Resident<'_> {
                 _ => None,
             })
         };
-        let least = of_part(Part::Ahead).min_by_key(|(key, _)| key.room.rows);
+        let least = of_part(Part::Ahead).min_by_key(|(key, _)| (key.room.rows, key.room.chosen));
         let Some((key, ahead)) = least.filter(|_| self.ahead() == 1) else { return Ok(None) };
         let same = |other: &Key| (other.slot, other.room, &other.plan) == (key.slot, key.room, &key.plan);
         let Some((_, rest)) = of_part(Part::Rest).find(|(other, _)| same(other)) else { return Ok(None) };

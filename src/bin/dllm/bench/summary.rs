@@ -200,7 +200,7 @@ impl Summary {
         let launches = self.modes.iter().filter_map(|line| line.launches);
         if let Some(Launches { layer, pass }) = launches.min_by_key(|launches| launches.pass) {
             text += &format!(
-                "A block's pass is {pass} launches, a layer of it {layer}: kernels and products, nodes of its graphs.\n"
+                "A block's pass is {pass} launches, its first layer {layer}: kernels and products, nodes of its graphs.\n"
             );
         }
         if let Some(Roofs { bytes_per_second, operations_per_second }) = self.roofs {

@@ -140,7 +140,7 @@ impl Autonomous for Timed<'_> {
         };
         let ran = network.run(tokens, course, go_on)?;
         for (i, (seconds, multiply_adds)) in ran.seconds.iter().zip(&ran.multiply_adds).enumerate() {
-            let Some(stage) = course.stages.get((course.stage)(i)) else { continue };
+            let Some(Some(stage)) = course.stages.get((course.stage)(i)) else { continue };
             self.record(stage.plan, stage.windows, *multiply_adds, *seconds);
         }
         Ok(ran)
