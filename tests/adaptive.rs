@@ -159,7 +159,7 @@ fn guidance_at_intervals() {
             let sizes = options.sizes(model.config(), &prompts());
             let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
             let decoded = decode(&mut session, model.config(), &prompts(), options, None, &mut ()).unwrap();
-            (decoded.tokens, session.multiply_adds().unwrap())
+            (decoded.tokens, session.multiply_adds())
         };
         // The first five forwards are all that there are.
         let short = |cfg_interval| Options { steps: Some(5), ..at(cfg_interval) };
@@ -252,9 +252,9 @@ fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u3
             twins: Twins::Beside,
             observed: true,
         };
-        let before = session.multiply_adds().unwrap();
+        let before = session.multiply_adds();
         session.step(std::slice::from_ref(&row), &pass).unwrap();
-        (session.chosen().to_vec(), session.multiply_adds().unwrap() - before)
+        (session.chosen().to_vec(), session.multiply_adds() - before)
     };
     (0..10).map(pass).collect()
 }

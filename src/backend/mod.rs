@@ -4,7 +4,7 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::oracle::unmask::{Group, Unmask, Verdict};
 pub use crate::oracle::{Heads, Span};
 pub use crate::tensor::Tensor;
@@ -168,11 +168,6 @@ pub enum Part {
     Chosen,
 }
 
-/// What [`Backend`]'s ops for chosen rows answer where there are none.
-fn no_choice<T>() -> Result<T> {
-    Err(Error::Unavailable("this backend runs all rows of a pass: it has no adaptive cache".into()))
-}
-
 /// A device that holds weights and activations and runs the ops of a layer.
 ///
 /// A `Buffer` is a matrix of activations `[rows, width]`, row-major, in the backend's own element type; the rows of a
@@ -250,89 +245,73 @@ pub trait Backend {
     /// `out = x w^T + bias` of some of the outputs of `w`; `out` has rows of so many elements.
     fn linear_part(
         &mut self,
-        _x: &Self::Buffer,
-        _w: &Self::Matrix,
-        _outputs: Range<usize>,
-        _out: &mut Self::Buffer,
-        _rows: usize,
-    ) -> Result<()> {
-        no_choice()
-    }
+        x: &Self::Buffer,
+        w: &Self::Matrix,
+        outputs: Range<usize>,
+        out: &mut Self::Buffer,
+        rows: usize,
+    ) -> Result<()>;
     /// Chooses the rows that run in a layer, by [`Placement::parts`]: `values` `[rows, kv_width]` of all rows of the pass
     /// against those that the cache holds for the others, which they then replace, and those of the rows that always run too. No
     /// values are given, and none replaced, where the others' are not renewed.
     fn choose(
         &mut self,
-        _values: Option<&Self::Buffer>,
-        _heads: Heads,
-        _rows: &mut Self::Rows,
-        _cache: (&mut Self::Cache, usize),
-    ) -> Result<()> {
-        no_choice()
-    }
+        values: Option<&Self::Buffer>,
+        heads: Heads,
+        rows: &mut Self::Rows,
+        cache: (&mut Self::Cache, usize),
+    ) -> Result<()>;
     /// Those of the others that were chosen last, of each span, counted among the others, ascending. For observers and tests.
     /// Waits for the device.
-    fn chosen(&self, _rows: &Self::Rows) -> Result<Vec<Vec<usize>>> {
-        no_choice()
-    }
+    fn chosen(&self, rows: &Self::Rows) -> Result<Vec<Vec<usize>>>;
     /// `out[i] = x[row i of those that were chosen]`
     fn gather_chosen(
         &mut self,
-        _x: &Self::Buffer,
-        _rows: &Self::Rows,
-        _width: usize,
-        _out: &mut Self::Buffer,
-    ) -> Result<()> {
-        no_choice()
-    }
+        x: &Self::Buffer,
+        rows: &Self::Rows,
+        width: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// Rotates the queries and keys of the chosen rows, and leaves the keys in the cache; with `values`, rows are `[q | k | v]`
     /// and their values are left there too, without they are `[q | k]`.
     fn rope_chosen(
         &mut self,
-        _qkv: &mut Self::Buffer,
-        _heads: Heads,
-        _rows: &Self::Rows,
-        _cache: (&mut Self::Cache, usize),
-        _values: bool,
-    ) -> Result<()> {
-        no_choice()
-    }
+        qkv: &mut Self::Buffer,
+        heads: Heads,
+        rows: &Self::Rows,
+        cache: (&mut Self::Cache, usize),
+        values: bool,
+    ) -> Result<()>;
     /// Attention of the chosen rows over the cached keys and values of all positions of their sequences.
     fn attention_chosen(
         &mut self,
-        _qkv: &Self::Buffer,
-        _heads: Heads,
-        _rows: &Self::Rows,
-        _cache: (&Self::Cache, usize),
-        _values: bool,
-        _out: &mut Self::Buffer,
-    ) -> Result<()> {
-        no_choice()
-    }
+        qkv: &Self::Buffer,
+        heads: Heads,
+        rows: &Self::Rows,
+        cache: (&Self::Cache, usize),
+        values: bool,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// From row `kept.1` on, row p of `kept` becomes the row of `delta` (of `width` elements) that stands at position p,
     /// counted as the cache does.
     fn keep(
         &mut self,
-        _delta: &Self::Buffer,
-        _part: Part,
-        _width: usize,
-        _rows: &Self::Rows,
-        _kept: (&mut Self::Buffer, usize),
-    ) -> Result<()> {
-        no_choice()
-    }
+        delta: &Self::Buffer,
+        part: Part,
+        width: usize,
+        rows: &Self::Rows,
+        kept: (&mut Self::Buffer, usize),
+    ) -> Result<()>;
     /// [`Backend::add_norm`] of all rows of the pass, with what [`Backend::keep`] left for them.
     fn add_norm_kept(
         &mut self,
-        _x: &mut Self::Buffer,
-        _kept: (&Self::Buffer, usize),
-        _rows: &Self::Rows,
-        _weight: &Self::Vector,
-        _eps: f32,
-        _out: &mut Self::Buffer,
-    ) -> Result<()> {
-        no_choice()
-    }
+        x: &mut Self::Buffer,
+        kept: (&Self::Buffer, usize),
+        rows: &Self::Rows,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
 
     /// The first `rows * width` elements as f32, for observers and tests. Waits for the device.
     fn read(&self, buffer: &Self::Buffer, rows: usize, width: usize) -> Result<Vec<f32>>;

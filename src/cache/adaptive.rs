@@ -46,10 +46,10 @@ impl Adaptive {
         AdaptivePlan {
             prompt: t.is_multiple_of(self.prompt_interval),
             response,
-            others: match self.refresh_ratio > 0.0 {
-                _ if response => Some(Share::new(1.0)),
-                true => Some(Share::new(self.refresh_ratio)),
-                false => None,
+            others: if response {
+                Some(Share::new(1.0))
+            } else {
+                (self.refresh_ratio > 0.0).then(|| Share::new(self.refresh_ratio))
             },
         }
     }

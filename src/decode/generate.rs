@@ -10,6 +10,7 @@ use crate::cache::adaptive::{AdaptivePlan, TwinPlan};
 use crate::error::Result;
 use crate::model::{Config, Course, CourseSequence, CourseStage, Network, Pass, Schedule, Twins, Window};
 use crate::oracle::unmask::{Group, Selection};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What [`decode`] leaves.
@@ -186,16 +187,14 @@ impl Decoder<'_> {
     fn run_on_device(&mut self, stretch: &Stretch) -> Result<()> {
         let state = &self.state;
         let turns = self.turns(stretch, &state.each(|d, s| stretch.course(d, s)), 0);
-        let mut kinds: Vec<usize> = turns.iter().map(|turn| state.sequences[turn.sequence].step).collect();
-        kinds.sort_unstable();
-        kinds.dedup();
-        if state.options.adaptive().is_none() {
-            kinds.truncate(1);
+        // All that a block's caches run together; by their forwards those of the adaptive cache.
+        let mut groups: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for Turn { sequence, .. } in turns {
+            let at = if state.options.adaptive().is_some() { state.sequences[sequence].step } else { 0 };
+            groups.entry(at).or_default().push(sequence);
         }
         let mut nfe = 0;
-        for step in kinds {
-            let alike = |s: usize| self.state.options.adaptive().is_none() || self.state.sequences[s].step == step;
-            let alike: Vec<usize> = turns.iter().map(|turn| turn.sequence).filter(|s| alike(*s)).collect();
+        for alike in groups.into_values() {
             nfe = nfe.max(self.course(stretch, &alike)?);
             if self.interrupted {
                 break;
@@ -236,7 +235,7 @@ impl Decoder<'_> {
             };
             let mut parts = [const { None }; SLOTS];
             let masks: usize =
-                turns.iter().map(|t| state.masks(t.sequence, courses[t.sequence].open.clone()).len()).sum();
+                turns.iter().map(|t| state.masks(t.sequence, 0..state.tokens[t.sequence].len()).len()).sum();
             for i in 0..state.options.period().min(masks.saturating_add(state.options.steps())).saturating_add(2) {
                 let (stage, slot) = kind(i);
                 parts[slot].get_or_insert_with(|| {
@@ -309,6 +308,8 @@ impl Decoder<'_> {
         };
         let groups: Vec<Group> = turns.iter().map(group).collect();
         let observed = self.observer.wants_steps();
+        // Of V-verify's choices those of the adaptive cache are told.
+        let chosen = observed && state.options.adaptive().is_some();
         let mut verdicts = vec![vec![]; groups.len()];
         let mut verified = vec![vec![]; groups.len()];
         // Sequences whose intervals have come apart, as one had nothing to do while others went on, cannot run together.
@@ -329,7 +330,8 @@ impl Decoder<'_> {
                 (None, Plan::Adaptive(_, TwinPlan::Remembered)) => Twins::Remembered,
                 (None, _) => Twins::Beside,
             };
-            let pass = Pass { plan: &plan, windows: &windows, groups: &of, unmask: &state.unmask, twins, observed };
+            let pass =
+                Pass { plan: &plan, windows: &windows, groups: &of, unmask: &state.unmask, twins, observed: chosen };
             let all = self.network.step(&state.tokens, &pass)?;
             let mut rest = &all[..];
             for (w, i) in alike.into_iter().enumerate() {

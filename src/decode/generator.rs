@@ -21,9 +21,9 @@ pub struct Generation {
     pub elapsed: Duration,
     /// Whether it was interrupted; mask tokens are then left.
     pub interrupted: bool,
-    /// Multiply-adds of the matrix products and of attention in these passes, counted as they were run; `None` on a CUDA
-    /// device, where nobody counts.
-    pub multiply_adds: Option<u64>,
+    /// Multiply-adds of the matrix products and of attention in these passes (on a CUDA device a first layer in vain now and then
+    /// among them).
+    pub multiply_adds: u64,
     end_tokens: Vec<u32>,
 }
 

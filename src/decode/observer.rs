@@ -20,7 +20,7 @@ pub struct Step<'a> {
 pub struct SequenceStep<'a> {
     /// Whether the sequence took part; when not, it had nothing to decide.
     pub active: bool,
-    /// Positions that ran.
+    /// From the first position that ran to the last; what is between and not in view did not.
     pub window: Range<usize>,
     /// The block being decoded.
     pub block: Range<usize>,

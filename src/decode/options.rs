@@ -40,9 +40,9 @@ pub struct Options {
     pub refresh_prompt_every: usize,
     /// Likewise: refreshes but the first run the block and this share of the other rows, those whose values turned most, in [0, 1].
     pub refresh_rows: f64,
-    /// Likewise: positions on either side of the block that its forwards run too.
+    /// Likewise: rows on either side of the block that its forwards run too, of what is in view.
     pub vicinity: usize,
-    /// All caches but `Adaptive`: positions behind the block that are in view. None: all.
+    /// All caches but `Adaptive`, and with `refresh_rows` 1: positions behind the block that are in view. None: all.
     pub suffix_window: Option<usize>,
     /// Of those behind the window one of so many is in view too; 0: none.
     pub suffix_stride: usize,
@@ -294,11 +294,13 @@ impl Options {
         within("refresh-ratio", ratio, (0.0..=1.0).contains(&ratio), "a number in [0, 1]")?;
         let rows = self.refresh_rows;
         within("refresh-rows", rows, (0.0..=1.0).contains(&rows), "a number in [0, 1]")?;
-        if let Some(window) = self.suffix_window {
-            // What is cached and kept of a place must be of one position.
-            let alone = !self.keeps_refreshes() && self.cache != CacheMode::Adaptive;
-            let expected = "no --refresh-rows, and a cache other than adaptive, beside it";
-            within("suffix-window", window as f64, alone, expected)?;
+        // What is cached and kept of a place must be of one position.
+        let found = match self.cache {
+            CacheMode::Adaptive => Some("cache adaptive".to_string()),
+            _ => self.keeps_refreshes().then(|| format!("refresh-rows {rows}")),
+        };
+        if let (Some(_), Some(found)) = (self.suffix_window, found) {
+            return Err(Error::argument("suffix-window", "another cache than adaptive, and refresh-rows 1", found));
         }
         within("eps", self.eps, self.eps > 0.0 && self.eps < 1.0, "a number in (0, 1)")
     }

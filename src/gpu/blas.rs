@@ -92,7 +92,7 @@ impl Blas {
     ///
     /// # Safety
     /// 1. `x`, `w`, `bias` (where the shape has one) and `y` are addresses of device memory of the sizes that `shape` gives,
-    ///    aligned to 256 bytes, until the work is done and graphs that hold it are destroyed; so is this value.
+    ///    aligned to 256 bytes (`bias` to 64), until the work is done and graphs that hold it are destroyed; so is this value.
     /// 2. `y` overlaps none of them.
     pub unsafe fn launch(&mut self, shape: Shape, x: u64, w: u64, bias: u64, y: u64) -> Result<()> {
         self.stream.device().bind()?;
@@ -163,7 +163,7 @@ impl Plan {
         if biased {
             plan.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &CUBLASLT_EPILOGUE_BIAS)?;
             // Which address is not known yet, and only its alignment matters to the choice.
-            plan.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &256u64)?;
+            plan.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &64u64)?;
         }
         plan.choose(handle, shape)?;
         Ok(plan)

@@ -102,9 +102,15 @@ impl<T: Pod> Buffer<T> {
 
     /// Waits for the stream, and copies the contents to the host.
     pub fn read(&self) -> Result<Vec<T>> {
+        self.read_first(self.len)
+    }
+
+    /// The same of its first elements, at most so many.
+    pub fn read_first(&self, count: usize) -> Result<Vec<T>> {
         self.stream.not_capturing("read")?;
-        let mut data = vec![T::zeroed(); self.len];
-        if let Some(bytes) = self.bytes.try_slice(0..self.len * size_of::<T>()).filter(|_| self.len > 0) {
+        let count = count.min(self.len);
+        let mut data = vec![T::zeroed(); count];
+        if let Some(bytes) = self.bytes.try_slice(0..count * size_of::<T>()).filter(|_| count > 0) {
             let to = bytemuck::cast_slice_mut::<T, u8>(&mut data);
             self.stream.cudarc().memcpy_dtoh(&bytes, to).of("cuMemcpyDtoHAsync")?;
         }

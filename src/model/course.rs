@@ -106,8 +106,8 @@ pub trait Autonomous {
     /// the first.
     ///
     /// # Errors
-    /// [`crate::Error::NoFiniteLogit`] when a row has none; [`crate::Error::Argument`] when there are more candidates or ratios than the network
-    /// was made for; the driver's.
+    /// [`crate::Error::NoFiniteLogit`] when a row has none; [`crate::Error::Argument`] when there are more stages, candidates, ratios or
+    /// end tokens than the network was made for, or a pass runs a stage that the course has not; the driver's.
     ///
     /// # Panics
     /// When windows are larger than the network was made for, or lie outside their sequences.

@@ -117,10 +117,10 @@ pub trait Network {
         &[]
     }
 
-    /// Multiply-adds of the matrix products and of attention of all passes so far, counted as they were run (on a CUDA device
-    /// with rows that fill up, and a first layer in vain now and then); None where nobody counts.
-    fn multiply_adds(&self) -> Option<u64> {
-        None
+    /// Multiply-adds of the matrix products and of attention of all passes so far (on a CUDA device a first layer in vain now and
+    /// then among them, and logits that fill up a launch).
+    fn multiply_adds(&self) -> u64 {
+        0
     }
 }
 
@@ -413,7 +413,8 @@ pub struct Session<'m, B: Backend> {
     buffers: Buffers<B>,
     /// So many that one pass can follow another without waiting for the host.
     slots: Vec<Slot<B>>,
-    multiply_adds: u64,
+    /// Of all passes so far.
+    pub(super) multiply_adds: u64,
     /// Which of a sequence and its twin the pass runs.
     twins: Range<usize>,
     /// Logits of sequences less those of their twins, by sequence and position.
@@ -465,18 +466,6 @@ impl<'m, B: Backend> Session<'m, B> {
     #[cfg(feature = "cuda")]
     pub(super) fn observe(&mut self, observed: bool) {
         self.chosen = observed.then(Vec::new);
-    }
-
-    /// Multiply-adds so far.
-    #[cfg(feature = "cuda")]
-    pub(super) fn counted(&self) -> u64 {
-        self.multiply_adds
-    }
-
-    /// Counts those of work that was put in as a graph.
-    #[cfg(feature = "cuda")]
-    pub(super) fn count(&mut self, multiply_adds: u64) {
-        self.multiply_adds += multiply_adds;
     }
 
     /// What was remembered.
@@ -631,9 +620,8 @@ impl<'m, B: Backend> Session<'m, B> {
                     continue;
                 }
             };
-            let Slot { rows: placed, room, spans, .. } = &self.slots[slot];
+            let Slot { rows: placed, room, .. } = &self.slots[slot];
             let (backend, b, rows) = (&mut self.backend, &mut self.buffers, room.rows);
-            self.multiply_adds += work::attention(config, spans.iter().map(|s| (s.rows(), s.keys(reuse))));
             backend.linear(&b.normed, &layer.qkv, &mut b.qkv, rows)?;
             let cache = if store { b.cache.as_mut().map(|cache| (cache, i)) } else { None };
             assert!(!store || cache.is_some(), "the session keeps no cache");
@@ -644,7 +632,6 @@ impl<'m, B: Backend> Session<'m, B> {
             if i + 1 == layers.len() && !keep {
                 break; // the rest of the last layer only for the rows whose logits are asked for
             }
-            self.multiply_adds += work::rest(config, spans.iter().map(Span::rows).sum());
             let mut kept = if keep { b.kept.as_mut() } else { None };
             assert!(!keep || kept.is_some(), "the session keeps no outputs");
             backend.linear(&b.attn, &layer.attn_out, &mut b.delta, rows)?;
@@ -696,7 +683,6 @@ impl<'m, B: Backend> Session<'m, B> {
             let verifies = parts.iter().any(|parts| parts.share.is_some());
             if verifies {
                 backend.linear_part(&b.normed, &layer.qkv, q + kv..q + 2 * kv, &mut b.qkv, room.rows)?;
-                self.multiply_adds += work::values(config, spans.iter().map(Span::rows).sum());
             }
             backend.choose(verifies.then_some(&b.qkv), heads, placed, (cache, i))?;
             if let (true, Some(chosen)) = (verifies, &mut self.chosen) {
@@ -711,9 +697,6 @@ impl<'m, B: Backend> Session<'m, B> {
             backend.attention_chosen(&b.qkv, heads, placed, (cache, i), !verifies, &mut b.attn)?;
             backend.linear(&b.attn, &layer.attn_out, &mut b.delta, rows)?;
             backend.keep(&b.delta, Part::Chosen, config.d_model, placed, (&mut kept.attention, first_row))?;
-            self.multiply_adds += work::attention(config, parts.iter().zip(&*spans).map(|(p, s)| (p.rows(), s.len)));
-            self.multiply_adds -= if verifies { work::values(config, rows) } else { 0 };
-            self.multiply_adds += work::rest(config, rows);
         }
         backend.add_norm_kept(&mut b.x, (&kept.attention, first_row), placed, &layer.mlp_norm, eps, &mut b.normed)?;
         if rows > 0 {
@@ -734,7 +717,6 @@ impl<'m, B: Backend> Session<'m, B> {
         if rows == 0 {
             return Ok(());
         }
-        self.multiply_adds += work::head(config, rows);
         let open = matches!(plan.layer(layers.len() - 1), LayerPlan::Whole { keep: false, .. });
         if !open {
             self.enter(slot, plan, layers.len(), final_norm)?;
@@ -749,7 +731,6 @@ impl<'m, B: Backend> Session<'m, B> {
             }
             return backend.linear(&b.scored_x, head, &mut b.logits, rows);
         }
-        self.multiply_adds += work::rest(config, rows);
         let eps = config.rms_norm_eps;
         backend.gather(&b.x, placed, config.d_model, &mut b.scored_x)?;
         backend.gather(&b.attn, placed, config.q_width(), &mut b.scored_attn)?;
@@ -765,6 +746,41 @@ impl<'m, B: Backend> Session<'m, B> {
         backend.linear(&b.normed, head, &mut b.logits, rows)
     }
 
+    /// Multiply-adds of these layers of the pass that slot `slot` holds, and with one more of the head: of the products and of
+    /// attention, of rows that there are.
+    pub(super) fn work(&self, slot: usize, plan: &dyn CachePlan, range: Range<usize>) -> u64 {
+        let Transformer { config, layers, .. } = self.transformer;
+        let Slot { room, spans, parts, .. } = &self.slots[slot];
+        let (d, q, kv) = (config.d_model, config.q_width(), config.kv_width());
+        let rest = |rows: usize| rows * d * (q + 3 * config.mlp_hidden_size);
+        let attention = |rows: usize, keys: usize| rows * (d * (q + 2 * kv) + 2 * keys * q);
+        let all: usize = spans.iter().map(Span::rows).sum();
+        // The rest of the last layer may be run for the rows only whose logits are asked for.
+        let open = |layer: usize| {
+            layer + 1 == layers.len() && matches!(plan.layer(layer), LayerPlan::Whole { keep: false, .. })
+        };
+        let of = |layer: usize| match layer < layers.len() {
+            true => match plan.layer(layer) {
+                LayerPlan::Whole { reuse, .. } => {
+                    let attended: usize = spans.iter().map(|span| attention(span.rows(), span.keys(reuse))).sum();
+                    attended + if open(layer) { 0 } else { rest(all) }
+                }
+                LayerPlan::Partly(_) if room.chosen == 0 => 0,
+                LayerPlan::Partly(choice) => {
+                    let pairs = parts.iter().zip(spans);
+                    let attended: usize = pairs.map(|(parts, span)| attention(parts.rows(), span.len)).sum();
+                    let values = if choice.others.is_some() { (all - room.chosen) * d * kv } else { 0 };
+                    values + attended + rest(room.chosen)
+                }
+            },
+            false => {
+                let last = if layer > 0 && open(layer - 1) { rest(room.scored) } else { 0 };
+                last + room.scored * d * config.vocab_size
+            }
+        };
+        range.map(|layer| of(layer) as u64).sum()
+    }
+
     /// Runs one pass. The logits of row `index[i]` of it become row `i` of the logits buffer; `hidden` as in the layers above:
     /// the residual stream after the embedding and after every layer but the last, and the final norm's output.
     ///
@@ -772,8 +788,8 @@ impl<'m, B: Backend> Session<'m, B> {
     /// The device's; the CPU has none.
     ///
     /// # Panics
-    /// When the pass is larger than the session's [`Sizes`], a token is not in the vocabulary, or a plan uses a cache that
-    /// the session does not keep.
+    /// When the pass is larger than the session's [`Sizes`], a token is not in the vocabulary, a plan uses a cache that the
+    /// session does not keep, or two of its layers choose differently.
     pub fn forward(
         &mut self,
         tokens: &[Vec<u32>],
@@ -785,6 +801,7 @@ impl<'m, B: Backend> Session<'m, B> {
         let flat = self.flat(tokens);
         self.backend.write_tokens(&flat)?;
         self.place(0, windows, plan, index, None)?;
+        self.multiply_adds += self.work(0, plan, 0..self.transformer.layers.len() + 1);
         let mut hidden = hidden;
         self.embed(0, hidden.as_deref_mut())?;
         self.layers(0, plan, 0..self.transformer.layers.len(), hidden.as_deref_mut())?;
@@ -890,39 +907,13 @@ impl<B: HostUnmask> Network for Session<'_, B> {
         self.chosen.as_deref().unwrap_or_default()
     }
 
-    fn multiply_adds(&self) -> Option<u64> {
-        Some(self.multiply_adds)
+    fn multiply_adds(&self) -> u64 {
+        self.multiply_adds
     }
 }
 
-/// Multiply-adds of the products that a pass is made of.
-mod work {
-    use super::Config;
-
-    /// Queries, keys, values and attention, of spans of so many rows over so many keys.
-    pub fn attention(config: &Config, spans: impl Iterator<Item = (usize, usize)>) -> u64 {
-        let (q, qkv) = (config.q_width(), config.heads().qkv_width());
-        spans.map(|(rows, keys)| (rows * (config.d_model * qkv + 2 * keys * q)) as u64).sum()
-    }
-
-    /// Values alone.
-    pub fn values(config: &Config, rows: usize) -> u64 {
-        (rows * config.d_model * config.kv_width()) as u64
-    }
-
-    /// Output projection and MLP.
-    pub fn rest(config: &Config, rows: usize) -> u64 {
-        (rows * config.d_model * (config.q_width() + 3 * config.mlp_hidden_size)) as u64
-    }
-
-    /// Of the head.
-    pub fn head(config: &Config, rows: usize) -> u64 {
-        (rows * config.d_model * config.vocab_size) as u64
-    }
-}
-
-/// The row of a window, all of it near, whose logits decide about `position`: its own for LLaDA, the one before for Dream (whose first
-/// row of a window stands for itself).
+/// The row of a window whose logits decide about `position`, which is near: its own for LLaDA, the one before for Dream (whose
+/// first row of a window stands for itself).
 pub fn source_row(family: Family, window: &Range<usize>, position: usize) -> usize {
     match family {
         Family::Llada => position - window.start,

@@ -100,8 +100,7 @@ impl Decision {
 /// A part of a pass. Its first run is not recorded: libraries load their kernels then, which has no place in a recording.
 enum Recorded {
     Run,
-    /// And the multiply-adds of a launch.
-    Graph(Graph, u64),
+    Graph(Graph),
 }
 
 /// What the passes of a slot run.
@@ -462,26 +461,34 @@ impl<'m> Resident<'m> {
         // The first part decides nothing.
         let decision = if part == Part::Ahead { Decision::default() } else { decision };
         let key = Key { slot, part, room: *room, plan: plan.clone(), decision };
-        let before = self.session.counted();
         match self.graphs.get(&key) {
-            Some(Recorded::Graph(_, multiply_adds)) => self.session.count(*multiply_adds),
+            Some(Recorded::Graph(_)) => {}
             Some(Recorded::Run) => {
                 let graph = self.stream().clone().capture(|| self.work(slot, part, unmask, decision))?;
-                self.graphs.insert(key.clone(), Recorded::Graph(graph, self.session.counted() - before));
+                self.graphs.insert(key.clone(), Recorded::Graph(graph));
             }
             None => {
                 self.graphs.insert(key.clone(), Recorded::Run);
                 self.work(slot, part, unmask, decision)?;
             }
         }
-        if let Some(Recorded::Graph(graph, _)) = self.graphs.get(&key) {
+        if let Some(Recorded::Graph(graph)) = self.graphs.get(&key) {
             // SAFETY: what it was recorded from lives in this value and in the model, which outlives it, and is used on this
             // stream only.
             unsafe { graph.launch() }?;
         }
+        Ok(self.launched(slot, part))
+    }
+
+    /// Counts a part of a pass that is in the stream, and its multiply-adds.
+    fn launched(&mut self, slot: usize, part: Part) -> u64 {
         // The device counts with this part's last kernel.
         self.control.passes = self.control.passes.wrapping_add((part == Part::Rest).into());
-        Ok(self.session.counted() - before)
+        let (ahead, layers) = (self.ahead(), self.session.num_layers());
+        let range = if part == Part::Ahead { 0..ahead } else { ahead..layers + 1 };
+        let multiply_adds = self.session.work(slot, &self.stages[slot].plan, range);
+        self.session.multiply_adds += multiply_adds;
+        multiply_adds
     }
 
     /// The launches of a part of a pass.
@@ -763,13 +770,12 @@ impl Network for Resident<'_> {
         // What is chosen is read back in the middle of a pass, which no graph can do.
         self.session.observe(pass.observed && chooses);
         for part in [Part::Ahead, Part::Rest] {
-            match pass.observed && chooses {
-                true => self.work(0, part, pass.unmask, decision)?,
-                false => self.launch(0, part, pass.unmask, decision).map(|_| ())?,
+            if pass.observed && chooses {
+                self.work(0, part, pass.unmask, decision)?;
+                self.launched(0, part);
+            } else {
+                self.launch(0, part, pass.unmask, decision)?;
             }
-        }
-        if pass.observed && chooses {
-            self.control.passes = self.control.passes.wrapping_add(1);
         }
         self.wait(self.control.passes)?;
         self.outcome()?;
@@ -804,14 +810,14 @@ impl Network for Resident<'_> {
         self.session.observed()
     }
 
-    fn multiply_adds(&self) -> Option<u64> {
-        Some(self.session.counted())
+    fn multiply_adds(&self) -> u64 {
+        self.session.multiply_adds
     }
 
     fn launches(&self) -> Result<Option<Launches>> {
         let of_part = |part: Part| {
             self.graphs.iter().filter_map(move |(key, recorded)| match recorded {
-                Recorded::Graph(graph, _) if key.part == part => Some((key, graph)),
+                Recorded::Graph(graph) if key.part == part => Some((key, graph)),
                 _ => None,
             })
         };

@@ -16,18 +16,18 @@ pub mod swiglu;
 pub mod unmask;
 pub mod vverify;
 
-/// The rows of one sequence that a pass runs: positions `start .. end` of its `len`.
+/// The rows of one sequence that a pass runs: places `start .. end` of the `len` that are in view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
     /// Index of the sequence in the batch.
     pub sequence: usize,
-    /// First position.
+    /// First place.
     pub start: usize,
-    /// Position after the last.
+    /// Place after the last.
     pub end: usize,
-    /// Length of the whole sequence.
+    /// Places of the sequence that its rows see.
     pub len: usize,
-    /// Where the sequence's positions begin in the cache, in positions.
+    /// Where the sequence's places begin in the cache.
     pub cache_base: usize,
 }
 

@@ -233,6 +233,10 @@ impl Backend for Rounded {
         Ok(())
     }
 
+    fn chosen(&self, _rows: &Rows) -> Result<Vec<Vec<usize>>> {
+        unreachable!("it is told, and not asked")
+    }
+
     fn gather_chosen(&mut self, x: &Buffer, rows: &Rows, width: usize, out: &mut Buffer) -> Result<()> {
         for (row, to) in rows.chosen.iter().flatten().zip(out.data.chunks_exact_mut(width)) {
             to.copy_from_slice(&x.data[row * width..(row + 1) * width]);

@@ -640,11 +640,9 @@ impl Backend for Cuda {
     }
 
     fn read(&self, buffer: &Activations, rows: usize, width: usize) -> Result<Vec<f32>> {
-        let mut all: Vec<f32> = match buffer {
-            Activations::Bf16(buffer) => buffer.read()?.iter().map(|x| x.to_f32()).collect(),
-            Activations::F32(buffer) => buffer.read()?,
-        };
-        all.truncate(rows * width);
-        Ok(all)
+        match buffer {
+            Activations::Bf16(buffer) => Ok(buffer.read_first(rows * width)?.iter().map(|x| x.to_f32()).collect()),
+            Activations::F32(buffer) => buffer.read_first(rows * width),
+        }
     }
 }

@@ -30,29 +30,45 @@ struct Layout {
     live_lens: usize,
     prefix: [usize; 2],
     suffix: [usize; 2],
-    choice: Option<ChoiceLayout>,
+    choice: Option<ChoiceTables<usize>>,
     len: usize,
 }
 
-/// The same of the tables of a choice. What is chosen by V-verify is written on the device.
+/// The same of the tables of a choice, or their addresses. What is chosen by V-verify is written on the device.
 #[derive(Clone, Copy, Debug)]
-struct ChoiceLayout {
+pub(super) struct ChoiceTables<T> {
     /// Of the other rows, one span after the other: row of the pass, position, row of the cache.
-    others: [usize; 3],
-    cu_others: usize,
+    pub others: [T; 3],
+    pub cu_others: T,
     /// Of the rows that run, one span after the other, those that run in any case first: their number among the others, and
     /// the same.
-    numbers: usize,
-    chosen: [usize; 3],
-    cu_chosen: usize,
+    pub numbers: T,
+    pub chosen: [T; 3],
+    pub cu_chosen: T,
     /// Where the others begin among a span's rows that run.
-    first_other: usize,
+    pub first_other: T,
     /// Out of V-verify, not read.
-    cu_selected: usize,
+    pub cu_selected: T,
     /// For each row of the pass the row of the cache where its value goes when none has to be compared; -1: nowhere.
-    stored: usize,
+    pub stored: T,
     /// All that is cached of a span's sequence.
-    cached: [usize; 2],
+    pub cached: [T; 2],
+}
+
+impl<T: Copy> ChoiceTables<T> {
+    fn map<U>(self, of: impl Fn(T) -> U) -> ChoiceTables<U> {
+        ChoiceTables {
+            others: self.others.map(&of),
+            cu_others: of(self.cu_others),
+            numbers: of(self.numbers),
+            chosen: self.chosen.map(&of),
+            cu_chosen: of(self.cu_chosen),
+            first_other: of(self.first_other),
+            cu_selected: of(self.cu_selected),
+            stored: of(self.stored),
+            cached: self.cached.map(&of),
+        }
+    }
 }
 
 impl Layout {
@@ -72,7 +88,7 @@ impl Layout {
             live_lens: table(needs.spans),
             prefix: [table(needs.spans), table(needs.spans)],
             suffix: [table(needs.spans), table(needs.spans)],
-            choice: needs.chooses.then(|| ChoiceLayout {
+            choice: needs.chooses.then(|| ChoiceTables {
                 others: [table(needs.rows), table(needs.rows), table(needs.rows)],
                 cu_others: table(needs.spans + 1),
                 numbers: table(needs.rows),
@@ -90,10 +106,10 @@ impl Layout {
     }
 }
 
-impl ChoiceLayout {
+impl ChoiceTables<usize> {
     /// Writes the tables of a placement, whose others are written already.
     fn write(self, table: &mut [i32], of: Layout, placement: &Placement, spans: usize) -> Result<()> {
-        table[self.stored..][..placement.tokens.len()].fill(-1);
+        table[self.stored..][..placement.room.rows].fill(-1);
         let (mut first, mut other, mut chosen) = (0, 0, 0);
         for (s, (span, parts)) in placement.spans.iter().zip(placement.parts).enumerate() {
             let row = |place: usize| first + place - span.start;
@@ -139,19 +155,6 @@ impl ChoiceLayout {
         table[self.first_other + last..self.first_other + spans].fill(chosen);
         Ok(())
     }
-}
-
-/// Addresses of the tables of a choice.
-pub(super) struct ChoiceTables {
-    pub others: [u64; 3],
-    pub cu_others: u64,
-    pub numbers: u64,
-    pub chosen: [u64; 3],
-    pub cu_chosen: u64,
-    pub first_other: u64,
-    pub cu_selected: u64,
-    pub stored: u64,
-    pub cached: [u64; 2],
 }
 
 impl Rows {
@@ -253,19 +256,8 @@ impl Rows {
     }
 
     /// Those of a choice, where there are any.
-    pub(super) fn choice(&self) -> Option<ChoiceTables> {
-        let at = |element: usize| self.at(element);
-        self.layout.choice.map(|layout| ChoiceTables {
-            others: layout.others.map(at),
-            cu_others: at(layout.cu_others),
-            numbers: at(layout.numbers),
-            chosen: layout.chosen.map(at),
-            cu_chosen: at(layout.cu_chosen),
-            first_other: at(layout.first_other),
-            cu_selected: at(layout.cu_selected),
-            stored: at(layout.stored),
-            cached: layout.cached.map(at),
-        })
+    pub(super) fn choice(&self) -> Option<ChoiceTables<u64>> {
+        self.layout.choice.map(|tables| tables.map(|element| self.at(element)))
     }
 
     /// The choice among each span's rows.

@@ -238,7 +238,7 @@ impl Decoding {
         self.policy.unwrap_or(default)
     }
 
-    /// Whether a cache or policy was asked for.
+    /// Whether anything was asked for that belongs to a cache or a policy.
     pub fn chooses_mode(&self) -> bool {
         self.preset.is_some()
             || self.cache.is_some()

@@ -50,12 +50,11 @@ pub struct Eval {
     /// Stop after the first N problems [default: all]
     #[arg(long, value_name = "N", help_heading = "Evaluation", value_parser = clap::value_parser!(u64).range(1..))]
     limit: Option<u64>,
-    /// Flags below as key=value with commas between; again for each setting [default: the cache or policy flags given, or
-    /// 3 caches x 2 policies]
+    /// Flags below as key=value with commas between; again for each setting [default: those on caches and policies that are
+    /// given, or 3 caches x 2 policies]
     #[arg(long, value_name = "K=V,K=V", help_heading = "Evaluation")]
     setting: Vec<String>,
-    /// Print a JSON list: setting, problems, accuracy, nfe, tokens_per_second, multiply_adds (per problem; null where the
-    /// device does not count)
+    /// Print a JSON list: setting, problems, accuracy, nfe, tokens_per_second, multiply_adds, per problem
     #[arg(long, help_heading = "Evaluation")]
     json: bool,
     /// Draw accuracy against tokens/s
@@ -84,7 +83,7 @@ struct Score {
     nfe: usize,
     tokens: f64,
     elapsed: Duration,
-    multiply_adds: Option<u64>,
+    multiply_adds: u64,
 }
 
 impl Score {
@@ -95,7 +94,7 @@ impl Score {
         self.tokens += generation.tokens_per_second() * generation.elapsed.as_secs_f64();
         self.elapsed += generation.elapsed;
         // A model's networks count always or never.
-        self.multiply_adds = generation.multiply_adds.map(|n| self.multiply_adds.unwrap_or(0) + n);
+        self.multiply_adds += generation.multiply_adds;
     }
 
     fn accuracy(&self) -> f64 {
@@ -110,8 +109,8 @@ impl Score {
         self.tokens / self.elapsed.as_secs_f64().max(1e-9)
     }
 
-    fn multiply_adds(&self) -> Option<f64> {
-        self.multiply_adds.map(|n| n as f64 / self.problems as f64)
+    fn multiply_adds(&self) -> f64 {
+        self.multiply_adds as f64 / self.problems as f64
     }
 
     fn json(&self, setting: &str) -> Value {
@@ -163,7 +162,7 @@ pub fn run(args: &Eval) -> Result<()> {
     }
     let mut scores = Vec::new();
     let printed = compare(&checkpoint, text, &problems, &settings, args.json, &mut scores);
-    // A reader of stdout that has left is no error, and costs no picture.
+    // A reader of stdout that has left is no error; what there is then, is drawn.
     let done = printed.as_ref().map_or_else(output::is_closed_pipe, |()| true);
     if let Some(file) = plot_file.filter(|_| done && !scores.is_empty()) {
         let points: Vec<Point> = scores.iter().map(|(name, score)| score.point(name)).collect();
@@ -206,12 +205,12 @@ fn compare<'s>(
 }
 
 fn table_row(name: &str, width: usize, score: &Score) -> String {
-    let giga = score.multiply_adds().map_or("-".into(), |n| format!("{:.3}", n / 1e9));
     format!(
-        "{name:width$}  {:8}  {:8.3}  {:11.1}  {giga:>13}  {:8.1}\n",
+        "{name:width$}  {:8}  {:8.3}  {:11.1}  {:13.3}  {:8.1}\n",
         score.problems,
         score.accuracy(),
         score.nfe(),
+        score.multiply_adds() / 1e9,
         score.tokens_per_second()
     )
 }
@@ -231,14 +230,32 @@ fn settings(args: &Eval) -> Result<Vec<(String, Decoding)>> {
     given.into_iter().map(setting).collect()
 }
 
-/// Cache and policy as a setting names them.
+/// Cache and policy, and what else of the caches is not as by default, as a setting names them.
 fn mode(options: &Options) -> String {
     let policy = match options.policy {
         Policy::Fixed => "fixed".to_string(),
         Policy::Threshold(threshold) => format!("threshold,threshold={threshold}"),
         Policy::Factor(factor) => format!("factor,factor={factor}"),
     };
-    format!("cache={},policy={policy}", options.cache.name())
+    let default = Options::default();
+    let mut name = format!("cache={},policy={policy}", options.cache.name());
+    for (flag, value, usual) in [
+        ("prompt-interval", options.prompt_interval as f64, default.prompt_interval as f64),
+        ("response-interval", options.response_interval as f64, default.response_interval as f64),
+        ("refresh-ratio", options.refresh_ratio, default.refresh_ratio),
+        ("refresh-prompt-every", options.refresh_prompt_every as f64, 1.0),
+        ("refresh-rows", options.refresh_rows, 1.0),
+        ("vicinity", options.vicinity as f64, 0.0),
+        ("suffix-stride", options.suffix_stride as f64, 0.0),
+    ] {
+        if value != usual {
+            name += &format!(",{flag}={value}");
+        }
+    }
+    match options.suffix_window {
+        Some(window) => name + &format!(",suffix-window={window}"),
+        None => name,
+    }
 }
 
 /// Errs before the work when a setting, or a problem under it, does not fit the model.

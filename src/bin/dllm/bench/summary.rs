@@ -53,7 +53,7 @@ struct Line {
     nfe: usize,
     seconds: Vec<f64>,
     ms_per_forward: f64,
-    /// Of the matrix products and of attention, in the mean of the forwards: counted, or where nobody counts reckoned.
+    /// Of the matrix products and of attention, in the mean of the forwards: as they were run.
     multiply_adds_per_forward: f64,
     /// The same by the arithmetic of `docs/caching.md`; of the adaptive cache.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -111,8 +111,8 @@ impl Network for Timed<'_> {
         let start = Instant::now();
         let verdicts = self.network.step(tokens, pass)?;
         let seconds = start.elapsed().as_secs_f64();
-        let counted = self.network.multiply_adds().zip(before).map(|(after, before)| after - before);
-        self.record(pass.plan, pass.windows, counted.unwrap_or(0), seconds);
+        let multiply_adds = self.network.multiply_adds() - before;
+        self.record(pass.plan, pass.windows, multiply_adds, seconds);
         Ok(verdicts)
     }
 
@@ -120,7 +120,7 @@ impl Network for Timed<'_> {
         self.network.chosen()
     }
 
-    fn multiply_adds(&self) -> Option<u64> {
+    fn multiply_adds(&self) -> u64 {
         self.network.multiply_adds()
     }
 
