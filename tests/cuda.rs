@@ -53,8 +53,8 @@ use company::alone_and_in_a_batch;
 use formats::{element_types, tied_head};
 use forward::logits_are_within_the_margin;
 use kept::{
-    guidance_at_intervals, kept_alone_and_in_a_batch, kept_in_lockstep, kept_watched_or_not_dream,
-    kept_watched_or_not_llada, recorded_kept_decodes,
+    guidance_at_intervals, kept_alone_and_in_a_batch, kept_in_lockstep, kept_masks_in_the_prompt,
+    kept_watched_or_not_dream, kept_watched_or_not_llada, recorded_kept_decodes, work_is_counted_for_each_pass,
 };
 use random::{random_settings_dream, random_settings_llada};
 use recorded_decodes::recorded_decodes;
@@ -66,6 +66,7 @@ once_on_device!(
     guidance_at_intervals,
     kept_alone_and_in_a_batch,
     kept_in_lockstep,
+    kept_masks_in_the_prompt,
     kept_watched_or_not_dream,
     kept_watched_or_not_llada,
     logits_are_within_the_margin,
@@ -78,4 +79,5 @@ once_on_device!(
     tied_head,
     watched_or_not_dream,
     watched_or_not_llada,
+    work_is_counted_for_each_pass,
 );

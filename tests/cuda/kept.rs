@@ -1,13 +1,13 @@
 //! Decodes that keep features from forward to forward: the adaptive cache, and PrefixCache and DualCache joined with it.
 
-use crate::checkpoint::{MASK, prompts};
+use crate::checkpoint::{Checkpoint, MASK, prompts};
 use crate::common::Random;
 use crate::lockstep::{Both, decode_both};
 use crate::margin::Tally;
 use crate::recorded::{json, names, numbers, options};
 use crate::watched::same_watched;
 use crate::{FAMILIES, made_up};
-use dllm_kernels::decode::Rule;
+use dllm_kernels::decode::{Observer, Rule, Step};
 use dllm_kernels::{CacheMode, Family, Generator, Model, Options, Policy};
 use std::collections::BTreeMap;
 
@@ -76,6 +76,63 @@ pub fn kept_watched_or_not_llada() {
 
 pub fn kept_watched_or_not_dream() {
     watched(Family::Dream);
+}
+
+/// Masks in the prompts: kinds of forwards that come late, and sequences that catch up with others in the middle of a block.
+pub fn kept_masks_in_the_prompt() {
+    let model = made_up(Family::Llada);
+    let late = Options {
+        gen_length: 4,
+        block_length: Some(4),
+        steps: Some(1),
+        policy: Policy::Threshold(1.0),
+        ..adaptive(8, 3, 0.25)
+    };
+    same_watched(&model, &late, &[vec![3, MASK, MASK, MASK, 5, MASK, MASK, MASK]]);
+    for seed in 0..4 {
+        let (gen_length, block_length, steps) = (3, Some(1), Some(6));
+        let policy = Policy::Fixed;
+        let base = Options { gen_length, block_length, steps, policy, seed, temperature: 1.0, ..adaptive(5, 3, 0.25) };
+        same_watched(&model, &base, &[vec![3, MASK, 15, MASK], vec![7, MASK, MASK], vec![MASK; 5], vec![9]]);
+    }
+}
+
+/// What is counted on a device is what the CPU counts, and the logits that fill up its launches; also where a graph is replayed
+/// for more keys than it was recorded for.
+pub fn work_is_counted_for_each_pass() {
+    #[derive(Default)]
+    struct Candidates(Vec<usize>);
+    impl Observer for Candidates {
+        fn wants_steps(&self) -> bool {
+            true
+        }
+        fn step(&mut self, step: &Step) {
+            self.0.push(step.sequences.iter().map(|sequence| sequence.candidates.len()).sum());
+        }
+    }
+    let dir = Checkpoint::new(Family::Llada).write();
+    let (cpu, device) = (Model::open(dir.path()).unwrap(), made_up(Family::Llada));
+    let config = cpu.config();
+    let scored = config.d_model * (config.vocab_size + config.q_width() + 3 * config.mlp_hidden_size);
+    for (cache, suffix_window) in [(CacheMode::Dual, Some(0)), (CacheMode::Dual, None), (CacheMode::Prefix, Some(4))] {
+        let options = Options {
+            gen_length: 16,
+            block_length: Some(4),
+            policy: Policy::Fixed,
+            cache,
+            suffix_window,
+            ..Options::default()
+        };
+        let work = |model, observer: &mut Candidates| {
+            let generator = Generator::new(model).options(options.clone());
+            generator.generate_observed(&prompts(), observer).unwrap().multiply_adds
+        };
+        let mut candidates = Candidates::default();
+        let on_cpu = work(&cpu, &mut candidates);
+        let room = 4 * prompts().len();
+        let filled: usize = candidates.0.iter().map(|count| (room - count) * scored).sum();
+        assert_eq!(work(&device, &mut Candidates::default()), on_cpu + filled as u64, "{cache:?} {suffix_window:?}");
+    }
 }
 
 fn tokens(model: &Model, options: &Options, prompts: &[Vec<u32>]) -> Vec<Vec<u32>> {
