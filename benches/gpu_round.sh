@@ -37,20 +37,20 @@ declare -A small=(
     the_same_bits_in_every_order"
   [device]="every_module_has_its_kernels threads_have_streams_of_their_own"
   [blas]="blas_multiplies pinned_memory_goes_to_the_device"
-  [cuda]="element_types logits_are_within_the_margin tied_head"
+  [cuda]="element_types kept_masks_in_the_prompt logits_are_within_the_margin tied_head"
   [embed]="counts_on_the_device embeds_every_token_of_every_type embeds_rows leaves_out_rows_out_of_range replays"
   [merge]="counts_on_the_device equals_the_oracle overwrites_either_side replays sides_without_keys"
-  [norm]="counts_on_the_device equals_the_oracle passes_on_what_is_not_finite replays same_bits_whatever_else_runs"
+  [norm]="adds_rows_by_a_map counts_on_the_device equals_the_oracle passes_on_what_is_not_finite replays same_bits_whatever_else_runs"
   [roof]="reads_to_the_last_byte_and_no_further"
-  [rope]="counts_on_the_device equals_the_oracle leaves_out_rows_out_of_range replays rotates_without_caches"
-  [rows]="copies_elements_of_every_type copies_rows counts_on_the_device leaves_out_rows_out_of_range replays"
+  [rope]="caches_keys_alone counts_on_the_device equals_the_oracle leaves_out_rows_out_of_range replays rotates_without_caches"
+  [rows]="copies_elements_of_every_type copies_rows counts_on_the_device leaves_them_out_in_silence leaves_out_rows_out_of_range replays"
   [tiles]="lists_change_under_a_graph lists_of_the_caller"
   [swiglu]="counts_on_the_device equals_the_oracle passes_on_what_is_not_finite replays same_bits_whatever_else_runs"
   [unmask]="a_graph_unmasks_everything cuts dreams_shift_is_a_row_map golden::llada guidance indices_out_of_range
     nan_and_infinities positions_past_the_window_are_scored_and_left rows_drawn_by_alg_temp rows_without_a_finite_logit
     sequences_without_rows_or_masks the_mask_token_is_never_chosen the_same_bits_in_every_order"
-  [vverify]="a_captured_launch_follows_the_device cached_rows_by_a_map gather_takes_the_selected_rows golden_cases
-    lies_in_cu_rows_do_no_harm room_for_more_rows_than_there_are what_is_not_a_number_counts_as_turned_most"
+  [vverify]="a_captured_launch_follows_its_maps a_captured_launch_follows_the_device cached_rows_by_a_map
+    fresh_rows_by_a_map gather_takes_the_selected_rows golden_cases lies_in_cu_rows_do_no_harm room_for_more_rows_than_there_are what_is_not_a_number_counts_as_turned_most"
 )
 
 die() {
