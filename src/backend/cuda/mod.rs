@@ -2,7 +2,7 @@
 //! cuBLASLt.
 //!
 //! Where the rows of a pass stand lies in device memory too ([`Rows`]), so that a graph of launches can be replayed for
-//! other rows of the same [`Room`](super::Room). Nothing here waits for the device but [`Backend::read`].
+//! other rows of the same [`Room`]. Nothing here waits for the device but [`Backend::read`].
 
 mod rows;
 mod staging;
