@@ -6,7 +6,7 @@ use dllm_kernels::cache::adaptive::Adaptive;
 use dllm_kernels::decode::decode;
 use dllm_kernels::model::{Chosen, Network, Pass, Session, Sizes, Twins, Window};
 use dllm_kernels::oracle::unmask::{Group, Selection, Unmask, Verdict};
-use dllm_kernels::{CacheMode, Confidence, Config, Family, Generator, Model, Options, Policy, Result};
+use dllm_kernels::{CacheMode, Config, Family, Generator, Model, Options, Policy, Result};
 
 const FAMILIES: [Family; 2] = [Family::Llada, Family::Dream];
 const GEN: usize = 12;
@@ -208,18 +208,7 @@ fn decodes_do_not_meet() {
 }
 
 fn unmask() -> Unmask {
-    Unmask {
-        confidence: Confidence::Probability,
-        temperature: 0.0,
-        tempered_confidence: false,
-        f32_confidence: true,
-        top_p: None,
-        top_k: None,
-        cfg_scale: 0.0,
-        alg_temp: 0.0,
-        seed: 0,
-        mask_token: Some(MASK),
-    }
+    Unmask { f32_confidence: true, mask_token: Some(MASK), ..Unmask::default() }
 }
 
 /// Passes over sequences of 8 + 8 tokens by a plan each, everything observed: what they chose, and multiply-adds.
@@ -276,6 +265,24 @@ fn without_a_change_position_decides() {
         let chosen = passes(&model, EIGHT, |t, row| row[13] = if t < 5 { MASK } else { 7 });
         assert!(chosen[5].0[0].rows[0].contains(&5), "{family}: {:?}", chosen[5]);
     }
+}
+
+/// Logits that were never compared with a twin's cannot be guided by that: an error that names the place.
+#[test]
+fn twins_that_never_ran() {
+    let model = model(Family::Llada);
+    let options = Options { cfg_scale: 1.0, cfg_interval: 2, ..options(5, 3, 0.25) };
+    let tokens = [vec![1, 2], vec![MASK; GEN]].concat();
+    let mut session =
+        Session::new(model.transformer(), Cpu::default(), options.sizes(model.config(), &[vec![1, 2]])).unwrap();
+    let plan = options.adaptive().unwrap().plan(0);
+    let (selection, positions) = (Selection::Quota(1), vec![4]);
+    let groups = [Group { sequence: 0, step: 0, positions, commit_before: 14, selection }];
+    let windows = [Window::new(0, 0..14, 14)];
+    let (twins, unmask) = (Twins::Remembered, Unmask { cfg_scale: 1.0, ..unmask() });
+    let pass = Pass { plan: &plan, windows: &windows, groups: &groups, unmask: &unmask, twins, observed: false };
+    let error = session.step(&[tokens], &pass).unwrap_err().to_string();
+    assert!(error.contains("none for sequence 0, position 4"), "{error}");
 }
 
 /// What is not renewed is not computed: multiply-adds, as `docs/caching.md` has them.

@@ -638,6 +638,7 @@ fn joined_caches() {
     command.arg(&file);
     done(command);
     let trace: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    assert_eq!(trace["algorithm"], "fast_dllm.generate_with_dual_cache, joined");
     let params = &trace["params"];
     assert_eq!([&params["refresh_prompt_every"], &params["vicinity"], &params["suffix_window"]], [2, 3, 8]);
     let steps = trace["steps"].as_array().unwrap();

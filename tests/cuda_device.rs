@@ -6,15 +6,13 @@ mod checkpoint;
 mod common;
 
 use checkpoint::{Checkpoint, EOS, MASK};
-use common::{device, once_on_device};
+use common::{device, once_on_device, one_layer};
 use dllm_kernels::decode::decode;
 use dllm_kernels::model::{
     Autonomous, Course, CourseSequence, CourseStage, LayerPlan, Network, Pass, Ran, Schedule, Window,
 };
 use dllm_kernels::oracle::unmask::{Selection, Unmask, Verdict};
-use dllm_kernels::{
-    CacheMode, Confidence, Config, Error, Family, Generation, Generator, Model, Observer, Options, Policy,
-};
+use dllm_kernels::{CacheMode, Config, Error, Family, Generation, Generator, Model, Observer, Options, Policy};
 use softgpu::Opt;
 use std::cell::Cell;
 use std::sync::Mutex;
@@ -418,18 +416,7 @@ fn models_that_the_kernels_cannot_take() {
 }
 
 fn refused_models() {
-    let base = Config {
-        d_model: 64,
-        num_layers: 1,
-        num_heads: 2,
-        num_kv_heads: 2,
-        head_dim: 32,
-        mlp_hidden_size: 64,
-        vocab_size: 64,
-        mask_token_id: 63,
-        eos_token_ids: vec![62],
-        ..Config::shape("mid").unwrap()
-    };
+    let base = one_layer(Family::Llada);
     let to_device = |config: Config| Model::random(config, 1).unwrap().to_device(&device(), |_, _| ());
     assert!(to_device(base.clone()).is_ok());
     let cases = [
@@ -517,18 +504,7 @@ fn interrupted() {
         .tokens
         .remove(0);
     let start = [prompt.clone(), vec![MASK; 8]].concat();
-    let unmask = Unmask {
-        confidence: Confidence::Probability,
-        temperature: 0.0,
-        tempered_confidence: false,
-        f32_confidence: true,
-        top_p: None,
-        top_k: None,
-        cfg_scale: 0.0,
-        alg_temp: 0.0,
-        seed: 0,
-        mask_token: Some(MASK),
-    };
+    let unmask = Unmask { f32_confidence: true, mask_token: Some(MASK), ..Unmask::default() };
     let mut network = model.network(options.sizes(config, std::slice::from_ref(&prompt))).unwrap();
     let device = network.autonomous().unwrap();
     let plan = vec![LayerPlan::Whole { reuse: false, store: false, keep: false }; config.num_layers];

@@ -79,19 +79,7 @@ fn the_arithmetic_is_what_is_allocated() {
 /// what they were.
 fn one_layer(device: &Device) {
     for family in [Family::Llada, Family::Dream] {
-        let config = Config {
-            family,
-            d_model: 64,
-            num_layers: 1,
-            num_heads: 2,
-            num_kv_heads: 2,
-            head_dim: 32,
-            mlp_hidden_size: 64,
-            vocab_size: 64,
-            mask_token_id: 63,
-            eos_token_ids: vec![62],
-            ..Config::shape("mid").unwrap()
-        };
+        let config = common::one_layer(family);
         let cpu = Model::random(config.clone(), 1).unwrap();
         let gpu = Model::random(config.clone(), 1).unwrap().to_device(device, |_, _| ()).unwrap();
         let prompts = [vec![3, 14, 15], vec![9, 26, 5, 35, 8]];

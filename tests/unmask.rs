@@ -53,18 +53,8 @@ struct Case<T> {
 }
 
 fn plain() -> Unmask {
-    Unmask {
-        confidence: Confidence::Probability,
-        temperature: 0.0,
-        tempered_confidence: false,
-        f32_confidence: true,
-        top_p: None,
-        top_k: None,
-        cfg_scale: 0.0,
-        alg_temp: 0.0,
-        seed: 0x1234_5678_9abc,
-        mask_token: Some(MASK as u32),
-    }
+    let (seed, mask_token) = (0x1234_5678_9abc, Some(MASK as u32));
+    Unmask { f32_confidence: true, seed, mask_token, ..Unmask::default() }
 }
 
 fn stride_of<T>(vocab: usize) -> usize {

@@ -27,9 +27,13 @@ impl Trace {
         decoded: &Decoded,
     ) -> Value {
         let lens: Vec<usize> = prompts.iter().map(Vec::len).collect();
+        let algorithm = algorithm(options.rule(config.family), options.cache);
         json!({
             "name": "",
-            "algorithm": algorithm(options.rule(config.family), options.cache),
+            "algorithm": match joined(options).next() {
+                None => algorithm.to_string(),
+                Some(_) => format!("{algorithm}, joined"),
+            },
             "model": model,
             "params": params(config, options, prompts.len()),
             "prompt": prompts,
@@ -108,6 +112,21 @@ fn algorithm(rule: Rule, cache: CacheMode) -> &'static str {
     }
 }
 
+/// What no original has, and is not as by default.
+fn joined(options: &Options) -> impl Iterator<Item = (&'static str, Value)> {
+    let list = |options: &Options| {
+        [
+            ("refresh_prompt_every", json!(options.refresh_prompt_every)),
+            ("refresh_rows", json!(options.refresh_rows)),
+            ("vicinity", json!(options.vicinity)),
+            ("suffix_window", json!(options.suffix_window)),
+            ("suffix_stride", json!(options.suffix_stride)),
+        ]
+    };
+    let pairs = list(options).into_iter().zip(list(&Options::default()));
+    pairs.filter(|(own, usual)| own != usual).map(|(own, _)| own)
+}
+
 fn params(config: &Config, options: &Options, batch: usize) -> Value {
     let (threshold, factor) = match options.policy {
         Policy::Fixed => (None, None),
@@ -139,17 +158,8 @@ fn params(config: &Config, options: &Options, batch: usize) -> Value {
         "mask_id": config.mask_token_id,
         "batch": batch,
     });
-    let default = Options::default();
-    for (name, value, off) in [
-        ("refresh_prompt_every", json!(options.refresh_prompt_every), json!(default.refresh_prompt_every)),
-        ("refresh_rows", json!(options.refresh_rows), json!(default.refresh_rows)),
-        ("vicinity", json!(options.vicinity), json!(default.vicinity)),
-        ("suffix_window", json!(options.suffix_window), json!(default.suffix_window)),
-        ("suffix_stride", json!(options.suffix_stride), json!(default.suffix_stride)),
-    ] {
-        if value != off {
-            params[name] = value;
-        }
+    for (name, value) in joined(options) {
+        params[name] = value;
     }
     if let Some(adaptive) = options.adaptive() {
         params["prompt_interval_steps"] = json!(adaptive.prompt_interval);

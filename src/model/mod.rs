@@ -7,14 +7,16 @@ mod names;
 mod random;
 #[cfg(feature = "cuda")]
 mod resident;
+mod sizes;
 pub mod weights;
 mod window;
 
 pub use config::{Config, Family};
 pub use course::{Autonomous, Course, CourseSequence, CourseStage, Ran, Schedule};
-pub use forward::{CachePlan, Chosen, Launches, LayerPlan, Memory, Network, Pass, Session, Sizes, Transformer, Twins};
+pub use forward::{CachePlan, Chosen, Launches, LayerPlan, Network, Pass, Session, Transformer, Twins};
 #[cfg(feature = "cuda")]
 pub use resident::{Resident, supports as supports_cuda};
+pub use sizes::{Memory, Sizes};
 pub use weights::Weights;
 pub use window::{View, Window};
 

@@ -8,7 +8,8 @@
 
 use super::config::Config;
 use super::course::{Autonomous, Course, CourseSequence, CourseStage, Ran, Schedule};
-use super::forward::{Chosen, Launches, LayerPlan, Network, Pass, Session, Sizes, Transformer, Twins};
+use super::forward::{Chosen, Launches, LayerPlan, Network, Pass, Session, Transformer, Twins};
+use super::sizes::Sizes;
 use crate::abi::*;
 use crate::backend::cuda::{Cuda, Staging};
 use crate::backend::{Backend, Room};

@@ -47,6 +47,24 @@ pub struct Unmask {
     pub mask_token: Option<u32>,
 }
 
+/// The argmax, ranked by its probability of the plain logits; any token.
+impl Default for Unmask {
+    fn default() -> Self {
+        Unmask {
+            confidence: Confidence::Probability,
+            temperature: 0.0,
+            tempered_confidence: false,
+            f32_confidence: false,
+            top_p: None,
+            top_k: None,
+            cfg_scale: 0.0,
+            alg_temp: 0.0,
+            seed: 0,
+            mask_token: None,
+        }
+    }
+}
+
 /// Which of a sequence's candidates to commit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Selection {

@@ -6,6 +6,7 @@
 use bytemuck::{Pod, Zeroable};
 use dllm_kernels::gpu::{Device, Stream};
 use dllm_kernels::ops::Element;
+use dllm_kernels::{Config, Family};
 use half::{bf16, f16};
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
@@ -37,6 +38,23 @@ pub fn golden_dir() -> PathBuf {
 pub fn models_dir() -> PathBuf {
     let here = || Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
     std::env::var_os("DLLM_MODELS_DIR").map_or_else(here, PathBuf::from)
+}
+
+/// The least model that the kernels take.
+pub fn one_layer(family: Family) -> Config {
+    Config {
+        family,
+        d_model: 64,
+        num_layers: 1,
+        num_heads: 2,
+        num_kv_heads: 2,
+        head_dim: 32,
+        mlp_hidden_size: 64,
+        vocab_size: 64,
+        mask_token_id: 63,
+        eos_token_ids: vec![62],
+        ..Config::shape("mid").unwrap()
+    }
 }
 
 /// A stream of its own on the device.

@@ -90,15 +90,10 @@ impl<T: Float> Block<T> {
     fn rule(&self) -> Unmask {
         Unmask {
             confidence: if self.odd { Confidence::Margin } else { Confidence::Probability },
-            temperature: 0.0,
-            tempered_confidence: false,
             f32_confidence: true,
-            top_p: None,
-            top_k: None,
-            cfg_scale: 0.0,
-            alg_temp: 0.0,
             seed: 7,
             mask_token: Some(MASK as u32),
+            ..Unmask::default()
         }
     }
 }
