@@ -32,18 +32,18 @@ impl Passes {
     /// The last `block` positions of each sequence are masked, and stay so: the block has no end.
     fn new(stream: &Stream, n: usize, positions: usize, block: usize, schedule: dllm_schedule) -> Result<Passes> {
         let token = |i: usize| if i % positions >= positions - block { MASK } else { 1 };
-        let open_start = (positions - block) as i32;
+        let active_start = (positions - block) as i32;
         let sequence = |s: usize| dllm_advance_sequence {
             first_token: (s * positions) as i32,
             length: positions as i32,
             generated: positions as i32 / 2,
-            open_start,
-            open_end: positions as i32,
-            reach_start: open_start,
-            reach_end: positions as i32,
+            active_start,
+            active_end: positions as i32,
+            quota_start: active_start,
+            quota_end: positions as i32,
             commit_before: i32::MAX,
-            masked: block as i32,
-            limit: i32::MAX,
+            initial_masks: block as i32,
+            max_passes: i32::MAX,
             active: 1,
             ..Default::default()
         };

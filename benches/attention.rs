@@ -6,7 +6,7 @@ mod gpu;
 use dllm_kernels::Result;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::attention::{self, Attention, Form, Heads, KEY_TILE, QUERY_TILE, Rows, Segment, Tiles};
-use dllm_kernels::oracle::attention::attend;
+use dllm_kernels::reference::attention::attend;
 use gpu::{Bench, Case, Float, L2, Random, assert_close, bytes_of, few};
 use half::bf16;
 

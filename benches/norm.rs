@@ -5,7 +5,7 @@ mod gpu;
 use dllm_kernels::Result;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::norm::{self, Norm};
-use dllm_kernels::oracle::norm::{add_rounded, rms_norm_rounded, rms_scale};
+use dllm_kernels::reference::norm::{add_rounded, rms_norm_rounded, rms_scale};
 use gpu::{Bench, Case, Float, L2, Random, assert_close, bytes_of, few, row_f64};
 use half::bf16;
 

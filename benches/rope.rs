@@ -5,7 +5,7 @@ mod gpu;
 use dllm_kernels::Result;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::rope::{self, Caches, Rope};
-use dllm_kernels::oracle::{
+use dllm_kernels::reference::{
     Heads,
     rope::{Angles, rotate_rounded},
 };

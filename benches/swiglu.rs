@@ -5,7 +5,7 @@ mod gpu;
 use dllm_kernels::Result;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::swiglu::{self, Swiglu};
-use dllm_kernels::oracle::swiglu::{silu, swiglu_rounded};
+use dllm_kernels::reference::swiglu::{silu, swiglu_rounded};
 use gpu::{Bench, Case, Float, L2, Random, assert_close, bytes_of, few, row_f64};
 use half::bf16;
 

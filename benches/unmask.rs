@@ -5,8 +5,8 @@ mod gpu;
 
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::Workspace;
-use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, Rule};
-use dllm_kernels::oracle::unmask::{Unmask, score_row};
+use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, UnmaskConfig};
+use dllm_kernels::reference::unmask::{SamplingParams, score_row};
 use dllm_kernels::{Confidence, Result};
 use gpu::{Bench, Case, Float, L2, Random, assert_close, bytes_of, few};
 use half::bf16;
@@ -16,7 +16,7 @@ const THRESHOLD: f32 = 0.9;
 
 struct Block<T> {
     stream: Stream,
-    rule: Unmask,
+    rule: SamplingParams,
     rows_of_sequence: usize,
     vocab_size: usize,
     table: RowTable,
@@ -28,8 +28,8 @@ struct Block<T> {
 }
 
 /// LLaDA's argmax and probability; in the general form Dream's drawn tokens and entropies.
-fn rule(general: bool) -> Unmask {
-    Unmask {
+fn rule(general: bool) -> SamplingParams {
+    SamplingParams {
         confidence: if general { Confidence::Entropy } else { Confidence::Probability },
         temperature: if general { 0.5 } else { 0.0 },
         tempered_confidence: general,
@@ -77,9 +77,9 @@ impl<T: Float> Case for Block<T> {
     }
 
     fn launch(&mut self) -> Result<()> {
-        let rule = Rule {
+        let rule = UnmaskConfig {
             confidence: self.rule.confidence,
-            policy: Policy::Threshold { threshold: THRESHOLD, among: None },
+            policy: Policy::Threshold { threshold: THRESHOLD, top_n: None },
             temperature: self.rule.temperature as f32,
             tempered_confidence: self.rule.tempered_confidence,
             cfg_scale: 0.0,
@@ -96,7 +96,7 @@ impl<T: Float> Case for Block<T> {
             tokens: &mut self.tokens,
             commit_before: None,
             steps: None,
-            cut: None,
+            min_logit: None,
             outcome: &mut self.outcome,
             workspace: &mut self.workspace,
         };
@@ -105,14 +105,14 @@ impl<T: Float> Case for Block<T> {
 
     /// A few rows against the oracle, and all tokens against the confidences that the kernel found.
     fn check(&self) -> Result<()> {
-        let (chosen, confidence) = (self.outcome.chosen.read()?, self.outcome.confidence.read()?);
+        let (predicted, confidence) = (self.outcome.predicted.read()?, self.outcome.confidence.read()?);
         let (logits, tokens) = (self.logits.read()?, self.tokens.read()?);
         for row in few(self.masks.len()) {
             let at = row * self.vocab_size..(row + 1) * self.vocab_size;
             let mut of_row: Vec<f32> = logits[at].iter().map(|l| l.f32()).collect();
             let scored = score_row(&mut of_row, &self.rule, 0, row % self.rows_of_sequence);
             let (token, want) = scored.expect("finite logits");
-            assert_eq!(chosen[row], token as i32, "row {row}");
+            assert_eq!(predicted[row], token as i32, "row {row}");
             assert_close(&format!("confidence {row}"), &[confidence[row].into()], &[want], 1e-5, 2e-5);
         }
         for first in (0..self.masks.len()).step_by(self.rows_of_sequence) {
@@ -121,7 +121,7 @@ impl<T: Float> Case for Block<T> {
             let best = sequence.clone().find(|row| confidence[*row] == best);
             for row in sequence {
                 let committed = confidence[row] >= THRESHOLD || Some(row) == best;
-                assert_eq!(tokens[row], if committed { chosen[row] } else { MASK }, "row {row}");
+                assert_eq!(tokens[row], if committed { predicted[row] } else { MASK }, "row {row}");
             }
         }
         Ok(())

@@ -8,7 +8,7 @@ use dllm_kernels::ops::{
     Workspace,
     vverify::{self, VVerify},
 };
-use dllm_kernels::oracle::vverify::{cosine, lowest};
+use dllm_kernels::reference::vverify::{cosine, lowest};
 use gpu::{Bench, Case, Float, L2, Random, assert_close, bytes_of, few, row_f64};
 use half::bf16;
 

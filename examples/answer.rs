@@ -1,6 +1,6 @@
 //! `cargo run --release --example answer`: a question through the library, from the root of the repository.
 
-use dllm_kernels::text::Text;
+use dllm_kernels::tokenizer::Tokenizer;
 use dllm_kernels::{CacheMode, Generator, Model, Policy};
 
 const QUESTION: &str =
@@ -9,7 +9,7 @@ const QUESTION: &str =
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let dir = std::path::Path::new("models/tiny-math");
     let model = Model::open(dir)?;
-    let text = Text::open(dir, model.config().vocab_size)?.ok_or("no tokenizer")?;
+    let text = Tokenizer::open(dir, model.config().vocab_size)?.ok_or("no tokenizer")?;
     let prompt = text.encode(&text.chat(QUESTION)?, false)?; // token ids
     let output = Generator::new(&model)
         .gen_length(64)

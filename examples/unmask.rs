@@ -2,7 +2,7 @@
 
 use dllm_kernels::Confidence;
 use dllm_kernels::gpu::Device;
-use dllm_kernels::ops::unmask::{self, Outcome, Policy, Row, RowTable, Rule, Unmask};
+use dllm_kernels::ops::unmask::{self, Outcome, Policy, Row, RowTable, Unmask, UnmaskConfig};
 use half::bf16;
 
 const MASK: i32 = 0;
@@ -28,9 +28,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let mut outcome = Outcome::new(&stream, &rows)?;
     let mut workspace = unmask::workspace(&stream, &rows, VOCAB_SIZE)?;
-    let rule = Rule {
+    let rule = UnmaskConfig {
         confidence: Confidence::Probability,
-        policy: Policy::Threshold { threshold: 0.9, among: None },
+        policy: Policy::Threshold { threshold: 0.9, top_n: None },
         temperature: 0.0,
         tempered_confidence: false,
         cfg_scale: 0.0,
@@ -47,7 +47,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         tokens: &mut tokens,
         commit_before: None,
         steps: None,
-        cut: None,
+        min_logit: None,
         outcome: &mut outcome,
         workspace: &mut workspace,
     };

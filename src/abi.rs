@@ -55,7 +55,7 @@ pub const DLLM_SCHEDULE_LLADA: dllm_schedule = 1;
 /// A share of the masks that are left; from the last step on all of them.
 pub const DLLM_SCHEDULE_DREAM: dllm_schedule = 2;
 /// Dream's threshold without blocks (Fast-dLLM): so many a step, and those that earlier steps rejected.
-pub const DLLM_SCHEDULE_AMONG: dllm_schedule = 3;
+pub const DLLM_SCHEDULE_CARRY_OVER: dllm_schedule = 3;
 /// How many tokens a sequence may commit in each pass of a block.
 pub type dllm_schedule = u32;
 /// A row that unmask may commit. Loaded at once, so tables of them are aligned to 16 bytes.
@@ -106,8 +106,8 @@ pub struct dllm_unmask_params {
     pub commit_before: u64,
     /// \[num_sequences\] int32: forwards the sequence has had, keys the random numbers; or 0 for none.
     pub steps: u64,
-    /// \[max_rows\] f32 of dllm_cut_params: lower logits count as minus infinity; or 0.
-    pub cut: u64,
+    /// \[max_rows\] f32 of dllm_top_k_top_p_params: lower logits count as minus infinity; or 0.
+    pub min_logit: u64,
     /// Out: \[num_sequences\] int32, rows that could be committed and still are masked.
     pub masks_left: u64,
     /// Out: \[num_sequences\] int32, rows committed.
@@ -115,7 +115,7 @@ pub struct dllm_unmask_params {
     /// Out: \[num_sequences\] int32: position of the first row without a finite logit, when nothing of the sequence is committed; DLLM_NONE_FAILED; DLLM_INDEX_FAILED.
     pub failed: u64,
     /// Out: \[max_rows\] int32, each masked row's token, -1 elsewhere; or 0.
-    pub chosen: u64,
+    pub predicted: u64,
     /// Out: \[max_rows\] f32, each masked row's confidence, 0 elsewhere; or 0.
     pub confidence: u64,
     /// workspace_bytes, zeroed before the first use; every launch leaves it ready for the next.
@@ -171,13 +171,15 @@ const _: () = {
     ["Offset of field: dllm_unmask_params::commit_before"]
         [::core::mem::offset_of!(dllm_unmask_params, commit_before) - 56usize];
     ["Offset of field: dllm_unmask_params::steps"][::core::mem::offset_of!(dllm_unmask_params, steps) - 64usize];
-    ["Offset of field: dllm_unmask_params::cut"][::core::mem::offset_of!(dllm_unmask_params, cut) - 72usize];
+    ["Offset of field: dllm_unmask_params::min_logit"]
+        [::core::mem::offset_of!(dllm_unmask_params, min_logit) - 72usize];
     ["Offset of field: dllm_unmask_params::masks_left"]
         [::core::mem::offset_of!(dllm_unmask_params, masks_left) - 80usize];
     ["Offset of field: dllm_unmask_params::committed"]
         [::core::mem::offset_of!(dllm_unmask_params, committed) - 88usize];
     ["Offset of field: dllm_unmask_params::failed"][::core::mem::offset_of!(dllm_unmask_params, failed) - 96usize];
-    ["Offset of field: dllm_unmask_params::chosen"][::core::mem::offset_of!(dllm_unmask_params, chosen) - 104usize];
+    ["Offset of field: dllm_unmask_params::predicted"]
+        [::core::mem::offset_of!(dllm_unmask_params, predicted) - 104usize];
     ["Offset of field: dllm_unmask_params::confidence"]
         [::core::mem::offset_of!(dllm_unmask_params, confidence) - 112usize];
     ["Offset of field: dllm_unmask_params::workspace"]
@@ -219,8 +221,8 @@ const _: () = {
 /// Fields as in dllm_unmask_params. Rows that are not masked get minus infinity.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
-pub struct dllm_cut_params {
-    /// sizeof(dllm_cut_params)
+pub struct dllm_top_k_top_p_params {
+    /// sizeof(dllm_top_k_top_p_params)
     pub size: u64,
     /// \[num_logits_rows, vocab_size\]
     pub logits: u64,
@@ -233,7 +235,7 @@ pub struct dllm_cut_params {
     /// \[num_tokens\] int32
     pub tokens: u64,
     /// Out: \[max_rows\] f32
-    pub cut: u64,
+    pub min_logit: u64,
     /// Elements from row to row.
     pub logits_stride: i64,
     pub max_rows: i32,
@@ -255,29 +257,43 @@ pub struct dllm_cut_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of dllm_cut_params"][::core::mem::size_of::<dllm_cut_params>() - 104usize];
-    ["Alignment of dllm_cut_params"][::core::mem::align_of::<dllm_cut_params>() - 8usize];
-    ["Offset of field: dllm_cut_params::size"][::core::mem::offset_of!(dllm_cut_params, size) - 0usize];
-    ["Offset of field: dllm_cut_params::logits"][::core::mem::offset_of!(dllm_cut_params, logits) - 8usize];
-    ["Offset of field: dllm_cut_params::uncond_logits"]
-        [::core::mem::offset_of!(dllm_cut_params, uncond_logits) - 16usize];
-    ["Offset of field: dllm_cut_params::rows"][::core::mem::offset_of!(dllm_cut_params, rows) - 24usize];
-    ["Offset of field: dllm_cut_params::count"][::core::mem::offset_of!(dllm_cut_params, count) - 32usize];
-    ["Offset of field: dllm_cut_params::tokens"][::core::mem::offset_of!(dllm_cut_params, tokens) - 40usize];
-    ["Offset of field: dllm_cut_params::cut"][::core::mem::offset_of!(dllm_cut_params, cut) - 48usize];
-    ["Offset of field: dllm_cut_params::logits_stride"]
-        [::core::mem::offset_of!(dllm_cut_params, logits_stride) - 56usize];
-    ["Offset of field: dllm_cut_params::max_rows"][::core::mem::offset_of!(dllm_cut_params, max_rows) - 64usize];
-    ["Offset of field: dllm_cut_params::num_tokens"][::core::mem::offset_of!(dllm_cut_params, num_tokens) - 68usize];
-    ["Offset of field: dllm_cut_params::num_logits_rows"]
-        [::core::mem::offset_of!(dllm_cut_params, num_logits_rows) - 72usize];
-    ["Offset of field: dllm_cut_params::vocab_size"][::core::mem::offset_of!(dllm_cut_params, vocab_size) - 76usize];
-    ["Offset of field: dllm_cut_params::mask_token"][::core::mem::offset_of!(dllm_cut_params, mask_token) - 80usize];
-    ["Offset of field: dllm_cut_params::dtype"][::core::mem::offset_of!(dllm_cut_params, dtype) - 84usize];
-    ["Offset of field: dllm_cut_params::top_k"][::core::mem::offset_of!(dllm_cut_params, top_k) - 88usize];
-    ["Offset of field: dllm_cut_params::top_p"][::core::mem::offset_of!(dllm_cut_params, top_p) - 92usize];
-    ["Offset of field: dllm_cut_params::temperature"][::core::mem::offset_of!(dllm_cut_params, temperature) - 96usize];
-    ["Offset of field: dllm_cut_params::cfg_scale"][::core::mem::offset_of!(dllm_cut_params, cfg_scale) - 100usize];
+    ["Size of dllm_top_k_top_p_params"][::core::mem::size_of::<dllm_top_k_top_p_params>() - 104usize];
+    ["Alignment of dllm_top_k_top_p_params"][::core::mem::align_of::<dllm_top_k_top_p_params>() - 8usize];
+    ["Offset of field: dllm_top_k_top_p_params::size"][::core::mem::offset_of!(dllm_top_k_top_p_params, size) - 0usize];
+    ["Offset of field: dllm_top_k_top_p_params::logits"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, logits) - 8usize];
+    ["Offset of field: dllm_top_k_top_p_params::uncond_logits"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, uncond_logits) - 16usize];
+    ["Offset of field: dllm_top_k_top_p_params::rows"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, rows) - 24usize];
+    ["Offset of field: dllm_top_k_top_p_params::count"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, count) - 32usize];
+    ["Offset of field: dllm_top_k_top_p_params::tokens"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, tokens) - 40usize];
+    ["Offset of field: dllm_top_k_top_p_params::min_logit"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, min_logit) - 48usize];
+    ["Offset of field: dllm_top_k_top_p_params::logits_stride"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, logits_stride) - 56usize];
+    ["Offset of field: dllm_top_k_top_p_params::max_rows"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, max_rows) - 64usize];
+    ["Offset of field: dllm_top_k_top_p_params::num_tokens"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, num_tokens) - 68usize];
+    ["Offset of field: dllm_top_k_top_p_params::num_logits_rows"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, num_logits_rows) - 72usize];
+    ["Offset of field: dllm_top_k_top_p_params::vocab_size"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, vocab_size) - 76usize];
+    ["Offset of field: dllm_top_k_top_p_params::mask_token"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, mask_token) - 80usize];
+    ["Offset of field: dllm_top_k_top_p_params::dtype"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, dtype) - 84usize];
+    ["Offset of field: dllm_top_k_top_p_params::top_k"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, top_k) - 88usize];
+    ["Offset of field: dllm_top_k_top_p_params::top_p"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, top_p) - 92usize];
+    ["Offset of field: dllm_top_k_top_p_params::temperature"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, temperature) - 96usize];
+    ["Offset of field: dllm_top_k_top_p_params::cfg_scale"]
+        [::core::mem::offset_of!(dllm_top_k_top_p_params, cfg_scale) - 100usize];
 };
 /// What advance knows of a sequence. The host writes it before the first pass of a block, with what unmask takes in that pass. 64 bytes.
 #[repr(C)]
@@ -290,23 +306,23 @@ pub struct dllm_advance_sequence {
     /// First generated position: an end-of-text token is looked for from here on.
     pub generated: i32,
     /// It takes part as long as a position from here ...
-    pub open_start: i32,
+    pub active_start: i32,
     /// ... to before this one is masked.
-    pub open_end: i32,
+    pub active_end: i32,
     /// DREAM, AMONG: the masks that are left are counted from here ...
-    pub reach_start: i32,
+    pub quota_start: i32,
     /// ... to before this one.
-    pub reach_end: i32,
+    pub quota_end: i32,
     /// commit_before\[s\] of later passes, while it takes part.
     pub commit_before: i32,
     /// LLADA: masks of the block when it began.
-    pub masked: i32,
+    pub initial_masks: i32,
     /// AMONG: positions to look at in each step. In and out.
     pub per_step: i32,
     /// AMONG: positions rejected so far. In and out.
-    pub left: i32,
+    pub deficit: i32,
     /// Passes of this block, at most; INT32_MAX for no limit. AMONG: in and out.
-    pub limit: i32,
+    pub max_passes: i32,
     /// Passes that it has taken part in, over all blocks. In and out.
     pub forwards: i32,
     /// In: it took part in the pass that has just run. Out: it takes part in the next one. Once 0, 0 for the rest of the block.
@@ -325,22 +341,24 @@ const _: () = {
     ["Offset of field: dllm_advance_sequence::length"][::core::mem::offset_of!(dllm_advance_sequence, length) - 4usize];
     ["Offset of field: dllm_advance_sequence::generated"]
         [::core::mem::offset_of!(dllm_advance_sequence, generated) - 8usize];
-    ["Offset of field: dllm_advance_sequence::open_start"]
-        [::core::mem::offset_of!(dllm_advance_sequence, open_start) - 12usize];
-    ["Offset of field: dllm_advance_sequence::open_end"]
-        [::core::mem::offset_of!(dllm_advance_sequence, open_end) - 16usize];
-    ["Offset of field: dllm_advance_sequence::reach_start"]
-        [::core::mem::offset_of!(dllm_advance_sequence, reach_start) - 20usize];
-    ["Offset of field: dllm_advance_sequence::reach_end"]
-        [::core::mem::offset_of!(dllm_advance_sequence, reach_end) - 24usize];
+    ["Offset of field: dllm_advance_sequence::active_start"]
+        [::core::mem::offset_of!(dllm_advance_sequence, active_start) - 12usize];
+    ["Offset of field: dllm_advance_sequence::active_end"]
+        [::core::mem::offset_of!(dllm_advance_sequence, active_end) - 16usize];
+    ["Offset of field: dllm_advance_sequence::quota_start"]
+        [::core::mem::offset_of!(dllm_advance_sequence, quota_start) - 20usize];
+    ["Offset of field: dllm_advance_sequence::quota_end"]
+        [::core::mem::offset_of!(dllm_advance_sequence, quota_end) - 24usize];
     ["Offset of field: dllm_advance_sequence::commit_before"]
         [::core::mem::offset_of!(dllm_advance_sequence, commit_before) - 28usize];
-    ["Offset of field: dllm_advance_sequence::masked"]
-        [::core::mem::offset_of!(dllm_advance_sequence, masked) - 32usize];
+    ["Offset of field: dllm_advance_sequence::initial_masks"]
+        [::core::mem::offset_of!(dllm_advance_sequence, initial_masks) - 32usize];
     ["Offset of field: dllm_advance_sequence::per_step"]
         [::core::mem::offset_of!(dllm_advance_sequence, per_step) - 36usize];
-    ["Offset of field: dllm_advance_sequence::left"][::core::mem::offset_of!(dllm_advance_sequence, left) - 40usize];
-    ["Offset of field: dllm_advance_sequence::limit"][::core::mem::offset_of!(dllm_advance_sequence, limit) - 44usize];
+    ["Offset of field: dllm_advance_sequence::deficit"]
+        [::core::mem::offset_of!(dllm_advance_sequence, deficit) - 40usize];
+    ["Offset of field: dllm_advance_sequence::max_passes"]
+        [::core::mem::offset_of!(dllm_advance_sequence, max_passes) - 44usize];
     ["Offset of field: dllm_advance_sequence::forwards"]
         [::core::mem::offset_of!(dllm_advance_sequence, forwards) - 48usize];
     ["Offset of field: dllm_advance_sequence::active"]
@@ -616,8 +634,8 @@ const _: () = {
 /// index is out of range, -1 say, is left out; with failed 0 nothing tells.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
-pub struct dllm_rows_params {
-    /// sizeof(dllm_rows_params)
+pub struct dllm_gather_scatter_params {
+    /// sizeof(dllm_gather_scatter_params)
     pub size: u64,
     /// Gather: \[num_indexed_rows, row_bytes\]; scatter: \[max_rows, row_bytes\].
     pub source: u64,
@@ -642,22 +660,30 @@ pub struct dllm_rows_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of dllm_rows_params"][::core::mem::size_of::<dllm_rows_params>() - 80usize];
-    ["Alignment of dllm_rows_params"][::core::mem::align_of::<dllm_rows_params>() - 8usize];
-    ["Offset of field: dllm_rows_params::size"][::core::mem::offset_of!(dllm_rows_params, size) - 0usize];
-    ["Offset of field: dllm_rows_params::source"][::core::mem::offset_of!(dllm_rows_params, source) - 8usize];
-    ["Offset of field: dllm_rows_params::target"][::core::mem::offset_of!(dllm_rows_params, target) - 16usize];
-    ["Offset of field: dllm_rows_params::index"][::core::mem::offset_of!(dllm_rows_params, index) - 24usize];
-    ["Offset of field: dllm_rows_params::count"][::core::mem::offset_of!(dllm_rows_params, count) - 32usize];
-    ["Offset of field: dllm_rows_params::failed"][::core::mem::offset_of!(dllm_rows_params, failed) - 40usize];
-    ["Offset of field: dllm_rows_params::source_stride_bytes"]
-        [::core::mem::offset_of!(dllm_rows_params, source_stride_bytes) - 48usize];
-    ["Offset of field: dllm_rows_params::target_stride_bytes"]
-        [::core::mem::offset_of!(dllm_rows_params, target_stride_bytes) - 56usize];
-    ["Offset of field: dllm_rows_params::row_bytes"][::core::mem::offset_of!(dllm_rows_params, row_bytes) - 64usize];
-    ["Offset of field: dllm_rows_params::max_rows"][::core::mem::offset_of!(dllm_rows_params, max_rows) - 72usize];
-    ["Offset of field: dllm_rows_params::num_indexed_rows"]
-        [::core::mem::offset_of!(dllm_rows_params, num_indexed_rows) - 76usize];
+    ["Size of dllm_gather_scatter_params"][::core::mem::size_of::<dllm_gather_scatter_params>() - 80usize];
+    ["Alignment of dllm_gather_scatter_params"][::core::mem::align_of::<dllm_gather_scatter_params>() - 8usize];
+    ["Offset of field: dllm_gather_scatter_params::size"]
+        [::core::mem::offset_of!(dllm_gather_scatter_params, size) - 0usize];
+    ["Offset of field: dllm_gather_scatter_params::source"]
+        [::core::mem::offset_of!(dllm_gather_scatter_params, source) - 8usize];
+    ["Offset of field: dllm_gather_scatter_params::target"]
+        [::core::mem::offset_of!(dllm_gather_scatter_params, target) - 16usize];
+    ["Offset of field: dllm_gather_scatter_params::index"]
+        [::core::mem::offset_of!(dllm_gather_scatter_params, index) - 24usize];
+    ["Offset of field: dllm_gather_scatter_params::count"]
+        [::core::mem::offset_of!(dllm_gather_scatter_params, count) - 32usize];
+    ["Offset of field: dllm_gather_scatter_params::failed"]
+        [::core::mem::offset_of!(dllm_gather_scatter_params, failed) - 40usize];
+    ["Offset of field: dllm_gather_scatter_params::source_stride_bytes"]
+        [::core::mem::offset_of!(dllm_gather_scatter_params, source_stride_bytes) - 48usize];
+    ["Offset of field: dllm_gather_scatter_params::target_stride_bytes"]
+        [::core::mem::offset_of!(dllm_gather_scatter_params, target_stride_bytes) - 56usize];
+    ["Offset of field: dllm_gather_scatter_params::row_bytes"]
+        [::core::mem::offset_of!(dllm_gather_scatter_params, row_bytes) - 64usize];
+    ["Offset of field: dllm_gather_scatter_params::max_rows"]
+        [::core::mem::offset_of!(dllm_gather_scatter_params, max_rows) - 72usize];
+    ["Offset of field: dllm_gather_scatter_params::num_indexed_rows"]
+        [::core::mem::offset_of!(dllm_gather_scatter_params, num_indexed_rows) - 76usize];
 };
 /// embed: out\[i\] = table\[tokens\[index\[i\]\]\].
 #[repr(C)]
@@ -1043,8 +1069,8 @@ const _: () = {
 /// sides, gives NaN.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
-pub struct dllm_merge_params {
-    /// sizeof(dllm_merge_params)
+pub struct dllm_merge_state_params {
+    /// sizeof(dllm_merge_state_params)
     pub size: u64,
     /// \[max_rows, num_heads, head_dim\]
     pub a_out: u64,
@@ -1076,30 +1102,41 @@ pub struct dllm_merge_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of dllm_merge_params"][::core::mem::size_of::<dllm_merge_params>() - 104usize];
-    ["Alignment of dllm_merge_params"][::core::mem::align_of::<dllm_merge_params>() - 8usize];
-    ["Offset of field: dllm_merge_params::size"][::core::mem::offset_of!(dllm_merge_params, size) - 0usize];
-    ["Offset of field: dllm_merge_params::a_out"][::core::mem::offset_of!(dllm_merge_params, a_out) - 8usize];
-    ["Offset of field: dllm_merge_params::a_lse"][::core::mem::offset_of!(dllm_merge_params, a_lse) - 16usize];
-    ["Offset of field: dllm_merge_params::b_out"][::core::mem::offset_of!(dllm_merge_params, b_out) - 24usize];
-    ["Offset of field: dllm_merge_params::b_lse"][::core::mem::offset_of!(dllm_merge_params, b_lse) - 32usize];
-    ["Offset of field: dllm_merge_params::out"][::core::mem::offset_of!(dllm_merge_params, out) - 40usize];
-    ["Offset of field: dllm_merge_params::lse"][::core::mem::offset_of!(dllm_merge_params, lse) - 48usize];
-    ["Offset of field: dllm_merge_params::count"][::core::mem::offset_of!(dllm_merge_params, count) - 56usize];
-    ["Offset of field: dllm_merge_params::a_stride"][::core::mem::offset_of!(dllm_merge_params, a_stride) - 64usize];
-    ["Offset of field: dllm_merge_params::b_stride"][::core::mem::offset_of!(dllm_merge_params, b_stride) - 72usize];
-    ["Offset of field: dllm_merge_params::out_stride"]
-        [::core::mem::offset_of!(dllm_merge_params, out_stride) - 80usize];
-    ["Offset of field: dllm_merge_params::max_rows"][::core::mem::offset_of!(dllm_merge_params, max_rows) - 88usize];
-    ["Offset of field: dllm_merge_params::num_heads"][::core::mem::offset_of!(dllm_merge_params, num_heads) - 92usize];
-    ["Offset of field: dllm_merge_params::head_dim"][::core::mem::offset_of!(dllm_merge_params, head_dim) - 96usize];
-    ["Offset of field: dllm_merge_params::dtype"][::core::mem::offset_of!(dllm_merge_params, dtype) - 100usize];
+    ["Size of dllm_merge_state_params"][::core::mem::size_of::<dllm_merge_state_params>() - 104usize];
+    ["Alignment of dllm_merge_state_params"][::core::mem::align_of::<dllm_merge_state_params>() - 8usize];
+    ["Offset of field: dllm_merge_state_params::size"][::core::mem::offset_of!(dllm_merge_state_params, size) - 0usize];
+    ["Offset of field: dllm_merge_state_params::a_out"]
+        [::core::mem::offset_of!(dllm_merge_state_params, a_out) - 8usize];
+    ["Offset of field: dllm_merge_state_params::a_lse"]
+        [::core::mem::offset_of!(dllm_merge_state_params, a_lse) - 16usize];
+    ["Offset of field: dllm_merge_state_params::b_out"]
+        [::core::mem::offset_of!(dllm_merge_state_params, b_out) - 24usize];
+    ["Offset of field: dllm_merge_state_params::b_lse"]
+        [::core::mem::offset_of!(dllm_merge_state_params, b_lse) - 32usize];
+    ["Offset of field: dllm_merge_state_params::out"][::core::mem::offset_of!(dllm_merge_state_params, out) - 40usize];
+    ["Offset of field: dllm_merge_state_params::lse"][::core::mem::offset_of!(dllm_merge_state_params, lse) - 48usize];
+    ["Offset of field: dllm_merge_state_params::count"]
+        [::core::mem::offset_of!(dllm_merge_state_params, count) - 56usize];
+    ["Offset of field: dllm_merge_state_params::a_stride"]
+        [::core::mem::offset_of!(dllm_merge_state_params, a_stride) - 64usize];
+    ["Offset of field: dllm_merge_state_params::b_stride"]
+        [::core::mem::offset_of!(dllm_merge_state_params, b_stride) - 72usize];
+    ["Offset of field: dllm_merge_state_params::out_stride"]
+        [::core::mem::offset_of!(dllm_merge_state_params, out_stride) - 80usize];
+    ["Offset of field: dllm_merge_state_params::max_rows"]
+        [::core::mem::offset_of!(dllm_merge_state_params, max_rows) - 88usize];
+    ["Offset of field: dllm_merge_state_params::num_heads"]
+        [::core::mem::offset_of!(dllm_merge_state_params, num_heads) - 92usize];
+    ["Offset of field: dllm_merge_state_params::head_dim"]
+        [::core::mem::offset_of!(dllm_merge_state_params, head_dim) - 96usize];
+    ["Offset of field: dllm_merge_state_params::dtype"]
+        [::core::mem::offset_of!(dllm_merge_state_params, dtype) - 100usize];
 };
 /// roof: reads memory and does nothing with it, which is the most that a kernel bound by reading can reach.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
-pub struct dllm_roof_params {
-    /// sizeof(dllm_roof_params)
+pub struct dllm_read_bandwidth_params {
+    /// sizeof(dllm_read_bandwidth_params)
     pub size: u64,
     /// bytes
     pub source: u64,
@@ -1110,10 +1147,14 @@ pub struct dllm_roof_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of dllm_roof_params"][::core::mem::size_of::<dllm_roof_params>() - 32usize];
-    ["Alignment of dllm_roof_params"][::core::mem::align_of::<dllm_roof_params>() - 8usize];
-    ["Offset of field: dllm_roof_params::size"][::core::mem::offset_of!(dllm_roof_params, size) - 0usize];
-    ["Offset of field: dllm_roof_params::source"][::core::mem::offset_of!(dllm_roof_params, source) - 8usize];
-    ["Offset of field: dllm_roof_params::sink"][::core::mem::offset_of!(dllm_roof_params, sink) - 16usize];
-    ["Offset of field: dllm_roof_params::bytes"][::core::mem::offset_of!(dllm_roof_params, bytes) - 24usize];
+    ["Size of dllm_read_bandwidth_params"][::core::mem::size_of::<dllm_read_bandwidth_params>() - 32usize];
+    ["Alignment of dllm_read_bandwidth_params"][::core::mem::align_of::<dllm_read_bandwidth_params>() - 8usize];
+    ["Offset of field: dllm_read_bandwidth_params::size"]
+        [::core::mem::offset_of!(dllm_read_bandwidth_params, size) - 0usize];
+    ["Offset of field: dllm_read_bandwidth_params::source"]
+        [::core::mem::offset_of!(dllm_read_bandwidth_params, source) - 8usize];
+    ["Offset of field: dllm_read_bandwidth_params::sink"]
+        [::core::mem::offset_of!(dllm_read_bandwidth_params, sink) - 16usize];
+    ["Offset of field: dllm_read_bandwidth_params::bytes"]
+        [::core::mem::offset_of!(dllm_read_bandwidth_params, bytes) - 24usize];
 };

@@ -74,7 +74,7 @@ pub enum Error {
     },
     /// The tokenizer or chat template of a checkpoint failed.
     #[error("{}: {message}", path.display())]
-    Text {
+    Tokenizer {
         /// The tokenizer file.
         path: PathBuf,
         /// What is wrong.

@@ -5,7 +5,7 @@
 //! on token ids; tokenizers and chat templates come with the feature `cli`.
 //!
 //! Calls go down this list only: [`decode`] (rules, policies, the loop), [`cache`] (which rows run), [`model`] (config,
-//! weights, the forward pass), [`backend`] (the ops of a layer on a device), [`oracle`] (what each op computes).
+//! weights, the forward pass), [`backend`] (the ops of a layer on a device), [`reference`] (what each op computes).
 //! The CUDA kernels stand beside them: `ops` (one a file: parameters, checks, launch) over `gpu` (devices, streams, memory);
 //! [`Model::to_device`] brings a model to a device, where the generator then decodes with them.
 //!
@@ -25,13 +25,13 @@ pub mod gpu;
 pub mod model;
 #[cfg(feature = "cuda")]
 pub mod ops;
-pub mod oracle;
+pub mod reference;
 mod tensor;
 #[cfg(feature = "cli")]
-pub mod text;
+pub mod tokenizer;
 
 pub use cache::CacheMode;
 pub use decode::{Generation, Generator, Observer, Options, Policy, Step};
 pub use error::{Error, Result};
 pub use model::{Config, Family, Model};
-pub use oracle::unmask::Confidence;
+pub use reference::unmask::Confidence;

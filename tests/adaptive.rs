@@ -4,8 +4,8 @@
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::adaptive::Adaptive;
 use dllm_kernels::decode::decode;
-use dllm_kernels::model::{Chosen, Network, Pass, Session, Sizes, Twins, Window};
-use dllm_kernels::oracle::unmask::{Group, Selection, Unmask, Verdict};
+use dllm_kernels::model::{CfgBranch, DecodeEngine, Pass, QueryRows, SelectedRows, Session, SessionConfig};
+use dllm_kernels::reference::unmask::{Candidates, CommitRule, Prediction, SamplingParams};
 use dllm_kernels::{CacheMode, Config, Family, Generator, Model, Options, Policy, Result};
 
 const FAMILIES: [Family; 2] = [Family::Llada, Family::Dream];
@@ -104,19 +104,21 @@ fn equal_settings() {
 }
 
 /// A session that is given rows of all positions in every pass.
-struct Whole<'m> {
+struct Full<'m> {
     session: Session<'m, Cpu>,
     narrowed: usize,
 }
 
-impl Network for Whole<'_> {
-    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
-        let windows: Vec<_> = pass.windows.iter().map(|w| Window::new(w.sequence, 0..w.view.len, w.view.len)).collect();
+impl DecodeEngine for Full<'_> {
+    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
+        let windows: Vec<_> =
+            pass.windows.iter().map(|w| QueryRows::new(w.sequence, 0..w.view.len, w.view.len)).collect();
         self.narrowed += usize::from(windows != pass.windows);
         match pass.twins {
-            Twins::Apart { plan, .. } => self
-                .session
-                .step(tokens, &Pass { windows: &windows, twins: Twins::Apart { plan, windows: &windows }, ..*pass }),
+            CfgBranch::Separate { plan, .. } => self.session.step(
+                tokens,
+                &Pass { windows: &windows, twins: CfgBranch::Separate { plan, windows: &windows }, ..*pass },
+            ),
             _ => self.session.step(tokens, &Pass { windows: &windows, ..*pass }),
         }
     }
@@ -138,7 +140,7 @@ fn rows_that_are_left_out_are_not_missed() {
                     let options = Options { steps, ..options };
                     let sizes = options.sizes(model.config(), &prompts);
                     let session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
-                    let mut whole = Whole { session, narrowed: 0 };
+                    let mut whole = Full { session, narrowed: 0 };
                     let want = decode(&mut whole, model.config(), &prompts, &options, None, &mut ()).unwrap();
                     assert_eq!(tokens(&model, &options, &prompts), want.tokens, "{family} {options:?} {prompts:?}");
                     assert!(whole.narrowed > 0 || want.nfe < 2);
@@ -159,7 +161,7 @@ fn guidance_at_intervals() {
             let sizes = options.sizes(model.config(), &prompts());
             let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
             let decoded = decode(&mut session, model.config(), &prompts(), options, None, &mut ()).unwrap();
-            (decoded.tokens, session.multiply_adds())
+            (decoded.tokens, session.macs())
         };
         // The first five forwards are all that there are.
         let short = |cfg_interval| Options { steps: Some(5), ..at(cfg_interval) };
@@ -207,18 +209,18 @@ fn decodes_do_not_meet() {
     assert_eq!(again(), again());
 }
 
-fn unmask() -> Unmask {
-    Unmask { f32_confidence: true, mask_token: Some(MASK), ..Unmask::default() }
+fn unmask() -> SamplingParams {
+    SamplingParams { f32_confidence: true, mask_token: Some(MASK), ..SamplingParams::default() }
 }
 
 /// Passes over sequences of 8 + 8 tokens by a plan each, everything observed: what they chose, and multiply-adds.
-fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u32>)) -> Vec<(Vec<Chosen>, u64)> {
-    let sizes = Sizes {
+fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u32>)) -> Vec<(Vec<SelectedRows>, u64)> {
+    let sizes = SessionConfig {
         prompt_lens: vec![8],
         gen_length: 8,
         candidates: 8,
-        cached: true,
-        kept: true,
+        kv_cache: true,
+        feature_cache: true,
         remembered: false,
         guided: false,
         ratios: 0,
@@ -230,20 +232,20 @@ fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u3
     let pass = |t: usize| {
         changes(t, &mut row);
         let plan = adaptive.plan(t);
-        let selection = Selection::Quota(0);
-        let groups = [Group { sequence: 0, step: t, positions: positions.clone(), commit_before: 16, selection }];
-        let windows = [Window::new(0, plan.window(8, 16), 16)];
+        let selection = CommitRule::Quota(0);
+        let groups = [Candidates { sequence: 0, step: t, positions: positions.clone(), commit_before: 16, selection }];
+        let windows = [QueryRows::new(0, plan.window(8, 16), 16)];
         let pass = Pass {
             plan: &plan,
             windows: &windows,
             groups: &groups,
             unmask: &unmask(),
-            twins: Twins::Beside,
+            twins: CfgBranch::Batched,
             observed: true,
         };
-        let before = session.multiply_adds();
+        let before = session.macs();
         session.step(std::slice::from_ref(&row), &pass).unwrap();
-        (session.chosen().to_vec(), session.multiply_adds() - before)
+        (session.selected_rows().to_vec(), session.macs() - before)
     };
     (0..10).map(pass).collect()
 }
@@ -256,14 +258,14 @@ const EIGHT: Adaptive =
 fn without_a_change_position_decides() {
     for family in FAMILIES {
         let model = model(family);
-        for (t, (chosen, _)) in passes(&model, EIGHT, |_, _| ()).into_iter().enumerate() {
-            let first = |layer| Chosen { layer, rows: vec![vec![0, 1]] };
-            let want: Vec<Chosen> = if t == 0 { vec![] } else { (1..4).map(first).collect() };
-            assert_eq!(chosen, want, "{family} step {t}");
+        for (t, (selected, _)) in passes(&model, EIGHT, |_, _| ()).into_iter().enumerate() {
+            let first = |layer| SelectedRows { layer, rows: vec![vec![0, 1]] };
+            let want: Vec<SelectedRows> = if t == 0 { vec![] } else { (1..4).map(first).collect() };
+            assert_eq!(selected, want, "{family} step {t}");
         }
         // With a change that one is chosen, in the layers that see it as the largest.
-        let chosen = passes(&model, EIGHT, |t, row| row[13] = if t < 5 { MASK } else { 7 });
-        assert!(chosen[5].0[0].rows[0].contains(&5), "{family}: {:?}", chosen[5]);
+        let selected = passes(&model, EIGHT, |t, row| row[13] = if t < 5 { MASK } else { 7 });
+        assert!(selected[5].0[0].rows[0].contains(&5), "{family}: {:?}", selected[5]);
     }
 }
 
@@ -276,10 +278,10 @@ fn twins_that_never_ran() {
     let mut session =
         Session::new(model.transformer(), Cpu::default(), options.sizes(model.config(), &[vec![1, 2]])).unwrap();
     let plan = options.adaptive().unwrap().plan(0);
-    let (selection, positions) = (Selection::Quota(1), vec![4]);
-    let groups = [Group { sequence: 0, step: 0, positions, commit_before: 14, selection }];
-    let windows = [Window::new(0, 0..14, 14)];
-    let (twins, unmask) = (Twins::Remembered, Unmask { cfg_scale: 1.0, ..unmask() });
+    let (selection, positions) = (CommitRule::Quota(1), vec![4]);
+    let groups = [Candidates { sequence: 0, step: 0, positions, commit_before: 14, selection }];
+    let windows = [QueryRows::new(0, 0..14, 14)];
+    let (twins, unmask) = (CfgBranch::Reused, SamplingParams { cfg_scale: 1.0, ..unmask() });
     let pass = Pass { plan: &plan, windows: &windows, groups: &groups, unmask: &unmask, twins, observed: false };
     let error = session.step(&[tokens], &pass).unwrap_err().to_string();
     assert!(error.contains("none for sequence 0, position 4"), "{error}");

@@ -6,17 +6,17 @@ mod common;
 
 use common::{Random, device, on_device, poison, stream};
 use dllm_kernels::abi::{
-    DLLM_INDEX_FAILED, DLLM_NONE_FAILED, DLLM_SCHEDULE_AMONG, DLLM_SCHEDULE_DREAM, DLLM_SCHEDULE_LLADA,
+    DLLM_INDEX_FAILED, DLLM_NONE_FAILED, DLLM_SCHEDULE_CARRY_OVER, DLLM_SCHEDULE_DREAM, DLLM_SCHEDULE_LLADA,
     DLLM_SCHEDULE_NONE, dllm_advance_control, dllm_advance_params, dllm_advance_sequence, dllm_progress,
 };
 use dllm_kernels::decode::schedule::{DreamSchedule, llada_quota};
-use dllm_kernels::decode::{Rule, decode};
+use dllm_kernels::decode::{Algorithm, decode};
 use dllm_kernels::gpu::{Buffer, Pinned, Stream};
-use dllm_kernels::model::{Network, Pass};
+use dllm_kernels::model::{DecodeEngine, Pass};
 use dllm_kernels::ops::advance;
 use dllm_kernels::ops::unmask::{self, Outcome, Row, RowTable, Unmask};
-use dllm_kernels::oracle::advance::{Failure, Schedule, Sequence, State};
-use dllm_kernels::oracle::unmask::{Confidence, Selection, Verdict};
+use dllm_kernels::reference::advance::{Failure, QuotaSchedule, Sequence, State};
+use dllm_kernels::reference::unmask::{CommitRule, Confidence, Prediction};
 use dllm_kernels::{CacheMode, Config, Family, Options, Policy, Result};
 use std::ops::Range;
 
@@ -69,19 +69,19 @@ struct Batch {
 
 impl Batch {
     /// With poison where the host writes nothing.
-    fn new(tokens: &[i32], left: &Left, ratios: &[f32], end_tokens: &[i32]) -> Batch {
+    fn new(tokens: &[i32], output: &Left, ratios: &[f32], end_tokens: &[i32]) -> Batch {
         let stream = stream();
-        let n = left.sequences.len();
+        let n = output.sequences.len();
         let mut progress = Pinned::new(stream.device(), size_of::<dllm_progress>() / 4).unwrap();
         progress.write(0, &[poison(); 8]);
         let poisoned = || stream.upload(&vec![poison(); n]).unwrap();
         let (masks_left, committed, failed) = (poisoned(), poisoned(), poisoned());
-        let (chosen, confidence) = (stream.alloc(tokens.len()).unwrap(), stream.alloc(tokens.len()).unwrap());
+        let (predicted, confidence) = (stream.alloc(tokens.len()).unwrap(), stream.alloc(tokens.len()).unwrap());
         let mut batch = Batch {
             control: stream.alloc(1).unwrap(),
             sequences: stream.alloc(n).unwrap(),
             tokens: stream.upload(tokens).unwrap(),
-            outcome: Outcome { masks_left, committed, failed, chosen, confidence },
+            outcome: Outcome { masks_left, committed, failed, predicted, confidence },
             quota: stream.alloc(n).unwrap(),
             commit_before: stream.alloc(n).unwrap(),
             steps: stream.alloc(n).unwrap(),
@@ -90,17 +90,17 @@ impl Batch {
             progress,
             stream,
         };
-        batch.begin(left);
+        batch.begin(output);
         batch
     }
 
     /// What the host does before the first pass of a block.
-    fn begin(&mut self, left: &Left) {
-        self.control.write(&[left.control]).unwrap();
-        self.sequences.write(&left.sequences).unwrap();
-        self.quota.write(&left.quota).unwrap();
-        self.commit_before.write(&left.commit_before).unwrap();
-        self.steps.write(&left.steps).unwrap();
+    fn begin(&mut self, output: &Left) {
+        self.control.write(&[output.control]).unwrap();
+        self.sequences.write(&output.sequences).unwrap();
+        self.quota.write(&output.quota).unwrap();
+        self.commit_before.write(&output.commit_before).unwrap();
+        self.steps.write(&output.steps).unwrap();
     }
 
     /// What unmask would have left.
@@ -164,25 +164,25 @@ fn left_of(state: &State, commit_before: &[i32]) -> Left {
         None => [DLLM_NONE_FAILED; 3],
     };
     let (schedule, steps, num_ratios) = match &state.schedule {
-        Schedule::None => (DLLM_SCHEDULE_NONE, 0, 0),
-        Schedule::Llada(steps) => (DLLM_SCHEDULE_LLADA, *steps, 0),
-        Schedule::Dream(ratios) => (DLLM_SCHEDULE_DREAM, 0, ratios.len()),
-        Schedule::Among => (DLLM_SCHEDULE_AMONG, 0, 0),
+        QuotaSchedule::Unlimited => (DLLM_SCHEDULE_NONE, 0, 0),
+        QuotaSchedule::Llada(steps) => (DLLM_SCHEDULE_LLADA, *steps, 0),
+        QuotaSchedule::Dream(ratios) => (DLLM_SCHEDULE_DREAM, 0, ratios.len()),
+        QuotaSchedule::CarryOver => (DLLM_SCHEDULE_CARRY_OVER, 0, 0),
     };
     let (passes, nfe) = (number(state.passes), number(state.nfe));
     let of = |(sequence, commit_before): (&Sequence, &i32)| dllm_advance_sequence {
         first_token: number(sequence.tokens.start),
         length: number(sequence.tokens.len()),
         generated: number(sequence.generated),
-        open_start: number(sequence.open.start),
-        open_end: number(sequence.open.end),
-        reach_start: number(sequence.reach.start),
-        reach_end: number(sequence.reach.end),
+        active_start: number(sequence.active_range.start),
+        active_end: number(sequence.active_range.end),
+        quota_start: number(sequence.quota_range.start),
+        quota_end: number(sequence.quota_range.end),
         commit_before: *commit_before,
-        masked: number(sequence.masked),
+        initial_masks: number(sequence.initial_masks),
         per_step: number(sequence.per_step),
-        left: number(sequence.left),
-        limit: number(sequence.limit),
+        deficit: number(sequence.deficit),
+        max_passes: number(sequence.max_passes),
         forwards: number(sequence.forwards),
         active: sequence.quota.is_some().into(),
         ended: sequence.ended.into(),
@@ -218,8 +218,8 @@ fn left_of(state: &State, commit_before: &[i32]) -> Left {
     }
 }
 
-fn ratios(schedule: &Schedule) -> &[f32] {
-    if let Schedule::Dream(ratios) = schedule { ratios } else { &[] }
+fn ratios(schedule: &QuotaSchedule) -> &[f32] {
+    if let QuotaSchedule::Dream(ratios) = schedule { ratios } else { &[] }
 }
 
 fn range(random: &mut Random, len: usize) -> Range<usize> {
@@ -247,12 +247,12 @@ fn any_state(random: &mut Random) -> (State, Vec<i32>) {
         Sequence {
             tokens: start..start + length,
             generated: random.below(length + 1),
-            open: range(random, length),
-            reach: range(random, length),
-            masked: random.below(60),
+            active_range: range(random, length),
+            quota_range: range(random, length),
+            initial_masks: random.below(60),
             per_step: random.below(5),
-            left: random.below(5),
-            limit: [pass + 1, pass + 2, usize::MAX, usize::MAX][random.below(4)],
+            deficit: random.below(5),
+            max_passes: [pass + 1, pass + 2, usize::MAX, usize::MAX][random.below(4)],
             forwards: random.below(100),
             quota: active.then(|| [random.below(9), i32::MAX as usize][random.below(9) / 8]),
             ended: !active && random.below(2) > 0,
@@ -260,10 +260,10 @@ fn any_state(random: &mut Random) -> (State, Vec<i32>) {
     });
     let sequences = sequences.collect();
     let schedule = match random.below(4) {
-        0 => Schedule::None,
-        1 => Schedule::Llada(random.below(10)),
-        2 => Schedule::Dream((0..random.below(10)).map(|_| random.number().abs()).collect()),
-        _ => Schedule::Among,
+        0 => QuotaSchedule::Unlimited,
+        1 => QuotaSchedule::Llada(random.below(10)),
+        2 => QuotaSchedule::Dream((0..random.below(10)).map(|_| random.number().abs()).collect()),
+        _ => QuotaSchedule::CarryOver,
     };
     tokens.push(MASK);
     let failure = Failure { sequence: random.below(9), position: random.below(99) as i32, step: random.below(9) };
@@ -299,9 +299,9 @@ fn equals_the_oracle() {
 
             let numbers: Vec<i32> = committed.iter().copied().map(number).collect();
             let told: Vec<i32> = failed.iter().map(|failed| failed.unwrap_or(DLLM_NONE_FAILED)).collect();
-            let left = batch.advance(&tokens, &numbers, &told);
+            let output = batch.advance(&tokens, &numbers, &told);
             state.advance(&tokens, &committed, &failed);
-            assert_eq!(left, left_of(&state, &commit_before), "case {case}, pass {pass}");
+            assert_eq!(output, left_of(&state, &commit_before), "case {case}, pass {pass}");
         }
     }
 }
@@ -311,19 +311,19 @@ fn sequence(tokens: Range<usize>) -> Sequence {
     Sequence {
         tokens,
         generated: 0,
-        open: 0..len,
-        reach: 0..len,
-        masked: len,
+        active_range: 0..len,
+        quota_range: 0..len,
+        initial_masks: len,
         per_step: 0,
-        left: 0,
-        limit: usize::MAX,
+        deficit: 0,
+        max_passes: usize::MAX,
         forwards: 0,
         quota: Some(0),
         ended: false,
     }
 }
 
-fn state(schedule: Schedule, sequences: Vec<Sequence>) -> State {
+fn state(schedule: QuotaSchedule, sequences: Vec<Sequence>) -> State {
     let end_tokens = vec![];
     State { schedule, pass: 0, passes: 0, nfe: 0, failure: None, sequences, mask: MASK, end_tokens }
 }
@@ -333,19 +333,19 @@ fn masks_and_ends_at_every_position() {
     let [filler, other] = [1, 2];
     for length in [1, 2, 31, 32, 33, 127, 128, 129, 257] {
         let (mut tokens, mut sequences) = (vec![], vec![]);
-        let mut add = |of: &[(usize, i32)], open: Range<usize>, generated: usize| {
+        let mut add = |of: &[(usize, i32)], active_range: Range<usize>, generated: usize| {
             let start = tokens.len();
             tokens.extend((0..length).map(|i| [filler, other][i % 2]));
             for (position, token) in of.iter().filter(|(position, _)| *position < length) {
                 tokens[start + position] = *token;
             }
-            let reach = open.clone();
-            sequences.push(Sequence { open, reach, generated, ..sequence(start..start + length) });
+            let quota_range = active_range.clone();
+            sequences.push(Sequence { active_range, quota_range, generated, ..sequence(start..start + length) });
         };
         for i in 0..length {
             // A mask; end-of-text is asked for behind it only.
-            for open in [0..length, i..i + 1, 0..i, i + 1..length] {
-                add(&[(i, MASK)], open, i);
+            for active_range in [0..length, i..i + 1, 0..i, i + 1..length] {
+                add(&[(i, MASK)], active_range, i);
             }
             // An end with a mask behind it, before it, far from it.
             for mask in [i + 1, i.wrapping_sub(1), length - 1, 0] {
@@ -355,18 +355,18 @@ fn masks_and_ends_at_every_position() {
             add(&[(i, ENDS[0]), (length - 1, MASK)], 0..length, i + 1);
         }
         let n = sequences.len();
-        let mut state = State { end_tokens: ENDS.to_vec(), ..state(Schedule::Dream(vec![]), sequences) };
+        let mut state = State { end_tokens: ENDS.to_vec(), ..state(QuotaSchedule::Dream(vec![]), sequences) };
         let commit_before = vec![i32::MAX; n];
         let mut batch = Batch::new(&tokens, &left_of(&state, &commit_before), &[], &ENDS);
-        let left = batch.advance(&tokens, &vec![0; n], &vec![DLLM_NONE_FAILED; n]);
+        let output = batch.advance(&tokens, &vec![0; n], &vec![DLLM_NONE_FAILED; n]);
         state.advance(&tokens, &vec![0; n], &vec![None; n]);
-        assert_eq!(left, left_of(&state, &commit_before), "{length} positions");
+        assert_eq!(output, left_of(&state, &commit_before), "{length} positions");
     }
 }
 
 /// Quotas of every pass while nothing is committed, against the functions of the loops.
 fn schedules_are_those_of_the_loops() {
-    let check = |schedule: Schedule, masks: Vec<usize>, passes: usize, quota: &dyn Fn(usize, usize) -> usize| {
+    let check = |schedule: QuotaSchedule, masks: Vec<usize>, passes: usize, quota: &dyn Fn(usize, usize) -> usize| {
         let ends: Vec<usize> = masks
             .iter()
             .scan(0, |end, masks| {
@@ -382,24 +382,24 @@ fn schedules_are_those_of_the_loops() {
         let start = left_of(&state(schedule.clone(), sequences), &vec![i32::MAX; n]);
         let mut batch = Batch::new(&tokens, &start, ratios(&schedule), &[]);
         for pass in 1..passes {
-            let left = batch.advance(&tokens, &vec![0; n], &vec![DLLM_NONE_FAILED; n]);
+            let output = batch.advance(&tokens, &vec![0; n], &vec![DLLM_NONE_FAILED; n]);
             let want: Vec<i32> = masks.iter().map(|masks| number(quota(pass, *masks))).collect();
-            assert_eq!(left.quota, want, "{schedule:?}, pass {pass}");
-            assert_eq!((left.progress.active, left.progress.passes), (n as i32, pass as i32));
+            assert_eq!(output.quota, want, "{schedule:?}, pass {pass}");
+            assert_eq!((output.progress.active, output.progress.passes), (n as i32, pass as i32));
         }
     };
     let masks: Vec<usize> = (1..40).chain([64, 129]).collect();
     for steps in [1, 2, 3, 8, 39, 40] {
         let quota = |pass, masks| if pass < steps { llada_quota(masks, steps, pass) } else { 1 };
-        check(Schedule::Llada(steps), masks.clone(), steps + 3, &quota);
+        check(QuotaSchedule::Llada(steps), masks.clone(), steps + 3, &quota);
     }
     for (steps, eps) in [(1, 1e-3), (2, 1e-3), (3, 0.5), (8, 1e-3), (32, 1e-3), (32, 0.2)] {
         let schedule = DreamSchedule::new(steps, eps);
         let shares: Vec<f32> = schedule.timesteps().windows(2).map(|t| 1.0 - t[1] / t[0]).collect();
         let masks = (1..100).chain([1000, 4097]).collect();
-        check(Schedule::Dream(shares), masks, steps + 3, &|pass, masks| schedule.quota(pass, masks));
+        check(QuotaSchedule::Dream(shares), masks, steps + 3, &|pass, masks| schedule.quota(pass, masks));
     }
-    check(Schedule::None, masks, 3, &|_, _| usize::MAX);
+    check(QuotaSchedule::Unlimited, masks, 3, &|_, _| usize::MAX);
 }
 
 /// The lowest sequence of the first launch in which one fails, in whichever warp; until the host takes it back.
@@ -407,7 +407,7 @@ fn failures() {
     let n = 40;
     let active = |s: usize| s != 2;
     let sequences = (0..n).map(|s| Sequence { forwards: 10 + s, quota: active(s).then_some(1), ..sequence(s..s + 1) });
-    let start = left_of(&state(Schedule::None, sequences.collect()), &vec![i32::MAX; n]);
+    let start = left_of(&state(QuotaSchedule::Unlimited, sequences.collect()), &vec![i32::MAX; n]);
     let tokens = vec![MASK; n];
     let mut batch = Batch::new(&tokens, &start, &[], &[]);
     let mut launch = |failing: &[(usize, i32)], take_back: bool| {
@@ -423,8 +423,8 @@ fn failures() {
             };
             batch.control.write(&[control]).unwrap();
         }
-        let left = batch.advance(&tokens, &vec![0; n], &failed);
-        let dllm_progress { active, failed_sequence, failed_position, failed_step, .. } = left.progress;
+        let output = batch.advance(&tokens, &vec![0; n], &failed);
+        let dllm_progress { active, failed_sequence, failed_position, failed_step, .. } = output.progress;
         (active, failed_sequence, failed_position, failed_step)
     };
     assert_eq!(launch(&[(2, 5)], false), (39, -1, -1, -1), "one that takes no part");
@@ -443,12 +443,12 @@ fn honest(lying: &dllm_advance_sequence, num_tokens: usize) -> Sequence {
     Sequence {
         tokens: start..start + len,
         generated: within(lying.generated, len),
-        open: range(lying.open_start, lying.open_end),
-        reach: range(lying.reach_start, lying.reach_end),
-        masked: 0,
+        active_range: range(lying.active_start, lying.active_end),
+        quota_range: range(lying.quota_start, lying.quota_end),
+        initial_masks: 0,
         per_step: 0,
-        left: 0,
-        limit: usize::MAX,
+        deficit: 0,
+        max_passes: usize::MAX,
         forwards: 0,
         quota: Some(0),
         ended: false,
@@ -469,26 +469,26 @@ fn lies_do_no_harm() {
             first_token: any(),
             length: any(),
             generated: any(),
-            open_start: any(),
-            open_end: any(),
-            reach_start: any(),
-            reach_end: any(),
+            active_start: any(),
+            active_end: any(),
+            quota_start: any(),
+            quota_end: any(),
             commit_before: 1,
-            limit: i32::MAX,
+            max_passes: i32::MAX,
             active: 1,
             ..Default::default()
         });
         let lying: Vec<dllm_advance_sequence> = lying.collect();
         let sequences = lying.iter().map(|lying| honest(lying, num_tokens)).collect();
         let end_tokens = if case % 2 == 0 { ENDS.to_vec() } else { vec![] };
-        let mut state = State { end_tokens, ..state(Schedule::Dream(vec![]), sequences) };
+        let mut state = State { end_tokens, ..state(QuotaSchedule::Dream(vec![]), sequences) };
         let start = Left { sequences: lying, ..left_of(&state, &[1; 20]) };
         let mut batch = Batch::new(&tokens, &start, &[], &state.end_tokens);
-        let left = batch.advance(&tokens, &[0; 20], &[DLLM_NONE_FAILED; 20]);
+        let output = batch.advance(&tokens, &[0; 20], &[DLLM_NONE_FAILED; 20]);
         state.advance(&tokens, &[0; 20], &[None; 20]);
         let want = left_of(&state, &[1; 20]);
-        assert_eq!(left.progress, want.progress, "case {case}");
-        assert_eq!((left.quota, left.commit_before, left.steps), (want.quota, want.commit_before, want.steps));
+        assert_eq!(output.progress, want.progress, "case {case}");
+        assert_eq!((output.quota, output.commit_before, output.steps), (want.quota, want.commit_before, want.steps));
     }
 }
 
@@ -500,24 +500,24 @@ fn numbers_that_cannot_be() {
     let tokens = [MASK; 10];
     // One sequence of ten masks; what stands in quota, committed and failed; the quota of the next pass.
     let quota = |change: &dyn Fn(&mut dllm_advance_control, &mut dllm_advance_sequence, &mut [i32; 3])| {
-        let mut left = left_of(&state(Schedule::None, vec![sequence(0..10)]), &[MAX]);
+        let mut output = left_of(&state(QuotaSchedule::Unlimited, vec![sequence(0..10)]), &[MAX]);
         let mut unmask = [0, 0, DLLM_NONE_FAILED];
-        change(&mut left.control, &mut left.sequences[0], &mut unmask);
-        left.quota = vec![unmask[0]];
-        let before = left.clone();
-        let mut batch = Batch::new(&tokens, &left, &SHARES, &[]);
-        let left = batch.advance(&tokens, &[unmask[1]], &[unmask[2]]);
+        change(&mut output.control, &mut output.sequences[0], &mut unmask);
+        output.quota = vec![unmask[0]];
+        let before = output.clone();
+        let mut batch = Batch::new(&tokens, &output, &SHARES, &[]);
+        let output = batch.advance(&tokens, &[unmask[1]], &[unmask[2]]);
         let wraps = |before: i32, after: i32| assert_eq!(before.wrapping_add(1), after);
-        wraps(before.control.pass, left.control.pass);
-        wraps(before.control.passes, left.progress.passes);
-        wraps(before.control.nfe, left.progress.nfe);
-        wraps(before.sequences[0].forwards, left.steps[0]);
-        (left.sequences[0].active == 1).then_some(left.quota[0])
+        wraps(before.control.pass, output.control.pass);
+        wraps(before.control.passes, output.progress.passes);
+        wraps(before.control.nfe, output.progress.nfe);
+        wraps(before.sequences[0].forwards, output.steps[0]);
+        (output.sequences[0].active == 1).then_some(output.quota[0])
     };
     for schedule in [MIN, -1, 4, MAX] {
         assert_eq!(quota(&|control, _, _| control.schedule = schedule), Some(MAX));
     }
-    for (steps, pass, masked, want) in [
+    for (steps, pass, initial_masks, want) in [
         (0, 0, 7, 1),
         (0, MAX, 7, 1),
         (-1, 0, 7, 1),
@@ -529,9 +529,9 @@ fn numbers_that_cannot_be() {
     ] {
         let got = quota(&|control, sequence, _| {
             (control.schedule, control.steps, control.pass) = (DLLM_SCHEDULE_LLADA as i32, steps, pass);
-            sequence.masked = masked;
+            sequence.initial_masks = initial_masks;
         });
-        assert_eq!(got, Some(want), "steps {steps}, pass {pass}, masked {masked}");
+        assert_eq!(got, Some(want), "steps {steps}, pass {pass}, masked {initial_masks}");
     }
     // NaN and what is negative are shares of nothing.
     for (num_ratios, pass, want) in [
@@ -554,7 +554,7 @@ fn numbers_that_cannot_be() {
         let got = quota(&|control, sequence, _| {
             (control.schedule, control.num_ratios, control.pass) = (DLLM_SCHEDULE_DREAM as i32, num_ratios, pass);
             // At the last pass that there is no limit is none.
-            sequence.limit = MAX;
+            sequence.max_passes = MAX;
         });
         assert_eq!(got, if pass == MAX - 1 { None } else { Some(want) }, "{num_ratios} ratios, pass {pass}");
     }
@@ -568,19 +568,19 @@ fn numbers_that_cannot_be() {
         (MIN, MIN, MAX, 0),
     ] {
         let got = quota(&|control, sequence, unmask| {
-            control.schedule = DLLM_SCHEDULE_AMONG as i32;
+            control.schedule = DLLM_SCHEDULE_CARRY_OVER as i32;
             sequence.per_step = per_step;
             *unmask = [old, committed, DLLM_NONE_FAILED];
         });
         assert_eq!(got, Some(want), "per step {per_step}, {committed} of {old}");
     }
-    assert_eq!(quota(&|_, sequence, _| sequence.limit = MIN), None);
+    assert_eq!(quota(&|_, sequence, _| sequence.max_passes = MIN), None);
     for (forwards, step) in [(MAX, MAX), (MIN, MIN), (-1, -1)] {
-        let mut left = left_of(&state(Schedule::None, vec![sequence(0..10)]), &[MAX]);
-        left.sequences[0].forwards = forwards;
-        (left.control.passes, left.control.nfe) = (MAX, MAX);
-        let left = Batch::new(&tokens, &left, &[], &[]).advance(&tokens, &[0], &[MIN]);
-        let dllm_progress { passes, nfe, failed_position, failed_step, .. } = left.progress;
+        let mut output = left_of(&state(QuotaSchedule::Unlimited, vec![sequence(0..10)]), &[MAX]);
+        output.sequences[0].forwards = forwards;
+        (output.control.passes, output.control.nfe) = (MAX, MAX);
+        let output = Batch::new(&tokens, &output, &[], &[]).advance(&tokens, &[0], &[MIN]);
+        let dllm_progress { passes, nfe, failed_position, failed_step, .. } = output.progress;
         assert_eq!((passes, nfe, failed_position, failed_step), (MIN, MIN, MIN, step));
     }
 }
@@ -589,8 +589,9 @@ fn numbers_that_cannot_be() {
 fn replays() {
     device().preload().unwrap();
     let random = &mut Random(5);
-    let sequences = (0..3).map(|s| Sequence { per_step: 2, limit: 3, quota: Some(2), ..sequence(s * 6..s * 6 + 6) });
-    let mut state = state(Schedule::Among, sequences.collect());
+    let sequences =
+        (0..3).map(|s| Sequence { per_step: 2, max_passes: 3, quota: Some(2), ..sequence(s * 6..s * 6 + 6) });
+    let mut state = state(QuotaSchedule::CarryOver, sequences.collect());
     let mut tokens = vec![MASK; 18];
     let mut batch = Batch::new(&tokens, &left_of(&state, &[6; 3]), &[], &[]);
     let graph = batch.stream.capture(|| batch.launch()).unwrap();
@@ -622,28 +623,28 @@ fn masks(tokens: &[u32]) -> usize {
 /// A network that commits at random, and knows from advance what the loop will ask of it next.
 struct Follower<'a> {
     options: &'a Options,
-    rule: Rule,
+    rule: Algorithm,
     prompt_lens: Vec<usize>,
     random: Random,
     batch: Batch,
     /// What the last launch left, or the host at a block's beginning.
-    left: Left,
+    output: Left,
     block: usize,
     next_block: usize,
     steps: usize,
 }
 
 impl Follower<'_> {
-    fn new<'a>(options: &'a Options, rule: Rule, prompts: &[Vec<u32>], seed: u64) -> Follower<'a> {
+    fn new<'a>(options: &'a Options, rule: Algorithm, prompts: &[Vec<u32>], seed: u64) -> Follower<'a> {
         let steps = options.steps() / (options.gen_length / options.block_length());
         let schedule = DreamSchedule::new(steps.max(1), options.eps);
         let shares: Vec<f32> = schedule.timesteps().windows(2).map(|t| 1.0 - t[1] / t[0]).collect();
         let fixed = options.policy == Policy::Fixed;
         let schedule = match rule {
-            Rule::Llada | Rule::FastLlada if fixed => Schedule::Llada(steps),
-            Rule::Dream | Rule::DreamBlock if fixed => Schedule::Dream(shares.clone()),
-            Rule::DreamThreshold => Schedule::Among,
-            _ => Schedule::None,
+            Algorithm::Llada | Algorithm::FastLlada if fixed => QuotaSchedule::Llada(steps),
+            Algorithm::Dream | Algorithm::DreamBlock if fixed => QuotaSchedule::Dream(shares.clone()),
+            Algorithm::DreamThreshold => QuotaSchedule::CarryOver,
+            _ => QuotaSchedule::Unlimited,
         };
         let mut end = 0;
         let sequences = prompts.iter().map(|prompt| {
@@ -651,17 +652,17 @@ impl Follower<'_> {
             end += prompt.len() + options.gen_length;
             Sequence { generated: prompt.len(), quota: None, ..sequence(start..end) }
         });
-        let left = left_of(&state(schedule, sequences.collect()), &vec![i32::MAX; prompts.len()]);
+        let output = left_of(&state(schedule, sequences.collect()), &vec![i32::MAX; prompts.len()]);
         let end_tokens = if options.early_stop { &ENDS[..] } else { &[] };
-        let batch = Batch::new(&vec![0; end], &left, &shares, end_tokens);
+        let batch = Batch::new(&vec![0; end], &output, &shares, end_tokens);
         let prompt_lens = prompts.iter().map(Vec::len).collect();
-        Follower { options, rule, prompt_lens, random: Random(seed), batch, left, block: 0, next_block: 0, steps }
+        Follower { options, rule, prompt_lens, random: Random(seed), batch, output, block: 0, next_block: 0, steps }
     }
 
-    fn open(&self, s: usize, block: usize) -> Range<usize> {
+    fn active_range(&self, s: usize, block: usize) -> Range<usize> {
         let (prompt, size) = (self.prompt_lens[s], self.options.block_length());
         match self.rule {
-            Rule::Dream | Rule::DreamThreshold => 0..prompt + self.options.gen_length,
+            Algorithm::Dream | Algorithm::DreamThreshold => 0..prompt + self.options.gen_length,
             _ => prompt + block * size..prompt + (block + 1) * size,
         }
     }
@@ -670,69 +671,70 @@ impl Follower<'_> {
     fn begin(&mut self, tokens: &[Vec<u32>]) {
         let sequences = 0..tokens.len();
         let takes_part = |d: &Self, s: usize, block: usize| {
-            d.left.sequences[s].ended == 0 && masks(&tokens[s][d.open(s, block)]) > 0
+            d.output.sequences[s].ended == 0 && masks(&tokens[s][d.active_range(s, block)]) > 0
         };
         let blocks = self.options.gen_length / self.options.block_length();
         let next = (self.next_block..blocks).find(|block| sequences.clone().any(|s| takes_part(self, s, *block)));
         self.block = next.expect("a block with a mask");
         self.next_block = self.block + 1;
         for s in sequences {
-            let (open, masked) = (self.open(s, self.block), masks(&tokens[s][self.open(s, self.block)]));
-            let limit = match self.rule {
-                Rule::Llada | Rule::Dream => self.steps,
-                Rule::DreamThreshold => self.options.steps.unwrap_or(masked),
-                Rule::FastLlada | Rule::DreamBlock => usize::MAX,
+            let (active_range, initial_masks) =
+                (self.active_range(s, self.block), masks(&tokens[s][self.active_range(s, self.block)]));
+            let max_passes = match self.rule {
+                Algorithm::Llada | Algorithm::Dream => self.steps,
+                Algorithm::DreamThreshold => self.options.steps.unwrap_or(initial_masks),
+                Algorithm::FastLlada | Algorithm::DreamBlock => usize::MAX,
             };
             let schedule = DreamSchedule::new(self.steps.max(1), self.options.eps);
             let quota = match (self.rule, self.options.policy) {
-                (Rule::DreamBlock, _) => 1,
-                (Rule::Llada | Rule::FastLlada, Policy::Fixed) => llada_quota(masked, self.steps, 0),
-                (Rule::Dream, _) => schedule.quota(0, masked),
-                (Rule::DreamThreshold, _) => masked / limit,
+                (Algorithm::DreamBlock, _) => 1,
+                (Algorithm::Llada | Algorithm::FastLlada, Policy::Fixed) => llada_quota(initial_masks, self.steps, 0),
+                (Algorithm::Dream, _) => schedule.quota(0, initial_masks),
+                (Algorithm::DreamThreshold, _) => initial_masks / max_passes,
                 _ => usize::MAX,
             };
-            let commit_before = if self.rule == Rule::DreamBlock { open.start + 1 } else { usize::MAX };
+            let commit_before = if self.rule == Algorithm::DreamBlock { active_range.start + 1 } else { usize::MAX };
             let active = takes_part(self, s, self.block);
-            let old = self.left.sequences[s];
-            self.left.sequences[s] = dllm_advance_sequence {
-                open_start: number(open.start),
-                open_end: number(open.end),
-                reach_start: number(open.start),
-                reach_end: number(open.end),
-                masked: number(masked),
-                per_step: if self.rule == Rule::DreamThreshold { number(masked / limit) } else { 0 },
-                left: 0,
-                limit: number(limit),
+            let old = self.output.sequences[s];
+            self.output.sequences[s] = dllm_advance_sequence {
+                active_start: number(active_range.start),
+                active_end: number(active_range.end),
+                quota_start: number(active_range.start),
+                quota_end: number(active_range.end),
+                initial_masks: number(initial_masks),
+                per_step: if self.rule == Algorithm::DreamThreshold { number(initial_masks / max_passes) } else { 0 },
+                deficit: 0,
+                max_passes: number(max_passes),
                 active: active.into(),
                 ..old
             };
-            self.left.quota[s] = if active { number(quota) } else { 0 };
-            self.left.commit_before[s] = if active { number(commit_before) } else { i32::MIN };
-            self.left.steps[s] = old.forwards;
+            self.output.quota[s] = if active { number(quota) } else { 0 };
+            self.output.commit_before[s] = if active { number(commit_before) } else { i32::MIN };
+            self.output.steps[s] = old.forwards;
         }
-        self.left.control.pass = 0;
-        self.batch.begin(&self.left);
+        self.output.control.pass = 0;
+        self.batch.begin(&self.output);
     }
 }
 
-impl Network for Follower<'_> {
-    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
-        if self.left.sequences.iter().all(|sequence| sequence.active == 0) {
+impl DecodeEngine for Follower<'_> {
+    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
+        if self.output.sequences.iter().all(|sequence| sequence.active == 0) {
             self.begin(tokens);
         }
         for s in 0..tokens.len() {
             let asked = pass.groups.iter().find(|group| group.sequence == s).map(|group| {
                 let quota = match group.selection {
-                    Selection::Quota(quota) => number(quota),
-                    Selection::ThresholdAmong { among, .. } => number(among),
-                    Selection::Threshold(_) | Selection::Factor(_) => i32::MAX,
+                    CommitRule::Quota(quota) => number(quota),
+                    CommitRule::ThresholdTopN { top_n: among, .. } => number(among),
+                    CommitRule::Threshold(_) | CommitRule::Factor(_) => i32::MAX,
                 };
                 let last = group.positions.last().expect("a mask");
-                assert!(self.open(s, self.block).contains(last), "a pass of another block");
+                assert!(self.active_range(s, self.block).contains(last), "a pass of another block");
                 (quota, number(group.commit_before), number(group.step))
             });
-            let known = (self.left.quota[s], self.left.commit_before[s], self.left.steps[s]);
-            let Left { control, sequences, .. } = &self.left;
+            let known = (self.output.quota[s], self.output.commit_before[s], self.output.steps[s]);
+            let Left { control, sequences, .. } = &self.output;
             match asked {
                 Some(asked) => assert_eq!((asked, 1), (known, sequences[s].active), "{control:?} {:?}", sequences[s]),
                 None => assert_eq!((known.0, known.1, sequences[s].active), (0, i32::MIN, 0), "{control:?}"),
@@ -744,10 +746,10 @@ impl Network for Follower<'_> {
         for group in pass.groups {
             let s = group.sequence;
             let eligible = group.positions.partition_point(|position| *position < group.commit_before);
-            let most = eligible.min(self.left.quota[s] as usize);
+            let most = eligible.min(self.output.quota[s] as usize);
             // A fixed quota is used up; the other policies commit one at least.
             let count = match group.selection {
-                Selection::Quota(_) => most,
+                CommitRule::Quota(_) => most,
                 _ => (1 + self.random.below(most.max(1))).min(most),
             };
             let taken = self.random.distinct(count, eligible);
@@ -755,16 +757,16 @@ impl Network for Follower<'_> {
                 let token = [1, 1, 2, 2, 4, 4, 6, ENDS[0]][self.random.below(8)];
                 let commit = taken.contains(&(i as i32));
                 if commit {
-                    flat[self.left.sequences[s].first_token as usize + position] = token;
+                    flat[self.output.sequences[s].first_token as usize + position] = token;
                     committed[s] += 1;
                 }
-                verdicts.push(Verdict { token: token as u32, confidence: 0.5, commit });
+                verdicts.push(Prediction { token: token as u32, confidence: 0.5, commit });
             }
         }
-        let passes = self.left.control.passes;
-        self.left = self.batch.advance(&flat, &committed, &vec![DLLM_NONE_FAILED; tokens.len()]);
-        let progress = self.left.progress;
-        let active: i32 = self.left.sequences.iter().map(|sequence| sequence.active).sum();
+        let passes = self.output.control.passes;
+        self.output = self.batch.advance(&flat, &committed, &vec![DLLM_NONE_FAILED; tokens.len()]);
+        let progress = self.output.progress;
+        let active: i32 = self.output.sequences.iter().map(|sequence| sequence.active).sum();
         assert_eq!((progress.passes, progress.nfe, progress.active), (passes + 1, passes + 1, active));
         Ok(verdicts)
     }
@@ -811,7 +813,7 @@ fn follows_the_loops() {
     let mut passes = 0;
     for (family, options) in rules() {
         let config = config(family);
-        let rule = options.rule(family);
+        let rule = options.algorithm(family);
         for seed in 1..6 {
             let prompts: Vec<Vec<u32>> = (0..1 + random.below(4))
                 .map(|_| (0..1 + random.below(6)).map(|_| [1, 2, 1, 2, MASK as u32, 5][random.below(6)]).collect())
@@ -825,7 +827,7 @@ fn follows_the_loops() {
             options.validate(&config, &prompts).unwrap();
             let mut follower = Follower::new(&options, rule, &prompts, seed);
             let decoded = decode(&mut follower, &config, &prompts, &options, None, &mut ()).unwrap();
-            let progress = follower.left.progress;
+            let progress = follower.output.progress;
             assert_eq!((progress.nfe, progress.active), (number(decoded.nfe), 0), "{rule:?} {options:?}");
             passes += decoded.nfe;
         }
@@ -839,12 +841,12 @@ struct Table {
     vocab_size: usize,
 }
 
-impl Network for Table {
-    fn step(&mut self, _: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
+impl DecodeEngine for Table {
+    fn step(&mut self, _: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
         let row = |s: usize, position: usize| &self.logits[s][position * self.vocab_size..][..self.vocab_size];
         let rows = pass.groups.iter().flat_map(|group| group.positions.iter().map(|p| row(group.sequence, *p)));
         let mut logits: Vec<f32> = rows.flatten().copied().collect();
-        dllm_kernels::oracle::unmask::unmask(&mut logits, self.vocab_size, pass.groups, pass.unmask)
+        dllm_kernels::reference::unmask::unmask(&mut logits, self.vocab_size, pass.groups, pass.unmask)
     }
 }
 
@@ -884,21 +886,21 @@ fn unmasks_by_itself() {
             for prompt in &prompts {
                 let start = tokens.len();
                 tokens.extend(prompt.iter().map(|token| *token as i32).chain([MASK; 12]));
-                let open = prompt.len()..prompt.len() + gen_length;
+                let active_range = prompt.len()..prompt.len() + gen_length;
                 let row = |position| Row { token: start + position, logits_row: start + position, position };
-                rows.push(open.clone().map(row).collect());
+                rows.push(active_range.clone().map(row).collect());
                 let first = if policy == Policy::Fixed { llada_quota(gen_length, 5, 0) } else { usize::MAX };
                 sequences.push(Sequence {
-                    generated: open.start,
-                    masked: gen_length,
-                    reach: open.clone(),
-                    open,
+                    generated: active_range.start,
+                    initial_masks: gen_length,
+                    quota_range: active_range.clone(),
+                    active_range,
                     quota: Some(first),
-                    limit: if policy == Policy::Fixed { 5 } else { usize::MAX },
+                    max_passes: if policy == Policy::Fixed { 5 } else { usize::MAX },
                     ..sequence(start..tokens.len())
                 });
             }
-            let schedule = if policy == Policy::Fixed { Schedule::Llada(5) } else { Schedule::None };
+            let schedule = if policy == Policy::Fixed { QuotaSchedule::Llada(5) } else { QuotaSchedule::Unlimited };
             let end_tokens = if early_stop { &ENDS[..] } else { &[] };
             let start = left_of(&state(schedule, sequences), &[i32::MAX; 3]);
             let mut batch = Batch::new(&tokens, &start, &[], end_tokens);
@@ -910,10 +912,10 @@ fn unmasks_by_itself() {
                 let quota = &batch.quota;
                 let policy = match policy {
                     Policy::Fixed => unmask::Policy::Fixed(quota),
-                    Policy::Threshold(t) => unmask::Policy::Threshold { threshold: t as f32, among: Some(quota) },
+                    Policy::Threshold(t) => unmask::Policy::Threshold { threshold: t as f32, top_n: Some(quota) },
                     Policy::Factor(factor) => unmask::Policy::Factor(factor as f32),
                 };
-                let rule = unmask::Rule {
+                let rule = unmask::UnmaskConfig {
                     confidence: Confidence::Probability,
                     policy,
                     temperature: temperature as f32,
@@ -932,7 +934,7 @@ fn unmasks_by_itself() {
                     tokens: &mut batch.tokens,
                     commit_before: Some(&batch.commit_before),
                     steps: Some(&batch.steps),
-                    cut: None,
+                    min_logit: None,
                     outcome: &mut batch.outcome,
                     workspace: &mut workspace,
                 };

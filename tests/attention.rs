@@ -10,7 +10,7 @@ mod reference;
 use common::{Float, Random, on_device, poison, stream};
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::attention::{self as op, Attention, Form, Heads, KEY_TILE, QUERY_TILE, Rows, Segment, Tiles};
-use dllm_kernels::oracle::attention::attend;
+use dllm_kernels::reference::attention::attend;
 use half::{bf16, f16};
 
 on_device!(

@@ -4,7 +4,7 @@
 mod checkpoint;
 
 use checkpoint::{Checkpoint, EOS, MASK, prompts, samplings};
-use dllm_kernels::decode::Rule;
+use dllm_kernels::decode::Algorithm;
 use dllm_kernels::{CacheMode, Confidence, Error, Family, Generation, Generator, Model, Options, Policy};
 
 const FAMILIES: [Family; 2] = [Family::Llada, Family::Dream];
@@ -33,11 +33,15 @@ fn loops() -> Vec<Options> {
         }
     }
     for family in FAMILIES {
-        let rules: Vec<Rule> = list.iter().map(|options| options.rule(family)).collect();
+        let rules: Vec<Algorithm> = list.iter().map(|options| options.algorithm(family)).collect();
         match family {
-            Family::Llada => assert!([Rule::Llada, Rule::FastLlada].iter().all(|r| rules.contains(r))),
+            Family::Llada => assert!([Algorithm::Llada, Algorithm::FastLlada].iter().all(|r| rules.contains(r))),
             Family::Dream => {
-                assert!([Rule::Dream, Rule::DreamThreshold, Rule::DreamBlock].iter().all(|r| rules.contains(r)));
+                assert!(
+                    [Algorithm::Dream, Algorithm::DreamThreshold, Algorithm::DreamBlock]
+                        .iter()
+                        .all(|r| rules.contains(r))
+                );
             }
         }
     }
@@ -57,7 +61,7 @@ fn same_alone(model: &Model, options: &Options, prompts: &[Vec<u32>]) {
     let mut longest = 0;
     for (prompt, tokens) in prompts.iter().zip(&batch.tokens) {
         // LLaDA's fixed rule spends its quota on the masks of the prompt too, and has as many left in the end.
-        let left = if options.rule(family) == Rule::Llada { masks(prompt) } else { 0 };
+        let left = if options.algorithm(family) == Algorithm::Llada { masks(prompt) } else { 0 };
         assert_eq!(tokens.len(), options.gen_length);
         assert!(masks(tokens) <= left, "{family} {options:?} {prompt:?}: masks left in {tokens:?}");
         let alone = generate(model, options, std::slice::from_ref(prompt));
@@ -111,7 +115,7 @@ fn masks_in_the_prompt() {
         let model = open(family);
         for base in loops() {
             // The one number of steps that divides the masks of every prompt.
-            let steps = (base.rule(family) == Rule::DreamThreshold).then_some(1);
+            let steps = (base.algorithm(family) == Algorithm::DreamThreshold).then_some(1);
             for options in [
                 Options { steps, ..base.clone() },
                 Options { steps, temperature: 0.8, cfg_scale: 1.5, ..base.clone() },

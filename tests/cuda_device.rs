@@ -9,9 +9,10 @@ use checkpoint::{Checkpoint, EOS, MASK};
 use common::{device, once_on_device, one_layer};
 use dllm_kernels::decode::decode;
 use dllm_kernels::model::{
-    Autonomous, Course, CourseSequence, CourseStage, LayerPlan, Network, Pass, Ran, Schedule, Window,
+    DecodeEngine, DecodeRun, DeviceLoop, LayerPlan, Pass, QueryRows, QuotaSchedule, RunOutcome, SequenceState,
+    StepTemplate,
 };
-use dllm_kernels::oracle::unmask::{Selection, Unmask, Verdict};
+use dllm_kernels::reference::unmask::{CommitRule, Prediction, SamplingParams};
 use dllm_kernels::{CacheMode, Config, Error, Family, Generation, Generator, Model, Observer, Options, Policy};
 use softgpu::Opt;
 use std::cell::Cell;
@@ -221,7 +222,7 @@ fn too_little_memory() {
 fn blocks(generator: &Generator, prompts: &[Vec<u32>]) -> (Vec<i64>, i64) {
     struct Blocks(Vec<i64>);
     impl Observer for Blocks {
-        fn decided(&mut self, sequence: usize, _tokens: &[u32]) {
+        fn finalized(&mut self, sequence: usize, _tokens: &[u32]) {
             if sequence == 0 {
                 self.0.push(softgpu::get(Opt::BlockingCalls));
             }
@@ -504,34 +505,34 @@ fn interrupted() {
         .tokens
         .remove(0);
     let start = [prompt.clone(), vec![MASK; 8]].concat();
-    let unmask = Unmask { f32_confidence: true, mask_token: Some(MASK), ..Unmask::default() };
+    let unmask = SamplingParams { f32_confidence: true, mask_token: Some(MASK), ..SamplingParams::default() };
     let mut network = model.network(options.sizes(config, std::slice::from_ref(&prompt))).unwrap();
     let device = network.autonomous().unwrap();
-    let plan = vec![LayerPlan::Whole { reuse: false, store: false, keep: false }; config.num_layers];
+    let plan = vec![LayerPlan::Full { reuse: false, store: false, store_features: false }; config.num_layers];
     let block = 5..13;
     let candidates = [(0, block.clone().collect::<Vec<usize>>())];
     let stage =
-        CourseStage { plan: &plan, windows: &[Window::new(0, 0..13, 13)], candidates: &candidates, shrinks: false };
-    let sequence = CourseSequence {
+        StepTemplate { plan: &plan, windows: &[QueryRows::new(0, 0..13, 13)], candidates: &candidates, shrinks: false };
+    let sequence = SequenceState {
         generated: 5,
         forwards: 0,
-        open: block.clone(),
-        reach: block.clone(),
-        masked: 8,
+        active_range: block.clone(),
+        quota_range: block.clone(),
+        initial_masks: 8,
         per_step: 0,
-        left: 0,
-        limit: 8,
+        deficit: 0,
+        max_passes: 8,
         active: true,
         first_quota: 1,
         first_commit_before: usize::MAX,
     };
-    let course = Course {
+    let course = DecodeRun {
         stages: &[Some(stage)],
         stage: &|_| 0,
         first_pass: 0,
         together: false,
-        schedule: &Schedule::Llada { steps: 8 },
-        selection: Selection::Quota(0),
+        schedule: &QuotaSchedule::Llada { steps: 8 },
+        selection: CommitRule::Quota(0),
         sequences: &[sequence],
         unmask: &unmask,
         end_tokens: &[],
@@ -561,23 +562,28 @@ fn interrupted() {
 
 /// Sets a flag once a decode has asked so often whether to go on, between two passes of a course.
 struct Stopping<'m> {
-    network: Box<dyn Network + 'm>,
+    network: Box<dyn DecodeEngine + 'm>,
     flag: &'m AtomicBool,
     asks: usize,
 }
 
-impl Network for Stopping<'_> {
-    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> dllm_kernels::Result<Vec<Verdict>> {
+impl DecodeEngine for Stopping<'_> {
+    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> dllm_kernels::Result<Vec<Prediction>> {
         self.network.step(tokens, pass)
     }
 
-    fn autonomous(&mut self) -> Option<&mut dyn Autonomous> {
+    fn autonomous(&mut self) -> Option<&mut dyn DeviceLoop> {
         Some(self)
     }
 }
 
-impl Autonomous for Stopping<'_> {
-    fn run(&mut self, tokens: &mut [Vec<u32>], course: &Course, go_on: &dyn Fn() -> bool) -> dllm_kernels::Result<Ran> {
+impl DeviceLoop for Stopping<'_> {
+    fn run(
+        &mut self,
+        tokens: &mut [Vec<u32>],
+        course: &DecodeRun,
+        go_on: &dyn Fn() -> bool,
+    ) -> dllm_kernels::Result<RunOutcome> {
         let asks = Cell::new(self.asks);
         let asked = || {
             asks.set(asks.get().saturating_sub(1));

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{device, models_dir, once_on_device};
-use dllm_kernels::text::Text;
+use dllm_kernels::tokenizer::Tokenizer;
 use dllm_kernels::{CacheMode, Generator, Model, Policy};
 use std::time::Instant;
 
@@ -16,7 +16,7 @@ fn as_many_answers_as_on_the_cpu() {
     let dir = models_dir().join("tiny-math");
     let cpu = Model::open(&dir).unwrap();
     let gpu = Model::open(&dir).unwrap().to_device(&device(), |_, _| ()).unwrap();
-    let text = Text::open(&dir, cpu.config().vocab_size).unwrap().unwrap();
+    let text = Tokenizer::open(&dir, cpu.config().vocab_size).unwrap().unwrap();
     let rows = std::fs::read_to_string(dir.join("eval/problems_0shot.jsonl")).unwrap();
     let problems: Vec<(Vec<u32>, String)> = rows
         .lines()

@@ -7,7 +7,7 @@ mod common;
 use common::device;
 use dllm_kernels::Error;
 use dllm_kernels::gpu::{Device, Module};
-use dllm_kernels::ops::rows::{self, Copy, Rows};
+use dllm_kernels::ops::gather_scatter::{self, Copy, GatherScatter};
 use std::sync::Mutex;
 
 static TURN: Mutex<()> = Mutex::new(());
@@ -33,8 +33,9 @@ fn gather(device: &Device) -> dllm_kernels::Result<Vec<f32>> {
     let source = stream.upload(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])?;
     let index = stream.upload(&[1, 0])?;
     let mut target = stream.zeros(8)?;
-    let rows = Rows { index: &index, count: None, width: 4, source: &source, target: &mut target, failed: None };
-    rows::launch(&stream, rows, Copy::Gather)?;
+    let rows =
+        GatherScatter { index: &index, count: None, width: 4, source: &source, target: &mut target, failed: None };
+    gather_scatter::launch(&stream, rows, Copy::Gather)?;
     target.read()
 }
 

@@ -6,7 +6,7 @@ mod common;
 
 use common::{device, golden_dir};
 use dllm_kernels::gpu::Device;
-use dllm_kernels::model::Sizes;
+use dllm_kernels::model::SessionConfig;
 use dllm_kernels::{CacheMode, Config, Family, Generator, Model, Options, Policy};
 use softgpu::Opt;
 
@@ -15,7 +15,7 @@ fn used() -> usize {
     softgpu::get(Opt::UsedMemory) as usize
 }
 
-fn sizes(options: &Options, config: &Config, lens: &[usize]) -> Sizes {
+fn sizes(options: &Options, config: &Config, lens: &[usize]) -> SessionConfig {
     let prompts: Vec<Vec<u32>> = lens.iter().map(|len| vec![1; *len]).collect();
     options.validate(config, &prompts).unwrap();
     options.sizes(config, &prompts)

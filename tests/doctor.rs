@@ -126,8 +126,13 @@ fn faulty_kernels(folder: &Path, file: &str, good: &str, bad: &str) -> PathBuf {
 fn a_wrong_kernel_is_named() {
     for (file, good, bad, op) in [
         // Rows are copied from where they go; the last row is left out.
-        ("any/rows.cu", "const int64_t from = kGather ? indexed : row,", "const int64_t from = row,", "rows"),
-        ("any/merge.cu", "row < num_rows(p.count, p.max_rows);", "row + 1 < num_rows(p.count, p.max_rows);", "merge"),
+        ("any/gather_scatter.cu", "const int64_t from = kGather ? indexed : row,", "const int64_t from = row,", "rows"),
+        (
+            "any/merge_state.cu",
+            "row < num_rows(p.count, p.max_rows);",
+            "row + 1 < num_rows(p.count, p.max_rows);",
+            "merge",
+        ),
     ] {
         let folder = tempfile::tempdir().unwrap();
         let library = faulty_kernels(folder.path(), file, good, bad);

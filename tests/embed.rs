@@ -6,7 +6,7 @@ mod common;
 use common::{Float, Random, device, on_device, poison, same_bits, spread, stream};
 use dllm_kernels::abi::{DLLM_INDEX_FAILED, DLLM_NONE_FAILED, dllm_embed_params};
 use dllm_kernels::ops::embed::{self, Embed};
-use dllm_kernels::oracle;
+use dllm_kernels::reference;
 use half::{bf16, f16};
 
 on_device! {
@@ -41,7 +41,7 @@ impl Case {
         let table: Vec<u8> = (0..vocab_size * row_bytes).map(|_| random.bits() as u8).collect();
         let mut want = vec![poison::<u8>(); rows * row_bytes];
         let counted = self.count.map_or(rows, |count| count.clamp(0, rows as i32) as usize);
-        let known = oracle::embed::embed(&table, row_bytes, tokens, &index[..counted], &mut want);
+        let known = reference::embed::embed(&table, row_bytes, tokens, &index[..counted], &mut want);
 
         let stream = stream();
         let table = stream.upload(&spread(&table, row_bytes, table_stride)).unwrap();
@@ -117,7 +117,7 @@ fn embeds_every_token_of_every_type() {
         let table: Vec<T> = random.floats(6 * width);
         let tokens = [5, 0, 6, 5];
         let mut want = vec![poison(); tokens.len() * width];
-        oracle::embed::embed(&table, width, &tokens, &[0, 1, 2, 3], &mut want);
+        reference::embed::embed(&table, width, &tokens, &[0, 1, 2, 3], &mut want);
         let (table, tokens) = (stream.upload(&table).unwrap(), stream.upload(&tokens).unwrap());
         for with_failed in [false, true] {
             let mut out = stream.upload(&vec![poison::<T>(); 4 * width]).unwrap();
@@ -157,7 +157,7 @@ fn replays() {
         tokens.write(&ids).unwrap();
         count.write(&[rows]).unwrap();
         let mut want = vec![poison(); 3 * width];
-        assert!(oracle::embed::embed(&values, width, &ids, &indices[..rows as usize], &mut want));
+        assert!(reference::embed::embed(&values, width, &ids, &indices[..rows as usize], &mut want));
         for _ in 0..2 {
             out.write(&vec![poison(); 3 * width]).unwrap();
             // SAFETY: the buffers are still there, and of this stream.

@@ -9,9 +9,11 @@ use dllm_kernels::cache::{BlockPlan, PassKind};
 use dllm_kernels::decode::decode;
 use dllm_kernels::decode::schedule::{DreamSchedule, llada_quota};
 use dllm_kernels::decode::trace::Trace;
-use dllm_kernels::model::{Network, Pass, Session, Sizes, Weights, Window};
-use dllm_kernels::oracle::unmask::{Group, Selection, Unmask, Verdict, cut_logit, score_row, unmask};
-use dllm_kernels::oracle::{rope, vverify};
+use dllm_kernels::model::{DecodeEngine, Pass, QueryRows, Session, SessionConfig, Weights};
+use dllm_kernels::reference::unmask::{
+    Candidates, CommitRule, Prediction, SamplingParams, cut_logit, score_row, unmask,
+};
+use dllm_kernels::reference::{rope, vverify};
 use dllm_kernels::{CacheMode, Confidence, Config, Family, Model, Result};
 use recorded::{Tensors, cases, compare, difference, golden_dir, json, names, numbers, options, token_rows};
 use serde_json::Value;
@@ -47,12 +49,12 @@ fn forward() {
 }
 
 fn session(model: &Model, batch: usize, length: usize, cached: bool) -> Session<'_, Cpu> {
-    let sizes = Sizes {
+    let sizes = SessionConfig {
         prompt_lens: vec![0; batch],
         gen_length: length,
         candidates: batch * length,
-        cached,
-        kept: false,
+        kv_cache: cached,
+        feature_cache: false,
         remembered: false,
         guided: false,
         ratios: 0,
@@ -65,7 +67,7 @@ fn forward_full(model: &Model, case: &Value, tensors: &Tensors) -> f32 {
     let name = case["name"].as_str().unwrap();
     let (batch, length): (usize, usize) = (numbers(&case["batch"]), numbers(&case["length"]));
     let tokens = token_rows(tensors, &format!("{name}.ids"), batch);
-    let windows: Vec<_> = (0..batch).map(|s| Window::new(s, 0..length, length)).collect();
+    let windows: Vec<_> = (0..batch).map(|s| QueryRows::new(s, 0..length, length)).collect();
     let index: Vec<usize> = (0..batch * length).collect();
     let mut session = session(model, batch, length, false);
     let mut hidden = Vec::new();
@@ -94,7 +96,7 @@ fn forward_window(model: &Model, case: &Value, tensors: &Tensors, suffix: bool) 
     for call in 0..3 {
         let pass = if call == 0 { PassKind::Full } else { pass };
         let window = pass.window(&block, 0, length);
-        let windows: Vec<_> = (0..batch).map(|s| Window::new(s, window.clone(), length)).collect();
+        let windows: Vec<_> = (0..batch).map(|s| QueryRows::new(s, window.clone(), length)).collect();
         let index: Vec<usize> = (0..batch * window.len()).collect();
         let tokens = token_rows(tensors, &format!("{name}.ids{call}"), batch);
         session.forward(&tokens, &windows, &BlockPlan::new(mode, pass), &index, None).unwrap();
@@ -148,8 +150,8 @@ fn cached_keys_and_values(
     worst
 }
 
-fn plain_unmask() -> Unmask {
-    Unmask {
+fn plain_unmask() -> SamplingParams {
+    SamplingParams {
         confidence: Confidence::Probability,
         temperature: 0.0,
         tempered_confidence: false,
@@ -184,11 +186,11 @@ fn sampler_llada() {
                 candidate_logits.extend(&logits[at..at + vocab]);
             }
             let selection = match (&case["num_transfer"][row], &case["threshold"], &case["factor"]) {
-                (quota, Value::Null, Value::Null) => Selection::Quota(numbers(quota)),
-                (_, threshold, Value::Null) => Selection::Threshold(numbers(threshold)),
-                (_, _, factor) => Selection::Factor(numbers(factor)),
+                (quota, Value::Null, Value::Null) => CommitRule::Quota(numbers(quota)),
+                (_, threshold, Value::Null) => CommitRule::Threshold(numbers(threshold)),
+                (_, _, factor) => CommitRule::Factor(numbers(factor)),
             };
-            groups.push(Group { sequence: row, step: 0, positions, commit_before: length, selection });
+            groups.push(Candidates { sequence: row, step: 0, positions, commit_before: length, selection });
         }
         let verdicts = unmask(&mut candidate_logits, vocab, &groups, &plain_unmask()).unwrap();
         let places = groups.iter().flat_map(|g| g.positions.iter().map(|p| g.sequence * length + p));
@@ -213,7 +215,7 @@ fn sampler_dream() {
         let logits = tensors.f32(&format!("{name}.logits"));
         let alg = case["alg"].as_str().unwrap();
         let temperature: f64 = numbers(&case["temperature"]);
-        let setting = Unmask {
+        let setting = SamplingParams {
             confidence: match alg {
                 "topk_margin" => Confidence::Margin,
                 "entropy" => Confidence::Entropy,
@@ -232,7 +234,7 @@ fn sampler_dream() {
         }
         let confidence = tensors.f32(&format!("{name}.confidence"));
         let x0 = tensors.i64(&format!("{name}.x0"));
-        let kept = tensors.u8(&format!("{name}.kept"));
+        let kept = tensors.u8(&format!("{name}.feature_cache"));
         let vocab = logits.len() / x0.len();
         for (i, row) in logits.chunks(vocab).enumerate() {
             let mut scratch = row.to_vec();
@@ -247,7 +249,7 @@ fn sampler_dream() {
 
 /// Sampling is by Gumbel-max, which forms no probabilities: rebuild them from the cut, and check that the confidence of
 /// a drawn token is the recorded one.
-fn dream_probabilities(setting: &Unmask, logits: &[f32], probs: &[f32], name: &str) {
+fn dream_probabilities(setting: &SamplingParams, logits: &[f32], probs: &[f32], name: &str) {
     let vocab = 64;
     let tempered = if setting.temperature > 0.0 { setting.temperature } else { 1.0 };
     for (row, probs) in logits.chunks(vocab).zip(probs.chunks(vocab)) {
@@ -334,11 +336,11 @@ fn sampler_vverify() {
 #[test]
 fn trajectories() {
     let models = models();
-    let (mut replayed, mut verified) = (0, 0);
+    let (mut replayed, mut selected_rows) = (0, 0);
     for name in names("trajectory_") {
         let case = json(&format!("{name}.json"));
         let layers = |step: &Value| step["vverify"].as_array().map_or(0, Vec::len);
-        verified += case["steps"].as_array().unwrap().iter().map(layers).sum::<usize>();
+        selected_rows += case["steps"].as_array().unwrap().iter().map(layers).sum::<usize>();
         let model = &models[case["model"].as_str().unwrap()];
         let options = options(&case);
         let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
@@ -353,8 +355,8 @@ fn trajectories() {
         assert_eq!(quiet.tokens, decoded.tokens, "{name}: tokens depend on being watched");
         replayed += 1;
     }
-    println!("{replayed} trajectories replayed, with {verified} choices of V-verify");
-    assert!(replayed > 0 && verified > 0);
+    println!("{replayed} trajectories replayed, with {selected_rows} choices of V-verify");
+    assert!(replayed > 0 && selected_rows > 0);
 }
 
 /// A session that looks at the logits of all generated rows, which are the recorded ones, and decides by them.
@@ -367,9 +369,9 @@ struct Compared<'m> {
     worst: f32,
 }
 
-impl Network for Compared<'_> {
-    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
-        let [Window { sequence: 0, rows: window, .. }] = pass.windows else {
+impl DecodeEngine for Compared<'_> {
+    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
+        let [QueryRows { sequence: 0, rows: window, .. }] = pass.windows else {
             panic!("one sequence, not {:?}", pass.windows)
         };
         // Dream's first token is decided by the row before it.
@@ -398,7 +400,7 @@ fn adaptive_logits() {
         let options = options(&case);
         let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
         let candidates = options.gen_length + 1;
-        let sizes = Sizes { candidates, ..options.sizes(model.config(), &prompts) };
+        let sizes = SessionConfig { candidates, ..options.sizes(model.config(), &prompts) };
         let session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
         let (family, recorded) = (model.config().family, Tensors::open(&name));
         let mut compared = Compared { session, family, prompt_len: prompts[0].len(), recorded, step: 0, worst: 0.0 };
@@ -419,8 +421,8 @@ struct Scripted<'a> {
     call: usize,
 }
 
-impl Network for Scripted<'_> {
-    fn step(&mut self, _tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
+impl DecodeEngine for Scripted<'_> {
+    fn step(&mut self, _tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
         let mut rows = Vec::new();
         for group in pass.groups {
             let window = &pass.windows.iter().find(|w| w.sequence == group.sequence).unwrap().rows;

@@ -5,12 +5,12 @@
 mod checkpoint;
 
 use checkpoint::{Checkpoint, MASK, prompts};
-use dllm_kernels::backend::Share;
+use dllm_kernels::backend::Ratio;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind, Refresh};
 use dllm_kernels::decode::decode;
-use dllm_kernels::model::{LayerPlan, Network, Pass, Session, Sizes};
-use dllm_kernels::oracle::unmask::Verdict;
+use dllm_kernels::model::{DecodeEngine, LayerPlan, Pass, Session, SessionConfig};
+use dllm_kernels::reference::unmask::Prediction;
 use dllm_kernels::{CacheMode, Config, Error, Family, Generator, Model, Observer, Options, Policy, Result, Step};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -115,7 +115,7 @@ fn passes(model: &Model, options: &Options, prompt: &[u32]) -> Vec<Passed> {
 
 /// What is remembered of a position in a layer. Keys are rotated.
 #[derive(Clone, Default)]
-struct Remembered {
+struct Reused {
     k: Vec<f64>,
     v: Vec<f64>,
     attention: Vec<f64>,
@@ -193,7 +193,7 @@ impl Reference {
         }
     }
 
-    fn attention(&self, q: &[f64], memory: &[Remembered], seen: &[usize]) -> Vec<f64> {
+    fn attention(&self, q: &[f64], memory: &[Reused], seen: &[usize]) -> Vec<f64> {
         let (d, shared) = (self.config.head_dim, self.config.num_heads / self.config.num_kv_heads);
         let mut out = vec![0.0; q.len()];
         for (head, (q, out)) in q.chunks(d).zip(out.chunks_mut(d)).enumerate() {
@@ -216,7 +216,7 @@ impl Reference {
         tokens: &[u32],
         (rows, seen): (&[usize], &[usize]),
         partly: Option<(Range<usize>, f64)>,
-        memory: &mut [Vec<Remembered>],
+        memory: &mut [Vec<Reused>],
     ) -> BTreeMap<usize, Vec<f64>> {
         let d = self.config.d_model;
         let embedding = |p: &usize| self.get("wte.weight")[tokens[*p] as usize * d..][..d].to_vec();
@@ -300,7 +300,7 @@ impl Reference {
         let source = usize::from(dream);
         let first_mask = prompt.iter().position(|t| *t == MASK).unwrap_or(prompt.len());
         let mut tokens = [prompt, &[MASK; GEN]].concat();
-        let mut memory = vec![vec![Remembered::default(); tokens.len()]; self.config.num_layers];
+        let mut memory = vec![vec![Reused::default(); tokens.len()]; self.config.num_layers];
         let mut list = vec![];
         for block in 0..BLOCKS {
             let (start, end) = (prompt.len() + block * BLOCK, prompt.len() + (block + 1) * BLOCK);
@@ -485,14 +485,14 @@ struct Kept<'m> {
     refreshes: usize,
 }
 
-impl Network for Kept<'_> {
-    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
-        let LayerPlan::Whole { reuse, store, .. } = pass.plan.layer(1) else { panic!("not plain") };
+impl DecodeEngine for Kept<'_> {
+    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
+        let LayerPlan::Full { reuse, store, .. } = pass.plan.layer(1) else { panic!("not plain") };
         self.refreshes += usize::from(store);
         let verdicts = match self.share {
             Some(share) if store => {
                 let first = pass.windows[0].block.end == self.first_block + BLOCK;
-                let refresh = if first { Refresh::Keep } else { Refresh::Some(Share::new(share)) };
+                let refresh = if first { Refresh::Keep } else { Refresh::Some(Ratio::new(share)) };
                 let kind = if reuse { PassKind::Response } else { PassKind::Full };
                 let plan = BlockPlan { refresh, ..BlockPlan::new(self.mode, kind) };
                 self.session.step(tokens, &Pass { plan: &plan, ..*pass })?
@@ -513,7 +513,7 @@ fn all_rows_chosen_are_all_rows() {
             for (mode, every) in [(CacheMode::Prefix, 1), (CacheMode::Dual, 1), (CacheMode::Dual, 2)] {
                 let options = Options { refresh_prompt_every: every, ..base(mode) };
                 let prompts = [prompt.clone()];
-                let sizes = Sizes { kept: true, ..options.sizes(model.config(), &prompts) };
+                let sizes = SessionConfig { feature_cache: true, ..options.sizes(model.config(), &prompts) };
                 let run = |share: Option<f64>| {
                     let session = Session::new(model.transformer(), Cpu::default(), sizes.clone()).unwrap();
                     let (first_block, confidence) = (prompt.len(), vec![]);
@@ -577,7 +577,7 @@ fn work() {
             let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
             let decoded = decode(&mut session, c, std::slice::from_ref(&prompt), &options, None, &mut ()).unwrap();
             assert_eq!(decoded.nfe, GEN);
-            session.multiply_adds()
+            session.macs()
         };
         // Dream's first forward of a block looks at one position only.
         let scored = |pass: usize| if pass == 0 && source == 1 { 1 } else { BLOCK - pass };
@@ -701,12 +701,12 @@ fn what_is_kept() {
         for options in settings(cache) {
             let keeps = cache != CacheMode::None && options.refresh_rows < 1.0;
             let (sizes, plain) = (sizes(&options), sizes(&base(cache)));
-            assert_eq!(sizes, Sizes { kept: keeps, ..plain.clone() }, "{options:?}");
+            assert_eq!(sizes, SessionConfig { feature_cache: keeps, ..plain.clone() }, "{options:?}");
             let positions: usize = all_prompts().iter().map(|prompt| prompt.len() + GEN).sum();
             let outputs = if keeps { 2 * 3 * positions * config.d_model * size_of::<f32>() } else { 0 };
             assert_eq!(sizes.memory(config, 1).cache, plain.memory(config, 1).cache + outputs, "{options:?}");
         }
     }
-    assert!(sizes(&base(CacheMode::Adaptive)).kept);
-    assert!(!sizes(&Options { refresh_rows: 0.5, ..base(CacheMode::None) }).kept);
+    assert!(sizes(&base(CacheMode::Adaptive)).feature_cache);
+    assert!(!sizes(&Options { refresh_rows: 0.5, ..base(CacheMode::None) }).feature_cache);
 }

@@ -11,7 +11,7 @@ use common::{
 };
 use dllm_kernels::abi::dllm_norm_params;
 use dllm_kernels::ops::norm::{self, Norm};
-use dllm_kernels::oracle::norm::{add_rounded, rms_norm_rounded, rms_scale};
+use dllm_kernels::reference::norm::{add_rounded, rms_norm_rounded, rms_scale};
 use half::{bf16, f16};
 
 on_device! {

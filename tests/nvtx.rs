@@ -2,7 +2,7 @@
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 use dllm_kernels::gpu::{Device, Module};
-use dllm_kernels::ops::rows::{self, Copy, Rows};
+use dllm_kernels::ops::gather_scatter::{self, Copy, GatherScatter};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -103,8 +103,9 @@ fn child() {
     let index = stream.upload(&[1, 0, 1]).unwrap();
     for copy in [Copy::Gather, Copy::Gather] {
         let mut target = stream.zeros(12).unwrap();
-        let rows = Rows { index: &index, count: None, width: 4, source: &source, target: &mut target, failed: None };
-        rows::launch(&stream, rows, copy).unwrap();
+        let rows =
+            GatherScatter { index: &index, count: None, width: 4, source: &source, target: &mut target, failed: None };
+        gather_scatter::launch(&stream, rows, copy).unwrap();
         assert_eq!(target.read().unwrap()[..5], [5.0, 6.0, 7.0, 8.0, 1.0]);
     }
     device.preload().unwrap();

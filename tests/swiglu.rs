@@ -9,7 +9,7 @@ mod common;
 use common::{Float, Random, device, in_every_order, on_device, poison, same_bits, spread, stream, within};
 use dllm_kernels::abi::dllm_swiglu_params;
 use dllm_kernels::ops::swiglu::{self, Swiglu};
-use dllm_kernels::oracle::swiglu::{silu, swiglu_rounded};
+use dllm_kernels::reference::swiglu::{silu, swiglu_rounded};
 use half::{bf16, f16};
 
 on_device! {

@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dllm_kernels::text::Text;
+use dllm_kernels::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -21,15 +21,15 @@ fn tiny_math_dir() -> PathBuf {
     root().join("models/tiny-math")
 }
 
-fn open(dir: &Path, vocab_size: usize) -> Text {
-    Text::open(dir, vocab_size).unwrap().unwrap()
+fn open(dir: &Path, vocab_size: usize) -> Tokenizer {
+    Tokenizer::open(dir, vocab_size).unwrap().unwrap()
 }
 
-fn tiny_math() -> Text {
+fn tiny_math() -> Tokenizer {
     open(&tiny_math_dir(), 1024)
 }
 
-fn dream() -> Text {
+fn dream() -> Tokenizer {
     open(&dream_dir(), 472)
 }
 
@@ -73,7 +73,7 @@ fn edit(dir: &TempDir, name: &str, change: impl FnOnce(&mut Value)) {
 /// Asserts that opening `dir` fails with a message that names `file` and holds each of `parts`.
 #[track_caller]
 fn assert_refused(dir: &TempDir, file: &str, parts: &[&str]) {
-    match Text::open(dir.path(), 1024) {
+    match Tokenizer::open(dir.path(), 1024) {
         Ok(_) => panic!("opened, expected an error about {file}: {parts:?}"),
         Err(error) => assert_names(&error.to_string(), &dir.path().join(file), parts),
     }
@@ -199,9 +199,9 @@ fn dream_legacy_added_tokens() {
 fn no_tokenizer() {
     let dir = TempDir::new().unwrap();
     fs::write(dir.path().join("config.json"), "{}").unwrap();
-    assert!(Text::open(dir.path(), 10).unwrap().is_none());
+    assert!(Tokenizer::open(dir.path(), 10).unwrap().is_none());
     let missing = dir.path().join("missing");
-    assert_names(&Text::open(&missing, 10).unwrap_err().to_string(), &missing, &[]);
+    assert_names(&Tokenizer::open(&missing, 10).unwrap_err().to_string(), &missing, &[]);
 }
 
 #[test]
@@ -216,12 +216,12 @@ fn missing_files_are_named() {
 
 #[test]
 fn ids_beyond_the_embedding_matrix() {
-    let message = Text::open(&tiny_math_dir(), 910).unwrap_err().to_string();
+    let message = Tokenizer::open(&tiny_math_dir(), 910).unwrap_err().to_string();
     let file = tiny_math_dir().join("tokenizer.json");
     assert_names(&message, &file, &["\"<|eot_id|>\"", "id 910", "vocab_size 910"]);
-    assert!(Text::open(&tiny_math_dir(), 911).is_ok());
+    assert!(Tokenizer::open(&tiny_math_dir(), 911).is_ok());
 
-    let message = Text::open(&dream_dir(), 471).unwrap_err().to_string();
+    let message = Tokenizer::open(&dream_dir(), 471).unwrap_err().to_string();
     assert_names(&message, &dream_dir().join("vocab.json"), &["\"<|mask|>\"", "id 471", "vocab_size 471"]);
 }
 

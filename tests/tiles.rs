@@ -8,7 +8,7 @@ use common::{Float, Random, device, on_device, stream, widened};
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::attention::{self, Attention, Heads, KEY_TILE, QUERY_TILE, Rows, Segment, Tiles};
 use dllm_kernels::ops::tiles::{Batch, DeviceTiles, Sequence, TileLists};
-use dllm_kernels::oracle::attention::attend;
+use dllm_kernels::reference::attention::attend;
 use half::{bf16, f16};
 
 on_device! {

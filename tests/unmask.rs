@@ -9,10 +9,10 @@ mod common;
 use common::{Float, Random, assert_nothing_reported, device, in_every_order};
 use dllm_kernels::Confidence;
 use dllm_kernels::gpu::{Buffer, Stream};
-use dllm_kernels::ops::cut::{self, Cut};
-use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, Rule};
-use dllm_kernels::oracle::philox::{Purpose, gumbel};
-use dllm_kernels::oracle::unmask::{Group, Selection, Unmask, cut_logit, score_row, select, unmask};
+use dllm_kernels::ops::top_k_top_p::{self, TopKTopP};
+use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, UnmaskConfig};
+use dllm_kernels::reference::philox::{Purpose, gumbel};
+use dllm_kernels::reference::unmask::{Candidates, CommitRule, SamplingParams, cut_logit, score_row, select, unmask};
 use half::{bf16, f16};
 
 /// Relative error of a probability or margin: sums of up to 152,064 terms in f32, a tree of at most 19 levels, and
@@ -44,17 +44,17 @@ struct Case<T> {
     logits: Vec<T>,
     uncond: Option<Vec<T>>,
     mask_token: i32,
-    unmask: Unmask,
-    selection: Vec<Selection>,
+    unmask: SamplingParams,
+    selection: Vec<CommitRule>,
     commit_before: Option<Vec<usize>>,
     steps: Vec<usize>,
     /// Each row is predicted by the logits of the row before (the first by its own).
     shift: bool,
 }
 
-fn plain() -> Unmask {
+fn plain() -> SamplingParams {
     let (seed, mask_token) = (0x1234_5678_9abc, Some(MASK as u32));
-    Unmask { f32_confidence: true, seed, mask_token, ..Unmask::default() }
+    SamplingParams { f32_confidence: true, seed, mask_token, ..SamplingParams::default() }
 }
 
 fn stride_of<T>(vocab: usize) -> usize {
@@ -80,7 +80,7 @@ impl<T: Float> Case<T> {
             uncond: None,
             mask_token: MASK,
             unmask: plain(),
-            selection: vec![Selection::Threshold(0.5); masked.len()],
+            selection: vec![CommitRule::Threshold(0.5); masked.len()],
             commit_before: None,
             steps: (0..masked.len()).map(|s| 7 * s + 2).collect(),
             shift: false,
@@ -133,14 +133,14 @@ struct Got {
     masks_left: Vec<i32>,
     committed: Vec<i32>,
     failed: Vec<i32>,
-    chosen: Vec<i32>,
+    predicted: Vec<i32>,
     confidence: Vec<f32>,
 }
 
 impl Got {
     fn bits(&self) -> ([Vec<i32>; 5], Vec<u32>) {
         let confidence = self.confidence.iter().map(|c| c.to_bits()).collect();
-        ([&self.tokens, &self.masks_left, &self.committed, &self.failed, &self.chosen].map(Vec::clone), confidence)
+        ([&self.tokens, &self.masks_left, &self.committed, &self.failed, &self.predicted].map(Vec::clone), confidence)
     }
 }
 
@@ -153,7 +153,7 @@ struct OnDevice<T> {
     quota: Option<Buffer<i32>>,
     before: Option<Buffer<i32>>,
     steps: Buffer<i32>,
-    cut: Option<Buffer<f32>>,
+    min_logit: Option<Buffer<f32>>,
     outcome: Outcome,
     workspace: dllm_kernels::ops::Workspace,
 }
@@ -166,7 +166,7 @@ impl<T: Float> OnDevice<T> {
             .selection
             .iter()
             .filter_map(|selection| match selection {
-                Selection::Quota(n) | Selection::ThresholdAmong { among: n, .. } => Some(*n as i32),
+                CommitRule::Quota(n) | CommitRule::ThresholdTopN { top_n: n, .. } => Some(*n as i32),
                 _ => None,
             })
             .collect();
@@ -183,7 +183,7 @@ impl<T: Float> OnDevice<T> {
             quota: (!quota.is_empty()).then(|| stream.upload(&quota).unwrap()),
             before: case.commit_before.as_ref().map(|b| stream.upload(&numbers(b)).unwrap()),
             steps: stream.upload(&numbers(&case.steps)).unwrap(),
-            cut: filters.then(|| stream.alloc(table.len()).unwrap()),
+            min_logit: filters.then(|| stream.alloc(table.len()).unwrap()),
             outcome,
             workspace: op::workspace(stream, &table, case.vocab).unwrap(),
             table,
@@ -192,8 +192,8 @@ impl<T: Float> OnDevice<T> {
 
     fn launch(&mut self, stream: &Stream, case: &Case<T>) -> dllm_kernels::Result<()> {
         let unmask = &case.unmask;
-        if let Some(cut) = &mut self.cut {
-            let args = Cut {
+        if let Some(min_logit) = &mut self.min_logit {
+            let args = TopKTopP {
                 logits: &self.logits,
                 uncond_logits: self.uncond.as_ref(),
                 vocab_size: case.vocab,
@@ -205,18 +205,18 @@ impl<T: Float> OnDevice<T> {
                 temperature: unmask.temperature as f32,
                 cfg_scale: unmask.cfg_scale,
                 mask_token: case.mask_token as u32,
-                cut,
+                min_logit,
             };
-            cut::launch(stream, args)?;
+            top_k_top_p::launch(stream, args)?;
         }
         let policy = match (case.selection.first(), &self.quota) {
-            (Some(Selection::Quota(_)), Some(quota)) => Policy::Fixed(quota),
-            (Some(Selection::ThresholdAmong { threshold, .. }), Some(among)) => {
-                Policy::Threshold { threshold: *threshold as f32, among: Some(among) }
+            (Some(CommitRule::Quota(_)), Some(quota)) => Policy::Fixed(quota),
+            (Some(CommitRule::ThresholdTopN { threshold, .. }), Some(top_n)) => {
+                Policy::Threshold { threshold: *threshold as f32, top_n: Some(top_n) }
             }
-            (Some(Selection::Factor(factor)), _) => Policy::Factor(*factor as f32),
-            (Some(Selection::Threshold(threshold)), _) => {
-                Policy::Threshold { threshold: *threshold as f32, among: None }
+            (Some(CommitRule::Factor(factor)), _) => Policy::Factor(*factor as f32),
+            (Some(CommitRule::Threshold(threshold)), _) => {
+                Policy::Threshold { threshold: *threshold as f32, top_n: None }
             }
             _ => Policy::Factor(1.0),
         };
@@ -229,11 +229,11 @@ impl<T: Float> OnDevice<T> {
             tokens: &mut self.tokens,
             commit_before: self.before.as_ref(),
             steps: Some(&self.steps),
-            cut: self.cut.as_ref(),
+            min_logit: self.min_logit.as_ref(),
             outcome: &mut self.outcome,
             workspace: &mut self.workspace,
         };
-        let rule = Rule {
+        let rule = UnmaskConfig {
             confidence: unmask.confidence,
             policy,
             temperature: unmask.temperature as f32,
@@ -252,7 +252,7 @@ impl<T: Float> OnDevice<T> {
             masks_left: self.outcome.masks_left.read().unwrap(),
             committed: self.outcome.committed.read().unwrap(),
             failed: self.outcome.failed.read().unwrap(),
-            chosen: self.outcome.chosen.read().unwrap(),
+            predicted: self.outcome.predicted.read().unwrap(),
             confidence: self.outcome.confidence.read().unwrap(),
         }
     }
@@ -279,8 +279,8 @@ fn oracle_guided<T: Float>(
     let at = case.logits_row(sequence, position) * case.stride;
     let mut both: Vec<f32> =
         [&case.logits[at..], &uncond[at..]].iter().flat_map(|l| &l[..case.vocab]).map(|l| l.f32()).collect();
-    let selection = Selection::Quota(0);
-    let group = Group { sequence: 0, step, positions: vec![position], commit_before: usize::MAX, selection };
+    let selection = CommitRule::Quota(0);
+    let group = Candidates { sequence: 0, step, positions: vec![position], commit_before: usize::MAX, selection };
     let verdicts = unmask(&mut both, case.vocab, &[group], &case.unmask).ok()?;
     Some((verdicts[0].token, verdicts[0].confidence))
 }
@@ -309,7 +309,7 @@ fn close(got: f32, want: f64, kind: Confidence) -> bool {
 }
 
 /// Whether two draws of a row were so close that rounding decides; how close they may be.
-fn draws_tie(case_: &Unmask, logits: &[f32], step: usize, position: usize, a: usize, b: usize) -> bool {
+fn draws_tie(case_: &SamplingParams, logits: &[f32], step: usize, position: usize, a: usize, b: usize) -> bool {
     let noised = |token: usize| {
         logits[token] as f64 + case_.temperature * gumbel(case_.seed, Purpose::Token, step, position, token)
     };
@@ -327,7 +327,7 @@ fn check<T: Float>(case: &Case<T>, got: &Got, name: &str) {
             let at = first + position;
             let name = format!("{name}: sequence {s} position {position}");
             if !is_masked {
-                assert_eq!((got.chosen[at], got.confidence[at]), (-1, 0.0), "{name}");
+                assert_eq!((got.predicted[at], got.confidence[at]), (-1, 0.0), "{name}");
                 continue;
             }
             let logits = oracle_row(case, s, position);
@@ -337,18 +337,18 @@ fn check<T: Float>(case: &Case<T>, got: &Got, name: &str) {
                 None => score_row(&mut logits.clone(), &case.unmask, step, position),
             };
             let Some((token, confidence)) = scored else {
-                assert_eq!(got.chosen[at], -1, "{name}");
+                assert_eq!(got.predicted[at], -1, "{name}");
                 failed = if failed < 0 { position as i32 } else { failed };
                 continue;
             };
-            let chosen = got.chosen[at] as usize;
-            if chosen == token as usize {
+            let predicted = got.predicted[at] as usize;
+            if predicted == token as usize {
                 let kind = case.unmask.confidence;
                 assert!(close(got.confidence[at], confidence, kind), "{name}: {} {confidence}", got.confidence[at]);
             } else {
                 let tie = case.unmask.temperature > 0.0
-                    && draws_tie(&case.unmask, &logits, step, position, chosen, token as usize);
-                assert!(tie, "{name}: token {chosen}, expected {token}");
+                    && draws_tie(&case.unmask, &logits, step, position, predicted, token as usize);
+                assert!(tie, "{name}: token {predicted}, expected {token}");
             }
             if position < before {
                 candidates.push(position);
@@ -362,7 +362,7 @@ fn check<T: Float>(case: &Case<T>, got: &Got, name: &str) {
         let ranks: Vec<f64> = confidences.iter().zip(&candidates).map(rank).collect();
         let selected = if failed < 0 { select(&confidences, &ranks, in_f32(case.selection[s])) } else { Vec::new() };
         for i in &selected {
-            tokens[first + candidates[*i]] = got.chosen[first + candidates[*i]];
+            tokens[first + candidates[*i]] = got.predicted[first + candidates[*i]];
         }
         let counts = (got.committed[s] as usize, got.masks_left[s] as usize);
         assert_eq!(counts, (selected.len(), candidates.len() - selected.len()), "{name}: sequence {s}");
@@ -372,13 +372,13 @@ fn check<T: Float>(case: &Case<T>, got: &Got, name: &str) {
 }
 
 /// The kernel compares with f32 numbers.
-fn in_f32(selection: Selection) -> Selection {
+fn in_f32(selection: CommitRule) -> CommitRule {
     match selection {
-        Selection::Threshold(t) => Selection::Threshold(t as f32 as f64),
-        Selection::ThresholdAmong { threshold, among } => {
-            Selection::ThresholdAmong { threshold: threshold as f32 as f64, among }
+        CommitRule::Threshold(t) => CommitRule::Threshold(t as f32 as f64),
+        CommitRule::ThresholdTopN { threshold, top_n } => {
+            CommitRule::ThresholdTopN { threshold: threshold as f32 as f64, top_n }
         }
-        Selection::Factor(f) => Selection::Factor(f as f32 as f64),
+        CommitRule::Factor(f) => CommitRule::Factor(f as f32 as f64),
         quota => quota,
     }
 }
@@ -420,20 +420,20 @@ fn check_all_types(
 
 /// The part of a case that does not depend on its element type.
 struct Any {
-    unmask: Unmask,
-    selection: Vec<Selection>,
+    unmask: SamplingParams,
+    selection: Vec<CommitRule>,
     commit_before: Option<Vec<usize>>,
     guided: bool,
     shift: bool,
 }
 
-const POLICIES: [Selection; 6] = [
-    Selection::Quota(3),
-    Selection::Quota(0),
-    Selection::Threshold(0.1),
-    Selection::ThresholdAmong { threshold: 0.02, among: 4 },
-    Selection::Factor(1.0),
-    Selection::Factor(2.5),
+const POLICIES: [CommitRule; 6] = [
+    CommitRule::Quota(3),
+    CommitRule::Quota(0),
+    CommitRule::Threshold(0.1),
+    CommitRule::ThresholdTopN { threshold: 0.02, top_n: 4 },
+    CommitRule::Factor(1.0),
+    CommitRule::Factor(2.5),
 ];
 
 #[test]
@@ -477,7 +477,8 @@ fn published_vocabularies_in_the_general_form() {
                 &format!("{vocab}, {confidence:?}"),
                 |_| (vocab, vec![2]),
                 |any, _| {
-                    any.unmask = Unmask { confidence, top_p: Some(0.9), top_k: Some(50), temperature: 0.5, ..plain() };
+                    any.unmask =
+                        SamplingParams { confidence, top_p: Some(0.9), top_k: Some(50), temperature: 0.5, ..plain() };
                     any.guided = confidence == Confidence::Margin;
                     any.unmask.cfg_scale = if any.guided { 0.5 } else { 0.0 };
                 },
@@ -500,7 +501,7 @@ fn factors_of_few_rows() {
                     &format!("{confidence:?} of {rows}, factor {factor}"),
                     |_| (64, vec![rows, rows, rows]),
                     |any, _| {
-                        any.selection = vec![Selection::Factor(factor); 3];
+                        any.selection = vec![CommitRule::Factor(factor); 3];
                         any.unmask.confidence = confidence;
                     },
                 );
@@ -622,7 +623,7 @@ fn rows_drawn_by_alg_temp() {
             |_| (64, vec![12, 12]),
             |any, _| {
                 any.unmask.alg_temp = 0.3;
-                any.selection = vec![Selection::Quota(quota); 2];
+                any.selection = vec![CommitRule::Quota(quota); 2];
             },
         );
     }
@@ -686,13 +687,13 @@ fn sequences_without_rows_or_masks() {
 fn a_long_sequence() {
     let mut random = Random(12);
     for selection in [
-        Selection::Quota(1),
-        Selection::Quota(700),
-        Selection::Quota(5000),
-        Selection::Threshold(0.3),
-        Selection::ThresholdAmong { threshold: 0.2, among: 300 },
-        Selection::Factor(1.0),
-        Selection::Factor(40.0),
+        CommitRule::Quota(1),
+        CommitRule::Quota(700),
+        CommitRule::Quota(5000),
+        CommitRule::Threshold(0.3),
+        CommitRule::ThresholdTopN { threshold: 0.2, top_n: 300 },
+        CommitRule::Factor(1.0),
+        CommitRule::Factor(40.0),
     ] {
         let mut case = Case::<bf16>::new(&mut random, 16, &[1500, 40]);
         case.selection = vec![selection; 2];
@@ -708,7 +709,7 @@ fn a_long_sequence() {
 )]
 fn equal_rows_are_taken_in_order() {
     for rows in [9, 300, 1100] {
-        for selection in [Selection::Quota(rows / 3), Selection::Threshold(0.99), Selection::Factor(3.0)] {
+        for selection in [CommitRule::Quota(rows / 3), CommitRule::Threshold(0.99), CommitRule::Factor(3.0)] {
             let mut case = Case::<f32>::new(&mut Random(5), 8, &[rows]);
             for row in case.logits.chunks_mut(8) {
                 row.copy_from_slice(&[0.0, 1.0, 0.5, 0.0, -1.0, 0.0, 0.0, 0.0]);
@@ -738,7 +739,7 @@ fn ties_go_to_the_lowest_token() {
             case.unmask.confidence = confidence;
             let got = run(&case);
             check(&case, &got, &format!("{places:?}"));
-            assert_eq!(got.chosen, vec![*places.iter().min().unwrap() as i32; 4]);
+            assert_eq!(got.predicted, vec![*places.iter().min().unwrap() as i32; 4]);
         }
     }
 }
@@ -763,10 +764,10 @@ fn the_mask_token_is_never_chosen() {
         }
         for confidence in [Confidence::Probability, Confidence::Margin, Confidence::Entropy] {
             for temperature in [0.0, 2.0] {
-                case.unmask = Unmask { confidence, temperature, mask_token: Some(mask as u32), ..plain() };
+                case.unmask = SamplingParams { confidence, temperature, mask_token: Some(mask as u32), ..plain() };
                 let got = run(&case);
                 check(&case, &got, &format!("mask token {mask}, {confidence:?} at {temperature}"));
-                assert!(got.chosen.iter().all(|t| *t != mask as i32));
+                assert!(got.predicted.iter().all(|t| *t != mask as i32));
             }
         }
     }
@@ -787,7 +788,7 @@ fn nan_and_infinities() {
     ] {
         let mut random = Random(8);
         let mut case = Case::<f32>::new(&mut random, 8200, &[20]);
-        case.unmask = Unmask { confidence, temperature, ..plain() };
+        case.unmask = SamplingParams { confidence, temperature, ..plain() };
         for (i, logit) in case.logits.iter_mut().enumerate() {
             if random.below(4) == 0 {
                 *logit = special[random.below(special.len())];
@@ -847,7 +848,7 @@ fn top_p_and_top_k() {
                     &format!("top-p {top_p:?}, top-k {top_k:?} at {temperature} of {vocab}"),
                     |_| (vocab, vec![6, 3]),
                     |any, _| {
-                        any.unmask = Unmask { top_p, top_k, temperature, tempered_confidence: true, ..plain() };
+                        any.unmask = SamplingParams { top_p, top_k, temperature, tempered_confidence: true, ..plain() };
                         any.guided = guided;
                         any.unmask.cfg_scale = if guided { 0.7 } else { 0.0 };
                     },
@@ -863,7 +864,7 @@ fn top_p_and_top_k() {
     not(all(target_os = "linux", target_arch = "x86_64")),
     ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
 )]
-fn cuts() {
+fn min_logits() {
     let stream = device().stream().unwrap();
     let mut random = Random(14);
     let (mut doubtful, mut rows) = (0, 0);
@@ -872,13 +873,14 @@ fn cuts() {
         let case = Case::<bf16>::new(&mut random, vocab, &[4]);
         let (top_p, top_k) = (unit(&mut random) as f64, random.below(2 * vocab) + 1);
         let temperature = [0.3, 1.0, 2.0][random.below(3)];
-        let case = Case { unmask: Unmask { top_p: Some(top_p), top_k: Some(top_k), temperature, ..plain() }, ..case };
+        let case =
+            Case { unmask: SamplingParams { top_p: Some(top_p), top_k: Some(top_k), temperature, ..plain() }, ..case };
         let mut on_device = OnDevice::new(&stream, &case);
         on_device.launch(&stream, &case).unwrap();
-        let cuts = on_device.cut.as_ref().unwrap().read().unwrap();
-        for (position, cut) in cuts.iter().enumerate() {
+        let min_logits = on_device.min_logit.as_ref().unwrap().read().unwrap();
+        for (position, min_logit) in min_logits.iter().enumerate() {
             if !case.masked[0][position] {
-                assert_eq!(*cut, f32::NEG_INFINITY);
+                assert_eq!(*min_logit, f32::NEG_INFINITY);
                 continue;
             }
             let mut row = oracle_row(&case, 0, position);
@@ -891,7 +893,7 @@ fn cuts() {
             // The kernel's top_p is the f32 of it, and its weights are f32.
             let (low, high) = (want(top_p * (1.0 - 1e-6) - 1e-7), want(top_p * (1.0 + 1e-6) + 1e-7));
             doubtful += (low != high) as usize;
-            assert!(low >= *cut && *cut >= high, "{cut}, expected {low} to {high}");
+            assert!(low >= *min_logit && *min_logit >= high, "{min_logit}, expected {low} to {high}");
         }
     }
     assert!(doubtful * 20 < rows, "{doubtful} of {rows} rows in doubt");
@@ -909,7 +911,7 @@ fn the_same_bits_in_every_order() {
         // Not one of the first thread's tokens.
         case.mask_token = 20_001;
         let (mask_token, top_p) = (Some(20_001), (i == 1).then_some(0.9));
-        case.unmask = Unmask { confidence, temperature: i as f64, top_p, mask_token, ..plain() };
+        case.unmask = SamplingParams { confidence, temperature: i as f64, top_p, mask_token, ..plain() };
         in_every_order(|| run(&case).bits());
         check(&case, &run(&case), &format!("{confidence:?}"));
     }
@@ -925,7 +927,7 @@ fn alone_as_in_company() {
     for general in [false, true] {
         let mut case = Case::<bf16>::new(&mut Random(16), 20_000, &[6, 0, 17, 1]);
         if general {
-            case.unmask = Unmask { confidence: Confidence::Entropy, temperature: 0.7, ..plain() };
+            case.unmask = SamplingParams { confidence: Confidence::Entropy, temperature: 0.7, ..plain() };
         }
         let all = run(&case);
         for s in 0..4 {
@@ -951,7 +953,7 @@ fn a_graph_unmasks_everything() {
     device().preload().unwrap();
     for general in [false, true] {
         let mut case = Case::<bf16>::new(&mut Random(17), 10_000, &[9, 5]);
-        case.selection = vec![Selection::Quota(2), Selection::Quota(1)];
+        case.selection = vec![CommitRule::Quota(2), CommitRule::Quota(1)];
         if general {
             case.unmask.confidence = Confidence::Margin;
         }
@@ -1019,9 +1021,11 @@ fn selections_of_every_size() {
             let sure = if i % 2 == 0 { 8.0 } else { 12.0 * unit(&mut random) };
             row.copy_from_slice(&[sure, 0.0, 0.0, 0.0]);
         }
-        for selection in
-            [Selection::Factor(0.3 + 2.0 * unit(&mut random) as f64), Selection::Factor(1e-3), Selection::Factor(1e3)]
-        {
+        for selection in [
+            CommitRule::Factor(0.3 + 2.0 * unit(&mut random) as f64),
+            CommitRule::Factor(1e-3),
+            CommitRule::Factor(1e3),
+        ] {
             case.selection = vec![selection; 2];
             check(&case, &run(&case), &format!("{rows} rows, {selection:?}"));
         }
@@ -1030,7 +1034,7 @@ fn selections_of_every_size() {
         // The largest, and one in the middle: reached, and missed by an ulp.
         for equal in [confidences[2 * rows - 1], confidences[rows]] {
             for threshold in [equal, equal.next_up()] {
-                case.selection = vec![Selection::Threshold(threshold as f64); 2];
+                case.selection = vec![CommitRule::Threshold(threshold as f64); 2];
                 check(&case, &run(&case), &format!("{rows} rows, threshold {threshold}"));
             }
         }
@@ -1058,7 +1062,7 @@ fn wrong_calls_name_the_field() {
     assert!(table(&[vec![row(0, 1), row(1, 1)]]).contains("rows: expected ascending positions"));
     assert!(table(&[vec![row(0, 0)], vec![row(0, 0)]]).contains("rows: expected tokens of their own, found 0 twice"));
     assert!(table(&[vec![row(1 << 40, 0)]]).contains("token: expected at most 2147483647"));
-    assert!(error(&|_, c| c.selection = vec![Selection::Factor(0.0)]).contains("factor: expected a number above 0"));
+    assert!(error(&|_, c| c.selection = vec![CommitRule::Factor(0.0)]).contains("factor: expected a number above 0"));
     assert!(error(&|_, c| c.stride = 60).contains("at least the width, 64"));
     assert!(error(&|_, c| c.stride = 68).contains("logits_stride: expected a multiple of 8 elements (16 bytes)"));
     assert!(error(&|_, c| c.vocab = 0).contains("at least the width, 0"));
@@ -1067,7 +1071,7 @@ fn wrong_calls_name_the_field() {
     assert!(error(&|_, c| c.unmask.cfg_scale = 1.0).contains("cfg_scale: expected 0, as there are no uncond_logits"));
     assert!(error(&|_, c| c.unmask.alg_temp = 1.0).contains("alg_temp: expected 0, as the policy is not fixed"));
     assert!(
-        error(&|_, c| c.selection = vec![Selection::Threshold(f64::NAN)])
+        error(&|_, c| c.selection = vec![CommitRule::Threshold(f64::NAN)])
             .contains("threshold: expected a finite number")
     );
     assert!(
@@ -1121,10 +1125,10 @@ mod golden {
             let masked: Vec<u8> = golden.of(&format!("{name}.mask_index"));
             let selection = |row: usize| match (&recorded["threshold"], &recorded["factor"]) {
                 (Value::Null, Value::Null) => {
-                    Selection::Quota(recorded["num_transfer"][row].as_u64().unwrap() as usize)
+                    CommitRule::Quota(recorded["num_transfer"][row].as_u64().unwrap() as usize)
                 }
-                (threshold, Value::Null) => Selection::Threshold(threshold.as_f64().unwrap()),
-                (_, factor) => Selection::Factor(factor.as_f64().unwrap()),
+                (threshold, Value::Null) => CommitRule::Threshold(threshold.as_f64().unwrap()),
+                (_, factor) => CommitRule::Factor(factor.as_f64().unwrap()),
             };
             let mut case = Case::<f32>::new(&mut Random(1), vocab, &vec![length; batch]);
             case.mask_token = OUTSIDE;
@@ -1141,7 +1145,7 @@ mod golden {
                 (golden.of::<i64>(&format!("{name}.x0")), golden.of::<f64>(&format!("{name}.confidence")));
             let transfer: Vec<u8> = golden.of(&format!("{name}.transfer_index"));
             for at in (0..batch * length).filter(|at| masked[*at] == 1) {
-                assert_eq!(got.chosen[at] as i64, x0[at], "{name} at {at}");
+                assert_eq!(got.predicted[at] as i64, x0[at], "{name} at {at}");
                 assert!(close(got.confidence[at], confidence[at], Confidence::Probability), "{name} at {at}");
                 assert_eq!(got.tokens[at] != OUTSIDE, transfer[at] == 1, "{name} at {at}");
             }
@@ -1161,12 +1165,12 @@ mod golden {
             let (x0, confidence) =
                 (golden.of::<i64>(&format!("{name}.x0")), golden.of::<f32>(&format!("{name}.confidence")));
             let (logits, kept) =
-                (golden.of::<f32>(&format!("{name}.logits")), golden.of::<u8>(&format!("{name}.kept")));
+                (golden.of::<f32>(&format!("{name}.logits")), golden.of::<u8>(&format!("{name}.feature_cache")));
             let (rows, vocab) = (x0.len(), logits.len() / x0.len());
             let mut case = Case::<f32>::new(&mut Random(1), vocab, &[rows]);
             case.mask_token = OUTSIDE;
             case.masked = vec![vec![true; rows]];
-            case.unmask = Unmask {
+            case.unmask = SamplingParams {
                 confidence: match recorded["alg"].as_str().unwrap() {
                     "topk_margin" => Confidence::Margin,
                     "entropy" => Confidence::Entropy,
@@ -1187,13 +1191,14 @@ mod golden {
             on_device.launch(&stream, &case).unwrap();
             let got = on_device.read();
             for row in 0..rows {
-                assert_eq!(got.chosen[row] as i64, x0[row], "{name} row {row}");
+                assert_eq!(got.predicted[row] as i64, x0[row], "{name} row {row}");
                 let (got, want) = (got.confidence[row], confidence[row]);
                 assert!((got - want).abs() < 1e-5, "{name} row {row}: {got} {want}");
             }
-            if let Some(cut) = &on_device.cut {
-                for (row, cut) in cut.read().unwrap().iter().enumerate() {
-                    let got: Vec<u8> = logits[row * vocab..][..vocab].iter().map(|l| (*l >= *cut) as u8).collect();
+            if let Some(min_logit) = &on_device.min_logit {
+                for (row, min_logit) in min_logit.read().unwrap().iter().enumerate() {
+                    let got: Vec<u8> =
+                        logits[row * vocab..][..vocab].iter().map(|l| (*l >= *min_logit) as u8).collect();
                     assert_eq!(got, kept[row * vocab..][..vocab], "{name} row {row}");
                 }
             }

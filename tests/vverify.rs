@@ -8,10 +8,10 @@
 mod common;
 
 use common::{Float, Random, assert_nothing_reported, on_device, spread, stream};
-use dllm_kernels::abi::{dllm_rows_params, dllm_vverify_params};
+use dllm_kernels::abi::{dllm_gather_scatter_params, dllm_vverify_params};
 use dllm_kernels::gpu::{Buffer, Stream};
-use dllm_kernels::ops::{Workspace, rows, vverify};
-use dllm_kernels::oracle::vverify::{cosine, lowest, place};
+use dllm_kernels::ops::{Workspace, gather_scatter, vverify};
+use dllm_kernels::reference::vverify::{cosine, lowest, place};
 use half::{bf16, f16};
 
 on_device! {
@@ -714,8 +714,8 @@ fn gather_takes_the_selected_rows() {
     buffers.launch(&stream, &case).unwrap();
     let row_bytes = 2 * case.width;
     let target = stream.zeros::<bf16>(case.fresh.len()).unwrap();
-    let params = dllm_rows_params {
-        size: size_of::<dllm_rows_params>() as u64,
+    let params = dllm_gather_scatter_params {
+        size: size_of::<dllm_gather_scatter_params>() as u64,
         source: buffers.fresh.address(),
         target: target.address(),
         index: buffers.indices.address(),
@@ -728,7 +728,8 @@ fn gather_takes_the_selected_rows() {
         num_indexed_rows: case.rows() as i32,
     };
     // SAFETY: the buffers are of these sizes, and live until they are read below.
-    unsafe { rows::launch_raw(stream.device(), stream.raw(), &params, rows::Copy::Gather) }.unwrap();
+    unsafe { gather_scatter::launch_raw(stream.device(), stream.raw(), &params, gather_scatter::Copy::Gather) }
+        .unwrap();
 
     let got = buffers.outcome();
     assert_eq!((case.check(&got), got.failed, *got.cu_selected.last().unwrap()), (0, -1, 9 + 6));

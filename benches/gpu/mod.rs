@@ -7,7 +7,7 @@
 use bytemuck::Pod;
 use criterion::{BenchmarkId, Criterion, SamplingMode};
 use dllm_kernels::gpu::{Buffer, Device, Stream};
-use dllm_kernels::ops::{Element, roof};
+use dllm_kernels::ops::{Element, read_bandwidth};
 use dllm_kernels::{Error, Result};
 use half::bf16;
 use std::fs::OpenOptions;
@@ -109,7 +109,7 @@ impl Bench {
         let (mut reads, mut empty) = (Times(Vec::new()), Times(Vec::new()));
         for repetition in 0..repetitions + 5 {
             self.evict()?;
-            let read = self.stream.time_ms(|| roof::launch(&self.stream, &source, &mut self.sink))?;
+            let read = self.stream.time_ms(|| read_bandwidth::launch(&self.stream, &source, &mut self.sink))?;
             self.evict()?;
             let nothing = self.stream.time_ms(|| Ok(()))?;
             if repetition >= 5 || self.soft {
@@ -211,7 +211,7 @@ impl Bench {
 
     /// Reads, and does not write: lines to be written back would cost the next launch bandwidth.
     fn evict(&mut self) -> Result<()> {
-        roof::launch(&self.stream, &self.evicting, &mut self.sink)
+        read_bandwidth::launch(&self.stream, &self.evicting, &mut self.sink)
     }
 
     /// A line on stdout, and one in the file that `DLLM_BENCH_CSV` names.

@@ -77,7 +77,7 @@ __device__ __forceinline__ int quota_of(const dllm_advance_params& p, const dllm
   switch (control.schedule) {
     case DLLM_SCHEDULE_LLADA: {
       if (control.steps <= 0 || pass >= control.steps) return 1;
-      const int masked = max(0, sequence.masked);
+      const int masked = max(0, sequence.initial_masks);
       return masked / control.steps + (pass < masked % control.steps);
     }
     case DLLM_SCHEDULE_DREAM: {
@@ -86,9 +86,9 @@ __device__ __forceinline__ int quota_of(const dllm_advance_params& p, const dllm
       const float share = fmaxf(float(masks) * at<const float>(p.ratios)[pass], 0.f);
       return share < float(masks) ? int(share) : masks;
     }
-    case DLLM_SCHEDULE_AMONG: {
+    case DLLM_SCHEDULE_CARRY_OVER: {
       const int per_step = within(sequence.per_step, 0, masks);
-      return per_step + within(sequence.left, 0, masks - per_step);
+      return per_step + within(sequence.deficit, 0, masks - per_step);
     }
     default:
       return 0x7fffffff;
@@ -130,17 +130,17 @@ __device__ __forceinline__ void advance_sequence(const dllm_advance_params& p, c
       const int generated = within(sequence.generated, 0, length);
       sequence.ended = ends(p, tokens + generated, length - generated);
     }
-    if (control.schedule == DLLM_SCHEDULE_AMONG) {
-      sequence.left = rejected;
-      if (pass >= sequence.limit && rejected > 0) {
-        sequence.limit = one_more(sequence.limit);
+    if (control.schedule == DLLM_SCHEDULE_CARRY_OVER) {
+      sequence.deficit = rejected;
+      if (pass >= sequence.max_passes && rejected > 0) {
+        sequence.max_passes = one_more(sequence.max_passes);
         sequence.per_step = 0;
       }
     }
-    sequence.active = !failed && !sequence.ended && pass < sequence.limit && masks(sequence.open_start, sequence.open_end) > 0;
+    sequence.active = !failed && !sequence.ended && pass < sequence.max_passes && masks(sequence.active_start, sequence.active_end) > 0;
     if (sequence.active) {
-      const bool counts = control.schedule == DLLM_SCHEDULE_DREAM || control.schedule == DLLM_SCHEDULE_AMONG;
-      quota = quota_of(p, control, sequence, pass, counts ? masks(sequence.reach_start, sequence.reach_end) : 0);
+      const bool counts = control.schedule == DLLM_SCHEDULE_DREAM || control.schedule == DLLM_SCHEDULE_CARRY_OVER;
+      quota = quota_of(p, control, sequence, pass, counts ? masks(sequence.quota_start, sequence.quota_end) : 0);
       commit_before = sequence.commit_before;
     }
   }
@@ -151,8 +151,8 @@ __device__ __forceinline__ void advance_sequence(const dllm_advance_params& p, c
   at<int32_t>(p.steps)[s] = sequence.forwards;
   if (!took_part) return;
   place->per_step = sequence.per_step;
-  place->left = sequence.left;
-  place->limit = sequence.limit;
+  place->deficit = sequence.deficit;
+  place->max_passes = sequence.max_passes;
   place->forwards = sequence.forwards;
   place->active = sequence.active;
   place->ended = sequence.ended;

@@ -75,9 +75,9 @@ __device__ __forceinline__ float inverse_scale(const dllm_unmask_params& p) {
 
 // One logit as the chunks see it.
 template <class T>
-__device__ __forceinline__ float logit_at(const dllm_unmask_params& p, int64_t row, int token, float cut) {
+__device__ __forceinline__ float logit_at(const dllm_unmask_params& p, int64_t row, int token, float min_logit) {
   const float logit = logit_of<T>(p, row, token);
-  return logit < cut ? -INFINITY : logit;
+  return logit < min_logit ? -INFINITY : logit;
 }
 
 // Vector v of this thread's part of a chunk begins here: thread t holds vectors t, t + 256, ..., so that the block reads
@@ -165,7 +165,7 @@ __device__ __forceinline__ Partial score_plain(const dllm_unmask_params& p, cons
 // Phase 1, general: also guidance, a cut, draws, margin and entropy. That is more than registers hold: the logits lie in
 // shared memory, each thread's own for itself.
 template <class T>
-__device__ __forceinline__ Partial score_general(const dllm_unmask_params& p, const dllm_unmask_row& row, float cut, int chunk,
+__device__ __forceinline__ Partial score_general(const dllm_unmask_params& p, const dllm_unmask_row& row, float min_logit, int chunk,
                                                  float* shared) {
   constexpr int kVec = kVector<T>;
   float* logits = shared + threadIdx.x;  // logits[i * kThreads]
@@ -196,7 +196,7 @@ __device__ __forceinline__ Partial score_general(const dllm_unmask_params& p, co
     for (int i = 0; i < kPerThread; i++) {
       if (token_of(i) != p.mask_token) continue;
       const float logit = sanitized(logits[i * kThreads]);
-      if (p.mask_token < p.vocab_size && logit >= cut) *mask = logit;
+      if (p.mask_token < p.vocab_size && logit >= min_logit) *mask = logit;
       logits[i * kThreads] = -INFINITY;
     }
   });
@@ -205,7 +205,7 @@ __device__ __forceinline__ Partial score_general(const dllm_unmask_params& p, co
 #pragma unroll 4
   for (int i = 0; i < kPerThread; i++) {
     float logit = sanitized(logits[i * kThreads]);
-    if (logit < cut) logit = -INFINITY;
+    if (logit < min_logit) logit = -INFINITY;
     logits[i * kThreads] = logit;
     if (logit > max) {
       max = logit;
@@ -301,7 +301,7 @@ __device__ __forceinline__ Partial load_partial(const Partial* from) {
 // Phase 2, one warp: token and confidence of a row.
 template <class T, bool kGeneral>
 __device__ __forceinline__ Result merge_row(const dllm_unmask_params& p, const dllm_unmask_row& row, const Partial* partials,
-                                            float cut) {
+                                            float min_logit) {
   const int chunks = gridDim.x;
   const float scale = kGeneral ? inverse_scale(p) : 1.f;
   Partial all{-INFINITY, 0x7fffffff, 0.f, -INFINITY, 0.f, -INFINITY, 0x7fffffff, -INFINITY};
@@ -324,7 +324,7 @@ __device__ __forceinline__ Result merge_row(const dllm_unmask_params& p, const d
   Result result{0.f, draws ? all.drawn : all.token};
   switch (p.confidence_kind) {
     case DLLM_CONFIDENCE_PROBABILITY: {
-      const float logit = draws ? logit_at<T>(p, row.logits_row, result.token, cut) : all.max;
+      const float logit = draws ? logit_at<T>(p, row.logits_row, result.token, min_logit) : all.max;
       result.confidence = exp_of((logit - all.max) * scale) / all.sum;
       break;
     }
@@ -464,21 +464,21 @@ __device__ __forceinline__ void unmask(const dllm_unmask_params& p) {
   } else if (at<const int32_t>(p.tokens)[row.token] != p.mask_token) {
     if (chunk > 0) return;
   } else {
-    const float cut = kGeneral && p.cut ? at<const float>(p.cut)[row_index] : -INFINITY;
+    const float min_logit = kGeneral && p.min_logit ? at<const float>(p.min_logit)[row_index] : -INFINITY;
     Partial* partials = workspace.partials + int64_t(row_index) * gridDim.x;
     Partial partial;
     if constexpr (kGeneral) {
-      partial = score_general<T>(p, row, cut, chunk, reinterpret_cast<float*>(shared));
+      partial = score_general<T>(p, row, min_logit, chunk, reinterpret_cast<float*>(shared));
     } else {
       partial = score_plain<T>(p, row, chunk);
     }
     if (threadIdx.x == 0) partials[chunk] = partial;
     if (!is_last(workspace.row_counter + row_index, gridDim.x)) return;
-    if (threadIdx.x < kWarp) result = merge_row<T, kGeneral>(p, row, partials, cut);
+    if (threadIdx.x < kWarp) result = merge_row<T, kGeneral>(p, row, partials, min_logit);
   }
   if (threadIdx.x == 0) {
     workspace.results[row_index] = result;
-    if (p.chosen) at<int32_t>(p.chosen)[row_index] = max(result.token, kNotMasked);
+    if (p.predicted) at<int32_t>(p.predicted)[row_index] = max(result.token, kNotMasked);
     if (p.confidence) at<float>(p.confidence)[row_index] = result.confidence;
   }
   if (!is_last(workspace.sequence_counter + row.sequence, rows)) return;

@@ -55,7 +55,7 @@ typedef enum dllm_schedule {
   DLLM_SCHEDULE_NONE = 0,  /**< Any number: INT32_MAX. What stands for no schedule counts as this one. */
   DLLM_SCHEDULE_LLADA = 1, /**< Those masked at the block's beginning over its steps, the first steps one more; then 1 a pass. */
   DLLM_SCHEDULE_DREAM = 2, /**< A share of the masks that are left; from the last step on all of them. */
-  DLLM_SCHEDULE_AMONG = 3  /**< Dream's threshold without blocks (Fast-dLLM): so many a step, and those that earlier steps rejected. */
+  DLLM_SCHEDULE_CARRY_OVER = 3  /**< Dream's threshold without blocks (Fast-dLLM): so many a step, and those that earlier steps rejected. */
 } dllm_schedule;
 
 /** What stands in `failed` when nothing failed. */
@@ -88,11 +88,11 @@ typedef struct dllm_unmask_params {
   uint64_t quota;         /**< [num_sequences] int32. Fixed: how many to commit. Threshold: among how many of the best, where 0 of them is none; or no pointer for all. */
   uint64_t commit_before; /**< [num_sequences] int32: positions from here on are scored but not committed; or 0. */
   uint64_t steps;         /**< [num_sequences] int32: forwards the sequence has had, keys the random numbers; or 0 for none. */
-  uint64_t cut;           /**< [max_rows] f32 of dllm_cut_params: lower logits count as minus infinity; or 0. */
+  uint64_t min_logit;           /**< [max_rows] f32 of dllm_top_k_top_p_params: lower logits count as minus infinity; or 0. */
   uint64_t masks_left;    /**< Out: [num_sequences] int32, rows that could be committed and still are masked. */
   uint64_t committed;     /**< Out: [num_sequences] int32, rows committed. */
   uint64_t failed;        /**< Out: [num_sequences] int32: position of the first row without a finite logit, when nothing of the sequence is committed; DLLM_NONE_FAILED; DLLM_INDEX_FAILED. */
-  uint64_t chosen;        /**< Out: [max_rows] int32, each masked row's token, -1 elsewhere; or 0. */
+  uint64_t predicted;        /**< Out: [max_rows] int32, each masked row's token, -1 elsewhere; or 0. */
   uint64_t confidence;    /**< Out: [max_rows] f32, each masked row's confidence, 0 elsewhere; or 0. */
   uint64_t workspace;     /**< workspace_bytes, zeroed before the first use; every launch leaves it ready for the next. */
   uint64_t workspace_bytes; /**< At least what the plan asks. */
@@ -117,18 +117,18 @@ typedef struct dllm_unmask_params {
 } dllm_unmask_params;
 
 /**
- * cut: per masked row the least logit that top-p, then top-k, keep, and those equal to it; unmask takes it as `cut`.
+ * top_k_top_p: per masked row the least logit that top-p, then top-k, keep, and those equal to it; unmask takes it as `min_logit`.
  *
  * Fields as in dllm_unmask_params. Rows that are not masked get minus infinity.
  */
-typedef struct dllm_cut_params {
-  uint64_t size;          /**< sizeof(dllm_cut_params) */
+typedef struct dllm_top_k_top_p_params {
+  uint64_t size;          /**< sizeof(dllm_top_k_top_p_params) */
   uint64_t logits;        /**< [num_logits_rows, vocab_size] */
   uint64_t uncond_logits; /**< Same layout, for guidance; or 0. */
   uint64_t rows;          /**< [max_rows] dllm_unmask_row */
   uint64_t count;         /**< [1] int32: rows there are, at most max_rows; or 0 for max_rows. */
   uint64_t tokens;        /**< [num_tokens] int32 */
-  uint64_t cut;           /**< Out: [max_rows] f32 */
+  uint64_t min_logit;           /**< Out: [max_rows] f32 */
   int64_t logits_stride;  /**< Elements from row to row. */
   int32_t max_rows;
   int32_t num_tokens;
@@ -140,22 +140,22 @@ typedef struct dllm_cut_params {
   float top_p;       /**< Keep the shortest run of most probable tokens that sum to more than this; 1 keeps all. */
   float temperature; /**< Of those probabilities; 0 counts as 1. */
   float cfg_scale;   /**< As in unmask. */
-} dllm_cut_params;
+} dllm_top_k_top_p_params;
 
 /** What advance knows of a sequence. The host writes it before the first pass of a block, with what unmask takes in that pass. 64 bytes. */
 typedef struct dllm_advance_sequence {
   int32_t first_token;   /**< Index in `tokens` of its position 0. */
   int32_t length;        /**< Positions; they, and the ranges below, are brought to within the tokens. */
   int32_t generated;     /**< First generated position: an end-of-text token is looked for from here on. */
-  int32_t open_start;    /**< It takes part as long as a position from here ... */
-  int32_t open_end;      /**< ... to before this one is masked. */
-  int32_t reach_start;   /**< DREAM, AMONG: the masks that are left are counted from here ... */
-  int32_t reach_end;     /**< ... to before this one. */
+  int32_t active_start;    /**< It takes part as long as a position from here ... */
+  int32_t active_end;      /**< ... to before this one is masked. */
+  int32_t quota_start;   /**< DREAM, CARRY_OVER: the masks that are left are counted from here ... */
+  int32_t quota_end;     /**< ... to before this one. */
   int32_t commit_before; /**< commit_before[s] of later passes, while it takes part. */
-  int32_t masked;        /**< LLADA: masks of the block when it began. */
-  int32_t per_step;      /**< AMONG: positions to look at in each step. In and out. */
-  int32_t left;          /**< AMONG: positions rejected so far. In and out. */
-  int32_t limit;         /**< Passes of this block, at most; INT32_MAX for no limit. AMONG: in and out. */
+  int32_t initial_masks;        /**< LLADA: masks of the block when it began. */
+  int32_t per_step;      /**< CARRY_OVER: positions to look at in each step. In and out. */
+  int32_t deficit;          /**< CARRY_OVER: positions rejected so far. In and out. */
+  int32_t max_passes;         /**< Passes of this block, at most; INT32_MAX for no limit. CARRY_OVER: in and out. */
   int32_t forwards;      /**< Passes that it has taken part in, over all blocks. In and out. */
   int32_t active;        /**< In: it took part in the pass that has just run. Out: it takes part in the next one. Once 0, 0 for the rest of the block. */
   int32_t ended;         /**< 1: an end-of-text token stands with no mask before it. In and out. */
@@ -205,7 +205,7 @@ typedef struct dllm_advance_params {
   uint64_t tokens;        /**< [num_tokens] int32, as unmask left them. */
   uint64_t committed;     /**< [num_sequences] int32 of unmask. */
   uint64_t failed;        /**< [num_sequences] int32 of unmask. */
-  uint64_t quota;         /**< In and out: [num_sequences] int32, for unmask's next pass; AMONG reads that of this one. */
+  uint64_t quota;         /**< In and out: [num_sequences] int32, for unmask's next pass; CARRY_OVER reads that of this one. */
   uint64_t commit_before; /**< Out: [num_sequences] int32, for unmask's next pass. */
   uint64_t steps;         /**< Out: [num_sequences] int32, for unmask's next pass: forwards. */
   uint64_t ratios;        /**< [max_ratios] f32: the share 1 - t[i + 1] / t[i] that step i commits (Dream); or 0. */
@@ -255,11 +255,11 @@ typedef struct dllm_vverify_params {
 } dllm_vverify_params;
 
 /**
- * rows: gather, target[i] = source[index[i]]; scatter, target[index[i]] = source[i]. Bytes, whatever they mean. A row whose
+ * gather_scatter: gather, target[i] = source[index[i]]; scatter, target[index[i]] = source[i]. Bytes, whatever they mean. A row whose
  * index is out of range, -1 say, is left out; with failed 0 nothing tells.
  */
-typedef struct dllm_rows_params {
-  uint64_t size;   /**< sizeof(dllm_rows_params) */
+typedef struct dllm_gather_scatter_params {
+  uint64_t size;   /**< sizeof(dllm_gather_scatter_params) */
   uint64_t source; /**< Gather: [num_indexed_rows, row_bytes]; scatter: [max_rows, row_bytes]. */
   uint64_t target; /**< Gather: [max_rows, row_bytes]; scatter: [num_indexed_rows, row_bytes], indices distinct. */
   uint64_t index;  /**< [max_rows] int32 */
@@ -270,7 +270,7 @@ typedef struct dllm_rows_params {
   int64_t row_bytes;           /**< A multiple of 16. */
   int32_t max_rows;            /**< Rows the launch has room for. */
   int32_t num_indexed_rows;    /**< Rows of the tensor that `index` points into. */
-} dllm_rows_params;
+} dllm_gather_scatter_params;
 
 /** embed: out[i] = table[tokens[index[i]]]. */
 typedef struct dllm_embed_params {
@@ -415,15 +415,15 @@ typedef struct dllm_attention_params {
 } dllm_attention_params;
 
 /**
- * merge: two attentions of the same queries, over keys that have none in common, become the attention over both.
+ * merge_state: two attentions of the same queries, over keys that have none in common, become the attention over both.
  *
  * With l = log-sum-exp: lse = ln(e^l_a + e^l_b), out = e^(l_a - lse) a + e^(l_b - lse) b; equal bits with a and b exchanged.
  * A side whose log-sum-exp is minus infinity has had no keys: the result is the other one exactly, whatever `out` holds there,
  * NaN included; with both it is zeros and minus infinity. Plus infinity outweighs what is finite; NaN, or plus infinity on both
  * sides, gives NaN.
  */
-typedef struct dllm_merge_params {
-  uint64_t size;      /**< sizeof(dllm_merge_params) */
+typedef struct dllm_merge_state_params {
+  uint64_t size;      /**< sizeof(dllm_merge_state_params) */
   uint64_t a_out;     /**< [max_rows, num_heads, head_dim] */
   uint64_t a_lse;     /**< [max_rows, num_heads] f32, natural log-sum-exps, as attention leaves them. */
   uint64_t b_out;     /**< [max_rows, num_heads, head_dim] */
@@ -438,15 +438,15 @@ typedef struct dllm_merge_params {
   int32_t num_heads;
   int32_t head_dim; /**< A multiple of 16 bytes. */
   int32_t dtype;    /**< dllm_dtype of a_out, b_out and out. */
-} dllm_merge_params;
+} dllm_merge_state_params;
 
-/** roof: reads memory and does nothing with it, which is the most that a kernel bound by reading can reach. */
-typedef struct dllm_roof_params {
-  uint64_t size;   /**< sizeof(dllm_roof_params) */
+/** read_bandwidth: reads memory and does nothing with it, which is the most that a kernel bound by reading can reach. */
+typedef struct dllm_read_bandwidth_params {
+  uint64_t size;   /**< sizeof(dllm_read_bandwidth_params) */
   uint64_t source; /**< bytes */
   uint64_t sink;   /**< Out: [1] uint32, written only so that the reading is not optimised away. */
   uint64_t bytes;  /**< A multiple of 16. */
-} dllm_roof_params;
+} dllm_read_bandwidth_params;
 
 /* A layout that differs between compilers must not compile: size, and where the last field lies, of each struct. */
 #ifdef __cplusplus
@@ -458,20 +458,20 @@ typedef struct dllm_roof_params {
 #endif
 DLLM_ASSERT_LAYOUT(dllm_unmask_row, sequence, 12, 16);
 DLLM_ASSERT_LAYOUT(dllm_unmask_params, reserved, 212, 216);
-DLLM_ASSERT_LAYOUT(dllm_cut_params, cfg_scale, 100, 104);
+DLLM_ASSERT_LAYOUT(dllm_top_k_top_p_params, cfg_scale, 100, 104);
 DLLM_ASSERT_LAYOUT(dllm_advance_sequence, reserved, 60, 64);
 DLLM_ASSERT_LAYOUT(dllm_advance_control, reserved, 36, 48);
 DLLM_ASSERT_LAYOUT(dllm_progress, reserved, 24, 32);
 DLLM_ASSERT_LAYOUT(dllm_advance_params, reserved, 116, 120);
 DLLM_ASSERT_LAYOUT(dllm_vverify_params, update_cached, 204, 208);
-DLLM_ASSERT_LAYOUT(dllm_rows_params, num_indexed_rows, 76, 80);
+DLLM_ASSERT_LAYOUT(dllm_gather_scatter_params, num_indexed_rows, 76, 80);
 DLLM_ASSERT_LAYOUT(dllm_embed_params, reserved, 92, 96);
 DLLM_ASSERT_LAYOUT(dllm_norm_params, reserved, 100, 104);
 DLLM_ASSERT_LAYOUT(dllm_rope_params, reserved, 116, 120);
 DLLM_ASSERT_LAYOUT(dllm_swiglu_params, reserved, 60, 64);
 DLLM_ASSERT_LAYOUT(dllm_segment, reserved1, 56, 64);
 DLLM_ASSERT_LAYOUT(dllm_attention_params, reserved, 332, 336);
-DLLM_ASSERT_LAYOUT(dllm_merge_params, dtype, 100, 104);
-DLLM_ASSERT_LAYOUT(dllm_roof_params, bytes, 24, 32);
+DLLM_ASSERT_LAYOUT(dllm_merge_state_params, dtype, 100, 104);
+DLLM_ASSERT_LAYOUT(dllm_read_bandwidth_params, bytes, 24, 32);
 
 #endif

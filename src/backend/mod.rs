@@ -5,18 +5,18 @@ pub mod cpu;
 pub mod cuda;
 
 use crate::error::Result;
-use crate::oracle::unmask::{Group, Unmask, Verdict};
-pub use crate::oracle::{Heads, Span};
+use crate::reference::unmask::{Candidates, Prediction, SamplingParams};
+pub use crate::reference::{Heads, SequenceRows};
 pub use crate::tensor::Tensor;
 use std::ops::Range;
 
 /// How large the passes of a session get.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Needs {
+pub struct SessionLimits {
     /// Rows of the largest pass.
     pub rows: usize,
     /// Rows whose logits are asked for, at most.
-    pub scored: usize,
+    pub logit_rows: usize,
     /// Spans of a pass, at most.
     pub spans: usize,
     /// Positions of the longest sequence.
@@ -26,56 +26,56 @@ pub struct Needs {
     /// Heads.
     pub heads: Heads,
     /// Whether choices are made among rows.
-    pub chooses: bool,
+    pub selects: bool,
 }
 
 /// What the launches of a pass are sized for: at least what is there. A device replays the same launches for passes of the
 /// same room.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Room {
+pub struct LaunchBucket {
     /// Rows.
     pub rows: usize,
     /// Rows of one span.
     pub longest: usize,
     /// Rows whose logits are asked for.
-    pub scored: usize,
-    /// Rows that run where a [`Choice`] is made.
-    pub chosen: usize,
+    pub logit_rows: usize,
+    /// Rows that run where a [`RowUpdate`] is made.
+    pub selected: usize,
     /// Of those, rows of one span.
-    pub longest_chosen: usize,
+    pub longest_selected: usize,
 }
 
 /// Where the rows of a pass stand.
 #[derive(Clone, Copy, Debug)]
-pub struct Placement<'a> {
+pub struct BatchMetadata<'a> {
     /// Whose rows they are, one span after the other.
-    pub spans: &'a [Span],
+    pub spans: &'a [SequenceRows],
     /// For each row its position in its sequence.
     pub positions: &'a [usize],
     /// For each row the index of its token in what [`Backend::write_tokens`] took.
     pub tokens: &'a [usize],
     /// Rows whose logits are asked for.
-    pub scored: &'a [usize],
+    pub logit_rows: &'a [usize],
     /// Where a choice is made: what it is among, for each span.
-    pub parts: &'a [Parts],
+    pub parts: &'a [UpdateRanges],
     /// What launches are sized for.
-    pub room: Room,
+    pub room: LaunchBucket,
 }
 
 /// Which rows of a pass run in a layer that does not run them all. How many there are is known beforehand, which ones only
 /// the device knows: V-verify chooses them layer by layer, and for each sequence on its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Choice {
+pub struct RowUpdate {
     /// Rows that run.
-    pub always: Always,
+    pub always: UpdateAlways,
     /// How many of the others run too, those whose values turned most since they were cached; the values of all others are then
     /// renewed, where any row attends to them. None: none of them, and their values stay as they are cached.
-    pub others: Option<Share>,
+    pub others: Option<Ratio>,
 }
 
-/// Rows that a [`Choice`] is not among.
+/// Rows that a [`RowUpdate`] is not among.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Always {
+pub enum UpdateAlways {
     /// None; the others are those of the response.
     Nothing,
     /// Those of the prompt, all that the pass has; the others are those of the response.
@@ -86,12 +86,12 @@ pub enum Always {
 
 /// A share of rows, 0 to 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Share(u64);
+pub struct Ratio(u64);
 
-impl Share {
+impl Ratio {
     /// This number.
-    pub fn new(share: f64) -> Share {
-        Share(share.to_bits())
+    pub fn new(share: f64) -> Ratio {
+        Ratio(share.to_bits())
     }
 
     /// The number.
@@ -105,18 +105,18 @@ impl Share {
     }
 }
 
-/// A [`Choice`] among the rows of one span. Places count as the span's do.
+/// A [`RowUpdate`] among the rows of one span. Places count as the span's do.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Parts {
+pub struct UpdateRanges {
     /// Rows that run.
     pub always: Range<usize>,
     /// The others, in two pieces.
     pub others: [Range<usize>; 2],
-    /// The share of the others that run: [`Choice::others`].
-    pub share: Option<Share>,
+    /// The share of the others that run: [`RowUpdate::others`].
+    pub share: Option<Ratio>,
 }
 
-impl Parts {
+impl UpdateRanges {
     /// Rows that run.
     pub fn rows(&self) -> usize {
         self.always.len() + self.count()
@@ -142,37 +142,37 @@ impl Parts {
     }
 }
 
-impl Choice {
+impl RowUpdate {
     /// The choice among the rows `start .. end` of a sequence whose response begins at `response`, and of whose rows those in
     /// `block` belong to the block.
-    pub fn parts(&self, (start, end): (usize, usize), response: usize, block: &Range<usize>) -> Parts {
+    pub fn parts(&self, (start, end): (usize, usize), response: usize, block: &Range<usize>) -> UpdateRanges {
         let response = response.clamp(start, end);
         let (always, others) = match self.always {
-            Always::Nothing => (response..response, [response..end, end..end]),
-            Always::Prompt => (start..response, [response..end, end..end]),
-            Always::Block => {
+            UpdateAlways::Nothing => (response..response, [response..end, end..end]),
+            UpdateAlways::Prompt => (start..response, [response..end, end..end]),
+            UpdateAlways::Block => {
                 let block = block.start.clamp(start, end)..block.end.clamp(start, end);
                 (block.clone(), [start..block.start, block.end..end])
             }
         };
-        Parts { always, others, share: self.others }
+        UpdateRanges { always, others, share: self.others }
     }
 }
 
 /// Which rows of a pass an op takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
+pub enum RowSet {
     /// All of them.
-    Whole,
-    /// Those that [`Backend::choose`] chose last.
-    Chosen,
+    All,
+    /// Those that [`Backend::select_rows`] chose last.
+    Selected,
 }
 
 /// A device that holds weights and activations and runs the ops of a layer.
 ///
 /// A `Buffer` is a matrix of activations `[rows, width]`, row-major, in the backend's own element type; the rows of a
 /// pass are the spans' rows, one after the other. Ops take the number of rows in use; buffers may be longer. Ops on a GPU
-/// return before the work is done, allocate nothing and may be captured into a graph, but for `write_tokens`, `place` and `read`.
+/// return before the work is done, allocate nothing and may be captured into a graph, but for `write_tokens`, `set_batch` and `read`.
 pub trait Backend {
     /// Activations.
     type Buffer;
@@ -182,7 +182,7 @@ pub trait Backend {
     type Vector;
     /// Keys (rotated) and values `[layers, positions, kv_width]` of all sequences.
     type Cache;
-    /// A [`Placement`] as the device has it.
+    /// A [`BatchMetadata`] as the device has it.
     type Rows;
 
     /// Stacks matrices `[rows_i, in]` (and biases `[rows_i]`, or none) into one.
@@ -190,7 +190,7 @@ pub trait Backend {
     /// A vector.
     fn vector(&self, tensor: Tensor) -> Result<Self::Vector>;
     /// Gets ready for passes of these sizes. `theta` is the base of the rotary embedding.
-    fn prepare(&mut self, needs: &Needs, theta: f32) -> Result<()>;
+    fn prepare(&mut self, needs: &SessionLimits, theta: f32) -> Result<()>;
     /// A buffer of `rows x width`.
     fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer>;
     /// A buffer for logits.
@@ -198,16 +198,16 @@ pub trait Backend {
     /// A cache; its contents are unspecified.
     fn cache(&self, layers: usize, positions: usize, kv_width: usize) -> Result<Self::Cache>;
     /// Room for placements of these sizes.
-    fn rows(&self, needs: &Needs) -> Result<Self::Rows>;
+    fn rows(&self, needs: &SessionLimits) -> Result<Self::Rows>;
 
     /// Takes over the tokens that rows are embedded from.
     fn write_tokens(&mut self, tokens: &[u32]) -> Result<()>;
     /// Takes over where the rows of a pass stand.
-    fn place(&mut self, rows: &mut Self::Rows, placement: &Placement) -> Result<()>;
+    fn set_batch(&mut self, rows: &mut Self::Rows, placement: &BatchMetadata) -> Result<()>;
     /// `out[i] = table[token of row i]`
     fn embed(&mut self, table: &Self::Matrix, rows: &Self::Rows, out: &mut Self::Buffer) -> Result<()>;
     /// `x += delta` (if any), then `out = x / rms(x) * weight`.
-    fn add_norm(
+    fn residual_norm(
         &mut self,
         x: &mut Self::Buffer,
         delta: Option<&Self::Buffer>,
@@ -251,10 +251,10 @@ pub trait Backend {
         out: &mut Self::Buffer,
         rows: usize,
     ) -> Result<()>;
-    /// Chooses the rows that run in a layer, by [`Placement::parts`]: `values` `[rows, kv_width]` of all rows of the pass
+    /// Chooses the rows that run in a layer, by [`BatchMetadata::parts`]: `values` `[rows, kv_width]` of all rows of the pass
     /// against those that the cache holds for the others, which they then replace, and those of the rows that always run too. No
     /// values are given, and none replaced, where the others' are not renewed.
-    fn choose(
+    fn select_rows(
         &mut self,
         values: Option<&Self::Buffer>,
         heads: Heads,
@@ -263,9 +263,9 @@ pub trait Backend {
     ) -> Result<()>;
     /// Those of the others that were chosen last, of each span, counted among the others, ascending. For observers and tests.
     /// Waits for the device.
-    fn chosen(&self, rows: &Self::Rows) -> Result<Vec<Vec<usize>>>;
-    /// `out[i] = x[row i of those that were chosen]`
-    fn gather_chosen(
+    fn selected(&self, rows: &Self::Rows) -> Result<Vec<Vec<usize>>>;
+    /// `out[i] = x[row i of those that were selected]`
+    fn gather_selected(
         &mut self,
         x: &Self::Buffer,
         rows: &Self::Rows,
@@ -274,7 +274,7 @@ pub trait Backend {
     ) -> Result<()>;
     /// Rotates the queries and keys of the chosen rows, and leaves the keys in the cache; with `values`, rows are `[q | k | v]`
     /// and their values are left there too, without they are `[q | k]`.
-    fn rope_chosen(
+    fn rope_selected(
         &mut self,
         qkv: &mut Self::Buffer,
         heads: Heads,
@@ -283,7 +283,7 @@ pub trait Backend {
         values: bool,
     ) -> Result<()>;
     /// Attention of the chosen rows over the cached keys and values of all positions of their sequences.
-    fn attention_chosen(
+    fn attention_selected(
         &mut self,
         qkv: &Self::Buffer,
         heads: Heads,
@@ -292,21 +292,21 @@ pub trait Backend {
         values: bool,
         out: &mut Self::Buffer,
     ) -> Result<()>;
-    /// From row `kept.1` on, row p of `kept` becomes the row of `delta` (of `width` elements) that stands at position p,
+    /// From row `feature_cache.1` on, row p of `feature_cache` becomes the row of `delta` (of `width` elements) that stands at position p,
     /// counted as the cache does.
-    fn keep(
+    fn store_features(
         &mut self,
         delta: &Self::Buffer,
-        part: Part,
+        part: RowSet,
         width: usize,
         rows: &Self::Rows,
-        kept: (&mut Self::Buffer, usize),
+        feature_cache: (&mut Self::Buffer, usize),
     ) -> Result<()>;
-    /// [`Backend::add_norm`] of all rows of the pass, with what [`Backend::keep`] left for them.
-    fn add_norm_kept(
+    /// [`Backend::residual_norm`] of all rows of the pass, with what [`Backend::store_features`] left for them.
+    fn residual_norm_features(
         &mut self,
         x: &mut Self::Buffer,
-        kept: (&Self::Buffer, usize),
+        feature_cache: (&Self::Buffer, usize),
         rows: &Self::Rows,
         weight: &Self::Vector,
         eps: f32,
@@ -326,9 +326,9 @@ pub trait HostUnmask: Backend {
         &mut self,
         logits: &mut Self::Buffer,
         vocab_size: usize,
-        groups: &[Group],
-        unmask: &Unmask,
-    ) -> Result<Vec<Verdict>>;
+        groups: &[Candidates],
+        unmask: &SamplingParams,
+    ) -> Result<Vec<Prediction>>;
 }
 
 #[cfg(test)]
@@ -337,7 +337,7 @@ mod tests {
 
     #[test]
     fn counts_are_rounded_down() {
-        let of = |share, rows| Share::new(share).of(rows);
+        let of = |share, rows| Ratio::new(share).of(rows);
         assert_eq!([of(0.25, 7), of(0.25, 3), of(1.0, 7), of(0.0, 7), of(0.25, 0)], [1, 0, 7, 0, 0]);
     }
 
@@ -345,17 +345,17 @@ mod tests {
     #[test]
     fn parts_of_a_span() {
         let parts = |always, others: Option<f64>| {
-            Choice { always, others: others.map(Share::new) }.parts((4, 20), 6, &(10..13))
+            RowUpdate { always, others: others.map(Ratio::new) }.parts((4, 20), 6, &(10..13))
         };
-        let response = parts(Always::Nothing, Some(0.5));
+        let response = parts(UpdateAlways::Nothing, Some(0.5));
         assert_eq!((&response.always, &response.others, response.rows()), (&(6..6), &[6..20, 20..20], 7));
-        let prompt = parts(Always::Prompt, None);
+        let prompt = parts(UpdateAlways::Prompt, None);
         assert_eq!((&prompt.always, &prompt.others, prompt.rows()), (&(4..6), &[6..20, 20..20], 2));
-        let block = parts(Always::Block, Some(0.5));
+        let block = parts(UpdateAlways::Block, Some(0.5));
         assert_eq!((&block.always, &block.others, block.rows()), (&(10..13), &[4..10, 13..20], 9));
         assert_eq!([0, 5, 6, 12].map(|number| block.other(number)), [4, 9, 13, 19]);
         // Where the block is not, nothing runs in any case.
-        let outside = Choice { always: Always::Block, others: None }.parts((4, 8), 6, &(10..13));
+        let outside = RowUpdate { always: UpdateAlways::Block, others: None }.parts((4, 8), 6, &(10..13));
         assert_eq!((outside.rows(), outside.num_others()), (0, 4));
     }
 }

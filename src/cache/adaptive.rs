@@ -5,7 +5,7 @@
 //! multiple of another. In between V-verify renews those response rows whose values turned most since the forward before.
 //! The first layer runs everything that a later layer or the head looks at, always.
 
-use crate::backend::{Always, Choice, Share};
+use crate::backend::{Ratio, RowUpdate, UpdateAlways};
 use crate::model::{CachePlan, Family, LayerPlan};
 use std::ops::Range;
 
@@ -24,13 +24,13 @@ pub struct Adaptive {
 
 /// What the unconditional twin of a guided sequence does in a forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TwinPlan {
+pub enum CfgPlan {
     /// What the sequence does.
-    Beside,
+    Batched,
     /// This, in a forward of its own.
-    Apart(AdaptivePlan),
+    Separate(AdaptivePlan),
     /// Nothing: its logits are as far from the sequence's as when it ran last.
-    Remembered,
+    Reused,
 }
 
 /// Forwards at the beginning in which twins run, whatever the interval.
@@ -47,9 +47,9 @@ impl Adaptive {
             prompt: t.is_multiple_of(self.prompt_interval),
             response,
             others: if response {
-                Some(Share::new(1.0))
+                Some(Ratio::new(1.0))
             } else {
-                (self.refresh_ratio > 0.0).then(|| Share::new(self.refresh_ratio))
+                (self.refresh_ratio > 0.0).then(|| Ratio::new(self.refresh_ratio))
             },
         }
     }
@@ -58,15 +58,15 @@ impl Adaptive {
     ///
     /// # Panics
     /// When an interval is 0.
-    pub fn twin(&self, t: usize) -> TwinPlan {
+    pub fn twin(&self, t: usize) -> CfgPlan {
         let interval = self.guidance_interval;
         if interval == 1 {
-            return TwinPlan::Beside;
+            return CfgPlan::Batched;
         }
         let runs = |t: usize| t < FIRST_TWINS || t.is_multiple_of(interval);
         match runs(t) {
-            true => TwinPlan::Apart(self.plan((0..t).filter(|t| runs(*t)).count())),
-            false => TwinPlan::Remembered,
+            true => CfgPlan::Separate(self.plan((0..t).filter(|t| runs(*t)).count())),
+            false => CfgPlan::Reused,
         }
     }
 }
@@ -79,7 +79,7 @@ pub struct AdaptivePlan {
     /// Whether it renews the response.
     pub response: bool,
     /// Share of the response that layers from the second on run.
-    others: Option<Share>,
+    others: Option<Ratio>,
 }
 
 impl AdaptivePlan {
@@ -94,11 +94,11 @@ impl CachePlan for AdaptivePlan {
         match (layer, self.prompt, self.response) {
             // The tokens before the window have not changed, nor have their keys and values in this layer; and what it adds to
             // them nobody would read.
-            (0, prompt, _) => LayerPlan::Whole { reuse: !prompt, store: true, keep: false },
-            (_, true, true) => LayerPlan::Whole { reuse: false, store: true, keep: true },
+            (0, prompt, _) => LayerPlan::Full { reuse: !prompt, store: true, store_features: false },
+            (_, true, true) => LayerPlan::Full { reuse: false, store: true, store_features: true },
             (_, prompt, _) => {
-                let always = if prompt { Always::Prompt } else { Always::Nothing };
-                LayerPlan::Partly(Choice { always, others: self.others })
+                let always = if prompt { UpdateAlways::Prompt } else { UpdateAlways::Nothing };
+                LayerPlan::Partial(RowUpdate { always, others: self.others })
             }
         }
     }
@@ -106,7 +106,7 @@ impl CachePlan for AdaptivePlan {
 
 /// The first position of a sequence whose token can change, or whose logits can be asked for: as far as the prompt goes, what
 /// is before it needs no rows in forwards that do not renew the prompt.
-pub fn first_live(family: Family, prompt: &[u32], mask: u32) -> usize {
+pub fn first_active_row(family: Family, prompt: &[u32], mask: u32) -> usize {
     let masked = prompt.iter().position(|token| *token == mask).unwrap_or(prompt.len());
     match family {
         Family::Llada => masked,
@@ -121,32 +121,32 @@ mod tests {
 
     const ADAPTIVE: Adaptive =
         Adaptive { prompt_interval: 6, response_interval: 3, refresh_ratio: 0.25, guidance_interval: 1 };
-    const WHOLE: LayerPlan = LayerPlan::Whole { reuse: false, store: true, keep: true };
+    const WHOLE: LayerPlan = LayerPlan::Full { reuse: false, store: true, store_features: true };
 
-    fn partly(prompt: bool, share: f64) -> LayerPlan {
-        let always = if prompt { Always::Prompt } else { Always::Nothing };
-        LayerPlan::Partly(Choice { always, others: (share > 0.0).then_some(Share::new(share)) })
+    fn partial_layer(prompt: bool, share: f64) -> LayerPlan {
+        let always = if prompt { UpdateAlways::Prompt } else { UpdateAlways::Nothing };
+        LayerPlan::Partial(RowUpdate { always, others: (share > 0.0).then_some(Ratio::new(share)) })
     }
 
     #[test]
     fn a_period() {
         let later: Vec<LayerPlan> = (0..7).map(|t| ADAPTIVE.plan(t).layer(2)).collect();
-        let (verify, refresh) = (partly(false, 0.25), partly(false, 1.0));
+        let (verify, refresh) = (partial_layer(false, 0.25), partial_layer(false, 1.0));
         assert_eq!(later, [WHOLE, verify, verify, refresh, verify, verify, WHOLE]);
         // The prompt without the response; then V-verify runs beside it, or nothing does.
         let other = Adaptive { prompt_interval: 4, response_interval: 7, ..ADAPTIVE };
-        assert_eq!(other.plan(4).layer(1), partly(true, 0.25));
+        assert_eq!(other.plan(4).layer(1), partial_layer(true, 0.25));
         let stale = Adaptive { refresh_ratio: 0.0, ..other };
-        assert_eq!(stale.plan(4).layer(1), partly(true, 0.0));
-        assert_eq!(stale.plan(5).layer(1), partly(false, 0.0));
-        assert_eq!(stale.plan(7).layer(1), partly(false, 1.0));
+        assert_eq!(stale.plan(4).layer(1), partial_layer(true, 0.0));
+        assert_eq!(stale.plan(5).layer(1), partial_layer(false, 0.0));
+        assert_eq!(stale.plan(7).layer(1), partial_layer(false, 1.0));
     }
 
     #[test]
     fn the_first_layer_always_runs_whole() {
         for t in 0..20 {
             let plan = ADAPTIVE.plan(t);
-            assert_eq!(plan.layer(0), LayerPlan::Whole { reuse: t % 6 != 0, store: true, keep: false });
+            assert_eq!(plan.layer(0), LayerPlan::Full { reuse: t % 6 != 0, store: true, store_features: false });
             assert_eq!(plan.window(4, 14), if t % 6 == 0 { 0..14 } else { 4..14 });
         }
     }
@@ -162,16 +162,16 @@ mod tests {
     fn twins_count_their_own_forwards() {
         let apart = Adaptive { guidance_interval: 4, ..ADAPTIVE };
         for (t, own) in [(0, 0), (1, 1), (4, 4), (8, 5), (12, 6), (16, 7)] {
-            assert_eq!(apart.twin(t), TwinPlan::Apart(apart.plan(own)), "{t}");
+            assert_eq!(apart.twin(t), CfgPlan::Separate(apart.plan(own)), "{t}");
         }
-        assert!([5, 6, 7, 9, 11, 13].iter().all(|t| apart.twin(*t) == TwinPlan::Remembered));
-        assert!((0..20).all(|t| ADAPTIVE.twin(t) == TwinPlan::Beside));
+        assert!([5, 6, 7, 9, 11, 13].iter().all(|t| apart.twin(*t) == CfgPlan::Reused));
+        assert!((0..20).all(|t| ADAPTIVE.twin(t) == CfgPlan::Batched));
     }
 
     #[test]
     fn rows_begin_where_something_can_change() {
         const M: u32 = 9;
-        let at = |family, prompt: &[u32]| first_live(family, prompt, M);
+        let at = |family, prompt: &[u32]| first_active_row(family, prompt, M);
         assert_eq!(at(Family::Llada, &[1, 2, 3]), 3);
         assert_eq!(at(Family::Dream, &[1, 2, 3]), 2);
         assert_eq!(at(Family::Llada, &[1, M, 3, M]), 1);

@@ -8,7 +8,7 @@
 
 pub mod adaptive;
 
-use crate::backend::{Always, Choice, Share};
+use crate::backend::{Ratio, RowUpdate, UpdateAlways};
 use crate::model::{CachePlan, LayerPlan};
 use std::ops::Range;
 
@@ -61,12 +61,12 @@ impl CacheMode {
 }
 
 impl PassKind {
-    /// The rows that run, for a block of a sequence of `len` positions, of which none before `first_live` can change
-    /// ([`adaptive::first_live`]).
-    pub fn window(self, block: &Range<usize>, first_live: usize, len: usize) -> Range<usize> {
+    /// The rows that run, for a block of a sequence of `len` positions, of which none before `first_active_row` can change
+    /// ([`adaptive::first_active_row`]).
+    pub fn window(self, block: &Range<usize>, first_active_row: usize, len: usize) -> Range<usize> {
         match self {
             PassKind::Full => 0..len,
-            PassKind::Response => first_live..len,
+            PassKind::Response => first_active_row..len,
             PassKind::Suffix => block.start..len,
             PassKind::Block => block.clone(),
         }
@@ -86,7 +86,7 @@ pub enum Refresh {
     /// This one runs all rows, and keeps what later ones need.
     Keep,
     /// This one runs the block, and of the other rows the share whose values turned most since the last refresh.
-    Some(Share),
+    Some(Ratio),
 }
 
 /// The cache use of one pass.
@@ -114,9 +114,9 @@ impl CachePlan for BlockPlan {
         let store = self.pass.refreshes() && self.mode != CacheMode::None;
         match self.refresh {
             Refresh::Some(share) if store && layer > 0 => {
-                LayerPlan::Partly(Choice { always: Always::Block, others: Some(share) })
+                LayerPlan::Partial(RowUpdate { always: UpdateAlways::Block, others: Some(share) })
             }
-            refresh => LayerPlan::Whole { reuse, store, keep: store && layer > 0 && refresh == Refresh::Keep },
+            refresh => LayerPlan::Full { reuse, store, store_features: store && layer > 0 && refresh == Refresh::Keep },
         }
     }
 }

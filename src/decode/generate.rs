@@ -1,15 +1,17 @@
 //! The decoding loops: one function per rule of the originals says which passes there are; `Decoder::run` runs them.
 
 use super::observer::Observer;
-use super::options::{Options, Policy, Rule};
+use super::options::{Algorithm, Options, Policy};
 use super::schedule::DreamSchedule;
-use super::state::{Plan, SLOTS, Sequence, State, Turn};
-use super::stretch::{From, Stage, Stretch};
+use super::state::{Plan, SLOTS, Sequence, SequencePass, State};
+use super::stretch::{BlockLoop, CandidateStart, PassSpec};
 use crate::cache::PassKind;
-use crate::cache::adaptive::{AdaptivePlan, TwinPlan};
+use crate::cache::adaptive::{AdaptivePlan, CfgPlan};
 use crate::error::Result;
-use crate::model::{Config, Course, CourseSequence, CourseStage, Network, Pass, Schedule, Twins, Window};
-use crate::oracle::unmask::{Group, Selection};
+use crate::model::{
+    CfgBranch, Config, DecodeEngine, DecodeRun, Pass, QueryRows, QuotaSchedule, SequenceState, StepTemplate,
+};
+use crate::reference::unmask::{Candidates, CommitRule};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -28,16 +30,16 @@ pub(super) fn end_tokens(config: &Config, options: &Options) -> Vec<u32> {
     [&config.eos_token_ids[..], &options.end_tokens[..]].concat()
 }
 
-/// The decoding loop over any [`Network`]. `options` and `prompts` have passed [`Options::validate`].
+/// The decoding loop over any [`DecodeEngine`]. `options` and `prompts` have passed [`Options::validate`].
 pub fn decode(
-    network: &mut dyn Network,
+    network: &mut dyn DecodeEngine,
     config: &Config,
     prompts: &[Vec<u32>],
     options: &Options,
     interrupt: Option<&AtomicBool>,
     observer: &mut dyn Observer,
 ) -> Result<Decoded> {
-    let rule = options.rule(config.family);
+    let rule = options.algorithm(config.family);
     let mask = config.mask_token_id;
     let sequence = |prompt: &Vec<u32>| Sequence::new(config.family, prompt, mask);
     let state = State {
@@ -51,17 +53,17 @@ pub fn decode(
     };
     let mut decoder = Decoder { network, state, interrupt, interrupted: false, observer };
     match rule {
-        Rule::Llada => decoder.llada()?,
-        Rule::FastLlada => decoder.fast_llada()?,
-        Rule::Dream => decoder.dream()?,
-        Rule::DreamThreshold => decoder.dream_threshold()?,
-        Rule::DreamBlock => decoder.dream_block()?,
+        Algorithm::Llada => decoder.llada()?,
+        Algorithm::FastLlada => decoder.fast_llada()?,
+        Algorithm::Dream => decoder.dream()?,
+        Algorithm::DreamThreshold => decoder.dream_threshold()?,
+        Algorithm::DreamBlock => decoder.dream_block()?,
     }
     decoder.finish()
 }
 
 struct Decoder<'a> {
-    network: &'a mut dyn Network,
+    network: &'a mut dyn DecodeEngine,
     state: State<'a>,
     interrupt: Option<&'a AtomicBool>,
     interrupted: bool,
@@ -72,10 +74,10 @@ impl Decoder<'_> {
     /// LLaDA's own loop: every block has `steps / blocks` forwards, fewer where it is complete before.
     fn llada(&mut self) -> Result<()> {
         let steps = self.state.options.steps() / self.state.blocks();
-        let stage = Stage { pass: PassKind::Full, from: From::Start, first_only: false };
+        let stage = PassSpec { pass: PassKind::Full, from: CandidateStart::Start, first_only: false };
         for block in 0..self.state.blocks() {
             let stretch =
-                Stretch { block: Some(block), stages: [stage; 2], schedule: Schedule::Llada { steps }, steps };
+                BlockLoop { block: Some(block), stages: [stage; 2], schedule: QuotaSchedule::Llada { steps }, steps };
             self.run(block, &stretch)?;
         }
         Ok(())
@@ -86,15 +88,15 @@ impl Decoder<'_> {
     fn fast_llada(&mut self) -> Result<()> {
         let steps = self.state.options.steps() / self.state.blocks();
         let schedule = match self.state.options.policy {
-            Policy::Fixed => Schedule::Llada { steps },
-            _ => Schedule::None,
+            Policy::Fixed => QuotaSchedule::Llada { steps },
+            _ => QuotaSchedule::Unlimited,
         };
-        let stage = |pass| Stage { pass, from: From::Window, first_only: false };
+        let stage = |pass| PassSpec { pass, from: CandidateStart::Window, first_only: false };
         for block in 0..self.state.blocks() {
             let options = self.state.options;
             let stages = [stage(options.refresh_pass(block)), stage(options.cache.block_pass())];
             let schedule = schedule.clone();
-            self.run(block, &Stretch { block: Some(block), stages, schedule, steps: usize::MAX })?;
+            self.run(block, &BlockLoop { block: Some(block), stages, schedule, steps: usize::MAX })?;
         }
         Ok(())
     }
@@ -102,16 +104,19 @@ impl Decoder<'_> {
     /// Dream's own loop: all positions at once.
     fn dream(&mut self) -> Result<()> {
         let steps = self.state.options.steps();
-        let schedule = Schedule::Dream(DreamSchedule::new(steps, self.state.options.eps).ratios());
-        let stage = Stage { pass: PassKind::Full, from: From::Start, first_only: false };
-        self.run(0, &Stretch { block: None, stages: [stage; 2], schedule, steps })
+        let schedule = QuotaSchedule::Dream(DreamSchedule::new(steps, self.state.options.eps).ratios());
+        let stage = PassSpec { pass: PassKind::Full, from: CandidateStart::Start, first_only: false };
+        self.run(0, &BlockLoop { block: None, stages: [stage; 2], schedule, steps })
     }
 
     /// Fast-dLLM's threshold for Dream without blocks: each step looks at `masks / steps` positions and at those that
     /// earlier steps rejected; what is left after the last step gets further steps.
     fn dream_threshold(&mut self) -> Result<()> {
-        let stage = Stage { pass: PassKind::Full, from: From::Start, first_only: false };
-        self.run(0, &Stretch { block: None, stages: [stage; 2], schedule: Schedule::Among, steps: usize::MAX })
+        let stage = PassSpec { pass: PassKind::Full, from: CandidateStart::Start, first_only: false };
+        self.run(
+            0,
+            &BlockLoop { block: None, stages: [stage; 2], schedule: QuotaSchedule::CarryOver, steps: usize::MAX },
+        )
     }
 
     /// Fast-dLLM's block loop for Dream. A window has no logits for its own first position (they stand one before it),
@@ -119,22 +124,22 @@ impl Decoder<'_> {
     fn dream_block(&mut self) -> Result<()> {
         let steps = self.state.options.steps() / self.state.blocks();
         let schedule = match self.state.options.policy {
-            Policy::Fixed => Schedule::Dream(DreamSchedule::new(steps.max(1), self.state.options.eps).ratios()),
-            _ => Schedule::None,
+            Policy::Fixed => QuotaSchedule::Dream(DreamSchedule::new(steps.max(1), self.state.options.eps).ratios()),
+            _ => QuotaSchedule::Unlimited,
         };
         for block in 0..self.state.blocks() {
             let options = self.state.options;
-            let first = Stage { pass: options.refresh_pass(block), from: From::Block, first_only: true };
-            let rest = Stage { pass: options.cache.block_pass(), from: From::Block, first_only: false };
+            let first = PassSpec { pass: options.refresh_pass(block), from: CandidateStart::Block, first_only: true };
+            let rest = PassSpec { pass: options.cache.block_pass(), from: CandidateStart::Block, first_only: false };
             let schedule = schedule.clone();
-            let stretch = Stretch { block: Some(block), stages: [first, rest], schedule, steps: usize::MAX };
+            let stretch = BlockLoop { block: Some(block), stages: [first, rest], schedule, steps: usize::MAX };
             self.run(block, &stretch)?;
         }
         Ok(())
     }
 
     /// Runs the passes of a stretch: on a network that does so by itself, or pass by pass.
-    fn run(&mut self, block: usize, stretch: &Stretch) -> Result<()> {
+    fn run(&mut self, block: usize, stretch: &BlockLoop) -> Result<()> {
         if self.interrupted() {
             self.block_done(block);
             return Ok(());
@@ -147,12 +152,12 @@ impl Decoder<'_> {
                 let stage = stretch.stages[i.min(1)];
                 let turns = self.turns(stretch, &courses, i);
                 let quotas = self.state.each(|d, s| stretch.quota(d, s, &courses[s], i));
-                let masks = self.state.each(|d, s| d.masks(s, courses[s].reach.clone()).len());
+                let masks = self.state.each(|d, s| d.masks(s, courses[s].quota_range.clone()).len());
                 if !self.pass(stage.pass, block, turns)? {
                     break;
                 }
                 for (s, course) in courses.iter_mut().enumerate() {
-                    let committed = masks[s] - self.state.masks(s, course.reach.clone()).len();
+                    let committed = masks[s] - self.state.masks(s, course.quota_range.clone()).len();
                     stretch.after(course, i, quotas[s], committed);
                 }
             }
@@ -162,19 +167,20 @@ impl Decoder<'_> {
     }
 
     /// What the sequences that still have something to do in a stretch do in its pass `i`.
-    fn turns(&self, stretch: &Stretch, courses: &[CourseSequence], i: usize) -> Vec<Turn> {
+    fn turns(&self, stretch: &BlockLoop, courses: &[SequenceState], i: usize) -> Vec<SequencePass> {
         let stage = stretch.stages[i.min(1)];
         let observed = self.observer.wants_steps();
         let turn = |s: usize| {
             let (state, course) = (&self.state, &courses[s]);
-            let open = state.sequences[s].ended.is_none() && !state.masks(s, course.open.clone()).is_empty();
-            (open && i < course.limit).then(|| Turn {
+            let active_range =
+                state.sequences[s].ended.is_none() && !state.masks(s, course.active_range.clone()).is_empty();
+            (active_range && i < course.max_passes).then(|| SequencePass {
                 sequence: s,
                 block: state.block(s, stretch.block.unwrap_or(0)),
-                candidates: stage.candidates(state, s, &course.open, observed),
-                commit_before: stage.commit_before(&course.open),
+                candidates: stage.candidates(state, s, &course.active_range, observed),
+                commit_before: stage.commit_before(&course.active_range),
                 selection: match stage.first_only {
-                    true => Selection::Quota(1),
+                    true => CommitRule::Quota(1),
                     false => state.selection(stretch.quota(state, s, course, i)),
                 },
             })
@@ -184,12 +190,12 @@ impl Decoder<'_> {
 
     /// The same on a network that needs to be told only once. Sequences at different places of the adaptive cache's intervals
     /// cannot run together: they run one kind after the other.
-    fn run_on_device(&mut self, stretch: &Stretch) -> Result<()> {
+    fn run_on_device(&mut self, stretch: &BlockLoop) -> Result<()> {
         let state = &self.state;
         let turns = self.turns(stretch, &state.each(|d, s| stretch.course(d, s)), 0);
         // All that a block's caches run together; by their forwards those of the adaptive cache.
         let mut groups: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-        for Turn { sequence, .. } in turns {
+        for SequencePass { sequence, .. } in turns {
             let at = if state.options.adaptive().is_some() { state.sequences[sequence].step } else { 0 };
             groups.entry(at).or_default().push(sequence);
         }
@@ -205,13 +211,13 @@ impl Decoder<'_> {
     }
 
     /// The passes of a stretch over some sequences, all at the same place of the intervals. Returns how many there were.
-    fn course(&mut self, stretch: &Stretch, alike: &[usize]) -> Result<usize> {
+    fn course(&mut self, stretch: &BlockLoop, alike: &[usize]) -> Result<usize> {
         let mut courses = self.state.each(|d, s| stretch.course(d, s));
         let mut passes = 0;
         let together = self.state.options.adaptive().is_some();
         loop {
             let turns = self.turns(stretch, &courses, passes);
-            let turns: Vec<Turn> = turns.into_iter().filter(|turn| alike.contains(&turn.sequence)).collect();
+            let turns: Vec<SequencePass> = turns.into_iter().filter(|turn| alike.contains(&turn.sequence)).collect();
             let Some(first) = turns.first() else { return Ok(passes) };
             let state = &self.state;
             for course in &mut courses {
@@ -241,8 +247,8 @@ impl Decoder<'_> {
                 parts[slot].get_or_insert_with(|| {
                     let (plans, windows): (Vec<_>, Vec<_>) =
                         turns.iter().map(|turn| state.plan_at(stage.pass, turn, step + i)).unzip();
-                    let candidates = |t: &Turn| {
-                        let range = stage.candidates(state, t.sequence, &courses[t.sequence].open, false);
+                    let candidates = |t: &SequencePass| {
+                        let range = stage.candidates(state, t.sequence, &courses[t.sequence].active_range, false);
                         (t.sequence, state.masks(t.sequence, range))
                     };
                     (plans, windows, turns.iter().map(candidates).collect::<Vec<_>>(), stage.pass)
@@ -250,14 +256,14 @@ impl Decoder<'_> {
             }
             let stage = |i: usize| kind(i).1;
             let stages = parts.each_ref().map(|part| {
-                part.as_ref().map(|(plans, windows, candidates, pass)| CourseStage {
+                part.as_ref().map(|(plans, windows, candidates, pass)| StepTemplate {
                     plan: &plans[0],
                     windows,
                     candidates,
                     shrinks: *pass == PassKind::Suffix,
                 })
             });
-            let course = Course {
+            let course = DecodeRun {
                 stages: &stages,
                 stage: &stage,
                 first_pass: passes,
@@ -293,53 +299,54 @@ impl Decoder<'_> {
     }
 
     /// One forward, and what it commits. False when there was nothing to do, or the decode is interrupted.
-    fn pass(&mut self, kind: PassKind, block: usize, turns: Vec<Turn>) -> Result<bool> {
+    fn pass(&mut self, kind: PassKind, block: usize, turns: Vec<SequencePass>) -> Result<bool> {
         if self.interrupted() || turns.is_empty() {
             return Ok(false);
         }
         let state = &self.state;
-        let (plans, windows): (Vec<Plan>, Vec<Window>) = turns.iter().map(|turn| state.plan(kind, turn)).unzip();
-        let group = |t: &Turn| Group {
+        let (plans, windows): (Vec<Plan>, Vec<QueryRows>) = turns.iter().map(|turn| state.plan(kind, turn)).unzip();
+        let group = |t: &SequencePass| Candidates {
             sequence: t.sequence,
             step: state.sequences[t.sequence].step,
             positions: state.masks(t.sequence, t.candidates.clone()),
             commit_before: t.commit_before,
             selection: t.selection,
         };
-        let groups: Vec<Group> = turns.iter().map(group).collect();
+        let groups: Vec<Candidates> = turns.iter().map(group).collect();
         let observed = self.observer.wants_steps();
         // Of V-verify's choices those of the adaptive cache are told.
-        let chosen = observed && state.options.adaptive().is_some();
+        let selects = observed && state.options.adaptive().is_some();
         let mut verdicts = vec![vec![]; groups.len()];
-        let mut verified = vec![vec![]; groups.len()];
+        let mut selected_rows = vec![vec![]; groups.len()];
         // Sequences whose intervals have come apart, as one had nothing to do while others went on, cannot run together.
-        let mut left: Vec<usize> = (0..groups.len()).collect();
-        while let Some(first) = left.first() {
+        let mut remaining: Vec<usize> = (0..groups.len()).collect();
+        while let Some(first) = remaining.first() {
             let plan = plans[*first];
-            let (alike, others): (Vec<usize>, _) = left.iter().partition(|i| plans[**i] == plan);
-            left = others;
+            let (alike, others): (Vec<usize>, _) = remaining.iter().partition(|i| plans[**i] == plan);
+            remaining = others;
             let windows: Vec<_> = alike.iter().map(|i| windows[*i].clone()).collect();
-            let of: Vec<Group> = alike.iter().map(|i| groups[*i].clone()).collect();
+            let of: Vec<Candidates> = alike.iter().map(|i| groups[*i].clone()).collect();
             let of_twins = |plan: AdaptivePlan| -> Vec<_> {
                 windows.iter().map(|window| state.adaptive_window(plan, window.sequence)).collect()
             };
             let twin =
-                if let Plan::Adaptive(_, TwinPlan::Apart(plan)) = plan { Some((plan, of_twins(plan))) } else { None };
+                if let Plan::Adaptive(_, CfgPlan::Separate(plan)) = plan { Some((plan, of_twins(plan))) } else { None };
             let twins = match (&twin, plan) {
-                (Some((plan, windows)), _) => Twins::Apart { plan, windows },
-                (None, Plan::Adaptive(_, TwinPlan::Remembered)) => Twins::Remembered,
-                (None, _) => Twins::Beside,
+                (Some((plan, windows)), _) => CfgBranch::Separate { plan, windows },
+                (None, Plan::Adaptive(_, CfgPlan::Reused)) => CfgBranch::Reused,
+                (None, _) => CfgBranch::Batched,
             };
             let pass =
-                Pass { plan: &plan, windows: &windows, groups: &of, unmask: &state.unmask, twins, observed: chosen };
+                Pass { plan: &plan, windows: &windows, groups: &of, unmask: &state.unmask, twins, observed: selects };
             let all = self.network.step(&state.tokens, &pass)?;
             let mut rest = &all[..];
             for (w, i) in alike.into_iter().enumerate() {
                 let (own, others) = rest.split_at(groups[i].positions.len());
                 (verdicts[i], rest) = (own.to_vec(), others);
-                let chosen = self.network.chosen().iter().map(|chosen| (chosen.layer, chosen.rows[w].clone()));
+                let rows =
+                    self.network.selected_rows().iter().map(|selected| (selected.layer, selected.rows[w].clone()));
                 if matches!(plan, Plan::Adaptive(plan, _) if !plan.response) {
-                    verified[i] = chosen.collect();
+                    selected_rows[i] = rows.collect();
                 }
             }
         }
@@ -355,7 +362,14 @@ impl Decoder<'_> {
             state.check_end(group.sequence);
         }
         if observed {
-            self.observer.step(&self.state.describe(kind, block, (&plans, &windows), &groups, &verdicts, verified));
+            self.observer.step(&self.state.describe(
+                kind,
+                block,
+                (&plans, &windows),
+                &groups,
+                &verdicts,
+                selected_rows,
+            ));
         }
         Ok(true)
     }
@@ -367,7 +381,7 @@ impl Decoder<'_> {
             let tokens = self.state.generated(s);
             let tokens = &tokens[..end.min(tokens.len())];
             let settled = tokens.iter().position(|t| *t == self.state.mask).unwrap_or(tokens.len());
-            self.observer.decided(s, &tokens[..settled]);
+            self.observer.finalized(s, &tokens[..settled]);
         }
     }
 

@@ -6,7 +6,7 @@ use super::options::{Options, Policy};
 use crate::cache::CacheMode;
 use crate::error::Result;
 use crate::model::Model;
-use crate::oracle::unmask::Confidence;
+use crate::reference::unmask::Confidence;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
@@ -23,7 +23,7 @@ pub struct Generation {
     pub interrupted: bool,
     /// Multiply-adds of the matrix products and of attention in these passes (on a CUDA device a first layer in vain now and then
     /// among them).
-    pub multiply_adds: u64,
+    pub macs: u64,
     end_tokens: Vec<u32>,
 }
 
@@ -171,7 +171,7 @@ impl<'m> Generator<'m> {
             nfe: decoded.nfe,
             elapsed: start.elapsed(),
             interrupted: decoded.interrupted,
-            multiply_adds: network.multiply_adds(),
+            macs: network.macs(),
             end_tokens: end_tokens(config, &self.options),
         })
     }

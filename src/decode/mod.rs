@@ -13,4 +13,4 @@ pub mod trace;
 pub use generate::{Decoded, decode};
 pub use generator::{Generation, Generator};
 pub use observer::{Observer, SequenceStep, Step};
-pub use options::{Options, Policy, Rule};
+pub use options::{Algorithm, Options, Policy};

@@ -31,9 +31,9 @@ pub struct SequenceStep<'a> {
     /// Positions that went from mask to token, ascending.
     pub transferred: Vec<usize>,
     /// What the adaptive cache renewed, if it is the cache and the sequence took part.
-    pub renewed: Option<AdaptivePlan>,
+    pub refreshed: Option<AdaptivePlan>,
     /// What V-verify chose between two refreshes of the response: layers, and the positions in the generated region.
-    pub verified: Vec<(usize, Vec<usize>)>,
+    pub selected_rows: Vec<(usize, Vec<usize>)>,
     /// The generated region after the step.
     pub tokens: &'a [u32],
 }
@@ -50,7 +50,7 @@ pub trait Observer {
     fn step(&mut self, _step: &Step) {}
 
     /// `tokens` of the generated region of `sequence` are final. Called as blocks are completed, and at the end.
-    fn decided(&mut self, _sequence: usize, _tokens: &[u32]) {}
+    fn finalized(&mut self, _sequence: usize, _tokens: &[u32]) {}
 }
 
 /// No observer.

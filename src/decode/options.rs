@@ -3,8 +3,8 @@
 use crate::cache::adaptive::Adaptive;
 use crate::cache::{CacheMode, PassKind};
 use crate::error::{Error, Result};
-use crate::model::{Config, Family, Sizes};
-use crate::oracle::unmask::{Confidence, Unmask};
+use crate::model::{Config, Family, SessionConfig};
+use crate::reference::unmask::{Confidence, SamplingParams};
 
 /// Which masked tokens a step commits.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -112,7 +112,7 @@ const STEPS_LIMIT: usize = 1 << 20;
 
 /// The decoding loops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rule {
+pub enum Algorithm {
     /// LLaDA: blocks, a fixed number of steps each.
     Llada,
     /// Fast-dLLM for LLaDA: blocks until they are done, with or without a cache.
@@ -137,24 +137,24 @@ impl Options {
     }
 
     /// `confidence`, or the rule's default.
-    pub fn confidence(&self, rule: Rule) -> Confidence {
+    pub fn confidence(&self, rule: Algorithm) -> Confidence {
         self.confidence.unwrap_or(match (rule, self.policy) {
-            (Rule::DreamBlock, Policy::Fixed) => Confidence::Entropy,
+            (Algorithm::DreamBlock, Policy::Fixed) => Confidence::Entropy,
             _ => Confidence::Probability,
         })
     }
 
     /// Which rule these options select for a family.
-    pub fn rule(&self, family: Family) -> Rule {
+    pub fn algorithm(&self, family: Family) -> Algorithm {
         // The adaptive cache goes around the loop that there is without a cache.
         let plain = matches!(self.cache, CacheMode::None | CacheMode::Adaptive);
         let whole = plain && self.block_length() == self.gen_length;
         match (family, self.policy) {
-            (Family::Llada, Policy::Fixed) if plain => Rule::Llada,
-            (Family::Llada, _) => Rule::FastLlada,
-            (Family::Dream, Policy::Fixed) if whole => Rule::Dream,
-            (Family::Dream, Policy::Threshold(_)) if whole => Rule::DreamThreshold,
-            (Family::Dream, _) => Rule::DreamBlock,
+            (Family::Llada, Policy::Fixed) if plain => Algorithm::Llada,
+            (Family::Llada, _) => Algorithm::FastLlada,
+            (Family::Dream, Policy::Fixed) if whole => Algorithm::Dream,
+            (Family::Dream, Policy::Threshold(_)) if whole => Algorithm::DreamThreshold,
+            (Family::Dream, _) => Algorithm::DreamBlock,
         }
     }
 
@@ -190,12 +190,12 @@ impl Options {
     }
 
     /// How rows are scored under a rule; `mask` is never chosen.
-    pub(super) fn unmask(&self, rule: Rule, mask: u32) -> Unmask {
-        Unmask {
+    pub(super) fn unmask(&self, rule: Algorithm, mask: u32) -> SamplingParams {
+        SamplingParams {
             confidence: self.confidence(rule),
             temperature: self.temperature,
-            tempered_confidence: !matches!(rule, Rule::Llada | Rule::FastLlada),
-            f32_confidence: rule != Rule::FastLlada,
+            tempered_confidence: !matches!(rule, Algorithm::Llada | Algorithm::FastLlada),
+            f32_confidence: rule != Algorithm::FastLlada,
             top_p: self.top_p,
             top_k: self.top_k,
             cfg_scale: self.cfg_scale as f32,
@@ -209,9 +209,9 @@ impl Options {
     pub fn validate(&self, config: &Config, prompts: &[Vec<u32>]) -> Result<()> {
         self.validate_lengths()?;
         self.validate_numbers()?;
-        let rule = self.rule(config.family);
+        let rule = self.algorithm(config.family);
         let blocks = self.gen_length / self.block_length();
-        let in_blocks = matches!(rule, Rule::Llada | Rule::FastLlada | Rule::DreamBlock);
+        let in_blocks = matches!(rule, Algorithm::Llada | Algorithm::FastLlada | Algorithm::DreamBlock);
         if self.policy == Policy::Fixed && in_blocks && !self.steps().is_multiple_of(blocks) {
             return Err(Error::argument("steps", format!("a multiple of the {blocks} blocks"), self.steps()));
         }
@@ -321,7 +321,7 @@ impl Options {
         }
     }
 
-    fn validate_prompt(&self, config: &Config, rule: Rule, prompt: &[u32]) -> Result<()> {
+    fn validate_prompt(&self, config: &Config, rule: Algorithm, prompt: &[u32]) -> Result<()> {
         if prompt.is_empty() {
             return Err(Error::argument("prompt", "at least one token", "an empty prompt"));
         }
@@ -335,7 +335,7 @@ impl Options {
             let expected = format!("prompt and gen-length {} within the model's {window} positions", self.gen_length);
             return Err(Error::argument("prompt", expected, format!("{} tokens", prompt.len())));
         }
-        if rule == Rule::DreamThreshold && self.steps.is_some() {
+        if rule == Algorithm::DreamThreshold && self.steps.is_some() {
             let masked = self.gen_length + prompt.iter().filter(|id| **id == config.mask_token_id).count();
             if !masked.is_multiple_of(self.steps()) {
                 let expected = format!("a divisor of the {masked} masked tokens");
@@ -346,24 +346,24 @@ impl Options {
     }
 
     /// The buffers that a decode of these prompts needs.
-    pub fn sizes(&self, config: &Config, prompts: &[Vec<u32>]) -> Sizes {
-        let rule = self.rule(config.family);
+    pub fn sizes(&self, config: &Config, prompts: &[Vec<u32>]) -> SessionConfig {
+        let rule = self.algorithm(config.family);
         let masks = |prompt: &Vec<u32>| prompt.iter().filter(|id| **id == config.mask_token_id).count();
         let adaptive = self.cache == CacheMode::Adaptive;
         let remembered = adaptive && self.cfg_scale > 0.0 && self.cfg_interval > 1;
         let in_reach = |prompt: &Vec<u32>| match rule {
             _ if remembered => self.gen_length,
-            Rule::Dream | Rule::DreamThreshold => self.gen_length,
+            Algorithm::Dream | Algorithm::DreamThreshold => self.gen_length,
             // Masks in the prompt compete for the quota, so that a block may stay unfinished behind the next one.
-            Rule::Llada if masks(prompt) > 0 => self.gen_length,
-            Rule::Llada | Rule::FastLlada | Rule::DreamBlock => self.block_length(),
+            Algorithm::Llada if masks(prompt) > 0 => self.gen_length,
+            Algorithm::Llada | Algorithm::FastLlada | Algorithm::DreamBlock => self.block_length(),
         };
-        Sizes {
+        SessionConfig {
             prompt_lens: prompts.iter().map(Vec::len).collect(),
             gen_length: self.gen_length,
             candidates: prompts.iter().map(|p| in_reach(p) + masks(p)).sum(),
-            cached: self.cache != CacheMode::None,
-            kept: adaptive || self.keeps_refreshes(),
+            kv_cache: self.cache != CacheMode::None,
+            feature_cache: adaptive || self.keeps_refreshes(),
             remembered,
             guided: self.cfg_scale > 0.0,
             end_tokens: match self.early_stop {
@@ -371,8 +371,10 @@ impl Options {
                 false => 0,
             },
             ratios: match (rule, self.policy) {
-                (Rule::Dream, _) => self.steps(),
-                (Rule::DreamBlock, Policy::Fixed) => (self.steps() / (self.gen_length / self.block_length())).max(1),
+                (Algorithm::Dream, _) => self.steps(),
+                (Algorithm::DreamBlock, Policy::Fixed) => {
+                    (self.steps() / (self.gen_length / self.block_length())).max(1)
+                }
                 _ => 0,
             },
         }

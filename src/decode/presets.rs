@@ -3,7 +3,7 @@
 use super::options::{Options, Policy};
 use crate::cache::CacheMode;
 use crate::model::Family;
-use crate::oracle::unmask::Confidence;
+use crate::reference::unmask::Confidence;
 use serde::Serialize;
 
 /// Where the settings are from.
@@ -112,7 +112,7 @@ pub const PRESETS: &[Preset] = &[
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::decode::Rule;
+    use crate::decode::Algorithm;
     use crate::model::Config;
 
     /// Each has a name of its own, is found by it, and runs its family's own loop.
@@ -126,8 +126,8 @@ mod tests {
             for gen_length in [None, Some(128), Some(512)] {
                 let options = preset.options(gen_length);
                 options.validate(&config, &[vec![1]]).unwrap();
-                let rule = if family == Family::Dream { Rule::Dream } else { Rule::Llada };
-                assert_eq!((options.rule(family), options.cache), (rule, CacheMode::Adaptive));
+                let rule = if family == Family::Dream { Algorithm::Dream } else { Algorithm::Llada };
+                assert_eq!((options.algorithm(family), options.cache), (rule, CacheMode::Adaptive));
             }
         }
         assert_eq!(Preset::find("gsm8k"), None);

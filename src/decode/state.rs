@@ -2,18 +2,18 @@
 
 use super::observer::{SequenceStep, Step};
 use super::options::{Options, Policy};
-use crate::backend::Share;
-use crate::cache::adaptive::{AdaptivePlan, TwinPlan, first_live};
+use crate::backend::Ratio;
+use crate::cache::adaptive::{AdaptivePlan, CfgPlan, first_active_row};
 use crate::cache::{BlockPlan, PassKind, Refresh};
-use crate::model::{CachePlan, Family, LayerPlan, View, Window};
-use crate::oracle::unmask::{Group, Selection, Unmask, Verdict};
+use crate::model::{CachePlan, Family, LayerPlan, QueryRows, VisibleKeys};
+use crate::reference::unmask::{Candidates, CommitRule, Prediction, SamplingParams};
 use std::ops::Range;
 
 /// One sequence of the batch.
 pub(super) struct Sequence {
     pub prompt_len: usize,
     /// Where rows begin that no cache can leave out for good.
-    pub first_live: usize,
+    pub first_active_row: usize,
     /// How far before a position the row stands whose logits decide about it.
     pub source: usize,
     /// Forwards it has taken part in: the same alone or in a batch, so that random numbers are too.
@@ -26,7 +26,7 @@ pub(super) struct Sequence {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Plan {
     Block(BlockPlan),
-    Adaptive(AdaptivePlan, TwinPlan),
+    Adaptive(AdaptivePlan, CfgPlan),
 }
 
 impl CachePlan for Plan {
@@ -51,7 +51,7 @@ impl Plan {
     }
 
     /// What the adaptive cache renews.
-    fn renewed(&self) -> Option<AdaptivePlan> {
+    fn refreshed(&self) -> Option<AdaptivePlan> {
         match self {
             Plan::Block(_) => None,
             Plan::Adaptive(plan, _) => Some(*plan),
@@ -60,20 +60,20 @@ impl Plan {
 }
 
 /// What a sequence does in the next pass.
-pub(super) struct Turn {
+pub(super) struct SequencePass {
     pub sequence: usize,
     pub block: Range<usize>,
     /// Masked positions in here are candidates.
     pub candidates: Range<usize>,
     /// Candidates from here on are only looked at.
     pub commit_before: usize,
-    pub selection: Selection,
+    pub selection: CommitRule,
 }
 
 /// The state of a decode, and what follows from it.
 pub(super) struct State<'a> {
     pub options: &'a Options,
-    pub unmask: Unmask,
+    pub unmask: SamplingParams,
     pub mask: u32,
     pub end_tokens: Vec<u32>,
     pub tokens: Vec<Vec<u32>>,
@@ -86,7 +86,7 @@ impl Sequence {
         let source = if family == Family::Dream { 1 } else { 0 };
         Sequence {
             prompt_len: prompt.len(),
-            first_live: first_live(family, prompt, mask),
+            first_active_row: first_active_row(family, prompt, mask),
             source,
             step: 0,
             ended: None,
@@ -111,46 +111,46 @@ impl State<'_> {
     }
 
     /// What a pass of this kind runs of a sequence, and the rows that it has.
-    pub fn plan(&self, kind: PassKind, turn: &Turn) -> (Plan, Window) {
+    pub fn plan(&self, kind: PassKind, turn: &SequencePass) -> (Plan, QueryRows) {
         self.plan_at(kind, turn, self.sequences[turn.sequence].step)
     }
 
     /// The same, in forward `step` of the sequence.
-    pub fn plan_at(&self, kind: PassKind, turn: &Turn, step: usize) -> (Plan, Window) {
+    pub fn plan_at(&self, kind: PassKind, turn: &SequencePass, step: usize) -> (Plan, QueryRows) {
         let sequence = &self.sequences[turn.sequence];
         let options = self.options;
         if let Some(adaptive) = options.adaptive() {
             let plan = adaptive.plan(step);
-            let twin = if options.cfg_scale > 0.0 { adaptive.twin(step) } else { TwinPlan::Beside };
+            let twin = if options.cfg_scale > 0.0 { adaptive.twin(step) } else { CfgPlan::Batched };
             return (Plan::Adaptive(plan, twin), self.adaptive_window(plan, turn.sequence));
         }
         let refresh = match options.keeps_refreshes() {
             false => Refresh::Whole,
             true if turn.block.start == sequence.prompt_len => Refresh::Keep,
-            true => Refresh::Some(Share::new(options.refresh_rows)),
+            true => Refresh::Some(Ratio::new(options.refresh_rows)),
         };
         let plan = BlockPlan { mode: options.cache, pass: kind, refresh };
         (Plan::Block(plan), self.window(kind, turn.sequence, &turn.block))
     }
 
     /// The rows of a pass around a block.
-    pub fn window(&self, kind: PassKind, sequence: usize, block: &Range<usize>) -> Window {
-        let Sequence { first_live, source, .. } = self.sequences[sequence];
+    pub fn window(&self, kind: PassKind, sequence: usize, block: &Range<usize>) -> QueryRows {
+        let Sequence { first_active_row, source, .. } = self.sequences[sequence];
         let len = self.tokens[sequence].len();
         let near = self.options.suffix_window.map_or(len, |window| block.end.saturating_add(window).min(len));
-        let view = View { near, stride: self.options.suffix_stride, len };
-        let mut rows = kind.window(block, first_live, view.places());
+        let view = VisibleKeys { near, stride: self.options.suffix_stride, len };
+        let mut rows = kind.window(block, first_active_row, view.num_keys());
         if !kind.refreshes() {
             let vicinity = self.options.vicinity;
-            rows = rows.start.saturating_sub(vicinity)..rows.end.saturating_add(vicinity).min(view.places());
+            rows = rows.start.saturating_sub(vicinity)..rows.end.saturating_add(vicinity).min(view.num_keys());
         }
-        Window { sequence, rows, block: block.start.saturating_sub(source)..block.end, view }
+        QueryRows { sequence, rows, block: block.start.saturating_sub(source)..block.end, view }
     }
 
     /// The rows of a pass with the adaptive cache.
-    pub fn adaptive_window(&self, plan: AdaptivePlan, sequence: usize) -> Window {
+    pub fn adaptive_window(&self, plan: AdaptivePlan, sequence: usize) -> QueryRows {
         let len = self.tokens[sequence].len();
-        Window::new(sequence, plan.window(self.sequences[sequence].first_live, len), len)
+        QueryRows::new(sequence, plan.window(self.sequences[sequence].first_active_row, len), len)
     }
 
     /// Masked positions in `range`.
@@ -159,18 +159,18 @@ impl State<'_> {
     }
 
     /// The policy's selection.
-    pub fn selection(&self, quota: usize) -> Selection {
+    pub fn selection(&self, quota: usize) -> CommitRule {
         match self.options.policy {
-            Policy::Fixed => Selection::Quota(quota),
+            Policy::Fixed => CommitRule::Quota(quota),
             // Where confidences are f32, the original compares them with the threshold as f32.
             Policy::Threshold(t) => {
                 let threshold = if self.unmask.f32_confidence { f64::from(t as f32) } else { t };
                 match quota {
-                    usize::MAX => Selection::Threshold(threshold),
-                    among => Selection::ThresholdAmong { threshold, among },
+                    usize::MAX => CommitRule::Threshold(threshold),
+                    top_n => CommitRule::ThresholdTopN { threshold, top_n },
                 }
             }
-            Policy::Factor(f) => Selection::Factor(f),
+            Policy::Factor(f) => CommitRule::Factor(f),
         }
     }
 
@@ -190,10 +190,10 @@ impl State<'_> {
         &self,
         kind: PassKind,
         block: usize,
-        (plans, windows): (&[Plan], &[Window]),
-        groups: &[Group],
-        verdicts: &[Vec<Verdict>],
-        verified: Vec<Vec<(usize, Vec<usize>)>>,
+        (plans, windows): (&[Plan], &[QueryRows]),
+        groups: &[Candidates],
+        verdicts: &[Vec<Prediction>],
+        selected_rows: Vec<Vec<(usize, Vec<usize>)>>,
     ) -> Step<'_> {
         let idle = |s: usize| {
             let block = self.block(s, block);
@@ -204,20 +204,20 @@ impl State<'_> {
                 candidates: vec![],
                 confidence: vec![],
                 transferred: vec![],
-                renewed: None,
-                verified: vec![],
+                refreshed: None,
+                selected_rows: vec![],
                 tokens: self.generated(s),
             }
         };
         let mut sequences: Vec<_> = (0..self.sequences.len()).map(idle).collect();
         let plans = plans.iter().zip(windows);
-        for ((((plan, window), group), own), verified) in plans.zip(groups).zip(verdicts).zip(verified) {
+        for ((((plan, window), group), own), selected_rows) in plans.zip(groups).zip(verdicts).zip(selected_rows) {
             let committed = group.positions.iter().zip(own).filter(|(_, v)| v.commit);
             let step = &mut sequences[group.sequence];
             step.active = true;
-            step.window = if plan.renewed().is_some() { step.window.clone() } else { window.positions() };
-            step.renewed = plan.renewed();
-            step.verified = verified;
+            step.window = if plan.refreshed().is_some() { step.window.clone() } else { window.positions() };
+            step.refreshed = plan.refreshed();
+            step.selected_rows = selected_rows;
             step.transferred = committed.map(|(p, _)| *p).collect();
             step.confidence = own.iter().map(|v| v.confidence).collect();
             step.candidates = group.positions.clone();

@@ -2,10 +2,10 @@
 
 use super::generate::Decoded;
 use super::observer::{Observer, SequenceStep, Step};
-use super::options::{Options, Policy, Rule};
+use super::options::{Algorithm, Options, Policy};
 use crate::cache::{CacheMode, PassKind};
 use crate::model::Config;
-use crate::oracle::unmask::Confidence;
+use crate::reference::unmask::Confidence;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -27,7 +27,7 @@ impl Trace {
         decoded: &Decoded,
     ) -> Value {
         let lens: Vec<usize> = prompts.iter().map(Vec::len).collect();
-        let algorithm = algorithm(options.rule(config.family), options.cache);
+        let algorithm = algorithm(options.algorithm(config.family), options.cache);
         json!({
             "name": "",
             "algorithm": match joined(options).next() {
@@ -70,14 +70,15 @@ impl Observer for Trace {
             "conf": each(&|s| s.confidence.iter().map(rounded).collect()),
             "x_after": each(&|s| json!(s.tokens)),
         });
-        let renewed: Vec<_> = step.sequences.iter().filter_map(|s| s.renewed).collect();
-        if !renewed.is_empty() {
-            entry["refresh_prompt"] = one_or_all(&renewed.iter().map(|plan| plan.prompt).collect::<Vec<_>>());
-            entry["refresh_gen"] = one_or_all(&renewed.iter().map(|plan| plan.response).collect::<Vec<_>>());
-            let layers: BTreeSet<usize> = step.sequences.iter().flat_map(|s| &s.verified).map(|(l, _)| *l).collect();
+        let refreshed: Vec<_> = step.sequences.iter().filter_map(|s| s.refreshed).collect();
+        if !refreshed.is_empty() {
+            entry["refresh_prompt"] = one_or_all(&refreshed.iter().map(|plan| plan.prompt).collect::<Vec<_>>());
+            entry["refresh_gen"] = one_or_all(&refreshed.iter().map(|plan| plan.response).collect::<Vec<_>>());
+            let layers: BTreeSet<usize> =
+                step.sequences.iter().flat_map(|s| &s.selected_rows).map(|(l, _)| *l).collect();
             let of = |layer: usize| {
                 let rows =
-                    |s: &SequenceStep| s.verified.iter().find(|(l, _)| *l == layer).map(|(_, rows)| rows.clone());
+                    |s: &SequenceStep| s.selected_rows.iter().find(|(l, _)| *l == layer).map(|(_, rows)| rows.clone());
                 json!({ "layer": layer, "indices": each(&|s| json!(rows(s).unwrap_or_default())) })
             };
             entry["vverify"] = layers.into_iter().map(of).collect();
@@ -95,20 +96,20 @@ fn one_or_all<T: PartialEq + serde::Serialize>(values: &[T]) -> Value {
 }
 
 /// The function of the original that computes the same.
-fn algorithm(rule: Rule, cache: CacheMode) -> &'static str {
+fn algorithm(rule: Algorithm, cache: CacheMode) -> &'static str {
     match (rule, cache) {
-        (Rule::Llada, CacheMode::Adaptive) => "dllm_cache.llada",
-        (Rule::Dream, CacheMode::Adaptive) => "dllm_cache.dream",
+        (Algorithm::Llada, CacheMode::Adaptive) => "dllm_cache.llada",
+        (Algorithm::Dream, CacheMode::Adaptive) => "dllm_cache.dream",
         // dLLM-Cache's features around loops of Fast-dLLM, which no original has.
-        (Rule::FastLlada, CacheMode::Adaptive) => "fast_dllm.generate, dllm_cache",
-        (Rule::DreamThreshold, CacheMode::Adaptive) => "dream.generate, dllm_cache",
-        (Rule::DreamBlock, CacheMode::Adaptive) => "fast_dllm.dream_block, dllm_cache",
-        (Rule::Llada, _) => "llada.generate",
-        (Rule::FastLlada, CacheMode::None) => "fast_dllm.generate",
-        (Rule::FastLlada, CacheMode::Prefix) => "fast_dllm.generate_with_prefix_cache",
-        (Rule::FastLlada, CacheMode::Dual) => "fast_dllm.generate_with_dual_cache",
-        (Rule::Dream | Rule::DreamThreshold, _) => "dream.generate",
-        (Rule::DreamBlock, _) => "fast_dllm.dream_block",
+        (Algorithm::FastLlada, CacheMode::Adaptive) => "fast_dllm.generate, dllm_cache",
+        (Algorithm::DreamThreshold, CacheMode::Adaptive) => "dream.generate, dllm_cache",
+        (Algorithm::DreamBlock, CacheMode::Adaptive) => "fast_dllm.dream_block, dllm_cache",
+        (Algorithm::Llada, _) => "llada.generate",
+        (Algorithm::FastLlada, CacheMode::None) => "fast_dllm.generate",
+        (Algorithm::FastLlada, CacheMode::Prefix) => "fast_dllm.generate_with_prefix_cache",
+        (Algorithm::FastLlada, CacheMode::Dual) => "fast_dllm.generate_with_dual_cache",
+        (Algorithm::Dream | Algorithm::DreamThreshold, _) => "dream.generate",
+        (Algorithm::DreamBlock, _) => "fast_dllm.dream_block",
     }
 }
 
@@ -133,7 +134,7 @@ fn params(config: &Config, options: &Options, batch: usize) -> Value {
         Policy::Threshold(t) => (Some(t), None),
         Policy::Factor(f) => (None, Some(f)),
     };
-    let confidence = match options.confidence(options.rule(config.family)) {
+    let confidence = match options.confidence(options.algorithm(config.family)) {
         Confidence::Probability => "probability",
         Confidence::Margin => "margin",
         Confidence::Entropy => "entropy",

@@ -18,7 +18,7 @@ pub(crate) use device::Launch;
 pub use info::DeviceInfo;
 pub use modules::Module;
 pub use pinned::Pinned;
-pub(crate) use stream::{Event, Settle};
+pub(crate) use stream::{Event, SyncOnDrop};
 pub use stream::{Graph, Stream};
 
 use crate::error::{Error, Result};

@@ -81,8 +81,8 @@ impl Stream {
 
     /// A value that waits for the stream when it goes: the driver's pool gives freed memory back, and counts it as free, when
     /// somebody has waited. It goes after the buffers, where it was made before them or is the last field.
-    pub(crate) fn settle(&self) -> Settle {
-        Settle(self.clone())
+    pub(crate) fn settle(&self) -> SyncOnDrop {
+        SyncOnDrop(self.clone())
     }
 
     /// A mark in the stream: it has come to pass when all work put in so far is done.
@@ -163,9 +163,9 @@ impl fmt::Debug for Stream {
 }
 
 /// See [`Stream::settle`].
-pub(crate) struct Settle(Stream);
+pub(crate) struct SyncOnDrop(Stream);
 
-impl Drop for Settle {
+impl Drop for SyncOnDrop {
     fn drop(&mut self) {
         let _ = self.0.synchronize(); // an error here is of work that nobody has waited for
     }

@@ -242,9 +242,9 @@ impl Config {
     }
 
     /// Counts and width of its heads.
-    pub fn heads(&self) -> crate::oracle::Heads {
+    pub fn heads(&self) -> crate::reference::Heads {
         let Config { num_heads, num_kv_heads, head_dim, .. } = *self;
-        crate::oracle::Heads { num_heads, num_kv_heads, head_dim }
+        crate::reference::Heads { num_heads, num_kv_heads, head_dim }
     }
 
     /// Width of all query heads together.

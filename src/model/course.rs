@@ -1,17 +1,17 @@
 //! A stretch of passes that a network runs by itself: everything it has to know at the beginning.
 
 use super::forward::CachePlan;
-use super::window::Window;
+use super::window::QueryRows;
 use crate::error::Result;
-use crate::oracle::unmask::{Selection, Unmask};
+use crate::reference::unmask::{CommitRule, SamplingParams};
 use std::ops::Range;
 
 /// How many of a sequence's masks a pass commits, or among how many it chooses.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Schedule {
+pub enum QuotaSchedule {
     /// As many as there are.
-    None,
-    /// `masked / steps`, the first `masked % steps` passes one more; after `steps` passes one.
+    Unlimited,
+    /// `initial_masks / steps`, the first `initial_masks % steps` passes one more; after `steps` passes one.
     Llada {
         /// Passes of the schedule, at least one.
         steps: usize,
@@ -20,28 +20,28 @@ pub enum Schedule {
     Dream(Vec<f32>),
     /// `per_step`, and as many as earlier passes have left over; a sequence that has something left over after its last
     /// pass gets another.
-    Among,
+    CarryOver,
 }
 
 /// Where a sequence stands when passes begin. Positions count from the start of its prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CourseSequence {
+pub struct SequenceState {
     /// First generated position.
     pub generated: usize,
     /// Forwards that it has taken part in.
     pub forwards: usize,
     /// It takes part as long as there is a mask in here.
-    pub open: Range<usize>,
-    /// Masks in here count for [`Schedule::Dream`] and [`Schedule::Among`].
-    pub reach: Range<usize>,
-    /// Masks in `open` at the beginning.
-    pub masked: usize,
-    /// Of [`Schedule::Among`].
+    pub active_range: Range<usize>,
+    /// Masks in here count for [`QuotaSchedule::Dream`] and [`QuotaSchedule::CarryOver`].
+    pub quota_range: Range<usize>,
+    /// Masks in `active_range` at the beginning.
+    pub initial_masks: usize,
+    /// Of [`QuotaSchedule::CarryOver`].
     pub per_step: usize,
-    /// Of [`Schedule::Among`].
-    pub left: usize,
+    /// Of [`QuotaSchedule::CarryOver`].
+    pub deficit: usize,
     /// Passes at most.
-    pub limit: usize,
+    pub max_passes: usize,
     /// Whether it takes part in the first pass; if not, it takes part in none.
     pub active: bool,
     /// Quota of the first pass.
@@ -52,11 +52,11 @@ pub struct CourseSequence {
 
 /// What a pass runs.
 #[derive(Clone, Copy)]
-pub struct CourseStage<'a> {
+pub struct StepTemplate<'a> {
     /// Cache use, layer by layer.
     pub plan: &'a dyn CachePlan,
     /// What runs.
-    pub windows: &'a [Window],
+    pub windows: &'a [QueryRows],
     /// (sequence, positions, ascending) that may be committed if they are still masked, in the order of the windows.
     pub candidates: &'a [(usize, Vec<usize>)],
     /// Whether windows of later courses are shorter: launches are then sized for a few lengths only.
@@ -64,9 +64,9 @@ pub struct CourseStage<'a> {
 }
 
 /// A stretch of passes: they go on until no sequence takes part any more.
-pub struct Course<'a> {
+pub struct DecodeRun<'a> {
     /// What passes run; None where none does. What has the same place as in an earlier course may have been recorded there.
-    pub stages: &'a [Option<CourseStage<'a>>],
+    pub stages: &'a [Option<StepTemplate<'a>>],
     /// Which of them a pass runs, by the passes of the course before it.
     pub stage: &'a dyn Fn(usize) -> usize,
     /// Passes of the schedule before this course.
@@ -74,34 +74,34 @@ pub struct Course<'a> {
     /// Whether the course ends as soon as a sequence takes part no more: where a pass over it would change what is kept.
     pub together: bool,
     /// Quotas.
-    pub schedule: &'a Schedule,
+    pub schedule: &'a QuotaSchedule,
     /// Which candidates to commit; numbers of them are the schedule's.
-    pub selection: Selection,
+    pub selection: CommitRule,
     /// One for each sequence of the batch.
-    pub sequences: &'a [CourseSequence],
+    pub sequences: &'a [SequenceState],
     /// How to score candidates.
-    pub unmask: &'a Unmask,
+    pub unmask: &'a SamplingParams,
     /// A sequence ends when one of these stands with no mask before it.
     pub end_tokens: &'a [u32],
 }
 
 /// What has run.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Ran {
+pub struct RunOutcome {
     /// Passes in which a sequence took part.
     pub passes: usize,
-    /// Where the sequences stand: `forwards`, `per_step`, `left` and `limit`.
-    pub sequences: Vec<CourseSequence>,
+    /// Where the sequences stand: `forwards`, `per_step`, `deficit` and `max_passes`.
+    pub sequences: Vec<SequenceState>,
     /// Whether it was stopped before the end.
     pub interrupted: bool,
     /// Of each pass, from the end of the one before to the moment when the host knew what came of it.
     pub seconds: Vec<f64>,
     /// Of each pass likewise.
-    pub multiply_adds: Vec<u64>,
+    pub macs: Vec<u64>,
 }
 
 /// A network that runs whole courses.
-pub trait Autonomous {
+pub trait DeviceLoop {
     /// Runs a course and writes what was committed into `tokens`. `go_on` is asked before each pass but
     /// the first.
     ///
@@ -111,5 +111,5 @@ pub trait Autonomous {
     ///
     /// # Panics
     /// When windows are larger than the network was made for, or lie outside their sequences.
-    fn run(&mut self, tokens: &mut [Vec<u32>], course: &Course, go_on: &dyn Fn() -> bool) -> Result<Ran>;
+    fn run(&mut self, tokens: &mut [Vec<u32>], course: &DecodeRun, go_on: &dyn Fn() -> bool) -> Result<RunOutcome>;
 }

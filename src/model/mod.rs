@@ -12,20 +12,22 @@ pub mod weights;
 mod window;
 
 pub use config::{Config, Family};
-pub use course::{Autonomous, Course, CourseSequence, CourseStage, Ran, Schedule};
-pub use forward::{CachePlan, Chosen, Launches, LayerPlan, Network, Pass, Session, Transformer, Twins};
+pub use course::{DecodeRun, DeviceLoop, QuotaSchedule, RunOutcome, SequenceState, StepTemplate};
+pub use forward::{
+    CachePlan, CfgBranch, DecodeEngine, KernelCounts, LayerPlan, Pass, SelectedRows, Session, Transformer,
+};
 #[cfg(feature = "cuda")]
-pub use resident::{Resident, supports as supports_cuda};
-pub use sizes::{Memory, Sizes};
+pub use resident::{CudaEngine, supports as supports_cuda};
+pub use sizes::{MemoryEstimate, SessionConfig};
 pub use weights::Weights;
-pub use window::{View, Window};
+pub use window::{QueryRows, VisibleKeys};
 
 use crate::backend::cpu::{Cpu, ensure_memory};
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::Cuda;
 use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
-use crate::gpu::{Device, Settle};
+use crate::gpu::{Device, SyncOnDrop};
 use std::path::Path;
 
 /// A model ready to run: on the CPU, or on a CUDA device that its weights were brought to.
@@ -44,7 +46,7 @@ struct OnDevice {
     transformer: Transformer<Cuda>,
     device: Device,
     /// The last, so that it sees to what the weights have freed.
-    _settle: Settle,
+    _settle: SyncOnDrop,
 }
 
 impl Model {
@@ -140,10 +142,10 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::Unavailable`] when there is no memory for them, with the numbers; the driver's.
-    pub fn network(&self, sizes: Sizes) -> Result<Box<dyn Network + '_>> {
+    pub fn network(&self, sizes: SessionConfig) -> Result<Box<dyn DecodeEngine + '_>> {
         #[cfg(feature = "cuda")]
         if let Some(OnDevice { transformer, device, .. }) = &self.on_device {
-            return Ok(Box::new(Resident::new(transformer, device, sizes)?));
+            return Ok(Box::new(CudaEngine::new(transformer, device, sizes)?));
         }
         let needed = sizes.memory(&self.config, rayon::current_num_threads()).total();
         let what = format!("{} sequences of up to {} positions", sizes.prompt_lens.len(), sizes.longest());

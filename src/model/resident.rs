@@ -7,82 +7,82 @@
 //! commits nothing, and caches at most (with the adaptive cache) its keys and values of the tokens as they stand.
 
 use super::config::Config;
-use super::course::{Autonomous, Course, CourseSequence, CourseStage, Ran, Schedule};
-use super::forward::{Chosen, Launches, LayerPlan, Network, Pass, Session, Transformer, Twins};
-use super::sizes::Sizes;
+use super::course::{DecodeRun, DeviceLoop, QuotaSchedule, RunOutcome, SequenceState, StepTemplate};
+use super::forward::{CfgBranch, DecodeEngine, KernelCounts, LayerPlan, Pass, SelectedRows, Session, Transformer};
+use super::sizes::SessionConfig;
 use crate::abi::*;
 use crate::backend::cuda::{Cuda, Staging};
-use crate::backend::{Backend, Room};
+use crate::backend::{Backend, LaunchBucket};
 use crate::error::{Error, Result};
-use crate::gpu::{Buffer, Device, Graph, Pinned, Settle, Stream, nvtx};
+use crate::gpu::{Buffer, Device, Graph, Pinned, Stream, SyncOnDrop, nvtx};
 use crate::ops;
-use crate::oracle::unmask::{Confidence, Selection, Unmask, Verdict};
+use crate::reference::unmask::{CommitRule, Confidence, Prediction, SamplingParams};
 use std::collections::HashMap;
 use std::time::Instant;
 
 /// Where windows shrink from block to block, launches are sized for multiples of this part of the generated positions: at most
 /// so many graphs, and so large a part of those rows in vain.
-const ROOMS: usize = 8;
+const WINDOW_BUCKETS: usize = 8;
 /// Recorded parts of passes; when there are more, all are forgotten. Only who looks at every step sees so many.
-const GRAPHS: usize = 64;
+const MAX_GRAPHS: usize = 64;
 /// unmask's rows are blocks in a grid's second dimension.
 const MOST_CANDIDATES: usize = 65_535;
 /// attention's sequences, times at most 64 splits, are in its third.
 const MOST_SPANS: usize = 65_535 / 64;
 /// Rows whose logits are asked for are rounded up to a multiple of this.
-const SCORED: usize = 32;
+const LOGIT_ROW_ALIGN: usize = 32;
 
 /// A session on a CUDA device.
-pub struct Resident<'m> {
-    graphs: HashMap<Key, Recorded>,
+pub struct CudaEngine<'m> {
+    graphs: HashMap<GraphKey, CapturedPass>,
     session: Session<'m, Cuda>,
-    control: Control,
+    control: DeviceState,
     /// One for each slot of the session.
-    stages: Vec<Stage>,
+    stages: Vec<PassTables>,
     /// The last, so that it sees to what the others have freed.
-    _settle: Settle,
+    _settle: SyncOnDrop,
 }
 
 /// What graphs differ in.
 #[derive(Clone, PartialEq, Eq, Hash)]
-struct Key {
+struct GraphKey {
     slot: usize,
-    part: Part,
-    room: Room,
+    part: GraphPart,
+    room: LaunchBucket,
     plan: Vec<LayerPlan>,
-    decision: Decision,
+    decision: SamplingKey,
 }
 
 /// A half of a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Part {
+enum GraphPart {
     /// Embedding and first layer.
-    Ahead,
+    FirstLayer,
     /// All that follows.
-    Rest,
+    Remainder,
 }
 
 /// How tokens are chosen and committed: what a recorded unmask does not read from the device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-struct Decision {
+struct SamplingKey {
     policy: dllm_policy,
     /// The bits of the policy's number.
     number: u32,
-    /// Those of [`Unmask`].
+    /// Those of [`SamplingParams`].
     unmask: [u64; 9],
 }
 
-impl Decision {
-    fn of(selection: Selection, unmask: &Unmask) -> Decision {
+impl SamplingKey {
+    fn of(selection: CommitRule, unmask: &SamplingParams) -> SamplingKey {
         let (policy, number) = match selection {
-            Selection::Quota(_) => (DLLM_POLICY_FIXED, 0.0),
-            Selection::Threshold(threshold) | Selection::ThresholdAmong { threshold, .. } => {
+            CommitRule::Quota(_) => (DLLM_POLICY_FIXED, 0.0),
+            CommitRule::Threshold(threshold) | CommitRule::ThresholdTopN { threshold, .. } => {
                 (DLLM_POLICY_THRESHOLD, threshold as f32)
             }
-            Selection::Factor(factor) => (DLLM_POLICY_FACTOR, factor as f32),
+            CommitRule::Factor(factor) => (DLLM_POLICY_FACTOR, factor as f32),
         };
-        let Unmask { confidence, temperature, tempered_confidence, f32_confidence, top_p, top_k, .. } = *unmask;
-        let Unmask { cfg_scale, alg_temp, seed, mask_token, .. } = *unmask;
+        let SamplingParams { confidence, temperature, tempered_confidence, f32_confidence, top_p, top_k, .. } = *unmask;
+        let SamplingParams { cfg_scale, alg_temp, seed, mask_token, .. } = *unmask;
         let unmask = [
             confidence as u64,
             temperature.to_bits(),
@@ -94,41 +94,41 @@ impl Decision {
             seed,
             mask_token.map_or(u64::MAX, u64::from),
         ];
-        Decision { policy, number: number.to_bits(), unmask }
+        SamplingKey { policy, number: number.to_bits(), unmask }
     }
 }
 
 /// A part of a pass. Its first run is not recorded: libraries load their kernels then, which has no place in a recording.
-enum Recorded {
+enum CapturedPass {
     Run,
     Graph(Graph),
 }
 
 /// What the passes of a slot run.
-struct Stage {
+struct PassTables {
     plan: Vec<LayerPlan>,
-    room: Room,
+    room: LaunchBucket,
     /// `[candidates]` dllm_unmask_row and `[sequences + 1]` bounds.
     table: Buffer<i32>,
     staging: Staging<i32>,
 }
 
 /// What unmask and advance read and write.
-struct Control {
+struct DeviceState {
     sequences: usize,
     /// Candidates at most.
     candidates: usize,
     max_ratios: usize,
     num_end_tokens: usize,
-    layout: Layout,
+    layout: StateLayout,
     /// One copy renews it when a course begins; advance keeps it up to date.
     state: Buffer<i32>,
     staging: Staging<i32>,
     /// Masks left, committed, failed: `[sequences]` each.
     outcome: [Buffer<i32>; 3],
-    chosen: Buffer<i32>,
+    predicted: Buffer<i32>,
     confidence: Buffer<f32>,
-    cut: Buffer<f32>,
+    min_logit: Buffer<f32>,
     workspace: Buffer<u8>,
     progress: Pinned<i32>,
     /// Launches of advance so far.
@@ -137,7 +137,7 @@ struct Control {
 
 /// Where the parts of the state begin, in elements.
 #[derive(Clone, Copy)]
-struct Layout {
+struct StateLayout {
     quota: usize,
     commit_before: usize,
     steps: usize,
@@ -148,15 +148,15 @@ struct Layout {
     len: usize,
 }
 
-impl Layout {
-    fn new(sequences: usize, end_tokens: usize, ratios: usize) -> Layout {
+impl StateLayout {
+    fn new(sequences: usize, end_tokens: usize, ratios: usize) -> StateLayout {
         let mut len = 0;
         let mut part = |elements: usize| {
             let at = len;
             len += elements.next_multiple_of(4); // 16 bytes
             at
         };
-        let mut layout = Layout {
+        let mut layout = StateLayout {
             quota: part(sequences),
             commit_before: part(sequences),
             steps: part(sequences),
@@ -180,13 +180,13 @@ fn most(value: usize) -> i32 {
     i32::try_from(value).unwrap_or(i32::MAX)
 }
 
-impl Control {
-    fn new(stream: &Stream, sizes: &Sizes, config: &Config) -> Result<Control> {
+impl DeviceState {
+    fn new(stream: &Stream, sizes: &SessionConfig, config: &Config) -> Result<DeviceState> {
         let (sequences, candidates) = (sizes.prompt_lens.len(), sizes.candidates);
-        let layout = Layout::new(sequences, sizes.end_tokens, sizes.ratios);
+        let layout = StateLayout::new(sequences, sizes.end_tokens, sizes.ratios);
         let mut workspace = stream.alloc(unmask_workspace(sequences, candidates, config.vocab_size)?)?;
         workspace.fill_zero()?;
-        Ok(Control {
+        Ok(DeviceState {
             sequences,
             candidates,
             max_ratios: sizes.ratios,
@@ -195,9 +195,9 @@ impl Control {
             state: stream.alloc(layout.len)?,
             staging: Staging::new(stream, layout.len)?,
             outcome: [stream.alloc(sequences)?, stream.alloc(sequences)?, stream.alloc(sequences)?],
-            chosen: stream.alloc(candidates)?,
+            predicted: stream.alloc(candidates)?,
             confidence: stream.alloc(candidates)?,
-            cut: stream.alloc(candidates)?,
+            min_logit: stream.alloc(candidates)?,
             workspace,
             progress: Pinned::new(stream.device(), size_of::<dllm_progress>() / 4)?,
             passes: 0,
@@ -209,9 +209,9 @@ impl Control {
     }
 
     /// Puts a copy of the state at the beginning of a course into the stream.
-    fn begin(&mut self, course: &Course, first_tokens: &[usize], lengths: &[usize]) -> Result<()> {
+    fn begin(&mut self, course: &DecodeRun, first_tokens: &[usize], lengths: &[usize]) -> Result<()> {
         let mut state = vec![0i32; self.layout.len];
-        let Layout { quota, commit_before, steps, control, sequences, end_tokens, ratios, .. } = self.layout;
+        let StateLayout { quota, commit_before, steps, control, sequences, end_tokens, ratios, .. } = self.layout;
         for (s, sequence) in course.sequences.iter().enumerate() {
             let active = sequence.active;
             state[quota + s] = if active { most(sequence.first_quota) } else { 0 };
@@ -221,15 +221,15 @@ impl Control {
                 first_token: int(first_tokens[s])?,
                 length: int(lengths[s])?,
                 generated: int(sequence.generated)?,
-                open_start: int(sequence.open.start)?,
-                open_end: int(sequence.open.end)?,
-                reach_start: int(sequence.reach.start)?,
-                reach_end: int(sequence.reach.end)?,
+                active_start: int(sequence.active_range.start)?,
+                active_end: int(sequence.active_range.end)?,
+                quota_start: int(sequence.quota_range.start)?,
+                quota_end: int(sequence.quota_range.end)?,
                 commit_before: i32::MAX,
-                masked: int(sequence.masked)?,
+                initial_masks: int(sequence.initial_masks)?,
                 per_step: int(sequence.per_step)?,
-                left: int(sequence.left)?,
-                limit: most(sequence.limit),
+                deficit: int(sequence.deficit)?,
+                max_passes: most(sequence.max_passes),
                 forwards: int(sequence.forwards)?,
                 active: active.into(),
                 ended: 0,
@@ -239,10 +239,10 @@ impl Control {
             state[sequences + s * len..][..len].copy_from_slice(bytemuck::cast_slice(&[sequence]));
         }
         let (schedule, of_steps, shares): (_, _, &[f32]) = match course.schedule {
-            Schedule::None => (DLLM_SCHEDULE_NONE, 0, &[]),
-            Schedule::Llada { steps } => (DLLM_SCHEDULE_LLADA, int(*steps)?, &[]),
-            Schedule::Dream(ratios) => (DLLM_SCHEDULE_DREAM, 0, ratios),
-            Schedule::Among => (DLLM_SCHEDULE_AMONG, 0, &[]),
+            QuotaSchedule::Unlimited => (DLLM_SCHEDULE_NONE, 0, &[]),
+            QuotaSchedule::Llada { steps } => (DLLM_SCHEDULE_LLADA, int(*steps)?, &[]),
+            QuotaSchedule::Dream(ratios) => (DLLM_SCHEDULE_DREAM, 0, ratios),
+            QuotaSchedule::CarryOver => (DLLM_SCHEDULE_CARRY_OVER, 0, &[]),
         };
         if shares.len() > self.max_ratios {
             return Err(Error::argument("schedule", format!("at most {} ratios", self.max_ratios), shares.len()));
@@ -307,12 +307,12 @@ pub fn supports(config: &Config) -> Result<()> {
 }
 
 /// Bytes of device memory that a decode of these sizes takes besides the weights.
-pub(super) fn memory(sizes: &Sizes, config: &Config, multiprocessors: usize) -> Result<[usize; 2]> {
+pub(super) fn memory(sizes: &SessionConfig, config: &Config, multiprocessors: usize) -> Result<[usize; 2]> {
     let needs = sizes.needs(config);
     let (sequences, candidates) = (sizes.prompt_lens.len(), sizes.candidates);
     let [cache, activations, logits] = sizes.elements(config);
-    let tables = sizes.slots() * Stage::len(sequences, candidates)
-        + Layout::new(sequences, sizes.end_tokens, sizes.ratios).len
+    let tables = sizes.slots() * PassTables::len(sequences, candidates)
+        + StateLayout::new(sequences, sizes.end_tokens, sizes.ratios).len
         + 3 * sequences
         + 3 * candidates;
     let workspace = 2 * activations
@@ -322,26 +322,26 @@ pub(super) fn memory(sizes: &Sizes, config: &Config, multiprocessors: usize) -> 
     Ok([2 * cache, workspace])
 }
 
-impl Stage {
+impl PassTables {
     /// Elements of a table.
     fn len(sequences: usize, candidates: usize) -> usize {
         4 * candidates + sequences + 1
     }
 
-    fn new(stream: &Stream, sequences: usize, candidates: usize) -> Result<Stage> {
-        let len = Stage::len(sequences, candidates);
+    fn new(stream: &Stream, sequences: usize, candidates: usize) -> Result<PassTables> {
+        let len = PassTables::len(sequences, candidates);
         let (table, staging) = (stream.alloc(len)?, Staging::new(stream, len)?);
-        Ok(Stage { plan: vec![], room: Room::default(), table, staging })
+        Ok(PassTables { plan: vec![], room: LaunchBucket::default(), table, staging })
     }
 }
 
-impl<'m> Resident<'m> {
+impl<'m> CudaEngine<'m> {
     /// Allocates for a decode of these sizes.
     ///
     /// # Errors
     /// [`Error::Unavailable`] when the kernels cannot run the model or the device has not that much free memory, with the
     /// numbers; the driver's.
-    pub fn new(transformer: &'m Transformer<Cuda>, device: &Device, sizes: Sizes) -> Result<Resident<'m>> {
+    pub fn new(transformer: &'m Transformer<Cuda>, device: &Device, sizes: SessionConfig) -> Result<CudaEngine<'m>> {
         let config = transformer.config();
         supports(config)?;
         let (sequences, candidates) = (sizes.prompt_lens.len(), sizes.candidates);
@@ -363,11 +363,11 @@ impl<'m> Resident<'m> {
         let cuda = Cuda::new(device)?;
         let stream = cuda.stream().clone();
         let settle = stream.settle();
-        let control = Control::new(&stream, &sizes, config).map_err(named)?;
-        let stage = || Stage::new(&stream, sequences, candidates).map_err(named);
+        let control = DeviceState::new(&stream, &sizes, config).map_err(named)?;
+        let stage = || PassTables::new(&stream, sequences, candidates).map_err(named);
         let stages = (0..sizes.slots()).map(|_| stage()).collect::<Result<_>>()?;
         let session = Session::new(transformer, cuda, sizes).map_err(named)?;
-        Ok(Resident { graphs: HashMap::new(), session, control, stages, _settle: settle })
+        Ok(CudaEngine { graphs: HashMap::new(), session, control, stages, _settle: settle })
     }
 
     fn stream(&self) -> &Stream {
@@ -380,8 +380,8 @@ impl<'m> Resident<'m> {
     }
 
     /// Takes over what the passes of a slot run.
-    fn place(&mut self, slot: usize, stage: &CourseStage) -> Result<()> {
-        let Control { sequences, candidates, .. } = self.control;
+    fn set_batch(&mut self, slot: usize, stage: &StepTemplate) -> Result<()> {
+        let DeviceState { sequences, candidates, .. } = self.control;
         let session = &mut self.session;
         let groups: Vec<_> = stage.candidates.iter().map(|(s, positions)| (*s, &positions[..])).collect();
         let count: usize = groups.iter().map(|(_, positions)| positions.len()).sum();
@@ -392,22 +392,22 @@ impl<'m> Resident<'m> {
                 count,
             ));
         }
-        let room = count.next_multiple_of(SCORED).min(candidates);
+        let room = count.next_multiple_of(LOGIT_ROW_ALIGN).min(candidates);
         // The unconditional twins' rows begin where the conditional ones' room ends.
-        let mut scored = session.scored(stage.windows, &groups);
+        let mut logit_rows = session.logit_rows(stage.windows, &groups);
         if session.sizes().guided {
-            let twins = scored.split_off(count);
-            scored.resize(room, 0);
-            scored.extend(twins);
-            scored.resize(2 * room, 0);
+            let twins = logit_rows.split_off(count);
+            logit_rows.resize(room, 0);
+            logit_rows.extend(twins);
+            logit_rows.resize(2 * room, 0);
         } else {
-            scored.resize(room, 0);
+            logit_rows.resize(room, 0);
         }
         let lens: Vec<usize> = stage.windows.iter().map(|window| window.rows.len()).collect();
-        let room = session.sizes().room(&lens, scored.len(), if stage.shrinks { ROOMS } else { 0 });
-        let room = session.place(slot, stage.windows, stage.plan, &scored, Some(room))?;
+        let room = session.sizes().room(&lens, logit_rows.len(), if stage.shrinks { WINDOW_BUCKETS } else { 0 });
+        let room = session.set_batch(slot, stage.windows, stage.plan, &logit_rows, Some(room))?;
 
-        let mut table = vec![0i32; Stage::len(sequences, candidates)];
+        let mut table = vec![0i32; PassTables::len(sequences, candidates)];
         let (rows, bounds) = table.split_at_mut(4 * candidates);
         let mut rows = rows.chunks_exact_mut(4);
         let mut written = 0;
@@ -435,8 +435,8 @@ impl<'m> Resident<'m> {
     }
 
     /// Puts what a course starts from into the stream; then its first pass can be launched.
-    fn begin(&mut self, tokens: &[Vec<u32>], course: &Course) -> Result<()> {
-        if self.graphs.len() > GRAPHS {
+    fn begin(&mut self, tokens: &[Vec<u32>], course: &DecodeRun) -> Result<()> {
+        if self.graphs.len() > MAX_GRAPHS {
             self.stream().synchronize()?;
             self.graphs.clear();
         }
@@ -448,7 +448,7 @@ impl<'m> Resident<'m> {
                 let expected = format!("at most {}, as the session was made for", self.stages.len());
                 return Err(Error::argument("stages", expected, slot + 1));
             }
-            self.place(slot, stage)?;
+            self.set_batch(slot, stage)?;
         }
         let first_tokens: Vec<usize> = (0..tokens.len()).map(|s| self.session.first_token(s)).collect();
         let lengths: Vec<usize> = tokens.iter().map(Vec::len).collect();
@@ -456,24 +456,24 @@ impl<'m> Resident<'m> {
     }
 
     /// Puts a part of a pass into the stream: as a graph, from its second run on recorded. Returns its multiply-adds.
-    fn launch(&mut self, slot: usize, part: Part, unmask: &Unmask, decision: Decision) -> Result<u64> {
-        let Stage { plan, room, .. } = &self.stages[slot];
+    fn launch(&mut self, slot: usize, part: GraphPart, unmask: &SamplingParams, decision: SamplingKey) -> Result<u64> {
+        let PassTables { plan, room, .. } = &self.stages[slot];
         let _range = nvtx::range_of(|| format!("step, {} rows: {part:?}", room.rows));
         // The first part decides nothing.
-        let decision = if part == Part::Ahead { Decision::default() } else { decision };
-        let key = Key { slot, part, room: *room, plan: plan.clone(), decision };
+        let decision = if part == GraphPart::FirstLayer { SamplingKey::default() } else { decision };
+        let key = GraphKey { slot, part, room: *room, plan: plan.clone(), decision };
         match self.graphs.get(&key) {
-            Some(Recorded::Graph(_)) => {}
-            Some(Recorded::Run) => {
+            Some(CapturedPass::Graph(_)) => {}
+            Some(CapturedPass::Run) => {
                 let graph = self.stream().clone().capture(|| self.work(slot, part, unmask, decision))?;
-                self.graphs.insert(key.clone(), Recorded::Graph(graph));
+                self.graphs.insert(key.clone(), CapturedPass::Graph(graph));
             }
             None => {
-                self.graphs.insert(key.clone(), Recorded::Run);
+                self.graphs.insert(key.clone(), CapturedPass::Run);
                 self.work(slot, part, unmask, decision)?;
             }
         }
-        if let Some(Recorded::Graph(graph)) = self.graphs.get(&key) {
+        if let Some(CapturedPass::Graph(graph)) = self.graphs.get(&key) {
             // SAFETY: what it was recorded from lives in this value and in the model, which outlives it, and is used on this
             // stream only.
             unsafe { graph.launch() }?;
@@ -482,30 +482,30 @@ impl<'m> Resident<'m> {
     }
 
     /// Counts a part of a pass that is in the stream, and its multiply-adds.
-    fn launched(&mut self, slot: usize, part: Part) -> u64 {
+    fn launched(&mut self, slot: usize, part: GraphPart) -> u64 {
         // The device counts with this part's last kernel.
-        self.control.passes = self.control.passes.wrapping_add((part == Part::Rest).into());
+        self.control.passes = self.control.passes.wrapping_add((part == GraphPart::Remainder).into());
         let (ahead, layers) = (self.ahead(), self.session.num_layers());
-        let range = if part == Part::Ahead { 0..ahead } else { ahead..layers + 1 };
-        let multiply_adds = self.session.work(slot, &self.stages[slot].plan, range);
-        self.session.multiply_adds += multiply_adds;
-        multiply_adds
+        let range = if part == GraphPart::FirstLayer { 0..ahead } else { ahead..layers + 1 };
+        let macs = self.session.work(slot, &self.stages[slot].plan, range);
+        self.session.macs += macs;
+        macs
     }
 
     /// The launches of a part of a pass.
-    fn work(&mut self, slot: usize, part: Part, unmask: &Unmask, decision: Decision) -> Result<()> {
+    fn work(&mut self, slot: usize, part: GraphPart, unmask: &SamplingParams, decision: SamplingKey) -> Result<()> {
         let _range = nvtx::range(match part {
-            Part::Ahead => "first layer",
-            Part::Rest => "other layers, head, unmask",
+            GraphPart::FirstLayer => "first layer",
+            GraphPart::Remainder => "other layers, head, unmask",
         });
         let (ahead, layers) = (self.ahead(), self.session.num_layers());
         let plan = self.stages[slot].plan.clone();
         match part {
-            Part::Ahead => {
+            GraphPart::FirstLayer => {
                 self.session.embed(slot, None)?;
                 self.session.layers(slot, &plan, 0..ahead, None)
             }
-            Part::Rest => {
+            GraphPart::Remainder => {
                 self.session.layers(slot, &plan, ahead..layers, None)?;
                 self.session.head(slot, &plan, None)?;
                 self.decide(slot, unmask, decision)
@@ -514,32 +514,32 @@ impl<'m> Resident<'m> {
     }
 
     /// From logits to tokens, and to what the next pass needs to know.
-    fn decide(&mut self, slot: usize, unmask: &Unmask, decision: Decision) -> Result<()> {
+    fn decide(&mut self, slot: usize, unmask: &SamplingParams, decision: SamplingKey) -> Result<()> {
         let config = self.session.config();
         let (control, stage, stream) = (&self.control, &self.stages[slot], self.stream());
         let tokens = self.session.backend.tokens()?;
         let num_tokens = int(tokens.len() - 1)?; // without the mask token behind them
         let guided = unmask.cfg_scale > 0.0;
-        let scored = if guided { stage.room.scored / 2 } else { stage.room.scored };
+        let logit_rows = if guided { stage.room.logit_rows / 2 } else { stage.room.logit_rows };
         let logits = self.session.logits_address();
-        let uncond_logits = if guided { logits + (scored * config.vocab_size * 4) as u64 } else { 0 };
+        let uncond_logits = if guided { logits + (logit_rows * config.vocab_size * 4) as u64 } else { 0 };
         let (rows, cu_rows) = (stage.table.address(), stage.table.address() + 16 * control.candidates as u64);
         let mask_token = int(config.mask_token_id as usize)?;
         let (device, raw) = (stream.device(), stream.raw());
-        let cut = unmask.top_p.is_some_and(|p| p < 1.0) || unmask.top_k.is_some();
-        if cut {
-            let params = dllm_cut_params {
-                size: size_of::<dllm_cut_params>() as u64,
+        let min_logit = unmask.top_p.is_some_and(|p| p < 1.0) || unmask.top_k.is_some();
+        if min_logit {
+            let params = dllm_top_k_top_p_params {
+                size: size_of::<dllm_top_k_top_p_params>() as u64,
                 logits,
                 uncond_logits,
                 rows,
                 count: cu_rows + 4 * control.sequences as u64,
                 tokens: tokens.address(),
-                cut: control.cut.address(),
+                min_logit: control.min_logit.address(),
                 logits_stride: config.vocab_size as i64,
                 max_rows: int(control.candidates)?,
                 num_tokens,
-                num_logits_rows: int(scored)?,
+                num_logits_rows: int(logit_rows)?,
                 vocab_size: int(config.vocab_size)?,
                 mask_token,
                 dtype: DLLM_F32 as i32,
@@ -549,7 +549,7 @@ impl<'m> Resident<'m> {
                 cfg_scale: unmask.cfg_scale,
             };
             // SAFETY: buffers of this value, of these sizes; what is read of them is checked on the device.
-            unsafe { ops::cut::launch_raw(device, raw, &params) }?;
+            unsafe { ops::top_k_top_p::launch_raw(device, raw, &params) }?;
         }
         let number = f32::from_bits(decision.number);
         let confidence = match unmask.confidence {
@@ -569,11 +569,11 @@ impl<'m> Resident<'m> {
             quota: control.at(control.layout.quota),
             commit_before: control.at(control.layout.commit_before),
             steps: control.at(control.layout.steps),
-            cut: if cut { control.cut.address() } else { 0 },
+            min_logit: if min_logit { control.min_logit.address() } else { 0 },
             masks_left,
             committed,
             failed,
-            chosen: control.chosen.address(),
+            predicted: control.predicted.address(),
             confidence: control.confidence.address(),
             workspace: control.workspace.address(),
             workspace_bytes: control.workspace.len() as u64,
@@ -582,7 +582,7 @@ impl<'m> Resident<'m> {
             max_rows: int(control.candidates)?,
             num_sequences: int(control.sequences)?,
             num_tokens,
-            num_logits_rows: int(scored)?,
+            num_logits_rows: int(logit_rows)?,
             vocab_size: int(config.vocab_size)?,
             mask_token,
             dtype: DLLM_F32 as i32,
@@ -596,7 +596,7 @@ impl<'m> Resident<'m> {
             factor: if decision.policy == DLLM_POLICY_FACTOR { number } else { 0.0 },
             reserved: 0,
         };
-        // SAFETY: as above; the workspace was zeroed, its shape never changes, and rows are grouped as `place` has written them.
+        // SAFETY: as above; the workspace was zeroed, its shape never changes, and rows are grouped as `set_batch` has written them.
         unsafe { ops::unmask::launch_raw(device, raw, &params) }?;
         let params = dllm_advance_params {
             size: size_of::<dllm_advance_params>() as u64,
@@ -670,9 +670,9 @@ impl<'m> Resident<'m> {
     }
 }
 
-impl Autonomous for Resident<'_> {
-    fn run(&mut self, tokens: &mut [Vec<u32>], course: &Course, go_on: &dyn Fn() -> bool) -> Result<Ran> {
-        let decision = Decision::of(course.selection, course.unmask);
+impl DeviceLoop for CudaEngine<'_> {
+    fn run(&mut self, tokens: &mut [Vec<u32>], course: &DecodeRun, go_on: &dyn Fn() -> bool) -> Result<RunOutcome> {
+        let decision = SamplingKey::of(course.selection, course.unmask);
         let slot = |pass: usize| match (course.stage)(pass) {
             slot if matches!(course.stages.get(slot), Some(Some(_))) => Ok(slot),
             slot => Err(Error::argument("stage", "one that the course has", slot)),
@@ -681,14 +681,14 @@ impl Autonomous for Resident<'_> {
         let together = if course.together { course.sequences.iter().filter(|s| s.active).count() } else { 1 };
         let mut start = Instant::now();
         self.begin(tokens, course)?;
-        let mut work = self.launch(slot(0)?, Part::Ahead, course.unmask, decision)?;
-        work += self.launch(slot(0)?, Part::Rest, course.unmask, decision)?;
+        let mut work = self.launch(slot(0)?, GraphPart::FirstLayer, course.unmask, decision)?;
+        work += self.launch(slot(0)?, GraphPart::Remainder, course.unmask, decision)?;
         let mut interrupted = false;
-        let (mut seconds, mut multiply_adds) = (Vec::new(), Vec::new());
+        let (mut seconds, mut macs) = (Vec::new(), Vec::new());
         for pass in 1.. {
             let slot = slot(pass)?;
-            multiply_adds.push(work);
-            work = self.launch(slot, Part::Ahead, course.unmask, decision)?;
+            macs.push(work);
+            work = self.launch(slot, GraphPart::FirstLayer, course.unmask, decision)?;
             self.wait(self.control.passes)?;
             seconds.push(start.elapsed().as_secs_f64());
             start = Instant::now();
@@ -699,46 +699,46 @@ impl Autonomous for Resident<'_> {
             if interrupted {
                 break;
             }
-            work += self.launch(slot, Part::Rest, course.unmask, decision)?;
+            work += self.launch(slot, GraphPart::Remainder, course.unmask, decision)?;
         }
         self.read_tokens(tokens)?;
         const NFE: usize = std::mem::offset_of!(dllm_progress, nfe) / 4;
         let state = self.control.state.read()?;
         let sequences = state[self.control.layout.sequences..].chunks(size_of::<dllm_advance_sequence>() / 4);
-        let stands = |(course, state): (&CourseSequence, &[i32])| {
+        let stands = |(course, state): (&SequenceState, &[i32])| {
             let state: dllm_advance_sequence = bytemuck::pod_read_unaligned(bytemuck::cast_slice(state));
             let number = |number: i32| number.max(0) as usize;
-            CourseSequence {
+            SequenceState {
                 forwards: number(state.forwards),
                 per_step: number(state.per_step),
-                left: number(state.left),
-                limit: if state.limit == i32::MAX { course.limit } else { number(state.limit) },
+                deficit: number(state.deficit),
+                max_passes: if state.max_passes == i32::MAX { course.max_passes } else { number(state.max_passes) },
                 ..course.clone()
             }
         };
         let sequences = course.sequences.iter().zip(sequences).map(stands).collect();
         let passes = self.control.progress.get(NFE).max(0) as usize;
-        Ok(Ran { passes, sequences, interrupted, seconds, multiply_adds })
+        Ok(RunOutcome { passes, sequences, interrupted, seconds, macs })
     }
 }
 
-impl Network for Resident<'_> {
+impl DecodeEngine for CudaEngine<'_> {
     /// One pass, for those who look at every step: waits for the device and reads back.
-    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
-        if !matches!(pass.twins, Twins::Beside) {
+    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
+        if !matches!(pass.twins, CfgBranch::Batched) {
             return self.session.step_apart(tokens, pass);
         }
         let candidates: Vec<_> = pass.groups.iter().map(|g| (g.sequence, g.positions.clone())).collect();
-        let selection = pass.groups.first().map_or(Selection::Quota(0), |group| group.selection);
-        let idle = |s: &Vec<u32>| CourseSequence {
+        let selection = pass.groups.first().map_or(CommitRule::Quota(0), |group| group.selection);
+        let idle = |s: &Vec<u32>| SequenceState {
             generated: 0,
             forwards: 0,
-            open: 0..s.len(),
-            reach: 0..s.len(),
-            masked: 0,
+            active_range: 0..s.len(),
+            quota_range: 0..s.len(),
+            initial_masks: 0,
             per_step: 0,
-            left: 0,
-            limit: 1,
+            deficit: 0,
+            max_passes: 1,
             active: false,
             first_quota: 0,
             first_commit_before: 0,
@@ -749,29 +749,29 @@ impl Network for Resident<'_> {
             (sequence.active, sequence.forwards) = (true, group.step);
             sequence.first_commit_before = group.commit_before;
             sequence.first_quota = match group.selection {
-                Selection::Quota(count) | Selection::ThresholdAmong { among: count, .. } => count,
-                Selection::Threshold(_) | Selection::Factor(_) => usize::MAX,
+                CommitRule::Quota(count) | CommitRule::ThresholdTopN { top_n: count, .. } => count,
+                CommitRule::Threshold(_) | CommitRule::Factor(_) => usize::MAX,
             };
         }
-        let stage = CourseStage { plan: pass.plan, windows: pass.windows, candidates: &candidates, shrinks: false };
-        let course = Course {
+        let stage = StepTemplate { plan: pass.plan, windows: pass.windows, candidates: &candidates, shrinks: false };
+        let course = DecodeRun {
             stages: &[Some(stage)],
             stage: &|_| 0,
             first_pass: 0,
             together: false,
-            schedule: &Schedule::None,
+            schedule: &QuotaSchedule::Unlimited,
             selection,
             sequences: &sequences,
             unmask: pass.unmask,
             end_tokens: &[],
         };
         self.begin(tokens, &course)?;
-        let decision = Decision::of(selection, pass.unmask);
-        let chooses = self.stages[0].plan.iter().any(|layer| layer.choice().is_some());
+        let decision = SamplingKey::of(selection, pass.unmask);
+        let selects = self.stages[0].plan.iter().any(|layer| layer.choice().is_some());
         // What is chosen is read back in the middle of a pass, which no graph can do.
-        self.session.observe(pass.observed && chooses);
-        for part in [Part::Ahead, Part::Rest] {
-            if pass.observed && chooses {
+        self.session.observe(pass.observed && selects);
+        for part in [GraphPart::FirstLayer, GraphPart::Remainder] {
+            if pass.observed && selects {
                 self.work(0, part, pass.unmask, decision)?;
                 self.launched(0, part);
             } else {
@@ -782,7 +782,7 @@ impl Network for Resident<'_> {
         self.outcome()?;
         let mut after = tokens.to_vec();
         self.read_tokens(&mut after)?;
-        let (chosen, confidence) = (self.control.chosen.read()?, self.control.confidence.read()?);
+        let (predicted, confidence) = (self.control.predicted.read()?, self.control.confidence.read()?);
         // The table's rows are in the order of the sequences, verdicts in that of the groups.
         let mut first = vec![0; tokens.len() + 1];
         for group in pass.groups {
@@ -791,48 +791,48 @@ impl Network for Resident<'_> {
         for s in 0..tokens.len() {
             first[s + 1] += first[s];
         }
-        let verdict = |sequence: usize, i: usize, position: usize| Verdict {
-            token: chosen[first[sequence] + i].max(0) as u32,
+        let verdict = |sequence: usize, i: usize, position: usize| Prediction {
+            token: predicted[first[sequence] + i].max(0) as u32,
             confidence: confidence[first[sequence] + i].into(),
             commit: after[sequence][position] != tokens[sequence][position],
         };
-        let of_group = |group: &crate::oracle::unmask::Group| -> Vec<Verdict> {
+        let of_group = |group: &crate::reference::unmask::Candidates| -> Vec<Prediction> {
             group.positions.iter().enumerate().map(|(i, p)| verdict(group.sequence, i, *p)).collect()
         };
         Ok(pass.groups.iter().flat_map(of_group).collect())
     }
 
     /// Twins that run now and then are remembered by the host, which then leads.
-    fn autonomous(&mut self) -> Option<&mut dyn Autonomous> {
+    fn autonomous(&mut self) -> Option<&mut dyn DeviceLoop> {
         if self.session.sizes().remembered { None } else { Some(self) }
     }
 
-    fn chosen(&self) -> &[Chosen] {
+    fn selected_rows(&self) -> &[SelectedRows] {
         self.session.observed()
     }
 
-    fn multiply_adds(&self) -> u64 {
-        self.session.multiply_adds
+    fn macs(&self) -> u64 {
+        self.session.macs
     }
 
-    fn launches(&self) -> Result<Option<Launches>> {
-        let of_part = |part: Part| {
+    fn launches(&self) -> Result<Option<KernelCounts>> {
+        let of_part = |part: GraphPart| {
             self.graphs.iter().filter_map(move |(key, recorded)| match recorded {
-                Recorded::Graph(graph) if key.part == part => Some((key, graph)),
+                CapturedPass::Graph(graph) if key.part == part => Some((key, graph)),
                 _ => None,
             })
         };
-        let least = of_part(Part::Ahead).min_by_key(|(key, _)| (key.room.rows, key.room.chosen));
+        let least = of_part(GraphPart::FirstLayer).min_by_key(|(key, _)| (key.room.rows, key.room.selected));
         let Some((key, ahead)) = least.filter(|_| self.ahead() == 1) else { return Ok(None) };
-        let same = |other: &Key| (other.slot, other.room, &other.plan) == (key.slot, key.room, &key.plan);
-        let Some((_, rest)) = of_part(Part::Rest).find(|(other, _)| same(other)) else { return Ok(None) };
+        let same = |other: &GraphKey| (other.slot, other.room, &other.plan) == (key.slot, key.room, &key.plan);
+        let Some((_, rest)) = of_part(GraphPart::Remainder).find(|(other, _)| same(other)) else { return Ok(None) };
         let ahead = ahead.nodes()?;
         // The embedding is the one that is not the layer's.
-        Ok(Some(Launches { layer: ahead.saturating_sub(1), pass: ahead + rest.nodes()? }))
+        Ok(Some(KernelCounts { layer: ahead.saturating_sub(1), pass: ahead + rest.nodes()? }))
     }
 }
 
-impl Drop for Resident<'_> {
+impl Drop for CudaEngine<'_> {
     fn drop(&mut self) {
         // The model's weights may go next, and the stream does not know of them. An error here is of work that nobody has
         // waited for.
@@ -882,12 +882,12 @@ mod tests {
                 [(vec![1021; 8], 256), (vec![64, 32], 64), (vec![3], 32), (vec![20, 400, 77, 5], 256), (vec![5], 6)]
             {
                 for guided in [false, true] {
-                    let sizes = Sizes {
+                    let sizes = SessionConfig {
                         prompt_lens: prompt_lens.clone(),
                         gen_length,
                         candidates: 1,
-                        cached: true,
-                        kept: false,
+                        kv_cache: true,
+                        feature_cache: false,
                         remembered: false,
                         guided,
                         ratios: 0,
@@ -895,19 +895,19 @@ mod tests {
                     };
                     let rows = (prompt_lens.iter().sum::<usize>() + prompt_lens.len() * gen_length)
                         * if guided { 2 } else { 1 };
-                    let needs = crate::backend::Needs {
+                    let needs = crate::backend::SessionLimits {
                         rows,
-                        scored: 1,
+                        logit_rows: 1,
                         spans: prompt_lens.len() * if guided { 2 } else { 1 },
                         longest: sizes.longest(),
                         tokens: rows,
                         heads,
-                        chooses: false,
+                        selects: false,
                     };
                     let most = cuda::attention_workspace(&needs, 132);
                     let full: Vec<usize> = prompt_lens.iter().map(|prompt| prompt + gen_length).collect();
                     let windows = (1..=gen_length).map(|len| vec![len; prompt_lens.len()]).chain([full]);
-                    for (windows, rooms) in windows.flat_map(|w| [(w.clone(), 0), (w, ROOMS)]) {
+                    for (windows, rooms) in windows.flat_map(|w| [(w.clone(), 0), (w, WINDOW_BUCKETS)]) {
                         let room = sizes.room(&windows, 1, rooms);
                         assert!(room.rows <= rows && room.longest <= needs.longest, "{room:?}");
                         assert!(room.longest >= windows.iter().copied().max().unwrap(), "{room:?} {windows:?}");

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 /// The positions of a sequence that its rows see: all up to one, and behind it every so manieth. Places count those in view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct View {
+pub struct VisibleKeys {
     /// Positions from 0 on that are all in view.
     pub near: usize,
     /// Of those behind, the last of each so many are in view; 0: none.
@@ -13,21 +13,21 @@ pub struct View {
     pub len: usize,
 }
 
-impl View {
+impl VisibleKeys {
     /// All of a sequence.
-    pub fn whole(len: usize) -> View {
-        View { near: len, stride: 0, len }
+    pub fn whole(len: usize) -> VisibleKeys {
+        VisibleKeys { near: len, stride: 0, len }
     }
 
     /// Places.
-    pub fn places(&self) -> usize {
+    pub fn num_keys(&self) -> usize {
         self.near + (self.len - self.near).checked_div(self.stride).unwrap_or(0)
     }
 
     /// The position of a place.
-    pub fn position(&self, place: usize) -> usize {
-        match place.checked_sub(self.near) {
-            None => place,
+    pub fn position(&self, key: usize) -> usize {
+        match key.checked_sub(self.near) {
+            None => key,
             Some(behind) => self.near + (behind + 1) * self.stride - 1,
         }
     }
@@ -35,21 +35,21 @@ impl View {
 
 /// What a pass runs of a sequence, in places of its view.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Window {
+pub struct QueryRows {
     /// The sequence.
     pub sequence: usize,
     /// The rows that the pass has.
     pub rows: Range<usize>,
-    /// Of these, what runs in any case where a [`crate::backend::Choice`] spares the block.
+    /// Of these, what runs in any case where a [`crate::backend::RowUpdate`] spares the block.
     pub block: Range<usize>,
     /// What they see.
-    pub view: View,
+    pub view: VisibleKeys,
 }
 
-impl Window {
+impl QueryRows {
     /// Rows that see all of a sequence of `len` positions.
-    pub fn new(sequence: usize, rows: Range<usize>, len: usize) -> Window {
-        Window { sequence, block: rows.clone(), rows, view: View::whole(len) }
+    pub fn new(sequence: usize, rows: Range<usize>, len: usize) -> QueryRows {
+        QueryRows { sequence, block: rows.clone(), rows, view: VisibleKeys::whole(len) }
     }
 
     /// From the position of its first row to that of its last, with those between that are not in view.
@@ -66,8 +66,8 @@ mod tests {
     #[test]
     fn behind_what_is_near_every_so_manieth_is_in_view() {
         let positions = |near, stride, len| {
-            let view = View { near, stride, len };
-            (0..view.places()).map(|place| view.position(place)).collect::<Vec<_>>()
+            let view = VisibleKeys { near, stride, len };
+            (0..view.num_keys()).map(|key| view.position(key)).collect::<Vec<_>>()
         };
         assert_eq!(positions(3, 0, 10), [0, 1, 2]);
         assert_eq!(positions(3, 1, 6), [0, 1, 2, 3, 4, 5]);

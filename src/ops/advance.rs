@@ -1,6 +1,6 @@
 //! What the decoding rules do between two passes, on the device: the kernel of `cuda/any/advance.cu`.
 
-use super::{Plan, check};
+use super::{Plan, validate};
 use crate::abi::{dllm_advance_control, dllm_advance_params, dllm_advance_sequence, dllm_progress};
 use crate::error::{Error, Result};
 use crate::gpu::Device;
@@ -11,8 +11,8 @@ const MAX_SEQUENCES: i64 = 65_535;
 
 /// Checks every field but what the addresses point to.
 pub fn validate(params: &dllm_advance_params) -> Result<()> {
-    check::struct_size::<dllm_advance_params>(params.size)?;
-    check::address("sequences", params.sequences, 16)?;
+    validate::struct_size::<dllm_advance_params>(params.size)?;
+    validate::address("sequences", params.sequences, 16)?;
     for (name, address) in [
         ("control", params.control),
         ("tokens", params.tokens),
@@ -23,28 +23,28 @@ pub fn validate(params: &dllm_advance_params) -> Result<()> {
         ("steps", params.steps),
         ("progress", params.progress),
     ] {
-        check::address(name, address, 4)?;
+        validate::address(name, address, 4)?;
     }
-    check::within("num_sequences", params.num_sequences.into(), 1, MAX_SEQUENCES)?;
-    check::size("num_tokens", params.num_tokens)?;
-    check::within("mask_token", params.mask_token.into(), 0, i32::MAX.into())?;
+    validate::within("num_sequences", params.num_sequences.into(), 1, MAX_SEQUENCES)?;
+    validate::size("num_tokens", params.num_tokens)?;
+    validate::within("mask_token", params.mask_token.into(), 0, i32::MAX.into())?;
     for (name, address, count_name, count) in [
         ("ratios", params.ratios, "max_ratios", params.max_ratios),
         ("end_tokens", params.end_tokens, "num_end_tokens", params.num_end_tokens),
     ] {
-        check::optional(name, address, 4)?;
+        validate::optional(name, address, 4)?;
         match (address, count) {
             (0, 0) => {}
             (0, _) => return Err(Error::argument(count_name, format!("0, as there are no {name}"), count)),
-            _ => check::size(count_name, count)?,
+            _ => validate::size(count_name, count)?,
         }
     }
-    check::reserved(params.reserved)?;
+    validate::reserved(params.reserved)?;
     let place =
-        |name, address, rows, bytes| check::Place { name, address, rows, stride_bytes: bytes, row_bytes: bytes };
+        |name, address, rows, bytes| validate::Region { name, address, rows, stride_bytes: bytes, row_bytes: bytes };
     let sequence_bytes = size_of::<dllm_advance_sequence>() as i64;
-    place("sequences", params.sequences, params.num_sequences, sequence_bytes).in_memory()?;
-    place("tokens", params.tokens, params.num_tokens, 4).in_memory()
+    place("sequences", params.sequences, params.num_sequences, sequence_bytes).fits_address_space()?;
+    place("tokens", params.tokens, params.num_tokens, 4).fits_address_space()
 }
 
 /// What a launch takes: one block of 512 threads.

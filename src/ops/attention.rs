@@ -1,7 +1,7 @@
 //! Bidirectional attention over keys in up to three segments: the kernels of `cuda/sm80/attention.cu`.
 
-use super::check::{self, Place};
-use super::{Element, safe};
+use super::validate::{self, Region};
+use super::{Element, buffers};
 use crate::abi::{self, dllm_attention_params, dllm_segment};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Launch, Stream};
@@ -63,98 +63,98 @@ pub fn splits(rows: usize, heads: Heads, multiprocessors: usize) -> usize {
 
 /// Checks every field but what the addresses point to.
 pub fn validate(params: &dllm_attention_params) -> Result<()> {
-    check::struct_size::<dllm_attention_params>(params.size)?;
-    check::address("q", params.q, 16)?;
-    check::address("out", params.out, 16)?;
-    check::optional("lse", params.lse, 4)?;
-    check::address("cu_rows", params.cu_rows, 4)?;
-    let bytes = check::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16])?;
+    validate::struct_size::<dllm_attention_params>(params.size)?;
+    validate::address("q", params.q, 16)?;
+    validate::address("out", params.out, 16)?;
+    validate::optional("lse", params.lse, 4)?;
+    validate::address("cu_rows", params.cu_rows, 4)?;
+    let bytes = validate::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16])?;
     if ![32, 64, 128].contains(&params.head_dim) {
         return Err(Error::argument("head_dim", "32, 64 or 128", params.head_dim));
     }
     // A launch has at most 65,535 blocks in its second dimension.
-    check::within("num_heads", params.num_heads.into(), 1, 65_535)?;
-    check::within("num_kv_heads", params.num_kv_heads.into(), 1, params.num_heads.into())?;
+    validate::within("num_heads", params.num_heads.into(), 1, 65_535)?;
+    validate::within("num_kv_heads", params.num_kv_heads.into(), 1, params.num_heads.into())?;
     if params.num_heads % params.num_kv_heads != 0 {
         let expected = format!("a multiple of num_kv_heads, {}", params.num_kv_heads);
         return Err(Error::argument("num_heads", expected, params.num_heads));
     }
     let width = i64::from(params.num_heads) * i64::from(params.head_dim);
     let kv_width = i64::from(params.num_kv_heads) * i64::from(params.head_dim);
-    check::stride("q_stride", params.q_stride, width, bytes)?;
-    check::stride("out_stride", params.out_stride, width, bytes)?;
+    validate::stride("q_stride", params.q_stride, width, bytes)?;
+    validate::stride("out_stride", params.out_stride, width, bytes)?;
     for segment in &params.segments {
         if segment.k == 0 {
             continue;
         }
-        check::address("segment.k", segment.k, 16)?;
-        check::address("segment.v", segment.v, 16)?;
-        check::optional("segment.start", segment.start, 4)?;
-        check::address("segment.len", segment.len, 4)?;
-        check::stride("segment.k_stride", segment.k_stride, kv_width, bytes)?;
-        check::stride("segment.v_stride", segment.v_stride, kv_width, bytes)?;
-        check::within("segment.num_rows", segment.num_rows.into(), 0, i32::MAX.into())?;
-        check::reserved(segment.reserved0)?;
-        check::within("reserved", segment.reserved1, 0, 0)?;
+        validate::address("segment.k", segment.k, 16)?;
+        validate::address("segment.v", segment.v, 16)?;
+        validate::optional("segment.start", segment.start, 4)?;
+        validate::address("segment.len", segment.len, 4)?;
+        validate::stride("segment.k_stride", segment.k_stride, kv_width, bytes)?;
+        validate::stride("segment.v_stride", segment.v_stride, kv_width, bytes)?;
+        validate::within("segment.num_rows", segment.num_rows.into(), 0, i32::MAX.into())?;
+        validate::reserved(segment.reserved0)?;
+        validate::within("reserved", segment.reserved1, 0, 0)?;
     }
     if !(-1e6..=1e6).contains(&params.scale) {
         return Err(Error::argument("scale", "a number from -1e6 to 1e6", params.scale));
     }
-    check::within("max_rows", params.max_rows.into(), 1, i64::from(i32::MAX - 8) / i64::from(params.num_heads))?;
+    validate::within("max_rows", params.max_rows.into(), 1, i64::from(i32::MAX - 8) / i64::from(params.num_heads))?;
     // Above, the number of a packed row could overflow.
     let most = (1 << 30) / i64::from(params.num_heads);
-    check::within("max_sequence_rows", params.max_sequence_rows.into(), 1, most)?;
-    check::within("max_splits", params.max_splits.into(), 1, 64)?;
-    check::within("num_sequences", params.num_sequences.into(), 1, 65_535 / i64::from(params.max_splits))?;
-    check::optional("tile_offsets", params.tile_offsets, 4)?;
+    validate::within("max_sequence_rows", params.max_sequence_rows.into(), 1, most)?;
+    validate::within("max_splits", params.max_splits.into(), 1, 64)?;
+    validate::within("num_sequences", params.num_sequences.into(), 1, 65_535 / i64::from(params.max_splits))?;
+    validate::optional("tile_offsets", params.tile_offsets, 4)?;
     if params.tile_offsets != 0 {
-        check::address("tile_indices", params.tile_indices, 4)?;
+        validate::address("tile_indices", params.tile_indices, 4)?;
         let tiles = i64::from(params.max_sequence_rows.unsigned_abs().div_ceil(QUERY_TILE as u32));
-        check::within("query_tiles", params.query_tiles.into(), tiles, i32::MAX.into())?;
-        check::flag("per_head", params.per_head)?;
+        validate::within("query_tiles", params.query_tiles.into(), tiles, i32::MAX.into())?;
+        validate::flag("per_head", params.per_head)?;
         // More, and the parts of a list could overflow.
-        check::within("num_tile_indices", params.num_tile_indices.into(), 0, 1 << 30)?;
+        validate::within("num_tile_indices", params.num_tile_indices.into(), 0, 1 << 30)?;
     }
-    check::within("form", params.form.into(), 0, abi::DLLM_ATTENTION_FORM_FULL.into())?;
-    check::reserved(params.reserved)?;
+    validate::within("form", params.form.into(), 0, abi::DLLM_ATTENTION_FORM_FULL.into())?;
+    validate::reserved(params.reserved)?;
     let needed = plan(params).workspace_bytes;
     if needed > 0 {
-        check::address("workspace", params.workspace, 16)?;
+        validate::address("workspace", params.workspace, 16)?;
         if params.workspace_bytes < needed {
             return Err(Error::argument("workspace_bytes", format!("at least {needed}"), params.workspace_bytes));
         }
     }
-    in_places_of_their_own(params, bytes, needed)
+    check_disjoint(params, bytes, needed)
 }
 
 /// That all rows lie within 64-bit addresses, and that nothing overlaps what is written.
-fn in_places_of_their_own(params: &dllm_attention_params, bytes: i64, workspace_bytes: u64) -> Result<()> {
+fn check_disjoint(params: &dllm_attention_params, bytes: i64, workspace_bytes: u64) -> Result<()> {
     let heads = i64::from(params.num_heads);
     let width = heads * i64::from(params.head_dim);
     let kv_width = i64::from(params.num_kv_heads) * i64::from(params.head_dim);
     let rows = params.max_rows;
     let workspace_bytes = i64::try_from(workspace_bytes).unwrap_or(i64::MAX);
     let written = [
-        Place::new("out", params.out, rows, params.out_stride, width, bytes),
-        Place::new("lse", params.lse, rows, heads, heads, 4),
-        Place::new("workspace", params.workspace, i32::from(workspace_bytes > 0), workspace_bytes, workspace_bytes, 1),
+        Region::new("out", params.out, rows, params.out_stride, width, bytes),
+        Region::new("lse", params.lse, rows, heads, heads, 4),
+        Region::new("workspace", params.workspace, i32::from(workspace_bytes > 0), workspace_bytes, workspace_bytes, 1),
     ];
-    let q = Place::new("q", params.q, rows, params.q_stride, width, bytes);
+    let q = Region::new("q", params.q, rows, params.q_stride, width, bytes);
     let of_segment = |s: &dllm_segment| {
         [
-            Place::new("segment.k", s.k, s.num_rows, s.k_stride, kv_width, bytes),
-            Place::new("segment.v", if s.k == 0 { 0 } else { s.v }, s.num_rows, s.v_stride, kv_width, bytes),
+            Region::new("segment.k", s.k, s.num_rows, s.k_stride, kv_width, bytes),
+            Region::new("segment.v", if s.k == 0 { 0 } else { s.v }, s.num_rows, s.v_stride, kv_width, bytes),
         ]
     };
     let read = std::iter::once(q).chain(params.segments.iter().flat_map(of_segment));
-    let there = |place: &Place| place.address != 0 && place.rows > 0;
-    let places: Vec<Place> = written.into_iter().chain(read).collect();
+    let there = |place: &Region| place.address != 0 && place.rows > 0;
+    let places: Vec<Region> = written.into_iter().chain(read).collect();
     for place in places.iter().filter(|p| there(p)) {
-        place.in_memory()?;
+        place.fits_address_space()?;
     }
     for (i, place) in written.iter().enumerate().filter(|(_, p)| there(p)) {
         for other in places[i + 1..].iter().filter(|p| there(p)) {
-            place.apart_from(*other)?;
+            place.disjoint_from(*other)?;
         }
     }
     Ok(())
@@ -347,11 +347,11 @@ pub fn launch<T: Element>(stream: &Stream, attention: Attention<T>) -> Result<()
         Ok(dllm_segment {
             k: place("segment.k", k, stream)?,
             v: place("segment.v", v, stream)?,
-            start: safe::optional("segment.start", start, num_sequences, stream)?,
-            len: safe::buffer("segment.len", len, num_sequences, stream)?,
+            start: buffers::optional("segment.start", start, num_sequences, stream)?,
+            len: buffers::buffer("segment.len", len, num_sequences, stream)?,
             k_stride: k.stride as i64,
             v_stride: v.stride as i64,
-            num_rows: safe::count("segment rows", rows_of(k, kv_width)?.min(rows_of(v, kv_width)?))?,
+            num_rows: buffers::count("segment rows", rows_of(k, kv_width)?.min(rows_of(v, kv_width)?))?,
             reserved0: 0,
             reserved1: 0,
         })
@@ -366,28 +366,28 @@ pub fn launch<T: Element>(stream: &Stream, attention: Attention<T>) -> Result<()
     let params = dllm_attention_params {
         size: size_of::<dllm_attention_params>() as u64,
         q: place("q", q, stream)?,
-        out: safe::buffer("out", out, 0, stream)?,
-        lse: safe::optional("lse", lse.as_deref(), safe::elements(max_rows, heads.num_heads), stream)?,
-        cu_rows: safe::buffer("cu_rows", cu_rows, 0, stream)?,
+        out: buffers::buffer("out", out, 0, stream)?,
+        lse: buffers::optional("lse", lse.as_deref(), buffers::elements(max_rows, heads.num_heads), stream)?,
+        cu_rows: buffers::buffer("cu_rows", cu_rows, 0, stream)?,
         segments: [segment(segments[0])?, segment(segments[1])?, segment(segments[2])?],
-        tile_offsets: safe::optional("tile_offsets", tiles.map(|t| t.offsets), offsets, stream)?,
-        tile_indices: safe::optional("tile_indices", tiles.map(|t| t.indices), 0, stream)?,
-        workspace: safe::buffer("workspace", workspace, workspace_len(max_rows, heads, max_splits), stream)?,
+        tile_offsets: buffers::optional("tile_offsets", tiles.map(|t| t.offsets), offsets, stream)?,
+        tile_indices: buffers::optional("tile_indices", tiles.map(|t| t.indices), 0, stream)?,
+        workspace: buffers::buffer("workspace", workspace, workspace_len(max_rows, heads, max_splits), stream)?,
         workspace_bytes: 4 * workspace.len() as u64,
         q_stride: q.stride as i64,
         out_stride: width as i64,
         scale,
-        max_rows: safe::count("out", max_rows)?,
-        max_sequence_rows: safe::count("max_sequence_rows", max_sequence_rows)?,
-        num_sequences: safe::count("cu_rows", num_sequences)?,
-        num_heads: safe::count("num_heads", heads.num_heads)?,
-        num_kv_heads: safe::count("num_kv_heads", heads.num_kv_heads)?,
-        head_dim: safe::count("head_dim", heads.head_dim)?,
+        max_rows: buffers::count("out", max_rows)?,
+        max_sequence_rows: buffers::count("max_sequence_rows", max_sequence_rows)?,
+        num_sequences: buffers::count("cu_rows", num_sequences)?,
+        num_heads: buffers::count("num_heads", heads.num_heads)?,
+        num_kv_heads: buffers::count("num_kv_heads", heads.num_kv_heads)?,
+        head_dim: buffers::count("head_dim", heads.head_dim)?,
         dtype: T::DTYPE as i32,
-        max_splits: safe::count("max_splits", max_splits)?,
-        query_tiles: safe::count("query_tiles", query_tiles)?,
+        max_splits: buffers::count("max_splits", max_splits)?,
+        query_tiles: buffers::count("query_tiles", query_tiles)?,
         per_head: tiles.is_some_and(|t| t.per_head).into(),
-        num_tile_indices: safe::count("tile_indices", tiles.map_or(0, |t| t.indices.len()))?,
+        num_tile_indices: buffers::count("tile_indices", tiles.map_or(0, |t| t.indices.len()))?,
         form: match form {
             None => abi::DLLM_ATTENTION_FORM_PLANNED,
             Some(Form::Streaming) => abi::DLLM_ATTENTION_FORM_STREAMING,
@@ -403,12 +403,12 @@ pub fn launch<T: Element>(stream: &Stream, attention: Attention<T>) -> Result<()
 /// Whole rows of `width` elements from column `first` on.
 fn rows_of<T: Element>(rows: Rows<T>, width: usize) -> Result<usize> {
     let len = rows.buffer.len().saturating_sub(rows.first);
-    safe::num_rows("rows", len, width, rows.stride).map(|n| n as usize)
+    buffers::num_rows("rows", len, width, rows.stride).map(|n| n as usize)
 }
 
 /// Address of the first element.
 fn place<T: Element>(name: &'static str, rows: Rows<T>, stream: &Stream) -> Result<u64> {
-    let address = safe::buffer(name, rows.buffer, rows.first, stream)?;
+    let address = buffers::buffer(name, rows.buffer, rows.first, stream)?;
     Ok(address + (rows.first * size_of::<T>()) as u64)
 }
 

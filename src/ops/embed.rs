@@ -1,6 +1,6 @@
 //! The embedding rows of tokens that lie on the device: the kernel of `cuda/any/embed.cu`.
 
-use super::{Plan, check, safe};
+use super::{Plan, buffers, validate};
 use crate::abi::dllm_embed_params;
 use crate::error::Result;
 use crate::gpu::{Buffer, Device, Stream};
@@ -9,25 +9,25 @@ use std::ffi::c_void;
 
 /// Checks every field but what the addresses point to.
 pub fn validate(params: &dllm_embed_params) -> Result<()> {
-    check::struct_size::<dllm_embed_params>(params.size)?;
-    check::address("table", params.table, 16)?;
-    check::address("tokens", params.tokens, 4)?;
-    check::optional("index", params.index, 4)?;
-    check::address("out", params.out, 16)?;
-    check::optional("count", params.count, 4)?;
-    check::optional("failed", params.failed, 4)?;
-    check::within("row_bytes", params.row_bytes, 16, i32::MAX.into())?;
-    check::stride_bytes("row_bytes", params.row_bytes, 16)?;
-    check::stride_bytes("table_stride_bytes", params.table_stride_bytes, params.row_bytes)?;
-    check::stride_bytes("out_stride_bytes", params.out_stride_bytes, params.row_bytes)?;
-    check::size("max_rows", params.max_rows)?;
-    check::size("num_tokens", params.num_tokens)?;
-    check::size("vocab_size", params.vocab_size)?;
-    check::reserved(params.reserved)?;
+    validate::struct_size::<dllm_embed_params>(params.size)?;
+    validate::address("table", params.table, 16)?;
+    validate::address("tokens", params.tokens, 4)?;
+    validate::optional("index", params.index, 4)?;
+    validate::address("out", params.out, 16)?;
+    validate::optional("count", params.count, 4)?;
+    validate::optional("failed", params.failed, 4)?;
+    validate::within("row_bytes", params.row_bytes, 16, i32::MAX.into())?;
+    validate::stride_bytes("row_bytes", params.row_bytes, 16)?;
+    validate::stride_bytes("table_stride_bytes", params.table_stride_bytes, params.row_bytes)?;
+    validate::stride_bytes("out_stride_bytes", params.out_stride_bytes, params.row_bytes)?;
+    validate::size("max_rows", params.max_rows)?;
+    validate::size("num_tokens", params.num_tokens)?;
+    validate::size("vocab_size", params.vocab_size)?;
+    validate::reserved(params.reserved)?;
     let row_bytes = params.row_bytes;
-    let place = |name, address, rows, stride_bytes| check::Place { name, address, rows, stride_bytes, row_bytes };
-    place("table", params.table, params.vocab_size, params.table_stride_bytes).in_memory()?;
-    place("out", params.out, params.max_rows, params.out_stride_bytes).in_memory()
+    let place = |name, address, rows, stride_bytes| validate::Region { name, address, rows, stride_bytes, row_bytes };
+    place("table", params.table, params.vocab_size, params.table_stride_bytes).fits_address_space()?;
+    place("out", params.out, params.max_rows, params.out_stride_bytes).fits_address_space()
 }
 
 /// What a launch takes: a block of 256 threads for each row.
@@ -75,23 +75,23 @@ pub struct Embed<'a, T> {
 /// [`crate::Error::Argument`] when a buffer is too short or belongs to another stream; the driver's.
 pub fn launch<T: Pod>(stream: &Stream, embed: Embed<T>) -> Result<()> {
     let Embed { table, width, tokens, index, count, out, failed } = embed;
-    check::within("width", width as i64, 1, i32::MAX.into())?;
+    validate::within("width", width as i64, 1, i32::MAX.into())?;
     let max_rows = index.unwrap_or(tokens).len();
     let row_bytes = (width * size_of::<T>()) as i64;
     let params = dllm_embed_params {
         size: size_of::<dllm_embed_params>() as u64,
-        table: safe::buffer("table", table, width, stream)?,
-        tokens: safe::buffer("tokens", tokens, 1, stream)?,
-        index: safe::optional("index", index, 1, stream)?,
-        out: safe::buffer("out", out, safe::elements(max_rows, width), stream)?,
-        count: safe::optional("count", count, 1, stream)?,
-        failed: safe::optional("failed", failed.as_deref(), 1, stream)?,
+        table: buffers::buffer("table", table, width, stream)?,
+        tokens: buffers::buffer("tokens", tokens, 1, stream)?,
+        index: buffers::optional("index", index, 1, stream)?,
+        out: buffers::buffer("out", out, buffers::elements(max_rows, width), stream)?,
+        count: buffers::optional("count", count, 1, stream)?,
+        failed: buffers::optional("failed", failed.as_deref(), 1, stream)?,
         table_stride_bytes: row_bytes,
         out_stride_bytes: row_bytes,
         row_bytes,
-        max_rows: safe::count("index", max_rows)?,
-        num_tokens: safe::count("tokens", tokens.len())?,
-        vocab_size: safe::count("table", table.len() / width)?,
+        max_rows: buffers::count("index", max_rows)?,
+        num_tokens: buffers::count("tokens", tokens.len())?,
+        vocab_size: buffers::count("table", table.len() / width)?,
         reserved: 0,
     };
     // SAFETY: addresses and sizes come from buffers of this stream, `out` is borrowed alone, and the kernel checks every

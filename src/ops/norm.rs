@@ -1,6 +1,6 @@
 //! Residual add and RMSNorm: the kernels of `cuda/any/norm.cu`.
 
-use super::{Element, Plan, check, safe};
+use super::{Element, Plan, buffers, validate};
 use crate::abi::{self, dllm_norm_params};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
@@ -12,43 +12,44 @@ const MOST_WIDTH: i64 = 8192;
 /// Checks every field but what the addresses point to. Memory that may not overlap is compared by addresses: columns of
 /// one matrix, with its stride, may stand side by side.
 pub fn validate(params: &dllm_norm_params) -> Result<()> {
-    check::struct_size::<dllm_norm_params>(params.size)?;
-    let element_bytes = check::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16, abi::DLLM_F32])?;
-    check::address("x", params.x, 16)?;
-    check::optional("delta", params.delta, 16)?;
-    check::optional("delta_row", params.delta_row, 4)?;
-    check::address("weight", params.weight, 16)?;
-    check::address("out", params.out, 16)?;
-    check::optional("count", params.count, 4)?;
-    check::width("width", params.width, element_bytes)?;
+    validate::struct_size::<dllm_norm_params>(params.size)?;
+    let element_bytes = validate::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16, abi::DLLM_F32])?;
+    validate::address("x", params.x, 16)?;
+    validate::optional("delta", params.delta, 16)?;
+    validate::optional("delta_row", params.delta_row, 4)?;
+    validate::address("weight", params.weight, 16)?;
+    validate::address("out", params.out, 16)?;
+    validate::optional("count", params.count, 4)?;
+    validate::width("width", params.width, element_bytes)?;
     let width = i64::from(params.width);
-    check::within("width", width, 1, MOST_WIDTH)?;
-    check::stride("x_stride", params.x_stride, width, element_bytes)?;
-    check::stride("out_stride", params.out_stride, width, element_bytes)?;
+    validate::within("width", width, 1, MOST_WIDTH)?;
+    validate::stride("x_stride", params.x_stride, width, element_bytes)?;
+    validate::stride("out_stride", params.out_stride, width, element_bytes)?;
     if params.delta != 0 {
-        check::stride("delta_stride", params.delta_stride, width, element_bytes)?;
+        validate::stride("delta_stride", params.delta_stride, width, element_bytes)?;
     }
-    check::size("max_rows", params.max_rows)?;
-    check::reserved(params.reserved)?;
+    validate::size("max_rows", params.max_rows)?;
+    validate::reserved(params.reserved)?;
     if !(params.eps >= 0.0 && params.eps.is_finite()) {
         return Err(Error::argument("eps", "a finite number, at least 0", params.eps));
     }
 
-    let place = |name, address, stride| check::Place::new(name, address, params.max_rows, stride, width, element_bytes);
+    let place =
+        |name, address, stride| validate::Region::new(name, address, params.max_rows, stride, width, element_bytes);
     let x = place("x", params.x, params.x_stride);
     let out = place("out", params.out, params.out_stride);
-    let weight = check::Place::new("weight", params.weight, 1, width, width, element_bytes);
-    [x, out, weight].into_iter().try_for_each(check::Place::in_memory)?;
-    [x, weight].into_iter().try_for_each(|other| out.apart_from(other))?;
+    let weight = validate::Region::new("weight", params.weight, 1, width, width, element_bytes);
+    [x, out, weight].into_iter().try_for_each(validate::Region::fits_address_space)?;
+    [x, weight].into_iter().try_for_each(|other| out.disjoint_from(other))?;
     if params.delta != 0 {
         let delta_rows = match params.delta_row {
             0 => params.max_rows,
             _ => params.num_delta_rows,
         };
-        check::size("num_delta_rows", delta_rows)?;
-        let delta = check::Place { rows: delta_rows, ..place("delta", params.delta, params.delta_stride) };
-        delta.in_memory()?;
-        out.apart_from(delta)?;
+        validate::size("num_delta_rows", delta_rows)?;
+        let delta = validate::Region { rows: delta_rows, ..place("delta", params.delta, params.delta_stride) };
+        delta.fits_address_space()?;
+        out.disjoint_from(delta)?;
     }
     Ok(())
 }
@@ -108,23 +109,23 @@ pub struct Norm<'a, T> {
 pub fn launch<T: Element>(stream: &Stream, norm: Norm<T>) -> Result<()> {
     let Norm { max_rows, count, x, delta, delta_row, weight, eps, out } = norm;
     let width = weight.len();
-    let elements = safe::elements(max_rows, width);
+    let elements = buffers::elements(max_rows, width);
     let params = dllm_norm_params {
         size: size_of::<dllm_norm_params>() as u64,
-        x: safe::buffer("x", x, elements, stream)?,
-        delta: safe::optional("delta", delta, delta_row.map_or(elements, |_| width), stream)?,
-        delta_row: safe::optional("delta_row", delta_row, max_rows, stream)?,
-        weight: safe::buffer("weight", weight, 1, stream)?,
-        out: safe::buffer("out", out, elements, stream)?,
-        count: safe::optional("count", count, 1, stream)?,
+        x: buffers::buffer("x", x, elements, stream)?,
+        delta: buffers::optional("delta", delta, delta_row.map_or(elements, |_| width), stream)?,
+        delta_row: buffers::optional("delta_row", delta_row, max_rows, stream)?,
+        weight: buffers::buffer("weight", weight, 1, stream)?,
+        out: buffers::buffer("out", out, elements, stream)?,
+        count: buffers::optional("count", count, 1, stream)?,
         x_stride: width as i64,
         delta_stride: width as i64,
         out_stride: width as i64,
-        max_rows: safe::count("max_rows", max_rows)?,
-        width: safe::count("weight", width)?,
+        max_rows: buffers::count("max_rows", max_rows)?,
+        width: buffers::count("weight", width)?,
         dtype: T::DTYPE as i32,
         eps,
-        num_delta_rows: safe::count("delta", delta.map_or(0, |delta| delta.len() / width))?,
+        num_delta_rows: buffers::count("delta", delta.map_or(0, |delta| delta.len() / width))?,
         reserved: 0,
     };
     // SAFETY: addresses and sizes come from buffers of this stream; `x` and `out` are borrowed alone; the kernel checks

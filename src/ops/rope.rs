@@ -1,38 +1,39 @@
 //! Rotary embedding of queries and keys, and keys and values into the cache: the kernels of `cuda/any/rope.cu`.
 
-use super::{Element, Plan, check, safe};
+use super::{Element, Plan, buffers, validate};
 use crate::abi::{self, dllm_rope_params};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
-use crate::oracle::{Heads, rope::Angles};
+use crate::reference::{Heads, rope::Angles};
 use std::ffi::c_void;
 
 /// Checks every field but what the addresses point to.
 pub fn validate(params: &dllm_rope_params) -> Result<()> {
-    check::struct_size::<dllm_rope_params>(params.size)?;
-    let element_bytes = check::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16])?;
-    check::address("qkv", params.qkv, 16)?;
-    check::address("positions", params.positions, 4)?;
-    check::address("angles", params.angles, 16)?;
-    check::optional("count", params.count, 4)?;
-    check::optional("failed", params.failed, 4)?;
-    check::size("max_rows", params.max_rows)?;
-    check::size("num_positions", params.num_positions)?;
+    validate::struct_size::<dllm_rope_params>(params.size)?;
+    let element_bytes = validate::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16])?;
+    validate::address("qkv", params.qkv, 16)?;
+    validate::address("positions", params.positions, 4)?;
+    validate::address("angles", params.angles, 16)?;
+    validate::optional("count", params.count, 4)?;
+    validate::optional("failed", params.failed, 4)?;
+    validate::size("max_rows", params.max_rows)?;
+    validate::size("num_positions", params.num_positions)?;
     if ![32, 64, 128].contains(&params.head_dim) {
         return Err(Error::argument("head_dim", "32, 64 or 128", params.head_dim));
     }
-    check::size("num_heads", params.num_heads)?;
-    check::size("num_kv_heads", params.num_kv_heads)?;
+    validate::size("num_heads", params.num_heads)?;
+    validate::size("num_kv_heads", params.num_kv_heads)?;
     let [head_dim, num_heads, num_kv_heads] = [params.head_dim, params.num_heads, params.num_kv_heads].map(i64::from);
     let (kv_width, heads) = (num_kv_heads * head_dim, num_heads + 2 * num_kv_heads);
     // A row has at most 65,535 blocks.
-    check::within("num_heads + 2 num_kv_heads", heads, 1, 65_535 * 256 * 8 / head_dim)?;
+    validate::within("num_heads + 2 num_kv_heads", heads, 1, 65_535 * 256 * 8 / head_dim)?;
     // With a cache for keys alone, values need not be there.
     let without_values = params.k_cache != 0 && params.v_cache == 0;
     let qkv_width = heads * head_dim - if without_values { kv_width } else { 0 };
-    check::stride("qkv_stride", params.qkv_stride, qkv_width, element_bytes)?;
-    check::reserved(params.reserved)?;
-    check::Place::new("qkv", params.qkv, params.max_rows, params.qkv_stride, qkv_width, element_bytes).in_memory()?;
+    validate::stride("qkv_stride", params.qkv_stride, qkv_width, element_bytes)?;
+    validate::reserved(params.reserved)?;
+    validate::Region::new("qkv", params.qkv, params.max_rows, params.qkv_stride, qkv_width, element_bytes)
+        .fits_address_space()?;
 
     if params.k_cache == 0 {
         return match params.v_cache {
@@ -40,14 +41,14 @@ pub fn validate(params: &dllm_rope_params) -> Result<()> {
             _ => Err(Error::argument("k_cache", "a device address, as there is a v_cache", "0")),
         };
     }
-    check::address("k_cache", params.k_cache, 16)?;
-    check::optional("v_cache", params.v_cache, 16)?;
-    check::address("cache_row", params.cache_row, 4)?;
-    check::size("num_cache_rows", params.num_cache_rows)?;
-    check::stride("cache_stride", params.cache_stride, kv_width, element_bytes)?;
+    validate::address("k_cache", params.k_cache, 16)?;
+    validate::optional("v_cache", params.v_cache, 16)?;
+    validate::address("cache_row", params.cache_row, 4)?;
+    validate::size("num_cache_rows", params.num_cache_rows)?;
+    validate::stride("cache_stride", params.cache_stride, kv_width, element_bytes)?;
     [("k_cache", params.k_cache), ("v_cache", params.v_cache)].into_iter().try_for_each(|(name, address)| {
         let (rows, stride) = (params.num_cache_rows, params.cache_stride);
-        check::Place::new(name, address, rows, stride, kv_width, element_bytes).in_memory()
+        validate::Region::new(name, address, rows, stride, kv_width, element_bytes).fits_address_space()
     })
 }
 
@@ -83,7 +84,7 @@ pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_rop
 
 /// The table of angles: `[num_positions, head_dim / 2]` pairs of cosine and sine, as the originals form them.
 pub fn angles(stream: &Stream, theta: f32, head_dim: usize, num_positions: usize) -> Result<Buffer<[f32; 2]>> {
-    check::within("head_dim", head_dim as i64, 2, 1 << 16)?;
+    validate::within("head_dim", head_dim as i64, 2, 1 << 16)?;
     let mut angles = Angles::default();
     angles.extend(theta, head_dim, num_positions);
     let pairs = (0..num_positions).flat_map(|position| angles.at(position)).map(|(cos, sin)| [*cos, *sin]);
@@ -130,30 +131,30 @@ pub fn launch<T: Element>(stream: &Stream, rope: Rope<T>) -> Result<()> {
     let max_rows = positions.len();
     // Counts as 32 bits first: their products fit into 128, and no width below is 0.
     let [heads_i32, kv_heads_i32, head_dim_i32] = [
-        safe::count("num_heads", num_heads)?,
-        safe::count("num_kv_heads", num_kv_heads)?,
-        safe::count("head_dim", head_dim)?,
+        buffers::count("num_heads", num_heads)?,
+        buffers::count("num_kv_heads", num_kv_heads)?,
+        buffers::count("head_dim", head_dim)?,
     ];
-    check::size("num_kv_heads", kv_heads_i32)?;
-    check::within("head_dim", head_dim as i64, 2, i32::MAX.into())?;
+    validate::size("num_kv_heads", kv_heads_i32)?;
+    validate::within("head_dim", head_dim as i64, 2, i32::MAX.into())?;
     let kv_width = num_kv_heads.saturating_mul(head_dim);
     let without_values = caches.as_ref().is_some_and(|caches| caches.v.is_none());
     let parts = if without_values { num_kv_heads } else { 2 * num_kv_heads };
     let qkv_width = num_heads.saturating_add(parts).saturating_mul(head_dim);
     let mut params = dllm_rope_params {
         size: size_of::<dllm_rope_params>() as u64,
-        qkv: safe::buffer("qkv", qkv, safe::elements(max_rows, qkv_width), stream)?,
-        positions: safe::buffer("positions", positions, 1, stream)?,
-        angles: safe::buffer("angles", angles, head_dim / 2, stream)?,
+        qkv: buffers::buffer("qkv", qkv, buffers::elements(max_rows, qkv_width), stream)?,
+        positions: buffers::buffer("positions", positions, 1, stream)?,
+        angles: buffers::buffer("angles", angles, head_dim / 2, stream)?,
         k_cache: 0,
         v_cache: 0,
         cache_row: 0,
-        count: safe::optional("count", count, 1, stream)?,
-        failed: safe::optional("failed", failed.as_deref(), 1, stream)?,
+        count: buffers::optional("count", count, 1, stream)?,
+        failed: buffers::optional("failed", failed.as_deref(), 1, stream)?,
         qkv_stride: qkv_width as i64,
         cache_stride: kv_width as i64,
-        max_rows: safe::count("positions", max_rows)?,
-        num_positions: safe::count("angles", angles.len() / (head_dim / 2))?,
+        max_rows: buffers::count("positions", max_rows)?,
+        num_positions: buffers::count("angles", angles.len() / (head_dim / 2))?,
         num_cache_rows: 0,
         num_heads: heads_i32,
         num_kv_heads: kv_heads_i32,
@@ -162,10 +163,11 @@ pub fn launch<T: Element>(stream: &Stream, rope: Rope<T>) -> Result<()> {
         reserved: 0,
     };
     if let Some(Caches { k, v, row }) = &caches {
-        params.k_cache = safe::buffer("caches.k", k, kv_width, stream)?;
-        params.v_cache = safe::optional("caches.v", v.as_deref(), kv_width, stream)?;
-        params.cache_row = safe::buffer("caches.row", row, max_rows, stream)?;
-        params.num_cache_rows = safe::count("caches", v.as_ref().map_or(k.len(), |v| k.len().min(v.len())) / kv_width)?;
+        params.k_cache = buffers::buffer("caches.k", k, kv_width, stream)?;
+        params.v_cache = buffers::optional("caches.v", v.as_deref(), kv_width, stream)?;
+        params.cache_row = buffers::buffer("caches.row", row, max_rows, stream)?;
+        params.num_cache_rows =
+            buffers::count("caches", v.as_ref().map_or(k.len(), |v| k.len().min(v.len())) / kv_width)?;
     }
     // SAFETY: addresses and sizes come from buffers of this stream, what is written is borrowed alone, and the kernel
     // checks every position and cache row. Two rows for one row of the cache mix their elements, no more.

@@ -1,6 +1,6 @@
 //! The gate of the feed-forward layer: the kernels of `cuda/any/swiglu.cu`.
 
-use super::{Element, Plan, check, safe};
+use super::{Element, Plan, buffers, validate};
 use crate::abi::{self, dllm_swiglu_params};
 use crate::error::Result;
 use crate::gpu::{Buffer, Device, Stream};
@@ -14,26 +14,27 @@ const MOST_TILES: i64 = 65_535;
 /// Checks every field but what the addresses point to. Memory that may not overlap is compared by addresses: columns of
 /// one matrix, with its stride, may stand side by side.
 pub fn validate(params: &dllm_swiglu_params) -> Result<()> {
-    check::struct_size::<dllm_swiglu_params>(params.size)?;
-    let element_bytes = check::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16, abi::DLLM_F32])?;
-    check::address("gate_up", params.gate_up, 16)?;
-    check::address("out", params.out, 16)?;
-    check::optional("count", params.count, 4)?;
-    check::width("width", params.width, element_bytes)?;
+    validate::struct_size::<dllm_swiglu_params>(params.size)?;
+    let element_bytes = validate::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16, abi::DLLM_F32])?;
+    validate::address("gate_up", params.gate_up, 16)?;
+    validate::address("out", params.out, 16)?;
+    validate::optional("count", params.count, 4)?;
+    validate::width("width", params.width, element_bytes)?;
     let width = i64::from(params.width);
-    check::within("width", width, 1, MOST_TILES * TILE_VECTORS * 16 / element_bytes)?;
-    check::stride("gate_up_stride", params.gate_up_stride, 2 * width, element_bytes)?;
-    check::stride("out_stride", params.out_stride, width, element_bytes)?;
-    check::size("max_rows", params.max_rows)?;
-    check::reserved(params.reserved)?;
+    validate::within("width", width, 1, MOST_TILES * TILE_VECTORS * 16 / element_bytes)?;
+    validate::stride("gate_up_stride", params.gate_up_stride, 2 * width, element_bytes)?;
+    validate::stride("out_stride", params.out_stride, width, element_bytes)?;
+    validate::size("max_rows", params.max_rows)?;
+    validate::reserved(params.reserved)?;
 
-    let place =
-        |name, address, stride, width| check::Place::new(name, address, params.max_rows, stride, width, element_bytes);
+    let place = |name, address, stride, width| {
+        validate::Region::new(name, address, params.max_rows, stride, width, element_bytes)
+    };
     let gate_up = place("gate_up", params.gate_up, params.gate_up_stride, 2 * width);
     let out = place("out", params.out, params.out_stride, width);
-    gate_up.in_memory()?;
-    out.in_memory()?;
-    out.apart_from(gate_up)
+    gate_up.fits_address_space()?;
+    out.fits_address_space()?;
+    out.disjoint_from(gate_up)
 }
 
 /// What a launch takes: a block of 256 threads for each row and each 16 KiB of it.
@@ -84,13 +85,13 @@ pub fn launch<T: Element>(stream: &Stream, swiglu: Swiglu<T>) -> Result<()> {
     let Swiglu { max_rows, count, width, gate_up, out } = swiglu;
     let params = dllm_swiglu_params {
         size: size_of::<dllm_swiglu_params>() as u64,
-        gate_up: safe::buffer("gate_up", gate_up, safe::elements(max_rows, width.saturating_mul(2)), stream)?,
-        out: safe::buffer("out", out, safe::elements(max_rows, width), stream)?,
-        count: safe::optional("count", count, 1, stream)?,
+        gate_up: buffers::buffer("gate_up", gate_up, buffers::elements(max_rows, width.saturating_mul(2)), stream)?,
+        out: buffers::buffer("out", out, buffers::elements(max_rows, width), stream)?,
+        count: buffers::optional("count", count, 1, stream)?,
         gate_up_stride: width.saturating_mul(2) as i64,
         out_stride: width as i64,
-        max_rows: safe::count("max_rows", max_rows)?,
-        width: safe::count("width", width)?,
+        max_rows: buffers::count("max_rows", max_rows)?,
+        width: buffers::count("width", width)?,
         dtype: T::DTYPE as i32,
         reserved: 0,
     };

@@ -108,7 +108,7 @@ impl Batch<'_> {
 
 /// The place of a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Place {
+struct Region {
     sequence: usize,
     query_tile: usize,
     head: usize,
@@ -251,14 +251,14 @@ impl TileLists {
     }
 
     /// All lists; those of query tiles that a sequence does not have are empty.
-    fn build(batch: &Batch, per_head: Option<usize>, mut list: impl FnMut(Place, &mut Vec<i32>)) -> Result<TileLists> {
+    fn build(batch: &Batch, per_head: Option<usize>, mut list: impl FnMut(Region, &mut Vec<i32>)) -> Result<TileLists> {
         let mut lists = TileLists::new(batch, per_head)?;
         for (s, sequence) in batch.sequences.iter().enumerate() {
             for query_tile in 0..batch.query_tiles() {
                 for head in 0..per_head.unwrap_or(1) {
                     lists.push(|indices| {
                         if query_tile * QUERY_TILE < sequence.rows {
-                            list(Place { sequence: s, query_tile, head }, indices);
+                            list(Region { sequence: s, query_tile, head }, indices);
                         }
                     })?;
                 }

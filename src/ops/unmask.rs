@@ -1,10 +1,10 @@
 //! From logits to committed tokens: the kernel of `cuda/any/unmask.cu`.
 
-use super::{Element, Layout, Plan, Workspace, check, safe};
+use super::{Element, Layout, Plan, Workspace, buffers, validate};
 use crate::abi::{self, dllm_unmask_params, dllm_unmask_row};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
-use crate::oracle::unmask::Confidence;
+use crate::reference::unmask::Confidence;
 use std::collections::HashSet;
 use std::ffi::c_void;
 
@@ -13,10 +13,10 @@ const CHUNK: u32 = 8192;
 
 /// Checks every field but what the addresses point to.
 pub fn validate(params: &dllm_unmask_params) -> Result<()> {
-    check::struct_size::<dllm_unmask_params>(params.size)?;
-    check::address("logits", params.logits, 16)?;
-    check::optional("uncond_logits", params.uncond_logits, 16)?;
-    check::address("rows", params.rows, 16)?;
+    validate::struct_size::<dllm_unmask_params>(params.size)?;
+    validate::address("logits", params.logits, 16)?;
+    validate::optional("uncond_logits", params.uncond_logits, 16)?;
+    validate::address("rows", params.rows, 16)?;
     for (name, address) in [
         ("cu_rows", params.cu_rows),
         ("tokens", params.tokens),
@@ -24,35 +24,35 @@ pub fn validate(params: &dllm_unmask_params) -> Result<()> {
         ("committed", params.committed),
         ("failed", params.failed),
     ] {
-        check::address(name, address, 4)?;
+        validate::address(name, address, 4)?;
     }
     for (name, address) in [
         ("quota", params.quota),
         ("commit_before", params.commit_before),
         ("steps", params.steps),
-        ("cut", params.cut),
-        ("chosen", params.chosen),
+        ("cut", params.min_logit),
+        ("chosen", params.predicted),
         ("confidence", params.confidence),
     ] {
-        check::optional(name, address, 4)?;
+        validate::optional(name, address, 4)?;
     }
-    check::within("max_rows", params.max_rows.into(), 1, 65_535)?;
-    check::size("num_sequences", params.num_sequences)?;
-    check::within("num_tokens", params.num_tokens.into(), 0, i32::MAX.into())?;
-    check::within("num_logits_rows", params.num_logits_rows.into(), 0, i32::MAX.into())?;
+    validate::within("max_rows", params.max_rows.into(), 1, 65_535)?;
+    validate::size("num_sequences", params.num_sequences)?;
+    validate::within("num_tokens", params.num_tokens.into(), 0, i32::MAX.into())?;
+    validate::within("num_logits_rows", params.num_logits_rows.into(), 0, i32::MAX.into())?;
     // Above, an index into a chunk could overflow.
-    check::within("vocab_size", params.vocab_size.into(), 1, 1 << 30)?;
-    check::within("mask_token", params.mask_token.into(), 0, i32::MAX.into())?;
-    let bytes = check::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16, abi::DLLM_F32])?;
+    validate::within("vocab_size", params.vocab_size.into(), 1, 1 << 30)?;
+    validate::within("mask_token", params.mask_token.into(), 0, i32::MAX.into())?;
+    let bytes = validate::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16, abi::DLLM_F32])?;
     let width = i64::from(params.vocab_size);
-    check::stride("logits_stride", params.logits_stride, width, bytes)?;
-    check::within("confidence_kind", params.confidence_kind.into(), 0, abi::DLLM_CONFIDENCE_RANDOM.into())?;
-    check::within("policy", params.policy.into(), 0, abi::DLLM_POLICY_FACTOR.into())?;
-    check::flag("tempered_confidence", params.tempered_confidence)?;
-    check::temperature("temperature", params.temperature)?;
-    check::temperature("alg_temp", params.alg_temp)?;
-    check::finite("cfg_scale", params.cfg_scale)?;
-    check::finite("threshold", params.threshold)?;
+    validate::stride("logits_stride", params.logits_stride, width, bytes)?;
+    validate::within("confidence_kind", params.confidence_kind.into(), 0, abi::DLLM_CONFIDENCE_RANDOM.into())?;
+    validate::within("policy", params.policy.into(), 0, abi::DLLM_POLICY_FACTOR.into())?;
+    validate::flag("tempered_confidence", params.tempered_confidence)?;
+    validate::temperature("temperature", params.temperature)?;
+    validate::temperature("alg_temp", params.alg_temp)?;
+    validate::finite("cfg_scale", params.cfg_scale)?;
+    validate::finite("threshold", params.threshold)?;
     if params.policy as abi::dllm_policy == abi::DLLM_POLICY_FACTOR
         && !(params.factor > 0.0 && params.factor.is_finite())
     {
@@ -65,10 +65,10 @@ pub fn validate(params: &dllm_unmask_params) -> Result<()> {
     if !fixed && params.alg_temp > 0.0 {
         return Err(Error::argument("alg_temp", "0, as the policy is not fixed", params.alg_temp));
     }
-    check::guidance(params.cfg_scale, params.uncond_logits)?;
-    check::Place::new("logits", params.logits, params.num_logits_rows.max(1), params.logits_stride, width, bytes)
-        .in_memory()?;
-    check::workspace(params.workspace, params.workspace_bytes, &plan(params))
+    validate::guidance(params.cfg_scale, params.uncond_logits)?;
+    validate::Region::new("logits", params.logits, params.num_logits_rows.max(1), params.logits_stride, width, bytes)
+        .fits_address_space()?;
+    validate::workspace(params.workspace, params.workspace_bytes, &plan(params))
 }
 
 /// What a launch takes: a block of 256 threads for each 8,192 logits of each row.
@@ -76,7 +76,7 @@ pub fn validate(params: &dllm_unmask_params) -> Result<()> {
 /// Logits without guidance, cut, temperature and with probabilities as confidences take the plain form of the kernel.
 pub fn plan(params: &dllm_unmask_params) -> Plan {
     let plain = params.uncond_logits == 0
-        && params.cut == 0
+        && params.min_logit == 0
         && params.temperature == 0.0
         && params.confidence_kind as u32 == abi::DLLM_CONFIDENCE_PROBABILITY;
     let kernel = match (params.dtype as u32, plain) {
@@ -155,13 +155,13 @@ impl RowTable {
                     return Err(Error::argument("rows", "tokens of their own", found));
                 }
                 rows.push(dllm_unmask_row {
-                    token: safe::count("token", row.token)?,
-                    logits_row: safe::count("logits_row", row.logits_row)?,
-                    position: safe::count("position", row.position)?,
-                    sequence: safe::count("sequences", sequence)?,
+                    token: buffers::count("token", row.token)?,
+                    logits_row: buffers::count("logits_row", row.logits_row)?,
+                    position: buffers::count("position", row.position)?,
+                    sequence: buffers::count("sequences", sequence)?,
                 });
             }
-            cu_rows.push(safe::count("rows", rows.len())?);
+            cu_rows.push(buffers::count("rows", rows.len())?);
         }
         let len = rows.len();
         // The kernel loads a row before it knows that there is none.
@@ -199,7 +199,7 @@ pub enum Policy<'a> {
         /// Least confidence.
         threshold: f32,
         /// Among how many of the best, `[num_sequences]`; among all, if not given.
-        among: Option<&'a Buffer<i32>>,
+        top_n: Option<&'a Buffer<i32>>,
     },
     /// Fast-dLLM's factor.
     Factor(f32),
@@ -207,7 +207,7 @@ pub enum Policy<'a> {
 
 /// How a row's token and confidence come about, and which rows are committed.
 #[derive(Clone, Copy, Debug)]
-pub struct Rule<'a> {
+pub struct UnmaskConfig<'a> {
     /// What ranks the rows.
     pub confidence: Confidence,
     /// Which are committed.
@@ -249,8 +249,8 @@ pub struct Unmask<'a, T> {
     pub commit_before: Option<&'a Buffer<i32>>,
     /// `[num_sequences]`: forwards that each sequence has had; keys the random numbers.
     pub steps: Option<&'a Buffer<i32>>,
-    /// `[rows]`, from [`super::cut`].
-    pub cut: Option<&'a Buffer<f32>>,
+    /// `[rows]`, from [`super::top_k_top_p`].
+    pub min_logit: Option<&'a Buffer<f32>>,
     /// What becomes of them.
     pub outcome: &'a mut Outcome,
     /// Of the size that [`plan`] asks for these rows and this vocabulary: see [`workspace`].
@@ -267,7 +267,7 @@ pub struct Outcome {
     /// points outside the tokens or logits. A sequence that failed commits nothing.
     pub failed: Buffer<i32>,
     /// `[rows]`: each masked row's token, -1 elsewhere.
-    pub chosen: Buffer<i32>,
+    pub predicted: Buffer<i32>,
     /// `[rows]`: each masked row's confidence, 0 elsewhere.
     pub confidence: Buffer<f32>,
 }
@@ -280,7 +280,7 @@ impl Outcome {
             masks_left: stream.alloc(num_sequences)?,
             committed: stream.alloc(num_sequences)?,
             failed: stream.alloc(num_sequences)?,
-            chosen: stream.alloc(num_rows)?,
+            predicted: stream.alloc(num_rows)?,
             confidence: stream.alloc(num_rows)?,
         })
     }
@@ -289,9 +289,9 @@ impl Outcome {
 /// A workspace for launches over these rows and this vocabulary.
 pub fn workspace(stream: &Stream, rows: &RowTable, vocab_size: usize) -> Result<Workspace> {
     let params = dllm_unmask_params {
-        max_rows: safe::count("rows", rows.len().max(1))?,
-        num_sequences: safe::count("sequences", rows.num_sequences())?,
-        vocab_size: safe::count("vocab_size", vocab_size)?,
+        max_rows: buffers::count("rows", rows.len().max(1))?,
+        num_sequences: buffers::count("sequences", rows.num_sequences())?,
+        vocab_size: buffers::count("vocab_size", vocab_size)?,
         ..Default::default()
     };
     Workspace::new(stream, &plan(&params), layout(&params))
@@ -306,18 +306,18 @@ fn layout(params: &dllm_unmask_params) -> Layout {
 ///
 /// # Errors
 /// [`Error::Argument`] when a buffer is too short, belongs to another stream, or the rule is out of range; the driver's.
-pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, rule: &Rule) -> Result<()> {
+pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, rule: &UnmaskConfig) -> Result<()> {
     let Unmask { logits, uncond_logits, vocab_size, logits_stride, rows, tokens, .. } = unmask;
-    let Unmask { commit_before, steps, cut, outcome, workspace, .. } = unmask;
+    let Unmask { commit_before, steps, min_logit, outcome, workspace, .. } = unmask;
     let (num_rows, num_sequences) = (rows.len(), rows.num_sequences());
     if num_sequences == 0 {
         return Ok(());
     }
     let guided = |_: &&Buffer<T>| rule.cfg_scale != 0.0;
-    let num_logits_rows = safe::num_rows("logits", logits.len(), vocab_size, logits_stride)?;
+    let num_logits_rows = buffers::num_rows("logits", logits.len(), vocab_size, logits_stride)?;
     let (policy, quota, threshold, factor) = match rule.policy {
         Policy::Fixed(quota) => (abi::DLLM_POLICY_FIXED, Some(quota), 0.0, 0.0),
-        Policy::Threshold { threshold, among } => (abi::DLLM_POLICY_THRESHOLD, among, threshold, 0.0),
+        Policy::Threshold { threshold, top_n } => (abi::DLLM_POLICY_THRESHOLD, top_n, threshold, 0.0),
         Policy::Factor(factor) => (abi::DLLM_POLICY_FACTOR, None, 0.0, factor),
     };
     let confidence_kind = match rule.confidence {
@@ -328,30 +328,30 @@ pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, rule: &Rule) -> Re
     };
     let params = dllm_unmask_params {
         size: size_of::<dllm_unmask_params>() as u64,
-        logits: safe::buffer("logits", logits, 0, stream)?,
-        uncond_logits: safe::optional("uncond_logits", uncond_logits.filter(guided), logits.len(), stream)?,
-        rows: safe::buffer("rows", &rows.rows, 0, stream)?,
-        cu_rows: safe::buffer("rows", &rows.cu_rows, 0, stream)?,
-        tokens: safe::buffer("tokens", tokens, 0, stream)?,
-        quota: safe::optional("quota", quota, num_sequences, stream)?,
-        commit_before: safe::optional("commit_before", commit_before, num_sequences, stream)?,
-        steps: safe::optional("steps", steps, num_sequences, stream)?,
-        cut: safe::optional("cut", cut, num_rows, stream)?,
-        masks_left: safe::buffer("masks_left", &outcome.masks_left, num_sequences, stream)?,
-        committed: safe::buffer("committed", &outcome.committed, num_sequences, stream)?,
-        failed: safe::buffer("failed", &outcome.failed, num_sequences, stream)?,
-        chosen: safe::buffer("chosen", &outcome.chosen, num_rows, stream)?,
-        confidence: safe::buffer("confidence", &outcome.confidence, num_rows, stream)?,
+        logits: buffers::buffer("logits", logits, 0, stream)?,
+        uncond_logits: buffers::optional("uncond_logits", uncond_logits.filter(guided), logits.len(), stream)?,
+        rows: buffers::buffer("rows", &rows.rows, 0, stream)?,
+        cu_rows: buffers::buffer("rows", &rows.cu_rows, 0, stream)?,
+        tokens: buffers::buffer("tokens", tokens, 0, stream)?,
+        quota: buffers::optional("quota", quota, num_sequences, stream)?,
+        commit_before: buffers::optional("commit_before", commit_before, num_sequences, stream)?,
+        steps: buffers::optional("steps", steps, num_sequences, stream)?,
+        min_logit: buffers::optional("cut", min_logit, num_rows, stream)?,
+        masks_left: buffers::buffer("masks_left", &outcome.masks_left, num_sequences, stream)?,
+        committed: buffers::buffer("committed", &outcome.committed, num_sequences, stream)?,
+        failed: buffers::buffer("failed", &outcome.failed, num_sequences, stream)?,
+        predicted: buffers::buffer("chosen", &outcome.predicted, num_rows, stream)?,
+        confidence: buffers::buffer("confidence", &outcome.confidence, num_rows, stream)?,
         workspace: 0,
         workspace_bytes: 0,
         seed: rule.seed,
         logits_stride: logits_stride as i64,
-        max_rows: safe::count("rows", num_rows.max(1))?,
-        num_sequences: safe::count("sequences", num_sequences)?,
-        num_tokens: safe::count("tokens", tokens.len())?,
+        max_rows: buffers::count("rows", num_rows.max(1))?,
+        num_sequences: buffers::count("sequences", num_sequences)?,
+        num_tokens: buffers::count("tokens", tokens.len())?,
         num_logits_rows,
-        vocab_size: safe::count("vocab_size", vocab_size)?,
-        mask_token: safe::count("mask_token", rule.mask_token as usize)?,
+        vocab_size: buffers::count("vocab_size", vocab_size)?,
+        mask_token: buffers::count("mask_token", rule.mask_token as usize)?,
         dtype: T::DTYPE as i32,
         confidence_kind: confidence_kind as i32,
         policy: policy as i32,
@@ -363,7 +363,7 @@ pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, rule: &Rule) -> Re
         factor,
         reserved: 0,
     };
-    let (workspace, workspace_bytes) = safe::workspace(workspace, layout(&params), stream)?;
+    let (workspace, workspace_bytes) = buffers::workspace(workspace, layout(&params), stream)?;
     let params = dllm_unmask_params { workspace, workspace_bytes, ..params };
     // SAFETY: addresses and sizes come from buffers of this stream, which are distinct where they are written; the table
     // was checked when it was made, and the kernel checks its indices.

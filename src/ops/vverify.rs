@@ -1,7 +1,7 @@
 //! V-verify: which rows of V turned most since the previous step. The kernels of `cuda/any/vverify.cu`; dLLM-Cache,
 //! section 3.3.
 
-use super::{Element, Layout, Plan, Workspace, check, safe};
+use super::{Element, Layout, Plan, Workspace, buffers, validate};
 use crate::abi::{DLLM_BF16, DLLM_F16, dllm_vverify_params};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
@@ -9,52 +9,52 @@ use std::ffi::c_void;
 
 /// Checks every field but what the addresses point to.
 pub fn validate(params: &dllm_vverify_params) -> Result<()> {
-    check::struct_size::<dllm_vverify_params>(params.size)?;
-    let element_bytes = check::dtype(params.dtype, &[DLLM_BF16, DLLM_F16])?;
-    check::address("fresh", params.fresh, 16)?;
-    check::optional("fresh_row", params.fresh_row, 4)?;
-    check::address("cached", params.cached, 16)?;
-    check::optional("cached_row", params.cached_row, 4)?;
-    check::address("cu_rows", params.cu_rows, 4)?;
-    check::address("indices", params.indices, 4)?;
+    validate::struct_size::<dllm_vverify_params>(params.size)?;
+    let element_bytes = validate::dtype(params.dtype, &[DLLM_BF16, DLLM_F16])?;
+    validate::address("fresh", params.fresh, 16)?;
+    validate::optional("fresh_row", params.fresh_row, 4)?;
+    validate::address("cached", params.cached, 16)?;
+    validate::optional("cached_row", params.cached_row, 4)?;
+    validate::address("cu_rows", params.cu_rows, 4)?;
+    validate::address("indices", params.indices, 4)?;
     for (name, table, selected) in [
         ("selected[0]", params.tables[0], params.selected[0]),
         ("selected[1]", params.tables[1], params.selected[1]),
         ("selected[2]", params.tables[2], params.selected[2]),
     ] {
-        check::optional("tables", table, 4)?;
+        validate::optional("tables", table, 4)?;
         match table {
             0 if selected != 0 => return Err(Error::argument(name, "0, as there is no such table", selected)),
             0 => {}
-            _ => check::address(name, selected, 4)?,
+            _ => validate::address(name, selected, 4)?,
         }
     }
-    check::optional("first_selected", params.first_selected, 4)?;
-    check::address("cu_selected", params.cu_selected, 4)?;
-    check::optional("similarity", params.similarity, 4)?;
-    check::optional("failed", params.failed, 4)?;
-    check::width("width", params.width, element_bytes)?;
-    check::stride("fresh_stride", params.fresh_stride, params.width.into(), element_bytes)?;
-    check::stride("cached_stride", params.cached_stride, params.width.into(), element_bytes)?;
-    check::size("max_rows", params.max_rows)?;
+    validate::optional("first_selected", params.first_selected, 4)?;
+    validate::address("cu_selected", params.cu_selected, 4)?;
+    validate::optional("similarity", params.similarity, 4)?;
+    validate::optional("failed", params.failed, 4)?;
+    validate::width("width", params.width, element_bytes)?;
+    validate::stride("fresh_stride", params.fresh_stride, params.width.into(), element_bytes)?;
+    validate::stride("cached_stride", params.cached_stride, params.width.into(), element_bytes)?;
+    validate::size("max_rows", params.max_rows)?;
     let place = |name, address, rows, stride| {
-        check::Place::new(name, address, rows, stride, params.width.into(), element_bytes)
+        validate::Region::new(name, address, rows, stride, params.width.into(), element_bytes)
     };
     let fresh_rows = match params.fresh_row {
         0 => params.max_rows,
         _ => params.num_fresh_rows,
     };
-    check::size("num_fresh_rows", fresh_rows)?;
-    place("fresh", params.fresh, fresh_rows, params.fresh_stride).in_memory()?;
-    place("cached", params.cached, params.num_cached_rows.max(1), params.cached_stride).in_memory()?;
-    check::size("num_sequences", params.num_sequences)?;
-    check::size("num_cached_rows", params.num_cached_rows)?;
-    check::within("num_listed", params.num_listed.into(), 0, i32::MAX.into())?;
-    check::flag("update_cached", params.update_cached)?;
+    validate::size("num_fresh_rows", fresh_rows)?;
+    place("fresh", params.fresh, fresh_rows, params.fresh_stride).fits_address_space()?;
+    place("cached", params.cached, params.num_cached_rows.max(1), params.cached_stride).fits_address_space()?;
+    validate::size("num_sequences", params.num_sequences)?;
+    validate::size("num_cached_rows", params.num_cached_rows)?;
+    validate::within("num_listed", params.num_listed.into(), 0, i32::MAX.into())?;
+    validate::flag("update_cached", params.update_cached)?;
     if !(0.0..=1.0).contains(&params.ratio) {
         return Err(Error::argument("ratio", "0 to 1", params.ratio));
     }
-    check::workspace(params.workspace, params.workspace_bytes, &plan(params))
+    validate::workspace(params.workspace, params.workspace_bytes, &plan(params))
 }
 
 /// What a launch takes: a block of 256 threads for each row, and in the workspace 8 bytes for each row, or for each
@@ -144,7 +144,7 @@ const LAYOUT: Layout = Layout("vverify", [0; 3]);
 
 /// A workspace for launches with room for so many rows and sequences, or fewer. It is for this op only.
 pub fn workspace(stream: &Stream, max_rows: usize, num_sequences: usize) -> Result<Workspace> {
-    let slots = safe::count("max_rows", max_rows.max(num_sequences))?;
+    let slots = buffers::count("max_rows", max_rows.max(num_sequences))?;
     Workspace::new(stream, &plan(&dllm_vverify_params { max_rows: slots, ..Default::default() }), LAYOUT)
 }
 
@@ -155,41 +155,46 @@ pub fn workspace(stream: &Stream, max_rows: usize, num_sequences: usize) -> Resu
 /// [`Error::Argument`] when a buffer is too short or belongs to another stream, or the ratio is not one; the driver's.
 pub fn launch<T: Element>(stream: &Stream, rows: VVerify<T>) -> Result<()> {
     let VVerify { width, ratio, fresh, fresh_row, cached, cached_row, update_cached, first_selected, .. } = rows;
-    check::within("width", width as i64, 1, i32::MAX.into())?;
+    validate::within("width", width as i64, 1, i32::MAX.into())?;
     let num_fresh_rows = fresh.len() / width;
     let max_rows = fresh_row.map_or(num_fresh_rows, Buffer::len);
     let listed = first_selected.map_or(max_rows, |_| rows.indices.len().max(1));
     let (mut tables, mut selected) = ([0; 3], [0; 3]);
     for (k, table) in rows.tables.iter().enumerate() {
         let (values, listed_values) = (table.as_ref().map(|t| t.values), table.as_ref().map(|t| &*t.selected));
-        tables[k] = safe::optional("tables.values", values, max_rows, stream)?;
-        selected[k] = safe::optional("tables.selected", listed_values, listed, stream)?;
+        tables[k] = buffers::optional("tables.values", values, max_rows, stream)?;
+        selected[k] = buffers::optional("tables.selected", listed_values, listed, stream)?;
     }
-    let (workspace, workspace_bytes) = safe::workspace(rows.workspace, LAYOUT, stream)?;
+    let (workspace, workspace_bytes) = buffers::workspace(rows.workspace, LAYOUT, stream)?;
     let params = dllm_vverify_params {
         size: size_of::<dllm_vverify_params>() as u64,
-        fresh: safe::buffer("fresh", fresh, width, stream)?,
-        fresh_row: safe::optional("fresh_row", fresh_row, 1, stream)?,
-        cached: safe::buffer("cached", cached, width, stream)?,
-        cached_row: safe::optional("cached_row", cached_row, max_rows, stream)?,
-        cu_rows: safe::buffer("cu_rows", rows.cu_rows, 2, stream)?,
-        indices: safe::buffer("indices", rows.indices, listed, stream)?,
+        fresh: buffers::buffer("fresh", fresh, width, stream)?,
+        fresh_row: buffers::optional("fresh_row", fresh_row, 1, stream)?,
+        cached: buffers::buffer("cached", cached, width, stream)?,
+        cached_row: buffers::optional("cached_row", cached_row, max_rows, stream)?,
+        cu_rows: buffers::buffer("cu_rows", rows.cu_rows, 2, stream)?,
+        indices: buffers::buffer("indices", rows.indices, listed, stream)?,
         tables,
         selected,
-        first_selected: safe::optional("first_selected", first_selected, rows.cu_rows.len().saturating_sub(1), stream)?,
-        cu_selected: safe::buffer("cu_selected", rows.cu_selected, rows.cu_rows.len(), stream)?,
-        similarity: safe::optional("similarity", rows.similarity.as_deref(), max_rows, stream)?,
-        failed: safe::optional("failed", rows.failed.as_deref(), 1, stream)?,
+        first_selected: buffers::optional(
+            "first_selected",
+            first_selected,
+            rows.cu_rows.len().saturating_sub(1),
+            stream,
+        )?,
+        cu_selected: buffers::buffer("cu_selected", rows.cu_selected, rows.cu_rows.len(), stream)?,
+        similarity: buffers::optional("similarity", rows.similarity.as_deref(), max_rows, stream)?,
+        failed: buffers::optional("failed", rows.failed.as_deref(), 1, stream)?,
         workspace,
         workspace_bytes,
         fresh_stride: width as i64,
         cached_stride: width as i64,
         ratio,
-        max_rows: safe::count(if fresh_row.is_some() { "fresh_row" } else { "fresh" }, max_rows)?,
-        num_sequences: safe::count("cu_rows", rows.cu_rows.len() - 1)?,
-        num_fresh_rows: safe::count("fresh", num_fresh_rows)?,
-        num_cached_rows: safe::count("cached", cached.len() / width)?,
-        num_listed: safe::count("indices", listed)?,
+        max_rows: buffers::count(if fresh_row.is_some() { "fresh_row" } else { "fresh" }, max_rows)?,
+        num_sequences: buffers::count("cu_rows", rows.cu_rows.len() - 1)?,
+        num_fresh_rows: buffers::count("fresh", num_fresh_rows)?,
+        num_cached_rows: buffers::count("cached", cached.len() / width)?,
+        num_listed: buffers::count("indices", listed)?,
         width: width as i32,
         dtype: T::DTYPE as i32,
         update_cached: update_cached.into(),

@@ -15,7 +15,7 @@ mod tensors;
 use checkpoint::{Checkpoint, FILE, INDEX, MASK, VOCAB, WINDOW, write};
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind};
-use dllm_kernels::model::{Session, Sizes, Window};
+use dllm_kernels::model::{QueryRows, Session, SessionConfig};
 use dllm_kernels::{CacheMode, Confidence, Error, Family, Generation, Generator, Model, Options, Policy, Result};
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -57,12 +57,12 @@ fn generate(model: &Model, options: &Options, prompts: &[Vec<u32>]) -> Result<Ge
 /// Logits at every position of `tokens`.
 fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
     let n = tokens.len();
-    let sizes = Sizes {
+    let sizes = SessionConfig {
         prompt_lens: vec![n],
         gen_length: 0,
         candidates: n,
-        cached: false,
-        kept: false,
+        kv_cache: false,
+        feature_cache: false,
         remembered: false,
         guided: false,
         ratios: 0,
@@ -70,6 +70,8 @@ fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
     };
     let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
     let plan = BlockPlan::new(CacheMode::None, PassKind::Full);
-    session.forward(&[tokens.to_vec()], &[Window::new(0, 0..n, n)], &plan, &(0..n).collect::<Vec<_>>(), None).unwrap();
+    session
+        .forward(&[tokens.to_vec()], &[QueryRows::new(0, 0..n, n)], &plan, &(0..n).collect::<Vec<_>>(), None)
+        .unwrap();
     session.logits(n).unwrap()
 }

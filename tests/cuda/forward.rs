@@ -8,7 +8,7 @@ use crate::rounded::Rounded;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::backend::cuda::Cuda;
 use dllm_kernels::cache::{BlockPlan, CacheMode, PassKind};
-use dllm_kernels::model::{Session, Sizes, Window};
+use dllm_kernels::model::{QueryRows, Session, SessionConfig};
 use serde_json::Value;
 use std::ops::Range;
 
@@ -66,12 +66,12 @@ fn run(both: &Both, case: &Value, tensors: &Tensors, errors: &mut Errors) {
     let name = case["name"].as_str().unwrap();
     let size = |key: &str| -> usize { numbers(&case[key]) };
     let (batch, length) = (size("batch"), size("length"));
-    let sizes = Sizes {
+    let sizes = SessionConfig {
         prompt_lens: vec![0; batch],
         gen_length: length,
         candidates: batch * length,
-        cached: true,
-        kept: false,
+        kv_cache: true,
+        feature_cache: false,
         remembered: false,
         guided: false,
         ratios: 0,
@@ -95,7 +95,7 @@ fn run(both: &Both, case: &Value, tensors: &Tensors, errors: &mut Errors) {
     let block: Range<usize> = if later.is_some() { size("start")..size("end") } else { 0..length };
     for (call, pass) in passes {
         let window = pass.window(&block, 0, length);
-        let windows: Vec<_> = (0..batch).map(|s| Window::new(s, window.clone(), length)).collect();
+        let windows: Vec<_> = (0..batch).map(|s| QueryRows::new(s, window.clone(), length)).collect();
         let index: Vec<usize> = (0..batch * window.len()).collect();
         let tokens = token_rows(tensors, &format!("{name}.ids{call}"), batch);
         let plan = BlockPlan::new(mode, pass);

@@ -7,7 +7,7 @@ use crate::margin::Tally;
 use crate::recorded::{json, names, numbers, options};
 use crate::watched::same_watched;
 use crate::{FAMILIES, made_up};
-use dllm_kernels::decode::{Observer, Rule, Step};
+use dllm_kernels::decode::{Algorithm, Observer, Step};
 use dllm_kernels::{CacheMode, Family, Generator, Model, Options, Policy};
 use std::collections::BTreeMap;
 
@@ -61,7 +61,7 @@ fn watched(family: Family) {
     for (i, base) in loops().into_iter().enumerate() {
         let prompts = choices[i % 5];
         // The one number of steps that divides the masks of every prompt.
-        let steps = (i % 5 > 2 && base.rule(family) == Rule::DreamThreshold).then_some(1);
+        let steps = (i % 5 > 2 && base.algorithm(family) == Algorithm::DreamThreshold).then_some(1);
         let steps = if i % 7 == 0 && base.policy == Policy::Fixed { Some(24) } else { steps };
         let sampled = Options { steps, temperature: 0.7, ..base };
         let ends = Options { early_stop: true, end_tokens: (0..20).collect(), ..sampled.clone() };
@@ -130,7 +130,7 @@ pub fn work_is_counted_for_each_pass() {
         };
         let work = |model, observer: &mut Candidates| {
             let generator = Generator::new(model).options(options.clone());
-            generator.generate_observed(&prompts(), observer).unwrap().multiply_adds
+            generator.generate_observed(&prompts(), observer).unwrap().macs
         };
         let mut candidates = Candidates::default();
         let on_cpu = work(&cpu, &mut candidates);
@@ -249,6 +249,6 @@ pub fn recorded_kept_decodes() {
 
 /// Few rows are others than the CPU that rounds would choose, and those had turned about as much: twice what was seen.
 fn assert_choices(all: &Tally) {
-    assert!(all.chosen > 500, "{all}");
-    assert!(all.chosen_differs as f64 <= 0.035 * all.chosen as f64 && all.worst_angle < 0.01, "{all}");
+    assert!(all.selected > 500, "{all}");
+    assert!(all.chosen_differs as f64 <= 0.035 * all.selected as f64 && all.worst_angle < 0.01, "{all}");
 }

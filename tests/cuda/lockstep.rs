@@ -5,8 +5,8 @@ use crate::margin::{Logits, Tally, compare};
 use crate::rounded::{Choices, Rounded};
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::decode::{Decoded, Observer, decode};
-use dllm_kernels::model::{Network, Pass, Session, Transformer, Weights};
-use dllm_kernels::oracle::unmask::{Verdict, unmask};
+use dllm_kernels::model::{DecodeEngine, Pass, Session, Transformer, Weights};
+use dllm_kernels::reference::unmask::{Prediction, unmask};
 use dllm_kernels::{Config, Family, Model, Options, Result};
 use std::cell::RefCell;
 use std::path::Path;
@@ -44,7 +44,7 @@ struct Lockstep<'m> {
     cpu: Reference<'m>,
     rounded: Session<'m, Rounded>,
     choices: [Rc<RefCell<Choices>>; 2],
-    gpu: Box<dyn Network + 'm>,
+    gpu: Box<dyn DecodeEngine + 'm>,
     tally: Tally,
 }
 
@@ -70,7 +70,7 @@ pub fn decode_both(
     let mut lockstep = Lockstep {
         what: what.into(),
         config,
-        cpu: match sizes.kept {
+        cpu: match sizes.feature_cache {
             false => Reference::Cpu(Session::new(both.model.transformer(), Cpu::default(), sizes.clone()).unwrap()),
             true => Reference::Told(Session::new(&both.exact, told(true), sizes.clone()).unwrap()),
         },
@@ -84,13 +84,13 @@ pub fn decode_both(
     (decoded.unwrap_or_else(|e| panic!("{what}: {e}")), lockstep.tally)
 }
 
-impl Network for Lockstep<'_> {
-    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
+impl DecodeEngine for Lockstep<'_> {
+    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
         let Lockstep { what, config, cpu, rounded, choices, gpu, tally } = self;
         let scored = scored(config.family, pass);
         let got = gpu.step(tokens, &Pass { observed: true, ..*pass })?;
         for choices in &*choices {
-            choices.borrow_mut().of_device = gpu.chosen().iter().map(|chosen| chosen.rows.clone()).collect();
+            choices.borrow_mut().of_device = gpu.selected_rows().iter().map(|selected| selected.rows.clone()).collect();
         }
         let cpu = match cpu {
             Reference::Cpu(cpu) => {

@@ -23,8 +23,10 @@
 
 use crate::rounded::Choices;
 use dllm_kernels::Confidence;
-use dllm_kernels::oracle::philox::{Purpose, gumbel};
-use dllm_kernels::oracle::unmask::{Group, Selection, Unmask, Verdict, cut_logit, score_row, select};
+use dllm_kernels::reference::philox::{Purpose, gumbel};
+use dllm_kernels::reference::unmask::{
+    Candidates, CommitRule, Prediction, SamplingParams, cut_logit, score_row, select,
+};
 
 /// Bound of what differences of logits are off by, in mean errors of the row.
 pub const MARGIN: f64 = 12.0;
@@ -46,18 +48,18 @@ pub struct Tally {
     pub commit_differs: usize,
     /// Rows that V-verify chose on the device, those of them that the CPU that rounds would not have chosen, and the largest
     /// angle by which a row had turned less than one that was left.
-    pub chosen: usize,
+    pub selected: usize,
     pub chosen_differs: usize,
     pub worst_angle: f64,
 }
 
 impl Tally {
     pub fn choices(&mut self, choices: &Choices) {
-        (self.chosen, self.chosen_differs, self.worst_angle) = (choices.rows, choices.other_rows, choices.worst);
+        (self.selected, self.chosen_differs, self.worst_angle) = (choices.rows, choices.other_rows, choices.worst);
     }
 
     pub fn add(&mut self, other: Tally) {
-        self.chosen += other.chosen;
+        self.selected += other.selected;
         self.chosen_differs += other.chosen_differs;
         self.worst_angle = self.worst_angle.max(other.worst_angle);
         self.passes += other.passes;
@@ -101,7 +103,7 @@ impl std::fmt::Display for Tally {
             100.0 * commit,
             self.commit_differs,
         )?;
-        match self.chosen {
+        match self.selected {
             0 => Ok(()),
             n => write!(
                 f,
@@ -130,7 +132,7 @@ pub struct Logits {
 
 impl Logits {
     /// A candidate's row, guided, and how far differences in it may be off. Of so many candidates.
-    fn row(&self, i: usize, candidates: usize, unmask: &Unmask) -> (Vec<f32>, f64) {
+    fn row(&self, i: usize, candidates: usize, unmask: &SamplingParams) -> (Vec<f32>, f64) {
         let n = self.vocab_size;
         let of = |logits: &[f32]| -> Vec<f32> {
             let row = &logits[i * n..(i + 1) * n];
@@ -155,7 +157,13 @@ pub fn mean_error(got: &[f32], want: &[f32]) -> f64 {
 }
 
 /// Of the verdicts of a pass, CPU and device: what is in doubt is counted, all else has to be equal.
-pub fn compare(what: &str, logits: &Logits, groups: &[Group], unmask: &Unmask, [cpu, gpu]: [&[Verdict]; 2]) -> Tally {
+pub fn compare(
+    what: &str,
+    logits: &Logits,
+    groups: &[Candidates],
+    unmask: &SamplingParams,
+    [cpu, gpu]: [&[Prediction]; 2],
+) -> Tally {
     let mut tally = Tally { passes: 1, ..Tally::default() };
     assert_eq!(cpu.len(), gpu.len(), "{what}");
     let mut first = 0;
@@ -197,10 +205,10 @@ pub fn compare(what: &str, logits: &Logits, groups: &[Group], unmask: &Unmask, [
 /// Which candidates of a group are committed.
 fn commits(
     what: &str,
-    group: &Group,
-    unmask: &Unmask,
+    group: &Candidates,
+    unmask: &SamplingParams,
     ranges: &[[f64; 2]],
-    [cpu, gpu]: [&[Verdict]; 2],
+    [cpu, gpu]: [&[Prediction]; 2],
     tally: &mut Tally,
 ) {
     let eligible = group.positions.partition_point(|p| *p < group.commit_before);
@@ -213,9 +221,9 @@ fn commits(
     let high = |i: usize| ranks(i, ranges[i][1]) + slack;
     // The device's own confidences, selected from by the oracle, give the device's choice: where rounding cannot change it.
     let own: Vec<f64> = gpu[..eligible].iter().map(|v| v.confidence).collect();
-    let chosen = select(&own, &own, group.selection);
-    let same = (0..eligible).all(|i| chosen.contains(&i) == gpu[i].commit);
-    let rounded = unmask.alg_temp > 0.0 || matches!(group.selection, Selection::Factor(_));
+    let selected = select(&own, &own, group.selection);
+    let same = (0..eligible).all(|i| selected.contains(&i) == gpu[i].commit);
+    let rounded = unmask.alg_temp > 0.0 || matches!(group.selection, CommitRule::Factor(_));
     assert!(same || rounded, "{what}: {group:?} of {own:?} chose {gpu:?}");
 
     let sorted = |end: usize| {
@@ -233,12 +241,12 @@ fn commits(
         let least = others().filter(|j| low(*j) > high(i)).count();
         let most = others().filter(|j| high(*j) >= low(i)).count();
         let (surely, surely_not) = match group.selection {
-            Selection::Quota(count) => (most < count, least >= count),
-            Selection::Threshold(t) => (low(i) >= t || most == 0, high(i) < t && least > 0),
-            Selection::ThresholdAmong { threshold: t, among } => {
-                (most < among && (low(i) >= t || most == 0), least >= among || (high(i) < t && least > 0))
+            CommitRule::Quota(count) => (most < count, least >= count),
+            CommitRule::Threshold(t) => (low(i) >= t || most == 0, high(i) < t && least > 0),
+            CommitRule::ThresholdTopN { threshold: t, top_n } => {
+                (most < top_n && (low(i) >= t || most == 0), least >= top_n || (high(i) < t && least > 0))
             }
-            Selection::Factor(_) => (most < sorted(0), least >= sorted(1)),
+            CommitRule::Factor(_) => (most < sorted(0), least >= sorted(1)),
         };
         assert!(if cpu.commit { !surely_not } else { !surely }, "{what}: {group:?}: the rule contradicts {cpu:?}");
         let differs = cpu.commit != gpu.commit;
@@ -256,7 +264,14 @@ fn commits(
     }
 }
 
-fn leeway(row: &[f32], gap: f64, unmask: &Unmask, step: usize, position: usize, verdict: &Verdict) -> Leeway {
+fn leeway(
+    row: &[f32],
+    gap: f64,
+    unmask: &SamplingParams,
+    step: usize,
+    position: usize,
+    verdict: &Prediction,
+) -> Leeway {
     assert_eq!(score_row(&mut row.to_vec(), unmask, step, position), Some((verdict.token, verdict.confidence)));
     let Some(mask) = unmask.mask_token.map(|mask| mask as usize) else {
         return of_row(row, gap, unmask, step, position, verdict);
@@ -282,7 +297,14 @@ fn leeway(row: &[f32], gap: f64, unmask: &Unmask, step: usize, position: usize, 
 }
 
 /// The same, once it is settled whether the mask token has a logit.
-fn of_row(row: &[f32], gap: f64, unmask: &Unmask, step: usize, position: usize, verdict: &Verdict) -> Leeway {
+fn of_row(
+    row: &[f32],
+    gap: f64,
+    unmask: &SamplingParams,
+    step: usize,
+    position: usize,
+    verdict: &Prediction,
+) -> Leeway {
     let tempered = if unmask.temperature > 0.0 { unmask.temperature } else { 1.0 };
     let [kept, perhaps] = cuts(row, gap / tempered, unmask, tempered);
     let kept = |l: f32| f64::from(l) >= kept + gap;
@@ -347,7 +369,7 @@ fn of_row(row: &[f32], gap: f64, unmask: &Unmask, step: usize, position: usize, 
 
 /// Logits from which on tokens are surely kept, and those that may be, by top-p and top-k: a probability mass p is off by
 /// x at most in ln(p / (1 - p)).
-fn cuts(row: &[f32], x: f64, unmask: &Unmask, tempered: f64) -> [f64; 2] {
+fn cuts(row: &[f32], x: f64, unmask: &SamplingParams, tempered: f64) -> [f64; 2] {
     if unmask.top_p.is_none() && unmask.top_k.is_none() {
         return [f64::NEG_INFINITY; 2];
     }

@@ -3,7 +3,7 @@
 use crate::common::Random;
 use crate::lockstep::{Both, decode_both};
 use crate::margin::Tally;
-use dllm_kernels::decode::Rule;
+use dllm_kernels::decode::Algorithm;
 use dllm_kernels::{CacheMode, Confidence, Family, Options, Policy};
 
 /// A setting and prompts that are valid for the made-up checkpoints.
@@ -40,7 +40,7 @@ pub fn setting(random: &mut Random, family: Family) -> (Options, Vec<Vec<u32>>) 
         end_tokens: if pick(2) == 0 { vec![] } else { (0..pick(8) as u32).map(|t| t * 5).collect() },
         ..Options::default()
     };
-    if options.rule(family) == Rule::DreamThreshold && pick(2) == 0 {
+    if options.algorithm(family) == Algorithm::DreamThreshold && pick(2) == 0 {
         let divisors: Vec<usize> = (1..=gen_length).filter(|n| gen_length % n == 0).collect();
         options.steps = Some(divisors[pick(divisors.len())]);
     }

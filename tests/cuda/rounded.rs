@@ -7,9 +7,11 @@
 use dllm_kernels::Result;
 use dllm_kernels::backend::cpu::linear::Matrix;
 use dllm_kernels::backend::cpu::{Cpu, attention};
-use dllm_kernels::backend::{Backend, Heads, HostUnmask, Needs, Part, Parts, Placement, Span, Tensor};
-use dllm_kernels::oracle::unmask::{Group, Unmask, Verdict, unmask};
-use dllm_kernels::oracle::{rope, vverify};
+use dllm_kernels::backend::{
+    Backend, BatchMetadata, Heads, HostUnmask, RowSet, SequenceRows, SessionLimits, Tensor, UpdateRanges,
+};
+use dllm_kernels::reference::unmask::{Candidates, Prediction, SamplingParams, unmask};
+use dllm_kernels::reference::{rope, vverify};
 use half::bf16;
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -77,13 +79,13 @@ pub struct Cache(Vec<[Vec<f32>; 2]>);
 
 #[derive(Default)]
 pub struct Rows {
-    spans: Vec<Span>,
+    spans: Vec<SequenceRows>,
     positions: Vec<usize>,
     tokens: Vec<usize>,
-    scored: Vec<usize>,
-    parts: Vec<Parts>,
+    logit_rows: Vec<usize>,
+    parts: Vec<UpdateRanges>,
     /// Rows that run, of each span, and the places in the cache of all rows.
-    chosen: Vec<Vec<usize>>,
+    selected: Vec<Vec<usize>>,
     places: Vec<usize>,
 }
 
@@ -102,7 +104,7 @@ impl Backend for Rounded {
         self.cpu.vector(tensor)
     }
 
-    fn prepare(&mut self, needs: &Needs, theta: f32) -> Result<()> {
+    fn prepare(&mut self, needs: &SessionLimits, theta: f32) -> Result<()> {
         self.angles.extend(theta, needs.heads.head_dim, needs.longest);
         self.cpu.prepare(needs, theta)
     }
@@ -119,7 +121,7 @@ impl Backend for Rounded {
         Ok(Cache((0..layers).map(|_| [(); 2].map(|()| vec![0.0; positions * width])).collect()))
     }
 
-    fn rows(&self, _needs: &Needs) -> Result<Rows> {
+    fn rows(&self, _needs: &SessionLimits) -> Result<Rows> {
         Ok(Rows::default())
     }
 
@@ -128,15 +130,15 @@ impl Backend for Rounded {
         Ok(())
     }
 
-    fn place(&mut self, rows: &mut Rows, placement: &Placement) -> Result<()> {
-        let Placement { spans, positions, tokens, scored, parts, .. } = *placement;
+    fn set_batch(&mut self, rows: &mut Rows, placement: &BatchMetadata) -> Result<()> {
+        let BatchMetadata { spans, positions, tokens, logit_rows, parts, .. } = *placement;
         *rows = Rows {
             spans: spans.to_vec(),
             positions: positions.to_vec(),
             tokens: tokens.to_vec(),
-            scored: scored.to_vec(),
+            logit_rows: logit_rows.to_vec(),
             parts: parts.to_vec(),
-            chosen: vec![],
+            selected: vec![],
             places: spans.iter().flat_map(|span| (span.start..span.end).map(|p| span.cache_base + p)).collect(),
         };
         Ok(())
@@ -149,7 +151,7 @@ impl Backend for Rounded {
         Ok(())
     }
 
-    fn add_norm(
+    fn residual_norm(
         &mut self,
         x: &mut Buffer,
         delta: Option<&Buffer>,
@@ -195,7 +197,7 @@ impl Backend for Rounded {
         Ok(())
     }
 
-    fn choose(
+    fn select_rows(
         &mut self,
         values: Option<&Buffer>,
         heads: Heads,
@@ -204,47 +206,47 @@ impl Backend for Rounded {
     ) -> Result<()> {
         let width = heads.num_kv_heads * heads.head_dim;
         let of_device = values.map(|_| self.device.borrow_mut().of_device.pop_front().expect("a choice of the device"));
-        rows.chosen.clear();
+        rows.selected.clear();
         let mut first = 0;
         for (s, (span, parts)) in rows.spans.iter().zip(&rows.parts).enumerate() {
-            let mut chosen: Vec<usize> = parts.always.clone().collect();
+            let mut selected: Vec<usize> = parts.always.clone().collect();
             if let (Some(Buffer { data, .. }), Some(of_device)) = (values, &of_device) {
-                let fresh = |place: usize| &data[(first + place - span.start) * width..][..width];
-                let cached = |place: usize| (span.cache_base + place) * width..(span.cache_base + place + 1) * width;
+                let fresh = |key: usize| &data[(first + key - span.start) * width..][..width];
+                let cached = |key: usize| (span.cache_base + key) * width..(span.cache_base + key + 1) * width;
                 let others: Vec<usize> = (0..parts.num_others()).map(|number| parts.other(number)).collect();
                 let cache = &mut layers[layer][1];
                 let numbers = match parts.count() == others.len() {
                     true => (0..others.len()).collect(),
                     // Twins' are not told.
                     false => {
-                        let cosine = |place: &usize| vverify::cosine(fresh(*place), &cache[cached(*place)]);
+                        let cosine = |key: &usize| vverify::cosine(fresh(*key), &cache[cached(*key)]);
                         let similarity: Vec<f64> = others.iter().map(cosine).collect();
                         self.told_choice(&similarity, &of_device[s])
                     }
                 };
-                chosen.extend(numbers.iter().map(|number| others[*number]));
-                for place in parts.always.clone().chain(others) {
-                    cache[cached(place)].copy_from_slice(fresh(place));
+                selected.extend(numbers.iter().map(|number| others[*number]));
+                for key in parts.always.clone().chain(others) {
+                    cache[cached(key)].copy_from_slice(fresh(key));
                 }
             }
-            rows.chosen.push(chosen.iter().map(|place| first + place - span.start).collect());
+            rows.selected.push(selected.iter().map(|key| first + key - span.start).collect());
             first += span.rows();
         }
         Ok(())
     }
 
-    fn chosen(&self, _rows: &Rows) -> Result<Vec<Vec<usize>>> {
+    fn selected(&self, _rows: &Rows) -> Result<Vec<Vec<usize>>> {
         unreachable!("it is told, and not asked")
     }
 
-    fn gather_chosen(&mut self, x: &Buffer, rows: &Rows, width: usize, out: &mut Buffer) -> Result<()> {
-        for (row, to) in rows.chosen.iter().flatten().zip(out.data.chunks_exact_mut(width)) {
+    fn gather_selected(&mut self, x: &Buffer, rows: &Rows, width: usize, out: &mut Buffer) -> Result<()> {
+        for (row, to) in rows.selected.iter().flatten().zip(out.data.chunks_exact_mut(width)) {
             to.copy_from_slice(&x.data[row * width..(row + 1) * width]);
         }
         Ok(())
     }
 
-    fn rope_chosen(
+    fn rope_selected(
         &mut self,
         qkv: &mut Buffer,
         heads: Heads,
@@ -254,7 +256,7 @@ impl Backend for Rounded {
     ) -> Result<()> {
         let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
         let width = q + if values { 2 * kv } else { kv };
-        for (of_pass, row) in rows.chosen.iter().flatten().zip(qkv.data.chunks_exact_mut(width)) {
+        for (of_pass, row) in rows.selected.iter().flatten().zip(qkv.data.chunks_exact_mut(width)) {
             rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(rows.positions[*of_pass]));
             self.round_all(row);
             let at = rows.places[*of_pass] * kv;
@@ -266,7 +268,7 @@ impl Backend for Rounded {
         Ok(())
     }
 
-    fn attention_chosen(
+    fn attention_selected(
         &mut self,
         qkv: &Buffer,
         heads: Heads,
@@ -277,44 +279,44 @@ impl Backend for Rounded {
     ) -> Result<()> {
         let kv = heads.num_kv_heads * heads.head_dim;
         let stride = heads.qkv_width() - if values { 0 } else { kv };
-        let counts: Vec<usize> = rows.chosen.iter().map(Vec::len).collect();
+        let counts: Vec<usize> = rows.selected.iter().map(Vec::len).collect();
         let cached = (&layers[layer][0][..], &layers[layer][1][..]);
         attention::attention_cached(&qkv.data, stride, heads, &rows.spans, &counts, cached, &mut out.data);
         self.round_all(&mut out.data);
         Ok(())
     }
 
-    fn keep(
+    fn store_features(
         &mut self,
         delta: &Buffer,
-        part: Part,
+        part: RowSet,
         width: usize,
         rows: &Rows,
-        (kept, first_row): (&mut Buffer, usize),
+        (feature_cache, first_row): (&mut Buffer, usize),
     ) -> Result<()> {
         let of_pass: Vec<usize> = match part {
-            Part::Whole => (0..rows.places.len()).collect(),
-            Part::Chosen => rows.chosen.concat(),
+            RowSet::All => (0..rows.places.len()).collect(),
+            RowSet::Selected => rows.selected.concat(),
         };
         for (of_pass, row) in of_pass.into_iter().zip(delta.data.chunks_exact(width)) {
-            kept.data[(first_row + rows.places[of_pass]) * width..][..width].copy_from_slice(row);
+            feature_cache.data[(first_row + rows.places[of_pass]) * width..][..width].copy_from_slice(row);
         }
         Ok(())
     }
 
-    fn add_norm_kept(
+    fn residual_norm_features(
         &mut self,
         x: &mut Buffer,
-        (kept, first_row): (&Buffer, usize),
+        (feature_cache, first_row): (&Buffer, usize),
         rows: &Rows,
         weight: &Vec<f32>,
         eps: f32,
         out: &mut Buffer,
     ) -> Result<()> {
         let width = weight.len();
-        let row = |place: &usize| kept.data[(first_row + place) * width..][..width].to_vec();
+        let row = |key: &usize| feature_cache.data[(first_row + key) * width..][..width].to_vec();
         let delta = Buffer { data: rows.places.iter().flat_map(row).collect(), logits: false };
-        self.add_norm(x, Some(&delta), weight, eps, out, rows.places.len())
+        self.residual_norm(x, Some(&delta), weight, eps, out, rows.places.len())
     }
 
     fn rope(
@@ -326,11 +328,11 @@ impl Backend for Rounded {
     ) -> Result<()> {
         let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
         let all = qkv.data.chunks_exact_mut(heads.qkv_width());
-        for ((position, place), row) in rows.positions.iter().zip(&rows.places).zip(all) {
+        for ((position, key), row) in rows.positions.iter().zip(&rows.places).zip(all) {
             rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(*position));
             self.round_all(row);
             if let Some((Cache(layers), layer)) = &mut store {
-                let at = place * kv;
+                let at = key * kv;
                 layers[*layer][0][at..at + kv].copy_from_slice(&row[q..q + kv]);
                 layers[*layer][1][at..at + kv].copy_from_slice(&row[q + kv..]);
             }
@@ -364,7 +366,7 @@ impl Backend for Rounded {
     }
 
     fn gather(&mut self, x: &Buffer, rows: &Rows, width: usize, out: &mut Buffer) -> Result<()> {
-        for (from, row) in rows.scored.iter().zip(out.data.chunks_exact_mut(width)) {
+        for (from, row) in rows.logit_rows.iter().zip(out.data.chunks_exact_mut(width)) {
             row.copy_from_slice(&x.data[from * width..(from + 1) * width]);
         }
         Ok(())
@@ -380,9 +382,9 @@ impl HostUnmask for Rounded {
         &mut self,
         logits: &mut Buffer,
         vocab_size: usize,
-        groups: &[Group],
-        how: &Unmask,
-    ) -> Result<Vec<Verdict>> {
+        groups: &[Candidates],
+        how: &SamplingParams,
+    ) -> Result<Vec<Prediction>> {
         unmask(&mut logits.data, vocab_size, groups, how)
     }
 }

@@ -4,7 +4,7 @@
 use crate::checkpoint::{MASK, prompts, samplings};
 use crate::common::assert_nothing_reported;
 use crate::{FAMILIES, made_up};
-use dllm_kernels::decode::Rule;
+use dllm_kernels::decode::Algorithm;
 use dllm_kernels::{CacheMode, Confidence, Family, Generator, Model, Observer, Options, Policy};
 
 /// Wants every step, and forgets it.
@@ -83,7 +83,7 @@ pub fn masks_in_the_prompt() {
         let model = made_up(family);
         for (i, base) in loops().into_iter().enumerate() {
             // The one number of steps that divides the masks of every prompt.
-            let steps = (base.rule(family) == Rule::DreamThreshold).then_some(1);
+            let steps = (base.algorithm(family) == Algorithm::DreamThreshold).then_some(1);
             let list = [
                 Options { steps, ..base.clone() },
                 Options { steps, temperature: 0.8, cfg_scale: 1.5, ..base.clone() },

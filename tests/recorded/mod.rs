@@ -134,7 +134,7 @@ pub fn options(case: &Value) -> Options {
 }
 
 /// What V-verify chose: layers, and each row's positions as a set.
-fn verified(layers: &Value) -> Vec<(usize, Vec<BTreeSet<usize>>)> {
+fn selected_rows(layers: &Value) -> Vec<(usize, Vec<BTreeSet<usize>>)> {
     let layers = layers.as_array().unwrap();
     layers.iter().map(|layer| (numbers(&layer["layer"]), numbers(&layer["indices"]))).collect()
 }
@@ -158,7 +158,7 @@ pub fn compare_traces(name: &str, got: &Value, case: &Value) {
         for key in ["refresh_prompt", "refresh_gen"] {
             assert_eq!(got.get(key), want.get(key), "{name} step {}: {key}", want["step"]);
         }
-        let layers = |step: &Value| step.get("vverify").map(verified);
+        let layers = |step: &Value| step.get("vverify").map(selected_rows);
         assert_eq!(layers(got), layers(want), "{name} step {}: rows that V-verify chose", want["step"]);
         if let Some(conf) = want.get("conf") {
             let (got, want): (Vec<Vec<f64>>, Vec<Vec<f64>>) = (numbers(&got["conf"]), numbers(conf));

@@ -7,7 +7,7 @@
 use super::simd::{Isa, Simd, dispatch};
 use super::tile::{max_vectors, tile};
 use super::transpose::transpose;
-use crate::backend::{Heads, Span};
+use crate::backend::{Heads, SequenceRows};
 use rayon::prelude::*;
 use std::cell::RefCell;
 
@@ -62,14 +62,21 @@ unsafe impl Sync for Out {}
 ///
 /// # Panics
 /// When a buffer is too short for the spans.
-pub fn attention(qkv: &[f32], heads: Heads, spans: &[Span], cache: Option<(&[f32], &[f32])>, out: &mut [f32]) {
+pub fn attention(qkv: &[f32], heads: Heads, spans: &[SequenceRows], cache: Option<(&[f32], &[f32])>, out: &mut [f32]) {
     attention_on(Isa::detect(), qkv, heads, spans, cache, out);
 }
 
-fn attention_on(isa: Isa, qkv: &[f32], heads: Heads, spans: &[Span], cache: Option<(&[f32], &[f32])>, out: &mut [f32]) {
+fn attention_on(
+    isa: Isa,
+    qkv: &[f32],
+    heads: Heads,
+    spans: &[SequenceRows],
+    cache: Option<(&[f32], &[f32])>,
+    out: &mut [f32],
+) {
     let Heads { num_heads, num_kv_heads, head_dim } = heads;
     let (width, q_width, kv_width) = (heads.qkv_width(), num_heads * head_dim, num_kv_heads * head_dim);
-    let total: usize = spans.iter().map(Span::rows).sum();
+    let total: usize = spans.iter().map(SequenceRows::rows).sum();
     assert!(qkv.len() >= total * width && out.len() >= total * q_width, "buffer too short");
     assert!(head_dim <= MAX_HEAD_DIM && num_kv_heads > 0 && num_heads.is_multiple_of(num_kv_heads), "{heads:?}");
     for span in spans {
@@ -120,7 +127,7 @@ pub fn attention_cached(
     queries: &[f32],
     stride: usize,
     heads: Heads,
-    spans: &[Span],
+    spans: &[SequenceRows],
     counts: &[usize],
     (k, v): (&[f32], &[f32]),
     out: &mut [f32],
@@ -274,7 +281,7 @@ unsafe fn run_tile<S: Simd>(task: &Task, row: usize, rows: usize, out: &Out, scr
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::oracle::attention as oracle;
+    use crate::reference::attention as reference;
 
     fn noise(len: usize, seed: u32) -> Vec<f32> {
         (0..len as u32).map(|i| ((i.wrapping_mul(2_654_435_761) ^ seed) >> 16) as f32 / 32768.0 - 1.0).collect()
@@ -286,18 +293,18 @@ mod tests {
         for (num_heads, num_kv_heads, head_dim) in [(2, 2, 32), (7, 1, 64), (4, 2, 128)] {
             let heads = Heads { num_heads, num_kv_heads, head_dim };
             let spans = [
-                Span { sequence: 0, start: 0, end: 5, len: 5, cache_base: 0 },
-                Span { sequence: 1, start: 0, end: 70, len: 200, cache_base: 5 },
-                Span { sequence: 2, start: 30, end: 63, len: 63, cache_base: 205 },
-                Span { sequence: 3, start: 9, end: 10, len: 90, cache_base: 268 },
+                SequenceRows { sequence: 0, start: 0, end: 5, len: 5, cache_base: 0 },
+                SequenceRows { sequence: 1, start: 0, end: 70, len: 200, cache_base: 5 },
+                SequenceRows { sequence: 2, start: 30, end: 63, len: 63, cache_base: 205 },
+                SequenceRows { sequence: 3, start: 9, end: 10, len: 90, cache_base: 268 },
             ];
-            let rows: usize = spans.iter().map(Span::rows).sum();
+            let rows: usize = spans.iter().map(SequenceRows::rows).sum();
             let kv_width = num_kv_heads * head_dim;
             let qkv = noise(rows * heads.qkv_width(), 1);
             let (k, v) = (noise(358 * kv_width, 2), noise(358 * kv_width, 3));
             for cache in [None, Some((&k[..], &v[..]))] {
                 let mut want = vec![0.0; rows * num_heads * head_dim];
-                oracle::attention(&qkv, heads, &spans, cache, &mut want);
+                reference::attention(&qkv, heads, &spans, cache, &mut want);
                 for isa in Isa::available() {
                     let mut got = vec![f32::NAN; want.len()];
                     attention_on(isa, &qkv, heads, &spans, cache, &mut got);
@@ -314,22 +321,27 @@ mod tests {
     fn chosen_rows_are_what_they_are_among_all() {
         let heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 32 };
         let (q, kv, width) = (128, 64, heads.qkv_width());
-        let spans =
-            [(0, 80), (80, 37)].map(|(base, len)| Span { sequence: 0, start: 0, end: len, len, cache_base: base });
+        let spans = [(0, 80), (80, 37)].map(|(base, len)| SequenceRows {
+            sequence: 0,
+            start: 0,
+            end: len,
+            len,
+            cache_base: base,
+        });
         let qkv = noise(117 * width, 1);
         let part = |from: usize, len: usize| -> Vec<f32> {
             qkv.chunks(width).flat_map(|row| row[from..from + len].iter().copied()).collect()
         };
         let mut all = vec![0.0; 117 * q];
         attention(&qkv, heads, &spans, None, &mut all);
-        let chosen: [Vec<usize>; 2] = [(0..80).step_by(3).chain(70..80).collect(), vec![80, 99, 116]];
+        let selected: [Vec<usize>; 2] = [(0..80).step_by(3).chain(70..80).collect(), vec![80, 99, 116]];
         let queries: Vec<f32> =
-            chosen.iter().flatten().flat_map(|row| &qkv[row * width..][..q + kv]).copied().collect();
-        let counts = chosen.each_ref().map(Vec::len);
+            selected.iter().flatten().flat_map(|row| &qkv[row * width..][..q + kv]).copied().collect();
+        let counts = selected.each_ref().map(Vec::len);
         let mut got = vec![0.0; counts.iter().sum::<usize>() * q];
         let (k, v) = (part(q, kv), part(q + kv, kv));
         attention_cached(&queries, q + kv, heads, &spans, &counts, (&k, &v), &mut got);
-        for (row, got) in chosen.iter().flatten().zip(got.chunks(q)) {
+        for (row, got) in selected.iter().flatten().zip(got.chunks(q)) {
             assert_eq!(got, &all[row * q..(row + 1) * q], "row {row}");
         }
     }
@@ -338,7 +350,8 @@ mod tests {
     #[test]
     fn spans_do_not_depend_on_their_company() {
         let heads = Heads { num_heads: 2, num_kv_heads: 1, head_dim: 32 };
-        let spans: Vec<_> = [37, 3, 70].map(|end| Span { sequence: 0, start: 0, end, len: end, cache_base: 0 }).into();
+        let spans: Vec<_> =
+            [37, 3, 70].map(|end| SequenceRows { sequence: 0, start: 0, end, len: end, cache_base: 0 }).into();
         let qkv = noise(110 * heads.qkv_width(), 5);
         let mut all = vec![0.0; 110 * 64];
         attention(&qkv, heads, &spans, None, &mut all);
@@ -351,7 +364,7 @@ mod tests {
     #[test]
     fn nan_comes_through() {
         let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 32 };
-        let span = Span { sequence: 0, start: 0, end: 20, len: 20, cache_base: 0 };
+        let span = SequenceRows { sequence: 0, start: 0, end: 20, len: 20, cache_base: 0 };
         let mut qkv = noise(40 * heads.qkv_width(), 5);
         qkv[7 * heads.qkv_width() + 40] = f32::NAN;
         let mut out = vec![0.0; 40 * 32];

@@ -15,10 +15,10 @@ pub use simd::Isa;
 #[doc(hidden)]
 pub use simd::fma_roof;
 
-use super::{Backend, Heads, HostUnmask, Needs, Part, Parts, Placement, Span};
+use super::{Backend, BatchMetadata, Heads, HostUnmask, RowSet, SequenceRows, SessionLimits, UpdateRanges};
 use crate::error::{Error, Result};
-use crate::oracle::unmask::{self, Group, Unmask, Verdict};
-use crate::oracle::{norm, rope};
+use crate::reference::unmask::{self, Candidates, Prediction, SamplingParams};
+use crate::reference::{norm, rope};
 use crate::tensor::Tensor;
 use linear::{Matrix, packed_len};
 use rayon::prelude::*;
@@ -35,27 +35,27 @@ pub struct Cpu {
 /// Where the rows of a pass stand.
 #[derive(Debug, Default)]
 pub struct Rows {
-    spans: Vec<Span>,
+    spans: Vec<SequenceRows>,
     positions: Vec<usize>,
     tokens: Vec<usize>,
-    scored: Vec<usize>,
-    parts: Vec<Parts>,
+    logit_rows: Vec<usize>,
+    parts: Vec<UpdateRanges>,
     /// Of each span, which of the others run, counted among them.
-    chosen: Vec<Vec<usize>>,
+    selected: Vec<Vec<usize>>,
 }
 
 impl Rows {
     /// The rows chosen last: index among the rows of the pass, and place in the cache.
-    fn chosen(&self) -> impl Iterator<Item = (usize, usize)> {
+    fn selected(&self) -> impl Iterator<Item = (usize, usize)> {
         let firsts = self.spans.iter().scan(0, |next, span| {
             let first = *next;
             *next += span.rows();
             Some(first)
         });
-        let spans = self.spans.iter().zip(firsts).zip(self.parts.iter().zip(&self.chosen));
-        spans.flat_map(|((span, first), (parts, chosen))| {
-            let places = parts.always.clone().chain(chosen.iter().map(|number| parts.other(*number)));
-            places.map(move |place| (first + place - span.start, span.cache_base + place))
+        let spans = self.spans.iter().zip(firsts).zip(self.parts.iter().zip(&self.selected));
+        spans.flat_map(|((span, first), (parts, selected))| {
+            let places = parts.always.clone().chain(selected.iter().map(|number| parts.other(*number)));
+            places.map(move |key| (first + key - span.start, span.cache_base + key))
         })
     }
 
@@ -124,7 +124,7 @@ impl Backend for Cpu {
         Ok(tensor.to_f32())
     }
 
-    fn prepare(&mut self, needs: &Needs, theta: f32) -> Result<()> {
+    fn prepare(&mut self, needs: &SessionLimits, theta: f32) -> Result<()> {
         self.angles.extend(theta, needs.heads.head_dim, needs.longest);
         Ok(())
     }
@@ -143,7 +143,7 @@ impl Backend for Cpu {
         Ok(KvCache { k, v, positions, width })
     }
 
-    fn rows(&self, _needs: &Needs) -> Result<Rows> {
+    fn rows(&self, _needs: &SessionLimits) -> Result<Rows> {
         Ok(Rows::default())
     }
 
@@ -153,15 +153,15 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn place(&mut self, rows: &mut Rows, placement: &Placement) -> Result<()> {
-        let Placement { spans, positions, tokens, scored, parts, .. } = *placement;
+    fn set_batch(&mut self, rows: &mut Rows, placement: &BatchMetadata) -> Result<()> {
+        let BatchMetadata { spans, positions, tokens, logit_rows, parts, .. } = *placement;
         *rows = Rows {
             spans: spans.to_vec(),
             positions: positions.to_vec(),
             tokens: tokens.to_vec(),
-            scored: scored.to_vec(),
+            logit_rows: logit_rows.to_vec(),
             parts: parts.to_vec(),
-            chosen: vec![],
+            selected: vec![],
         };
         Ok(())
     }
@@ -173,7 +173,7 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn add_norm(
+    fn residual_norm(
         &mut self,
         x: &mut Vec<f32>,
         delta: Option<&Vec<f32>>,
@@ -215,7 +215,7 @@ impl Backend for Cpu {
         self.linear(x, &w.part(outputs), out, rows)
     }
 
-    fn choose(
+    fn select_rows(
         &mut self,
         values: Option<&Vec<f32>>,
         heads: Heads,
@@ -223,20 +223,20 @@ impl Backend for Cpu {
         (cache, layer): (&mut KvCache, usize),
     ) -> Result<()> {
         let width = heads.num_kv_heads * heads.head_dim;
-        rows.chosen.clear();
+        rows.selected.clear();
         let mut first = 0;
         for (span, parts) in rows.spans.iter().zip(&rows.parts) {
-            let mut chosen = vec![];
+            let mut selected = vec![];
             if let Some(values) = values {
                 let cached = |places: &Range<usize>| {
-                    let at = |place: usize| (layer * cache.positions + span.cache_base + place) * width;
+                    let at = |key: usize| (layer * cache.positions + span.cache_base + key) * width;
                     at(places.start)..at(places.end)
                 };
                 let fresh = |places: &Range<usize>| {
-                    let at = |place: usize| (first + place - span.start) * width;
+                    let at = |key: usize| (first + key - span.start) * width;
                     at(places.start)..at(places.end)
                 };
-                chosen = match parts.count() == parts.num_others() {
+                selected = match parts.count() == parts.num_others() {
                     true => (0..parts.count()).collect(),
                     false => {
                         let pairs = parts.others.each_ref().map(|p| (&values[fresh(p)], &cache.v[cached(p)]));
@@ -248,24 +248,24 @@ impl Backend for Cpu {
                     cache.v[cached(places)].copy_from_slice(&values[fresh(places)]);
                 }
             }
-            rows.chosen.push(chosen);
+            rows.selected.push(selected);
             first += span.rows();
         }
         Ok(())
     }
 
-    fn chosen(&self, rows: &Rows) -> Result<Vec<Vec<usize>>> {
-        Ok(rows.chosen.clone())
+    fn selected(&self, rows: &Rows) -> Result<Vec<Vec<usize>>> {
+        Ok(rows.selected.clone())
     }
 
-    fn gather_chosen(&mut self, x: &Vec<f32>, rows: &Rows, width: usize, out: &mut Vec<f32>) -> Result<()> {
-        for ((row, _), to) in rows.chosen().zip(out.chunks_exact_mut(width)) {
+    fn gather_selected(&mut self, x: &Vec<f32>, rows: &Rows, width: usize, out: &mut Vec<f32>) -> Result<()> {
+        for ((row, _), to) in rows.selected().zip(out.chunks_exact_mut(width)) {
             to.copy_from_slice(&x[row * width..(row + 1) * width]);
         }
         Ok(())
     }
 
-    fn rope_chosen(
+    fn rope_selected(
         &mut self,
         qkv: &mut Vec<f32>,
         heads: Heads,
@@ -275,9 +275,9 @@ impl Backend for Cpu {
     ) -> Result<()> {
         let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
         let width = q + if values { 2 * kv } else { kv };
-        for ((of_pass, place), row) in rows.chosen().zip(qkv.chunks_exact_mut(width)) {
+        for ((of_pass, key), row) in rows.selected().zip(qkv.chunks_exact_mut(width)) {
             rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(rows.positions[of_pass]));
-            let at = (layer * cache.positions + place) * kv;
+            let at = (layer * cache.positions + key) * kv;
             cache.k[at..at + kv].copy_from_slice(&row[q..q + kv]);
             if values {
                 cache.v[at..at + kv].copy_from_slice(&row[q + kv..]);
@@ -286,7 +286,7 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn attention_chosen(
+    fn attention_selected(
         &mut self,
         qkv: &Vec<f32>,
         heads: Heads,
@@ -297,34 +297,34 @@ impl Backend for Cpu {
     ) -> Result<()> {
         let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
         let stride = q + if values { 2 * kv } else { kv };
-        let counts: Vec<usize> = rows.parts.iter().map(Parts::rows).collect();
+        let counts: Vec<usize> = rows.parts.iter().map(UpdateRanges::rows).collect();
         attention::attention_cached(qkv, stride, heads, &rows.spans, &counts, cache.layer(layer), out);
         Ok(())
     }
 
-    fn keep(
+    fn store_features(
         &mut self,
         delta: &Vec<f32>,
-        part: Part,
+        part: RowSet,
         width: usize,
         rows: &Rows,
-        (kept, first_row): (&mut Vec<f32>, usize),
+        (feature_cache, first_row): (&mut Vec<f32>, usize),
     ) -> Result<()> {
-        let copy = |(place, row): (usize, &[f32])| {
-            kept[(first_row + place) * width..(first_row + place + 1) * width].copy_from_slice(row);
+        let copy = |(key, row): (usize, &[f32])| {
+            feature_cache[(first_row + key) * width..(first_row + key + 1) * width].copy_from_slice(row);
         };
         let delta = delta.chunks_exact(width);
         match part {
-            Part::Whole => rows.places().zip(delta).for_each(copy),
-            Part::Chosen => rows.chosen().map(|(_, place)| place).zip(delta).for_each(copy),
+            RowSet::All => rows.places().zip(delta).for_each(copy),
+            RowSet::Selected => rows.selected().map(|(_, key)| key).zip(delta).for_each(copy),
         }
         Ok(())
     }
 
-    fn add_norm_kept(
+    fn residual_norm_features(
         &mut self,
         x: &mut Vec<f32>,
-        (kept, first_row): (&Vec<f32>, usize),
+        (feature_cache, first_row): (&Vec<f32>, usize),
         rows: &Rows,
         weight: &Vec<f32>,
         eps: f32,
@@ -333,8 +333,8 @@ impl Backend for Cpu {
         let width = weight.len();
         let places: Vec<usize> = rows.places().collect();
         let pairs = x.par_chunks_exact_mut(width).zip(out.par_chunks_exact_mut(width));
-        places.par_iter().zip(pairs).for_each(|(place, (x, out))| {
-            norm::add(x, &kept[(first_row + place) * width..][..width]);
+        places.par_iter().zip(pairs).for_each(|(key, (x, out))| {
+            norm::add(x, &feature_cache[(first_row + key) * width..][..width]);
             norm::rms_norm(x, weight, eps, out);
         });
         Ok(())
@@ -349,10 +349,10 @@ impl Backend for Cpu {
     ) -> Result<()> {
         let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
         let places = rows.positions.iter().zip(rows.places());
-        for ((position, place), row) in places.zip(qkv.chunks_exact_mut(heads.qkv_width())) {
+        for ((position, key), row) in places.zip(qkv.chunks_exact_mut(heads.qkv_width())) {
             rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(*position));
             if let Some((cache, layer)) = &mut store {
-                let at = (*layer * cache.positions + place) * kv;
+                let at = (*layer * cache.positions + key) * kv;
                 cache.k[at..at + kv].copy_from_slice(&row[q..q + kv]);
                 cache.v[at..at + kv].copy_from_slice(&row[q + kv..]);
             }
@@ -378,7 +378,7 @@ impl Backend for Cpu {
     }
 
     fn gather(&mut self, x: &Vec<f32>, rows: &Rows, width: usize, out: &mut Vec<f32>) -> Result<()> {
-        for (from, row) in rows.scored.iter().zip(out.chunks_exact_mut(width)) {
+        for (from, row) in rows.logit_rows.iter().zip(out.chunks_exact_mut(width)) {
             row.copy_from_slice(&x[from * width..(from + 1) * width]);
         }
         Ok(())
@@ -394,9 +394,9 @@ impl HostUnmask for Cpu {
         &mut self,
         logits: &mut Vec<f32>,
         vocab_size: usize,
-        groups: &[Group],
-        unmask: &Unmask,
-    ) -> Result<Vec<Verdict>> {
+        groups: &[Candidates],
+        unmask: &SamplingParams,
+    ) -> Result<Vec<Prediction>> {
         unmask::unmask(logits, vocab_size, groups, unmask)
     }
 }

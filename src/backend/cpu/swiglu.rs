@@ -32,7 +32,7 @@ unsafe fn row<S: Simd>(gate: &[f32], up: &[f32], out: &mut [f32]) {
             S::store(out.as_mut_ptr().add(i), S::mul(silu, S::load(up.as_ptr().add(i))));
         }
     }
-    crate::oracle::swiglu::swiglu(&gate[whole..], &up[whole..], &mut out[whole..]);
+    crate::reference::swiglu::swiglu(&gate[whole..], &up[whole..], &mut out[whole..]);
 }
 
 #[cfg(test)]
@@ -48,7 +48,7 @@ mod tests {
             for r in 0..2 {
                 let row = &gate_up[2 * r * width..2 * (r + 1) * width];
                 let mut want = vec![0.0; width];
-                crate::oracle::swiglu::swiglu(&row[..width], &row[width..], &mut want);
+                crate::reference::swiglu::swiglu(&row[..width], &row[width..], &mut want);
                 for (got, want) in out[r * width..].iter().zip(&want) {
                     assert!((got - want).abs() <= 1e-6 * want.abs().max(1e-6), "{got} {want}");
                 }

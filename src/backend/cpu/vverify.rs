@@ -1,6 +1,6 @@
 //! V-verify: the oracle's choice, with sums that a CPU forms side by side.
 
-use crate::oracle::vverify::lowest_of;
+use crate::reference::vverify::lowest_of;
 use rayon::prelude::*;
 
 /// Guards the division for zero vectors.
@@ -8,7 +8,7 @@ const EPS: f64 = 1e-8;
 /// Partial sums of a dot product.
 const LANES: usize = 8;
 
-/// The `count` rows whose cosine with the cached row is lowest, as [`crate::oracle::vverify::vverify`] has them; of two runs of
+/// The `count` rows whose cosine with the cached row is lowest, as [`crate::reference::vverify::vverify`] has them; of two runs of
 /// (fresh, cached) rows, counted one after the other. Rows are `width` floats.
 pub fn vverify(runs: [(&[f32], &[f32]); 2], width: usize, count: usize) -> Vec<usize> {
     if count == 0 {
@@ -43,7 +43,7 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::oracle::vverify as oracle;
+    use crate::reference::vverify as reference;
 
     fn noise(len: usize, seed: u32) -> Vec<f32> {
         (0..len as u32).map(|i| ((i.wrapping_mul(2_654_435_761) ^ seed) >> 16) as f32 / 32768.0 - 1.0).collect()
@@ -60,10 +60,10 @@ mod tests {
         for width in [1, 7, 8, 64, 129] {
             let (fresh, cached) = (noise(40 * width, 1), noise(40 * width, 77));
             for (a, b) in fresh.chunks(width).zip(cached.chunks(width)) {
-                assert!((cosine(a, b) - oracle::cosine(a, b)).abs() < 1e-14, "{width}");
+                assert!((cosine(a, b) - reference::cosine(a, b)).abs() < 1e-14, "{width}");
             }
             for count in [0, 1, 13, 40] {
-                let want = oracle::vverify(&fresh, &cached, width, (count as f64 + 0.5) / 40.5);
+                let want = reference::vverify(&fresh, &cached, width, (count as f64 + 0.5) / 40.5);
                 // Of one element each, cosines are 1 or -1 up to the last bit.
                 assert!(width == 1 || two(&fresh, &cached, width, count) == want, "{width} {count}");
             }

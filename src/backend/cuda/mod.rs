@@ -2,7 +2,7 @@
 //! cuBLASLt.
 //!
 //! Where the rows of a pass stand lies in device memory too ([`Rows`]), so that a graph of launches can be replayed for
-//! other rows of the same [`Room`]. Nothing here waits for the device but [`Backend::read`].
+//! other rows of the same [`LaunchBucket`]. Nothing here waits for the device but [`Backend::read`].
 
 mod rows;
 mod staging;
@@ -10,13 +10,13 @@ mod staging;
 pub use rows::Rows;
 pub(crate) use staging::Staging;
 
-use super::{Backend, Heads, Needs, Part, Parts, Placement, Room};
+use super::{Backend, BatchMetadata, Heads, LaunchBucket, RowSet, SessionLimits, UpdateRanges};
 use crate::abi;
 use crate::error::{Error, Result};
 use crate::gpu::blas::{Blas, Shape};
 use crate::gpu::{Buffer, Device, Stream};
 use crate::ops;
-use crate::ops::rows::Copy;
+use crate::ops::gather_scatter::Copy;
 use crate::tensor::Tensor;
 use half::bf16;
 use staging::Uploader;
@@ -141,11 +141,11 @@ impl Cuda {
     }
 
     /// Device bytes that [`Backend::prepare`] and so many [`Backend::rows`] take.
-    pub(crate) fn session_bytes(needs: &Needs, slots: usize, multiprocessors: usize) -> usize {
+    pub(crate) fn session_bytes(needs: &SessionLimits, slots: usize, multiprocessors: usize) -> usize {
         let angles = needs.longest * needs.heads.head_dim / 2 * size_of::<[f32; 2]>();
         let workspace = attention_workspace(needs, multiprocessors) * size_of::<f32>();
         let ints = needs.tokens + slots * Rows::len(needs);
-        let vverify = if needs.chooses { vverify_workspace(needs) } else { 0 };
+        let vverify = if needs.selects { vverify_workspace(needs) } else { 0 };
         Blas::memory_bytes() + angles + workspace + vverify + ints * size_of::<i32>()
     }
 }
@@ -163,8 +163,8 @@ impl Cuda {
         num_indexed: usize,
     ) -> Result<()> {
         let row_bytes = bytes(width) as i64;
-        let params = abi::dllm_rows_params {
-            size: size_of::<abi::dllm_rows_params>() as u64,
+        let params = abi::dllm_gather_scatter_params {
+            size: size_of::<abi::dllm_gather_scatter_params>() as u64,
             source,
             target,
             index,
@@ -177,7 +177,7 @@ impl Cuda {
         };
         // SAFETY: buffers of the session, of these sizes; indices are checked on the device, and a placement gives no row of
         // a cache twice.
-        unsafe { ops::rows::launch_raw(self.stream.device(), self.stream.raw(), &params, copy) }
+        unsafe { ops::gather_scatter::launch_raw(self.stream.device(), self.stream.raw(), &params, copy) }
     }
 
     /// Fills in what all norms have in common, and launches.
@@ -254,7 +254,7 @@ fn bytes(elements: usize) -> u64 {
 }
 
 /// Elements of a chosen row, with values or without.
-fn chosen_width(heads: Heads, values: bool) -> usize {
+fn selected_width(heads: Heads, values: bool) -> usize {
     heads.qkv_width() - if values { 0 } else { heads.num_kv_heads * heads.head_dim }
 }
 
@@ -269,7 +269,7 @@ pub(crate) fn op_heads(heads: Heads) -> ops::attention::Heads {
 }
 
 /// Floats of workspace that attention needs in any pass of a session.
-pub(crate) fn attention_workspace(needs: &Needs, multiprocessors: usize) -> usize {
+pub(crate) fn attention_workspace(needs: &SessionLimits, multiprocessors: usize) -> usize {
     let heads = op_heads(needs.heads);
     let of = |longest: usize| {
         let splits = ops::attention::splits(longest, heads, multiprocessors);
@@ -280,7 +280,7 @@ pub(crate) fn attention_workspace(needs: &Needs, multiprocessors: usize) -> usiz
 }
 
 /// Bytes of workspace that V-verify needs in any pass of a session.
-fn vverify_workspace(needs: &Needs) -> usize {
+fn vverify_workspace(needs: &SessionLimits) -> usize {
     let most = |value: usize| i32::try_from(value).unwrap_or(i32::MAX);
     let (max_rows, num_sequences) = (most(needs.rows), most(needs.spans));
     let params = abi::dllm_vverify_params { max_rows, num_sequences, ..Default::default() };
@@ -312,9 +312,9 @@ impl Backend for Cuda {
         self.upload(&[tensor])
     }
 
-    fn prepare(&mut self, needs: &Needs, theta: f32) -> Result<()> {
+    fn prepare(&mut self, needs: &SessionLimits, theta: f32) -> Result<()> {
         let stream = &self.stream;
-        let vverify = match needs.chooses {
+        let vverify = match needs.selects {
             true => Some(stream.zeros(vverify_workspace(needs))?),
             false => None,
         };
@@ -344,7 +344,7 @@ impl Backend for Cuda {
         Ok(KvCache { k: elements()?, v: elements()?, positions, width })
     }
 
-    fn rows(&self, needs: &Needs) -> Result<Rows> {
+    fn rows(&self, needs: &SessionLimits) -> Result<Rows> {
         Rows::new(&self.stream, needs)
     }
 
@@ -354,7 +354,7 @@ impl Backend for Cuda {
         session.token_staging.write(&mut session.tokens, &tokens)
     }
 
-    fn place(&mut self, rows: &mut Rows, placement: &Placement) -> Result<()> {
+    fn set_batch(&mut self, rows: &mut Rows, placement: &BatchMetadata) -> Result<()> {
         let mask_slot = self.tokens()?.len() - 1;
         rows.write(placement, mask_slot)
     }
@@ -380,7 +380,7 @@ impl Backend for Cuda {
         unsafe { ops::embed::launch_raw(self.stream.device(), self.stream.raw(), &params) }
     }
 
-    fn add_norm(
+    fn residual_norm(
         &mut self,
         x: &mut Activations,
         delta: Option<&Activations>,
@@ -492,11 +492,11 @@ impl Backend for Cuda {
     }
 
     fn gather(&mut self, x: &Activations, rows: &Rows, width: usize, out: &mut Activations) -> Result<()> {
-        let Room { rows: all, scored, .. } = rows.room();
-        self.copy(Copy::Gather, [x.address(), out.address()], width, (rows.scored(), scored), all)
+        let LaunchBucket { rows: all, logit_rows, .. } = rows.room();
+        self.copy(Copy::Gather, [x.address(), out.address()], width, (rows.logit_rows(), logit_rows), all)
     }
 
-    fn choose(
+    fn select_rows(
         &mut self,
         values: Option<&Activations>,
         _heads: Heads,
@@ -505,8 +505,8 @@ impl Backend for Cuda {
     ) -> Result<()> {
         let (Some(tables), Some(values)) = (rows.choice(), values) else { return Ok(()) };
         let ([_, cached], width) = (cache.layer(layer), cache.width);
-        let Room { rows: all, chosen, .. } = rows.room();
-        let compared = |parts: &&Parts| parts.count() < parts.num_others();
+        let LaunchBucket { rows: all, selected, .. } = rows.room();
+        let compared = |parts: &&UpdateRanges| parts.count() < parts.num_others();
         let compared = rows.parts().iter().find(compared).and_then(|parts| parts.share);
         if let Some(share) = compared {
             let workspace = self.prepared()?.vverify.as_ref().ok_or_else(unprepared)?;
@@ -519,7 +519,7 @@ impl Backend for Cuda {
                 cu_rows: tables.cu_others,
                 indices: tables.numbers,
                 tables: tables.others,
-                selected: tables.chosen,
+                selected: tables.selected,
                 first_selected: tables.first_other,
                 cu_selected: tables.cu_selected,
                 workspace: workspace.address(),
@@ -531,7 +531,7 @@ impl Backend for Cuda {
                 num_sequences: count("sequences", rows.spans())?,
                 num_fresh_rows: count("rows", all)?,
                 num_cached_rows: count("positions", cache.positions)?,
-                num_listed: count("rows", chosen)?,
+                num_listed: count("rows", selected)?,
                 width: count("width", width)?,
                 dtype: BF16,
                 update_cached: 1,
@@ -548,17 +548,17 @@ impl Backend for Cuda {
         self.copy(Copy::Scatter, [values.address(), cached], width, (tables.stored, all), cache.positions)
     }
 
-    fn chosen(&self, rows: &Rows) -> Result<Vec<Vec<usize>>> {
+    fn selected(&self, rows: &Rows) -> Result<Vec<Vec<usize>>> {
         rows.numbers()
     }
 
-    fn gather_chosen(&mut self, x: &Activations, rows: &Rows, width: usize, out: &mut Activations) -> Result<()> {
-        let Room { rows: all, chosen, .. } = rows.room();
-        let index = rows.choice().ok_or_else(unprepared)?.chosen[0];
-        self.copy(Copy::Gather, [x.address(), out.address()], width, (index, chosen), all)
+    fn gather_selected(&mut self, x: &Activations, rows: &Rows, width: usize, out: &mut Activations) -> Result<()> {
+        let LaunchBucket { rows: all, selected, .. } = rows.room();
+        let index = rows.choice().ok_or_else(unprepared)?.selected[0];
+        self.copy(Copy::Gather, [x.address(), out.address()], width, (index, selected), all)
     }
 
-    fn rope_chosen(
+    fn rope_selected(
         &mut self,
         qkv: &mut Activations,
         heads: Heads,
@@ -566,19 +566,19 @@ impl Backend for Cuda {
         cache: (&mut KvCache, usize),
         values: bool,
     ) -> Result<()> {
-        let [_, positions, cache_row] = rows.choice().ok_or_else(unprepared)?.chosen;
+        let [_, positions, cache_row] = rows.choice().ok_or_else(unprepared)?.selected;
         let params = abi::dllm_rope_params {
             qkv: qkv.address(),
             positions,
             cache_row,
-            qkv_stride: chosen_width(heads, values) as i64,
-            max_rows: count("rows", rows.room().chosen)?,
+            qkv_stride: selected_width(heads, values) as i64,
+            max_rows: count("rows", rows.room().selected)?,
             ..Default::default()
         };
         self.rotate(params, heads, Some(cache))
     }
 
-    fn attention_chosen(
+    fn attention_selected(
         &mut self,
         qkv: &Activations,
         heads: Heads,
@@ -592,36 +592,36 @@ impl Backend for Cuda {
         let params = abi::dllm_attention_params {
             q: qkv.address(),
             out: out.address(),
-            cu_rows: tables.cu_chosen,
+            cu_rows: tables.cu_selected_rows,
             segments: [cache.segment(layer, tables.cached)?, none, none],
-            q_stride: chosen_width(heads, values) as i64,
+            q_stride: selected_width(heads, values) as i64,
             num_sequences: count("sequences", rows.spans())?,
             ..Default::default()
         };
-        self.attend(params, heads, rows.room().chosen, rows.room().longest_chosen)
+        self.attend(params, heads, rows.room().selected, rows.room().longest_selected)
     }
 
-    fn keep(
+    fn store_features(
         &mut self,
         delta: &Activations,
-        part: Part,
+        part: RowSet,
         width: usize,
         rows: &Rows,
-        (kept, first_row): (&mut Activations, usize),
+        (feature_cache, first_row): (&mut Activations, usize),
     ) -> Result<()> {
         let (index, max_rows) = match part {
-            Part::Whole => (rows.cache_rows(), rows.room().rows),
-            Part::Chosen => (rows.choice().ok_or_else(unprepared)?.chosen[2], rows.room().chosen),
+            RowSet::All => (rows.cache_rows(), rows.room().rows),
+            RowSet::Selected => (rows.choice().ok_or_else(unprepared)?.selected[2], rows.room().selected),
         };
-        let kept = kept.address() + bytes(first_row * width);
+        let feature_cache = feature_cache.address() + bytes(first_row * width);
         let positions = self.prepared()?.rows;
-        self.copy(Copy::Scatter, [delta.address(), kept], width, (index, max_rows), positions)
+        self.copy(Copy::Scatter, [delta.address(), feature_cache], width, (index, max_rows), positions)
     }
 
-    fn add_norm_kept(
+    fn residual_norm_features(
         &mut self,
         x: &mut Activations,
-        (kept, first_row): (&Activations, usize),
+        (feature_cache, first_row): (&Activations, usize),
         rows: &Rows,
         weight: &Buffer<bf16>,
         eps: f32,
@@ -629,7 +629,7 @@ impl Backend for Cuda {
     ) -> Result<()> {
         let params = abi::dllm_norm_params {
             x: x.address(),
-            delta: kept.address() + bytes(first_row * weight.len()),
+            delta: feature_cache.address() + bytes(first_row * weight.len()),
             delta_row: rows.cache_rows(),
             num_delta_rows: count("positions", self.prepared()?.rows)?,
             out: out.address(),

@@ -1,5 +1,5 @@
-use super::{Needs, Placement, Staging, count};
-use crate::backend::{Parts, Room};
+use super::{BatchMetadata, SessionLimits, Staging, count};
+use crate::backend::{LaunchBucket, UpdateRanges};
 use crate::error::Result;
 use crate::gpu::{Buffer, Stream};
 
@@ -12,11 +12,11 @@ pub struct Rows {
     table: Buffer<i32>,
     staging: Staging<i32>,
     layout: Layout,
-    room: Room,
+    room: LaunchBucket,
     /// Spans, those that are not there included; they have no rows.
     spans: usize,
     /// Of the spans that are there, where a choice is made.
-    parts: Vec<Parts>,
+    parts: Vec<UpdateRanges>,
 }
 
 /// Where each table begins, in elements.
@@ -25,7 +25,7 @@ struct Layout {
     tokens: usize,
     positions: usize,
     cache_rows: usize,
-    scored: usize,
+    logit_rows: usize,
     cu_rows: usize,
     live_lens: usize,
     prefix: [usize; 2],
@@ -43,8 +43,8 @@ pub(super) struct ChoiceTables<T> {
     /// Of the rows that run, one span after the other, those that run in any case first: their number among the others, and
     /// the same.
     pub numbers: T,
-    pub chosen: [T; 3],
-    pub cu_chosen: T,
+    pub selected: [T; 3],
+    pub cu_selected_rows: T,
     /// Where the others begin among a span's rows that run.
     pub first_other: T,
     /// Out of V-verify, not read.
@@ -61,8 +61,8 @@ impl<T: Copy> ChoiceTables<T> {
             others: self.others.map(&of),
             cu_others: of(self.cu_others),
             numbers: of(self.numbers),
-            chosen: self.chosen.map(&of),
-            cu_chosen: of(self.cu_chosen),
+            selected: self.selected.map(&of),
+            cu_selected_rows: of(self.cu_selected_rows),
             first_other: of(self.first_other),
             cu_selected: of(self.cu_selected),
             stored: of(self.stored),
@@ -72,7 +72,7 @@ impl<T: Copy> ChoiceTables<T> {
 }
 
 impl Layout {
-    fn of(needs: &Needs) -> Layout {
+    fn of(needs: &SessionLimits) -> Layout {
         let mut len = 0;
         let mut table = |elements: usize| {
             let at = len;
@@ -83,17 +83,17 @@ impl Layout {
             tokens: table(needs.rows),
             positions: table(needs.rows),
             cache_rows: table(needs.rows),
-            scored: table(needs.scored),
+            logit_rows: table(needs.logit_rows),
             cu_rows: table(needs.spans + 1),
             live_lens: table(needs.spans),
             prefix: [table(needs.spans), table(needs.spans)],
             suffix: [table(needs.spans), table(needs.spans)],
-            choice: needs.chooses.then(|| ChoiceTables {
+            choice: needs.selects.then(|| ChoiceTables {
                 others: [table(needs.rows), table(needs.rows), table(needs.rows)],
                 cu_others: table(needs.spans + 1),
                 numbers: table(needs.rows),
-                chosen: [table(needs.rows), table(needs.rows), table(needs.rows)],
-                cu_chosen: table(needs.spans + 1),
+                selected: [table(needs.rows), table(needs.rows), table(needs.rows)],
+                cu_selected_rows: table(needs.spans + 1),
                 first_other: table(needs.spans),
                 cu_selected: table(needs.spans + 1),
                 stored: table(needs.rows),
@@ -108,23 +108,23 @@ impl Layout {
 
 impl ChoiceTables<usize> {
     /// Writes the tables of a placement, whose others are written already.
-    fn write(self, table: &mut [i32], of: Layout, placement: &Placement, spans: usize) -> Result<()> {
+    fn write(self, table: &mut [i32], of: Layout, placement: &BatchMetadata, spans: usize) -> Result<()> {
         table[self.stored..][..placement.room.rows].fill(-1);
-        let (mut first, mut other, mut chosen) = (0, 0, 0);
+        let (mut first, mut other, mut selected) = (0, 0, 0);
         for (s, (span, parts)) in placement.spans.iter().zip(placement.parts).enumerate() {
-            let row = |place: usize| first + place - span.start;
+            let row = |key: usize| first + key - span.start;
             let known = |table: &[i32], row: usize| -> Result<[i32; 3]> {
                 Ok([count("rows", row)?, table[of.positions + row], table[of.cache_rows + row]])
             };
-            for place in parts.always.clone() {
-                let known = known(table, row(place))?;
-                table[self.stored + row(place)] = known[2];
-                for (list, value) in self.chosen.iter().zip(known) {
-                    table[list + chosen] = value;
+            for key in parts.always.clone() {
+                let known = known(table, row(key))?;
+                table[self.stored + row(key)] = known[2];
+                for (list, value) in self.selected.iter().zip(known) {
+                    table[list + selected] = value;
                 }
-                chosen += 1;
+                selected += 1;
             }
-            table[self.first_other + s] = count("rows", chosen)?;
+            table[self.first_other + s] = count("rows", selected)?;
             let all = parts.count() == parts.num_others();
             for number in 0..parts.num_others() {
                 let row = row(parts.other(number));
@@ -134,59 +134,59 @@ impl ChoiceTables<usize> {
                 }
                 if all {
                     table[self.stored + row] = known[2];
-                    table[self.numbers + chosen + number] = count("rows", other)?;
-                    for (list, value) in self.chosen.iter().zip(known) {
-                        table[list + chosen + number] = value;
+                    table[self.numbers + selected + number] = count("rows", other)?;
+                    for (list, value) in self.selected.iter().zip(known) {
+                        table[list + selected + number] = value;
                     }
                 }
                 other += 1;
             }
-            chosen += parts.count();
+            selected += parts.count();
             table[self.cu_others + s + 1] = count("rows", other)?;
-            table[self.cu_chosen + s + 1] = count("rows", chosen)?;
+            table[self.cu_selected_rows + s + 1] = count("rows", selected)?;
             table[self.cached[0] + s] = count("positions", span.cache_base)?;
             table[self.cached[1] + s] = count("positions", span.len)?;
             first += span.rows();
         }
         let last = placement.parts.len();
-        let (other, chosen) = (count("rows", other)?, count("rows", chosen)?);
+        let (other, selected) = (count("rows", other)?, count("rows", selected)?);
         table[self.cu_others + last + 1..=self.cu_others + spans].fill(other);
-        table[self.cu_chosen + last + 1..=self.cu_chosen + spans].fill(chosen);
-        table[self.first_other + last..self.first_other + spans].fill(chosen);
+        table[self.cu_selected_rows + last + 1..=self.cu_selected_rows + spans].fill(selected);
+        table[self.first_other + last..self.first_other + spans].fill(selected);
         Ok(())
     }
 }
 
 impl Rows {
     /// Elements of the buffer.
-    pub(super) fn len(needs: &Needs) -> usize {
+    pub(super) fn len(needs: &SessionLimits) -> usize {
         Layout::of(needs).len
     }
 
-    pub(super) fn new(stream: &Stream, needs: &Needs) -> Result<Rows> {
+    pub(super) fn new(stream: &Stream, needs: &SessionLimits) -> Result<Rows> {
         let layout = Layout::of(needs);
         let (table, staging) = (stream.alloc(layout.len)?, Staging::new(stream, layout.len)?);
-        Ok(Rows { table, staging, layout, room: Room::default(), spans: needs.spans, parts: vec![] })
+        Ok(Rows { table, staging, layout, room: LaunchBucket::default(), spans: needs.spans, parts: vec![] })
     }
 
     /// Puts a copy of the placement into the stream. `mask_slot` is the index of a mask token.
-    pub(super) fn write(&mut self, placement: &Placement, mask_slot: usize) -> Result<()> {
-        let Layout { tokens, positions, cache_rows, scored, cu_rows, live_lens, prefix, suffix, choice, len } =
+    pub(super) fn write(&mut self, placement: &BatchMetadata, mask_slot: usize) -> Result<()> {
+        let Layout { tokens, positions, cache_rows, logit_rows, cu_rows, live_lens, prefix, suffix, choice, len } =
             self.layout;
         let mut table = vec![0; len];
         table[tokens..positions].fill(count("tokens", mask_slot)?);
-        table[cache_rows..scored].fill(-1);
+        table[cache_rows..logit_rows].fill(-1);
         for (to, token) in table[tokens..].iter_mut().zip(placement.tokens) {
             *to = count("tokens", *token)?;
         }
-        for (to, row) in table[scored..].iter_mut().zip(placement.scored) {
+        for (to, row) in table[logit_rows..].iter_mut().zip(placement.logit_rows) {
             *to = count("scored", *row)?;
         }
         let mut row = 0;
         for (s, span) in placement.spans.iter().enumerate() {
-            for place in span.start..span.end {
+            for key in span.start..span.end {
                 table[positions + row] = count("positions", placement.positions[row])?;
-                table[cache_rows + row] = count("positions", span.cache_base + place)?;
+                table[cache_rows + row] = count("positions", span.cache_base + key)?;
                 row += 1;
             }
             table[cu_rows + s + 1] = count("rows", row)?;
@@ -212,7 +212,7 @@ impl Rows {
     }
 
     /// What launches are sized for.
-    pub(super) fn room(&self) -> Room {
+    pub(super) fn room(&self) -> LaunchBucket {
         self.room
     }
 
@@ -235,8 +235,8 @@ impl Rows {
         self.at(self.layout.cache_rows)
     }
 
-    pub(super) fn scored(&self) -> u64 {
-        self.at(self.layout.scored)
+    pub(super) fn logit_rows(&self) -> u64 {
+        self.at(self.layout.logit_rows)
     }
 
     pub(super) fn cu_rows(&self) -> u64 {
@@ -261,7 +261,7 @@ impl Rows {
     }
 
     /// The choice among each span's rows.
-    pub(super) fn parts(&self) -> &[Parts] {
+    pub(super) fn parts(&self) -> &[UpdateRanges] {
         &self.parts
     }
 
@@ -271,7 +271,7 @@ impl Rows {
         let table = self.table.read()?;
         let number = |value: i32| value.max(0) as usize;
         let (mut first, mut others) = (0, 0);
-        let of = |parts: &Parts| {
+        let of = |parts: &UpdateRanges| {
             let at = layout.numbers + first + parts.always.len();
             let numbers =
                 table[at..][..parts.count()].iter().map(|value| number(*value).saturating_sub(others)).collect();

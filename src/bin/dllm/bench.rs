@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind};
 use dllm_kernels::decode::decode;
-use dllm_kernels::model::{Config, Launches, Model, Network, Session, Weights, Window};
+use dllm_kernels::model::{Config, DecodeEngine, KernelCounts, Model, QueryRows, Session, Weights};
 use dllm_kernels::{CacheMode, Error, Family, Options, Policy, Result};
 use originals::{Answer, Originals};
 use std::path::{Path, PathBuf};
@@ -159,7 +159,7 @@ pub struct Setup {
 struct Run {
     mode: Mode,
     nfe: usize,
-    launches: Option<Launches>,
+    launches: Option<KernelCounts>,
     /// Of each round.
     seconds: Vec<f64>,
     timings: Vec<Timing>,
@@ -368,7 +368,7 @@ fn warm_up(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>]) -> Result<()>
     let mut session = Session::new(subject.model.transformer(), Cpu::default(), sizes)?;
     let mask = setup.config.mask_token_id;
     let tokens: Vec<_> = prompts.iter().map(|p| [p.clone(), vec![mask; setup.gen_length]].concat()).collect();
-    let windows: Vec<_> = tokens.iter().enumerate().map(|(i, t)| Window::new(i, 0..t.len(), t.len())).collect();
+    let windows: Vec<_> = tokens.iter().enumerate().map(|(i, t)| QueryRows::new(i, 0..t.len(), t.len())).collect();
     session.forward(&tokens, &windows, &BlockPlan::new(CacheMode::None, PassKind::Full), &[0], None)
 }
 

@@ -6,7 +6,7 @@ use crate::machine::Machine;
 use crate::output::{self, INTERRUPT, Target};
 use crate::plot::{self, Point};
 use clap::Args;
-use dllm_kernels::text::Text;
+use dllm_kernels::tokenizer::Tokenizer;
 use dllm_kernels::{Error, Generation, Generator, Options, Policy, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -83,7 +83,7 @@ struct Score {
     nfe: usize,
     tokens: f64,
     elapsed: Duration,
-    multiply_adds: u64,
+    macs: u64,
 }
 
 impl Score {
@@ -94,7 +94,7 @@ impl Score {
         self.tokens += generation.tokens_per_second() * generation.elapsed.as_secs_f64();
         self.elapsed += generation.elapsed;
         // A model's networks count always or never.
-        self.multiply_adds += generation.multiply_adds;
+        self.macs += generation.macs;
     }
 
     fn accuracy(&self) -> f64 {
@@ -109,8 +109,8 @@ impl Score {
         self.tokens / self.elapsed.as_secs_f64().max(1e-9)
     }
 
-    fn multiply_adds(&self) -> f64 {
-        self.multiply_adds as f64 / self.problems as f64
+    fn macs(&self) -> f64 {
+        self.macs as f64 / self.problems as f64
     }
 
     fn json(&self, setting: &str) -> Value {
@@ -120,7 +120,7 @@ impl Score {
             "accuracy": self.accuracy(),
             "nfe": self.nfe(),
             "tokens_per_second": self.tokens_per_second(),
-            "multiply_adds": self.multiply_adds(),
+            "multiply_adds": self.macs(),
         })
     }
 
@@ -142,7 +142,7 @@ pub fn run(args: &Eval) -> Result<()> {
     let checkpoint = Checkpoint::open(args.model.as_deref(), &place)?;
     let Some(text) = &checkpoint.text else {
         let message = "no tokenizer.json or vocab.json, which eval needs".into();
-        return Err(Error::Text { path: checkpoint.dir, message });
+        return Err(Error::Tokenizer { path: checkpoint.dir, message });
     };
     let file = args.problems.clone().unwrap_or_else(|| checkpoint.dir.join(PROBLEMS));
     let limit = args.limit.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
@@ -174,7 +174,7 @@ pub fn run(args: &Eval) -> Result<()> {
 /// Prints what each setting comes to, and leaves it in `scores`; after Ctrl-C only what there is.
 fn compare<'s>(
     checkpoint: &Checkpoint,
-    text: &Text,
+    text: &Tokenizer,
     problems: &[Problem],
     settings: &'s [(String, Options)],
     json: bool,
@@ -210,7 +210,7 @@ fn table_row(name: &str, width: usize, score: &Score) -> String {
         score.problems,
         score.accuracy(),
         score.nfe(),
-        score.multiply_adds() / 1e9,
+        score.macs() / 1e9,
         score.tokens_per_second()
     )
 }
@@ -275,7 +275,13 @@ fn check(checkpoint: &Checkpoint, file: &Path, problems: &[Problem], name: &str,
     Ok(())
 }
 
-fn score(checkpoint: &Checkpoint, text: &Text, problems: &[Problem], name: &str, options: &Options) -> Result<Score> {
+fn score(
+    checkpoint: &Checkpoint,
+    text: &Tokenizer,
+    problems: &[Problem],
+    name: &str,
+    options: &Options,
+) -> Result<Score> {
     let generator = Generator::new(&checkpoint.model).options(options.clone()).interrupt(&INTERRUPT);
     // Draws nothing unless stderr is a terminal.
     let bar = ProgressBar::new(problems.len() as u64).with_message(name.to_string());
@@ -307,7 +313,7 @@ fn bad_row(file: &Path, line: usize, message: &str) -> Error {
     Error::Format { path: file.to_path_buf(), message: format!("line {line}: {message}") }
 }
 
-fn read_problems(file: &Path, text: &Text, limit: usize) -> Result<Vec<Problem>> {
+fn read_problems(file: &Path, text: &Tokenizer, limit: usize) -> Result<Vec<Problem>> {
     let rows = std::fs::read_to_string(file).map_err(output::io_error(file))?;
     let lines = rows.lines().enumerate().filter(|(_, row)| !row.trim().is_empty()).take(limit);
     let problems = lines.map(|(i, row)| read_problem(file, text, i + 1, row)).collect::<Result<Vec<_>>>()?;
@@ -317,7 +323,7 @@ fn read_problems(file: &Path, text: &Text, limit: usize) -> Result<Vec<Problem>>
     }
 }
 
-fn read_problem(file: &Path, text: &Text, line: usize, row: &str) -> Result<Problem> {
+fn read_problem(file: &Path, text: &Tokenizer, line: usize, row: &str) -> Result<Problem> {
     let row: Value = serde_json::from_str(row).map_err(|e| bad_row(file, line, &e.to_string()))?;
     let field = |key: &str| match &row[key] {
         Value::String(value) => Ok(value.clone()),

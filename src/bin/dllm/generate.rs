@@ -6,7 +6,7 @@ use crate::output::{self, INTERRUPT, Target, io_error};
 use crate::watch::Watch;
 use clap::{ArgGroup, Args};
 use dllm_kernels::decode::{Decoded, trace::Trace};
-use dllm_kernels::text::Text;
+use dllm_kernels::tokenizer::Tokenizer;
 use dllm_kernels::{Config, Error, Generation, Generator, Model, Observer, Result, Step};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
@@ -82,7 +82,7 @@ impl Generate {
     }
 
     /// The prompts as token ids.
-    fn prompts(&self, dir: &Path, text: Option<&Text>) -> Result<Vec<Vec<u32>>> {
+    fn prompts(&self, dir: &Path, text: Option<&Tokenizer>) -> Result<Vec<Vec<u32>>> {
         if !self.prompt_ids.is_empty() {
             return Ok(self.prompt_ids.iter().map(|ids| ids.0.clone()).collect());
         }
@@ -119,7 +119,7 @@ fn sample_question(dir: &Path) -> String {
 pub struct Checkpoint {
     pub dir: PathBuf,
     pub model: Model,
-    pub text: Option<Text>,
+    pub text: Option<Tokenizer>,
     /// Those of the configuration and of the tokenizer.
     pub end_tokens: Vec<u32>,
 }
@@ -132,10 +132,10 @@ impl Checkpoint {
         let spinner = ProgressBar::new_spinner().with_message(format!("opening {}", dir.display()));
         spinner.enable_steady_tick(Duration::from_millis(100));
         let model = Model::open(&dir);
-        let text = model.as_ref().ok().map(|model| Text::open(&dir, model.config().vocab_size));
+        let text = model.as_ref().ok().map(|model| Tokenizer::open(&dir, model.config().vocab_size));
         spinner.finish_and_clear();
         let (model, text) = (place.bring(model?)?, text.transpose()?.flatten());
-        let of_text = text.as_ref().map(Text::end_tokens).unwrap_or_default();
+        let of_text = text.as_ref().map(Tokenizer::end_tokens).unwrap_or_default();
         let end_tokens = [&model.config().eos_token_ids[..], &of_text].concat();
         Ok(Checkpoint { dir, model, text, end_tokens })
     }
@@ -196,13 +196,13 @@ pub fn run(args: &Generate) -> Result<()> {
 }
 
 /// The text of a finished sequence; `None` without a tokenizer.
-fn answer_text(generation: &Generation, s: usize, config: &Config, text: Option<&Text>) -> Result<Option<String>> {
+fn answer_text(generation: &Generation, s: usize, config: &Config, text: Option<&Tokenizer>) -> Result<Option<String>> {
     // An interrupted decode leaves masks, which have no text.
     let tokens: Vec<u32> = generation.text_tokens(s).iter().copied().filter(|t| *t != config.mask_token_id).collect();
     text.map(|text| text.decode(&tokens)).transpose()
 }
 
-fn print_json(generation: &Generation, config: &Config, text: Option<&Text>, device: &str) -> Result<()> {
+fn print_json(generation: &Generation, config: &Config, text: Option<&Tokenizer>, device: &str) -> Result<()> {
     let each = |s: usize| answer_text(generation, s, config, text).map(|t| json!(t));
     let texts = (0..generation.tokens.len()).map(each).collect::<Result<Vec<Value>>>()?;
     let (text, tokens) = match (&texts[..], &generation.tokens[..]) {
@@ -220,7 +220,7 @@ fn print_json(generation: &Generation, config: &Config, text: Option<&Text>, dev
     output::print(&format!("{object}\n"))
 }
 
-fn print_answers(answer: Answer, generation: &Generation, config: &Config, text: Option<&Text>) -> Result<()> {
+fn print_answers(answer: Answer, generation: &Generation, config: &Config, text: Option<&Tokenizer>) -> Result<()> {
     let mut answers = Vec::new();
     for (s, tokens) in generation.tokens.iter().enumerate() {
         answers.push(answer_text(generation, s, config, text)?.unwrap_or_else(|| list(tokens)));
@@ -264,7 +264,7 @@ fn summary(generation: &Generation, config: &Config, device: &str) {
 
 /// The answer to one prompt on stdout, as far as it is final.
 struct Answer<'a> {
-    text: Option<&'a Text>,
+    text: Option<&'a Tokenizer>,
     end_tokens: &'a [u32],
     stream: bool,
     printed: String,
@@ -272,7 +272,7 @@ struct Answer<'a> {
 }
 
 impl<'a> Answer<'a> {
-    fn new(text: Option<&'a Text>, end_tokens: &'a [u32], stream: bool) -> Self {
+    fn new(text: Option<&'a Tokenizer>, end_tokens: &'a [u32], stream: bool) -> Self {
         Answer { text, end_tokens, stream, printed: String::new(), failure: None }
     }
 
@@ -312,7 +312,7 @@ impl<'a> Answer<'a> {
 }
 
 impl Observer for Answer<'_> {
-    fn decided(&mut self, _sequence: usize, tokens: &[u32]) {
+    fn finalized(&mut self, _sequence: usize, tokens: &[u32]) {
         if !self.stream || self.failure.is_some() {
             return;
         }
@@ -345,7 +345,7 @@ impl Observer for Observers<'_, '_> {
         }
     }
 
-    fn decided(&mut self, sequence: usize, tokens: &[u32]) {
-        self.answer.decided(sequence, tokens);
+    fn finalized(&mut self, sequence: usize, tokens: &[u32]) {
+        self.answer.finalized(sequence, tokens);
     }
 }

@@ -118,7 +118,7 @@ struct DeviceBytes {
 const MULTIPROCESSORS: usize = 132;
 
 #[cfg(feature = "cuda")]
-fn device_bytes(config: &Config, sizes: &dllm_kernels::model::Sizes) -> Result<Option<DeviceBytes>> {
+fn device_bytes(config: &Config, sizes: &dllm_kernels::model::SessionConfig) -> Result<Option<DeviceBytes>> {
     if dllm_kernels::model::supports_cuda(config).is_err() {
         return Ok(None);
     }
@@ -128,7 +128,7 @@ fn device_bytes(config: &Config, sizes: &dllm_kernels::model::Sizes) -> Result<O
 }
 
 #[cfg(not(feature = "cuda"))]
-fn device_bytes(_: &Config, _: &dllm_kernels::model::Sizes) -> Result<Option<DeviceBytes>> {
+fn device_bytes(_: &Config, _: &dllm_kernels::model::SessionConfig) -> Result<Option<DeviceBytes>> {
     Ok(None)
 }
 
@@ -217,7 +217,7 @@ fn answer(args: &Inspect, source: String, config: Config, tensors: Vec<TensorLin
         block_length: options.block_length(),
         batch,
         cache: options.cache.name(),
-        outputs_kept: sizes.kept,
+        outputs_kept: sizes.feature_cache,
         cfg_scale: args.cfg_scale,
         threads,
         bytes: Bytes {

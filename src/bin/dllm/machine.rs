@@ -109,7 +109,7 @@ impl Place {
         if !gpu::Device::tells_times()? || self.name.contains("software device") {
             return Ok(None);
         }
-        let bytes_per_second = dllm_kernels::ops::roof::read_rate(&device.stream()?, 2 << 30, 30)?;
+        let bytes_per_second = dllm_kernels::ops::read_bandwidth::read_rate(&device.stream()?, 2 << 30, 30)?;
         Ok(Some(Roofs { bytes_per_second, operations_per_second: gpu::blas::matrix_rate(device, 8192, 10)? }))
     }
 

@@ -17,7 +17,7 @@ mod screen;
 mod watch;
 
 use clap::{Parser, Subcommand};
-use dllm_kernels::{Error, Result, text};
+use dllm_kernels::{Error, Result, tokenizer};
 use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
@@ -60,7 +60,7 @@ fn main() -> ExitCode {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         // Such a panic is caught, and told as an error.
-        if !text::is_shielded() {
+        if !tokenizer::is_shielded() {
             report(info);
         }
     }));

@@ -3,7 +3,7 @@
 use crate::output;
 use crate::screen::{Cell, Screen, Style, tame};
 use dllm_kernels::decode::SequenceStep;
-use dllm_kernels::text::Text;
+use dllm_kernels::tokenizer::Tokenizer;
 use dllm_kernels::{Config, Observer, Options, Step};
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ const LONGEST_CHARACTER: usize = 4;
 
 /// Draws every step.
 pub struct Watch<'a> {
-    text: Option<&'a Text>,
+    text: Option<&'a Tokenizer>,
     mask: u32,
     end_tokens: &'a [u32],
     block_length: usize,
@@ -32,7 +32,7 @@ pub struct Watch<'a> {
 impl<'a> Watch<'a> {
     /// `options` and `prompts` have been validated.
     pub fn new(
-        text: Option<&'a Text>,
+        text: Option<&'a Tokenizer>,
         end_tokens: &'a [u32],
         config: &Config,
         options: &Options,
@@ -95,7 +95,7 @@ impl<'a> Watch<'a> {
     }
 
     /// The text of the first token; with those after it, where they make up one character together.
-    fn character(&self, text: &Text, tokens: &[u32]) -> (String, usize) {
+    fn character(&self, text: &Tokenizer, tokens: &[u32]) -> (String, usize) {
         let alone = text.token(tokens[0]).unwrap_or_else(|| "\u{fffd}".into());
         if !alone.contains(char::REPLACEMENT_CHARACTER) {
             return (alone, 1);

@@ -5,7 +5,7 @@ use super::timed::{Forward, Timing, adaptive_multiply_adds};
 use super::{Run, Setup, Source, Subject, median};
 use crate::machine::Roofs;
 use crate::report::{bytes, count, table};
-use dllm_kernels::model::Launches;
+use dllm_kernels::model::KernelCounts;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -61,7 +61,7 @@ struct Line {
     kinds: BTreeMap<&'static str, Kind>,
     /// On a CUDA device: kernels and products, as nodes of the graphs of a pass.
     #[serde(skip_serializing_if = "Option::is_none")]
-    launches: Option<Launches>,
+    launches: Option<KernelCounts>,
     /// All generated tokens, over the median of the seconds.
     tokens_per_second: f64,
     /// How many times faster than vanilla the whole decode is.
@@ -83,7 +83,8 @@ struct Kind {
     ms_min: f64,
     ms_max: f64,
     rows: f64,
-    multiply_adds: f64,
+    #[serde(rename = "multiply_adds")]
+    macs: f64,
     /// Two operations a multiply-add, over the sum of the times.
     gflops: f64,
 }
@@ -95,14 +96,14 @@ impl Kind {
             return None;
         }
         let ms = || own.iter().map(|t| 1000.0 * t.seconds);
-        let work = || own.iter().map(|t| t.multiply_adds);
+        let work = || own.iter().map(|t| t.macs);
         Some(Kind {
             count: own.len() / n.max(1),
             ms: median(ms()),
             ms_min: ms().fold(f64::INFINITY, f64::min),
             ms_max: ms().fold(0.0, f64::max),
             rows: median(own.iter().map(|t| t.rows as f64)),
-            multiply_adds: median(work()),
+            macs: median(work()),
             gflops: 2e-6 * work().sum::<f64>() / ms().sum::<f64>().max(1e-6),
         })
     }
@@ -112,8 +113,7 @@ impl Summary {
     /// `answer` is the original's last one, and `why` says why there is none, or no further one.
     pub fn new(setup: &Setup, subject: &Subject, runs: &[Run], answer: Option<Answer>, why: Option<String>) -> Summary {
         let vanilla = runs.iter().find(|r| r.mode == super::Mode::Vanilla);
-        let work =
-            |run: &Run| run.timings.iter().map(|t| t.multiply_adds).sum::<f64>() / run.seconds.len().max(1) as f64;
+        let work = |run: &Run| run.timings.iter().map(|t| t.macs).sum::<f64>() / run.seconds.len().max(1) as f64;
         let line = |run: &Run| {
             let seconds = median(run.seconds.clone()).max(1e-9);
             let ms_per_forward = 1000.0 * seconds / run.nfe.max(1) as f64;
@@ -198,7 +198,7 @@ impl Summary {
         let read = bytes(self.weight_bytes_per_forward);
         text += &format!("\nEvery forward reads {read} of weights at least once; GB/s is that over its time.\n");
         let launches = self.modes.iter().filter_map(|line| line.launches);
-        if let Some(Launches { layer, pass }) = launches.min_by_key(|launches| launches.pass) {
+        if let Some(KernelCounts { layer, pass }) = launches.min_by_key(|launches| launches.pass) {
             text += &format!(
                 "A block's pass is {pass} launches, its first layer {layer}: kernels and products, nodes of its graphs.\n"
             );
@@ -269,13 +269,13 @@ impl Summary {
                 k.rows.to_string(),
                 digits(k.ms),
                 format!("{}-{}", digits(k.ms_min), digits(k.ms_max)),
-                digits(k.multiply_adds / 1e9),
+                digits(k.macs / 1e9),
                 digits(k.gflops),
                 digits(1e-6 * self.weight_bytes_per_forward as f64 / k.ms.max(1e-6)),
             ];
             if let Some(Roofs { bytes_per_second, operations_per_second }) = self.roofs {
                 let reading = self.weight_bytes_per_forward as f64 / bytes_per_second;
-                let floor_ms = 1000.0 * reading.max(2.0 * k.multiply_adds / operations_per_second);
+                let floor_ms = 1000.0 * reading.max(2.0 * k.macs / operations_per_second);
                 row.extend([digits(floor_ms), format!("{:.2}", k.ms / floor_ms)]);
             }
             rows.push(row);

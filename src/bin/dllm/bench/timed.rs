@@ -2,12 +2,13 @@
 
 use super::Setup;
 use dllm_kernels::Options;
-use dllm_kernels::backend::{Always, Choice, Share};
+use dllm_kernels::backend::{Ratio, RowUpdate, UpdateAlways};
 use dllm_kernels::cache::{CacheMode, PassKind};
 use dllm_kernels::model::{
-    Autonomous, CachePlan, Chosen, Config, Course, Launches, LayerPlan, Network, Pass, Ran, Weights, Window,
+    CachePlan, Config, DecodeEngine, DecodeRun, DeviceLoop, KernelCounts, LayerPlan, Pass, QueryRows, RunOutcome,
+    SelectedRows, Weights,
 };
-use dllm_kernels::oracle::unmask::Verdict;
+use dllm_kernels::reference::unmask::Prediction;
 use dllm_kernels::{Error, Result};
 use std::time::Instant;
 
@@ -50,17 +51,19 @@ impl Forward {
     }
 
     /// What a plan runs of windows.
-    fn of(plan: &dyn CachePlan, windows: &[Window], cache: CacheMode) -> Forward {
+    fn of(plan: &dyn CachePlan, windows: &[QueryRows], cache: CacheMode) -> Forward {
         match (cache, plan.layer(1)) {
-            (CacheMode::Adaptive, LayerPlan::Partly(Choice { always: Always::Prompt, .. })) => Forward::Prompt,
-            (CacheMode::Adaptive, LayerPlan::Partly(Choice { others, .. })) => {
-                if others == Some(Share::new(1.0)) {
+            (CacheMode::Adaptive, LayerPlan::Partial(RowUpdate { always: UpdateAlways::Prompt, .. })) => {
+                Forward::Prompt
+            }
+            (CacheMode::Adaptive, LayerPlan::Partial(RowUpdate { others, .. })) => {
+                if others == Some(Ratio::new(1.0)) {
                     Forward::Response
                 } else {
                     Forward::Verify
                 }
             }
-            (_, LayerPlan::Partly(_) | LayerPlan::Whole { reuse: true, store: true, .. }) => Forward::Refresh,
+            (_, LayerPlan::Partial(_) | LayerPlan::Full { reuse: true, store: true, .. }) => Forward::Refresh,
             _ if is_full(windows) => Forward::Full,
             _ => match cache.block_pass() {
                 PassKind::Full | PassKind::Response => Forward::Full,
@@ -78,70 +81,70 @@ pub struct Timing {
     /// Positions that ran.
     pub rows: usize,
     /// Of the matrix products and of attention.
-    pub multiply_adds: f64,
+    pub macs: f64,
     pub seconds: f64,
 }
 
 /// A network that remembers its forwards.
 pub struct Timed<'m> {
-    pub network: Box<dyn Network + 'm>,
+    pub network: Box<dyn DecodeEngine + 'm>,
     pub options: &'m Options,
     pub timings: Vec<Timing>,
 }
 
 /// Prompts are never empty, so only a full window starts at 0. The end tells nothing: the last block has no suffix.
-fn is_full(windows: &[Window]) -> bool {
+fn is_full(windows: &[QueryRows]) -> bool {
     windows.iter().all(|window| window.rows.start == 0)
 }
 
 impl Timed<'_> {
-    fn record(&mut self, plan: &dyn CachePlan, windows: &[Window], multiply_adds: u64, seconds: f64) {
+    fn record(&mut self, plan: &dyn CachePlan, windows: &[QueryRows], macs: u64, seconds: f64) {
         self.timings.push(Timing {
             kind: Forward::of(plan, windows, self.options.cache),
             rows: windows.iter().map(|window| window.rows.len()).sum(),
-            multiply_adds: multiply_adds as f64,
+            macs: macs as f64,
             seconds,
         });
     }
 }
 
-impl Network for Timed<'_> {
-    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Verdict>> {
-        let before = self.network.multiply_adds();
+impl DecodeEngine for Timed<'_> {
+    fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
+        let before = self.network.macs();
         let start = Instant::now();
         let verdicts = self.network.step(tokens, pass)?;
         let seconds = start.elapsed().as_secs_f64();
-        let multiply_adds = self.network.multiply_adds() - before;
-        self.record(pass.plan, pass.windows, multiply_adds, seconds);
+        let macs = self.network.macs() - before;
+        self.record(pass.plan, pass.windows, macs, seconds);
         Ok(verdicts)
     }
 
-    fn chosen(&self) -> &[Chosen] {
-        self.network.chosen()
+    fn selected_rows(&self) -> &[SelectedRows] {
+        self.network.selected_rows()
     }
 
-    fn multiply_adds(&self) -> u64 {
-        self.network.multiply_adds()
+    fn macs(&self) -> u64 {
+        self.network.macs()
     }
 
-    fn autonomous(&mut self) -> Option<&mut dyn Autonomous> {
-        self.network.autonomous().is_some().then_some(self as &mut dyn Autonomous)
+    fn autonomous(&mut self) -> Option<&mut dyn DeviceLoop> {
+        self.network.autonomous().is_some().then_some(self as &mut dyn DeviceLoop)
     }
 
-    fn launches(&self) -> Result<Option<Launches>> {
+    fn launches(&self) -> Result<Option<KernelCounts>> {
         self.network.launches()
     }
 }
 
-impl Autonomous for Timed<'_> {
-    fn run(&mut self, tokens: &mut [Vec<u32>], course: &Course, go_on: &dyn Fn() -> bool) -> Result<Ran> {
+impl DeviceLoop for Timed<'_> {
+    fn run(&mut self, tokens: &mut [Vec<u32>], course: &DecodeRun, go_on: &dyn Fn() -> bool) -> Result<RunOutcome> {
         let Some(network) = self.network.autonomous() else {
             return Err(Error::Unavailable("this network runs no courses".into()));
         };
         let ran = network.run(tokens, course, go_on)?;
-        for (i, (seconds, multiply_adds)) in ran.seconds.iter().zip(&ran.multiply_adds).enumerate() {
+        for (i, (seconds, macs)) in ran.seconds.iter().zip(&ran.macs).enumerate() {
             let Some(Some(stage)) = course.stages.get((course.stage)(i)) else { continue };
-            self.record(stage.plan, stage.windows, *multiply_adds, *seconds);
+            self.record(stage.plan, stage.windows, *macs, *seconds);
         }
         Ok(ran)
     }

@@ -2,14 +2,14 @@
 
 mod advance;
 mod attention;
-mod cut;
 mod embed;
-mod merge;
+mod gather_scatter;
+mod merge_state;
 mod norm;
 mod product;
 mod rope;
-mod rows;
 mod swiglu;
+mod top_k_top_p;
 mod unmask;
 mod vverify;
 
@@ -17,11 +17,18 @@ use super::case::Entry;
 
 /// All checks; `small` ones take seconds on the software device.
 pub fn all(small: bool) -> Vec<Entry> {
-    [attention::entries, merge::entries, unmask::entries, cut::entries, advance::entries, vverify::entries]
-        .into_iter()
-        .chain([rows::entries, embed::entries, norm::entries, rope::entries, swiglu::entries, product::entries])
-        .flat_map(|entries: fn(bool) -> Vec<Entry>| entries(small))
-        .collect()
+    [
+        attention::entries,
+        merge_state::entries,
+        unmask::entries,
+        top_k_top_p::entries,
+        advance::entries,
+        vverify::entries,
+    ]
+    .into_iter()
+    .chain([gather_scatter::entries, embed::entries, norm::entries, rope::entries, swiglu::entries, product::entries])
+    .flat_map(|entries: fn(bool) -> Vec<Entry>| entries(small))
+    .collect()
 }
 
 /// The real size, or the small one.

@@ -8,7 +8,7 @@ use crate::args::argument;
 use crate::output::{print, print_json};
 use crate::report::count;
 use dllm_kernels::gpu::{Buffer, Device, Stream, blas};
-use dllm_kernels::ops::roof;
+use dllm_kernels::ops::read_bandwidth;
 use dllm_kernels::{Error, Result};
 use serde::Serialize;
 
@@ -183,12 +183,12 @@ impl Bench {
         let (free, _) = device.memory_bytes()?;
         let bytes = if self.is_software { 1 << 18 } else { (free / 4).min(ROOF_BYTES) / 16 * 16 };
         let repetitions = if self.is_software { 1 } else { ROOF_REPETITIONS };
-        Ok(roof::read_rate(&self.stream, bytes, repetitions)? / 1e9)
+        Ok(read_bandwidth::read_rate(&self.stream, bytes, repetitions)? / 1e9)
     }
 
     /// Reads, and does not write: lines to be written back would cost the next launch bandwidth.
     fn evict(&mut self) -> Result<()> {
-        roof::launch(&self.stream, &self.evicting, &mut self.sink)
+        read_bandwidth::launch(&self.stream, &self.evicting, &mut self.sink)
     }
 
     fn row(&mut self, entry: &Entry) -> Row {

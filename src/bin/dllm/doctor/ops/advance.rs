@@ -6,12 +6,12 @@ use super::pick;
 use super::unmask::{MASK, TEXT};
 use dllm_kernels::Result;
 use dllm_kernels::abi::{
-    DLLM_NONE_FAILED, DLLM_SCHEDULE_AMONG, DLLM_SCHEDULE_LLADA, dllm_advance_control, dllm_advance_params,
+    DLLM_NONE_FAILED, DLLM_SCHEDULE_CARRY_OVER, DLLM_SCHEDULE_LLADA, dllm_advance_control, dllm_advance_params,
     dllm_advance_sequence,
 };
 use dllm_kernels::gpu::{Buffer, Pinned, Stream};
 use dllm_kernels::ops::advance;
-use dllm_kernels::oracle::advance::{Schedule, Sequence, State};
+use dllm_kernels::reference::advance::{QuotaSchedule, Sequence, State};
 
 const END: i32 = 7;
 /// Numbers that the host is told: passes, forwards, active, and of the first failure sequence, position and step.
@@ -21,10 +21,10 @@ pub fn entries(small: bool) -> Vec<Entry> {
     let sequences = pick(small, 16, 4);
     vec![
         Entry::of("advance", format!("{sequences} sequences of 256, LLaDA's schedule"), "i32", move |stream| {
-            Batch::new(stream, sequences, 256, Schedule::Llada(8), false)
+            Batch::new(stream, sequences, 256, QuotaSchedule::Llada(8), false)
         }),
         Entry::of("advance", "5 of 77, Dream's among, ends and a failure".into(), "i32", |stream| {
-            Batch::new(stream, 5, 77, Schedule::Among, true)
+            Batch::new(stream, 5, 77, QuotaSchedule::CarryOver, true)
         }),
     ]
 }
@@ -57,15 +57,15 @@ fn on_device(sequence: &Sequence) -> dllm_advance_sequence {
         first_token: number(sequence.tokens.start),
         length: number(sequence.tokens.len()),
         generated: number(sequence.generated),
-        open_start: number(sequence.open.start),
-        open_end: number(sequence.open.end),
-        reach_start: number(sequence.reach.start),
-        reach_end: number(sequence.reach.end),
-        commit_before: number(sequence.open.end),
-        masked: number(sequence.masked),
+        active_start: number(sequence.active_range.start),
+        active_end: number(sequence.active_range.end),
+        quota_start: number(sequence.quota_range.start),
+        quota_end: number(sequence.quota_range.end),
+        commit_before: number(sequence.active_range.end),
+        initial_masks: number(sequence.initial_masks),
         per_step: number(sequence.per_step),
-        left: number(sequence.left),
-        limit: number(sequence.limit),
+        deficit: number(sequence.deficit),
+        max_passes: number(sequence.max_passes),
         forwards: number(sequence.forwards),
         active: sequence.quota.is_some().into(),
         ended: sequence.ended.into(),
@@ -75,8 +75,8 @@ fn on_device(sequence: &Sequence) -> dllm_advance_sequence {
 
 fn control(state: &State) -> dllm_advance_control {
     let (schedule, steps) = match &state.schedule {
-        Schedule::Llada(steps) => (DLLM_SCHEDULE_LLADA, *steps),
-        _ => (DLLM_SCHEDULE_AMONG, 0),
+        QuotaSchedule::Llada(steps) => (DLLM_SCHEDULE_LLADA, *steps),
+        _ => (DLLM_SCHEDULE_CARRY_OVER, 0),
     };
     let failure = state.failure;
     dllm_advance_control {
@@ -95,7 +95,7 @@ fn control(state: &State) -> dllm_advance_control {
 impl Batch {
     /// The second half of each sequence is a block. When `odd`, the texts of every other sequence end in it, the third has
     /// failed, and the fourth took no part.
-    fn new(stream: &Stream, count: usize, length: usize, schedule: Schedule, odd: bool) -> Result<Batch> {
+    fn new(stream: &Stream, count: usize, length: usize, schedule: QuotaSchedule, odd: bool) -> Result<Batch> {
         let mut numbers = Numbers::new(12);
         let half = length / 2;
         let mut tokens: Vec<i32> = (0..count * length).map(|_| TEXT).collect();
@@ -109,12 +109,12 @@ impl Batch {
             sequences.push(Sequence {
                 tokens: s * length..(s + 1) * length,
                 generated: half,
-                open: half..length,
-                reach: half..length - 1,
-                masked: half,
+                active_range: half..length,
+                quota_range: half..length - 1,
+                initial_masks: half,
                 per_step: 3,
-                left: 1,
-                limit: 3 + s,
+                deficit: 1,
+                max_passes: 3 + s,
                 forwards: 5 + s,
                 quota: (!odd || s != 3).then_some(4),
                 ended: false,
@@ -201,7 +201,8 @@ impl Case for Batch {
         state.advance(&self.tokens.host, &committed, &failed);
         let each = |of: &dyn Fn(&Sequence) -> i32| state.sequences.iter().map(of).collect::<Vec<i32>>();
         let quota = each(&|sequence| sequence.quota.map_or(0, number));
-        let before = each(&|sequence| if sequence.quota.is_some() { number(sequence.open.end) } else { i32::MIN });
+        let before =
+            each(&|sequence| if sequence.quota.is_some() { number(sequence.active_range.end) } else { i32::MIN });
         let sequences: Vec<_> = state.sequences.iter().map(on_device).collect();
         let want = control(&state);
         let told: Vec<i32> = (0..WORDS).map(|word| self.progress.get(word)).collect();

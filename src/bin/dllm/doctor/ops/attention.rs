@@ -6,7 +6,7 @@ use dllm_kernels::Result;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::attention::{self, Attention, Heads, KEY_TILE, QUERY_TILE, Rows, Segment};
 use dllm_kernels::ops::tiles::{Batch, DeviceTiles, Sequence, TileLists};
-use dllm_kernels::oracle::attention::attend;
+use dllm_kernels::reference::attention::attend;
 use half::{bf16, f16};
 
 /// Error of a result, by the largest of its row and head, in places of its type: one for its own rounding, and those of the

@@ -6,7 +6,7 @@ use dllm_kernels::Result;
 use dllm_kernels::abi::{DLLM_INDEX_FAILED, DLLM_NONE_FAILED};
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::embed::{self, Embed};
-use dllm_kernels::oracle::embed::embed as oracle;
+use dllm_kernels::reference::embed::embed as reference;
 use half::{bf16, f16};
 
 pub fn entries(small: bool) -> Vec<Entry> {
@@ -79,7 +79,7 @@ impl<T: Float> Case for Tokens<T> {
         let index: Vec<i32> = self.index.as_ref().map_or_else(every, |index| index.host.clone());
         let index = &index[..count_or(&self.count, index.len())];
         let mut want = self.out.host.clone();
-        let failed = match oracle(&self.table.host, self.width, tokens, index, &mut want) {
+        let failed = match reference(&self.table.host, self.width, tokens, index, &mut want) {
             true => DLLM_NONE_FAILED,
             false => DLLM_INDEX_FAILED,
         };

@@ -5,7 +5,7 @@ use super::pick;
 use dllm_kernels::Result;
 use dllm_kernels::gpu::Stream;
 use dllm_kernels::ops::norm::{self, Norm};
-use dllm_kernels::oracle::norm::{add_rounded, rms_norm_rounded, rms_scale};
+use dllm_kernels::reference::norm::{add_rounded, rms_norm_rounded, rms_scale};
 use half::{bf16, f16};
 
 const EPS: f32 = 1e-5;

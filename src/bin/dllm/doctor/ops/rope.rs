@@ -6,8 +6,8 @@ use dllm_kernels::Result;
 use dllm_kernels::abi::{DLLM_INDEX_FAILED, DLLM_NONE_FAILED};
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::rope::{self, Caches, Rope};
-use dllm_kernels::oracle::Heads;
-use dllm_kernels::oracle::rope::{Angles, rotate_rounded};
+use dllm_kernels::reference::Heads;
+use dllm_kernels::reference::rope::{Angles, rotate_rounded};
 use half::{bf16, f16};
 
 const THETA: f32 = 500_000.0;

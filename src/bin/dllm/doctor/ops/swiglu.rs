@@ -5,7 +5,7 @@ use super::pick;
 use dllm_kernels::Result;
 use dllm_kernels::gpu::Stream;
 use dllm_kernels::ops::swiglu::{self, Swiglu};
-use dllm_kernels::oracle::swiglu::{silu, swiglu_rounded};
+use dllm_kernels::reference::swiglu::{silu, swiglu_rounded};
 use half::{bf16, f16};
 
 pub fn entries(small: bool) -> Vec<Entry> {

@@ -6,8 +6,8 @@ use super::pick;
 use dllm_kernels::abi::DLLM_NONE_FAILED;
 use dllm_kernels::gpu::Stream;
 use dllm_kernels::ops::Workspace;
-use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, Rule};
-use dllm_kernels::oracle::unmask::{Selection, Unmask, score_row, select};
+use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, UnmaskConfig};
+use dllm_kernels::reference::unmask::{CommitRule, SamplingParams, score_row, select};
 use dllm_kernels::{Confidence, Result};
 use half::{bf16, f16};
 
@@ -87,13 +87,13 @@ impl<T: Float> Block<T> {
     }
 
     /// As the oracle has it.
-    fn rule(&self) -> Unmask {
-        Unmask {
+    fn rule(&self) -> SamplingParams {
+        SamplingParams {
             confidence: if self.odd { Confidence::Margin } else { Confidence::Probability },
             f32_confidence: true,
             seed: 7,
             mask_token: Some(MASK as u32),
-            ..Unmask::default()
+            ..SamplingParams::default()
         }
     }
 }
@@ -109,18 +109,18 @@ impl<T: Float> Case for Block<T> {
     }
 
     fn launch(&mut self) -> Result<()> {
-        let oracle = self.rule();
-        let rule = Rule {
-            confidence: oracle.confidence,
+        let reference = self.rule();
+        let rule = UnmaskConfig {
+            confidence: reference.confidence,
             policy: match self.odd {
                 true => Policy::Factor(FACTOR),
-                false => Policy::Threshold { threshold: THRESHOLD, among: None },
+                false => Policy::Threshold { threshold: THRESHOLD, top_n: None },
             },
             temperature: 0.0,
             tempered_confidence: false,
             cfg_scale: 0.0,
             alg_temp: 0.0,
-            seed: oracle.seed,
+            seed: reference.seed,
             mask_token: MASK as u32,
         };
         let args = op::Unmask {
@@ -132,7 +132,7 @@ impl<T: Float> Case for Block<T> {
             tokens: &mut self.tokens.device,
             commit_before: self.commit_before.as_ref().map(|window| &window.device),
             steps: None,
-            cut: None,
+            min_logit: None,
             outcome: &mut self.outcome,
             workspace: &mut self.workspace,
         };
@@ -141,11 +141,11 @@ impl<T: Float> Case for Block<T> {
 
     /// Each row's token and confidence; and what the oracle commits by the confidences that the kernel found.
     fn check(&self) -> Result<Vec<Measure>> {
-        let (chosen, confidence) = (self.outcome.chosen.read()?, self.outcome.confidence.read()?);
+        let (predicted, confidence) = (self.outcome.predicted.read()?, self.outcome.confidence.read()?);
         let is_mask = |row: usize| self.tokens.host[row] == MASK;
         let selection = match self.odd {
-            true => Selection::Factor(FACTOR.into()),
-            false => Selection::Threshold(THRESHOLD.into()),
+            true => CommitRule::Factor(FACTOR.into()),
+            false => CommitRule::Threshold(THRESHOLD.into()),
         };
         let (mut want_chosen, mut confidences) = (Vec::new(), Vec::new());
         let mut want = self.tokens.host.clone();
@@ -164,7 +164,7 @@ impl<T: Float> Case for Block<T> {
             let masked: Vec<usize> = (first..first + window.max(0) as usize).filter(|row| is_mask(*row)).collect();
             let found: Vec<f64> = masked.iter().map(|row| confidence[*row].into()).collect();
             let selected = select(&found, &found, selection);
-            selected.iter().for_each(|i| want[masked[*i]] = chosen[masked[*i]]);
+            selected.iter().for_each(|i| want[masked[*i]] = predicted[masked[*i]]);
             committed.push(selected.len() as i32);
             masks_left.push((masked.len() - selected.len()) as i32);
             first += length;
@@ -172,7 +172,7 @@ impl<T: Float> Case for Block<T> {
         let Outcome { masks_left: left, committed: counted, failed, .. } = &self.outcome;
         Ok(vec![
             Measure::within("confidences, relative", confidences.into_iter(), CONFIDENCE),
-            Measure::bits("rows that choose another token", &chosen, &want_chosen),
+            Measure::bits("rows that choose another token", &predicted, &want_chosen),
             Measure::bits("tokens that differ", &self.tokens.device.read()?, &want),
             Measure::bits("counts of commits that differ", &counted.read()?, &committed),
             Measure::bits("counts of masks left that differ", &left.read()?, &masks_left),

@@ -7,7 +7,7 @@ use dllm_kernels::abi::DLLM_NONE_FAILED;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::Workspace;
 use dllm_kernels::ops::vverify::{self, VVerify};
-use dllm_kernels::oracle::vverify::{cosine, lowest};
+use dllm_kernels::reference::vverify::{cosine, lowest};
 use half::{bf16, f16};
 
 pub fn entries(small: bool) -> Vec<Entry> {

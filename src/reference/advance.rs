@@ -1,0 +1,264 @@
+//! What the decoding rules do between two passes: who goes on, and how many tokens the next pass may commit.
+//!
+//! The loops of [`crate::decode`] say the same with blocks and policies; here it is said of one state after the other.
+
+use std::ops::Range;
+
+/// How many tokens a sequence may commit in each pass of a block.
+#[derive(Clone, Debug, PartialEq)]
+pub enum QuotaSchedule {
+    /// Any number.
+    Unlimited,
+    /// LLaDA: those masked at the block's beginning over so many steps.
+    Llada(usize),
+    /// Dream: of the masks that are left, step i commits the share `ratios[i]`, the last step all.
+    Dream(Vec<f32>),
+    /// Fast-dLLM's threshold for Dream without blocks.
+    CarryOver,
+}
+
+/// A sequence in a block. Positions count from its beginning.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sequence {
+    /// Its tokens among those of the batch.
+    pub tokens: Range<usize>,
+    /// First generated position.
+    pub generated: usize,
+    /// It takes part as long as one of these positions is masked.
+    pub active_range: Range<usize>,
+    /// Positions whose masks are left to the schedule.
+    pub quota_range: Range<usize>,
+    /// Masks of the block when it began.
+    pub initial_masks: usize,
+    /// Positions to look at in each step.
+    pub per_step: usize,
+    /// Positions rejected so far.
+    pub deficit: usize,
+    /// Passes of this block, at most.
+    pub max_passes: usize,
+    /// Passes that it has taken part in.
+    pub forwards: usize,
+    /// How many tokens the next pass may commit; none: it takes no part.
+    pub quota: Option<usize>,
+    /// Whether an end-of-text token stands with no mask before it.
+    pub ended: bool,
+}
+
+/// A sequence without a finite logit, or with an index out of range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Which.
+    pub sequence: usize,
+    /// What unmask says of it.
+    pub position: i32,
+    /// Passes that it had taken part in.
+    pub step: usize,
+}
+
+/// A batch in a block.
+#[derive(Clone, Debug, PartialEq)]
+pub struct State {
+    /// Its schedule.
+    pub schedule: QuotaSchedule,
+    /// Passes of this block so far.
+    pub pass: usize,
+    /// Passes so far.
+    pub passes: usize,
+    /// Those in which a sequence took part.
+    pub nfe: usize,
+    /// The first failure.
+    pub failure: Option<Failure>,
+    /// The sequences.
+    pub sequences: Vec<Sequence>,
+    /// The token of masked positions.
+    pub mask: i32,
+    /// Tokens that end a text early; empty: none does.
+    pub end_tokens: Vec<i32>,
+}
+
+impl State {
+    /// After a pass that has left `tokens`, committed so many of each sequence, and failed where it says so.
+    pub fn advance(&mut self, tokens: &[i32], committed: &[usize], failed: &[Option<i32>]) {
+        self.passes += 1;
+        self.nfe += usize::from(self.active() > 0);
+        self.pass += 1;
+        let failures = (0..self.sequences.len()).filter(|s| self.sequences[*s].quota.is_some()).filter_map(|s| {
+            let step = self.sequences[s].forwards;
+            failed[s].map(|position| Failure { sequence: s, position, step })
+        });
+        self.failure = self.failure.or(failures.min_by_key(|failure| failure.sequence));
+
+        for (s, sequence) in self.sequences.iter_mut().enumerate() {
+            let Some(quota) = sequence.quota else { continue };
+            let tokens = &tokens[sequence.tokens.clone()];
+            let masks = |positions: Range<usize>| tokens[positions].iter().filter(|t| **t == self.mask).count();
+            sequence.forwards += 1;
+            if !self.end_tokens.is_empty() {
+                let mut settled = tokens[sequence.generated..].iter().take_while(|t| **t != self.mask);
+                sequence.ended = settled.any(|t| self.end_tokens.contains(t));
+            }
+            if self.schedule == QuotaSchedule::CarryOver {
+                sequence.deficit = quota - committed[s];
+                if self.pass >= sequence.max_passes && sequence.deficit > 0 {
+                    sequence.max_passes += 1;
+                    sequence.per_step = 0;
+                }
+            }
+            let goes_on = failed[s].is_none()
+                && !sequence.ended
+                && self.pass < sequence.max_passes
+                && masks(sequence.active_range.clone()) > 0;
+            sequence.quota =
+                goes_on.then(|| sequence.next_quota(&self.schedule, self.pass, masks(sequence.quota_range.clone())));
+        }
+    }
+
+    /// Sequences that take part in the next pass.
+    pub fn active(&self) -> usize {
+        self.sequences.iter().filter(|sequence| sequence.quota.is_some()).count()
+    }
+}
+
+impl Sequence {
+    fn next_quota(&self, schedule: &QuotaSchedule, pass: usize, masks: usize) -> usize {
+        match schedule {
+            QuotaSchedule::Unlimited => usize::MAX,
+            QuotaSchedule::Llada(steps) if pass >= *steps => 1,
+            QuotaSchedule::Llada(steps) => self.initial_masks / steps + usize::from(pass < self.initial_masks % steps),
+            QuotaSchedule::Dream(ratios) if pass + 1 >= ratios.len() => masks,
+            QuotaSchedule::Dream(ratios) => ((masks as f32 * ratios[pass]) as usize).min(masks),
+            QuotaSchedule::CarryOver => (self.per_step + self.deficit).min(masks),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MASK: i32 = 9;
+
+    fn sequence(tokens: Range<usize>, quota: usize) -> Sequence {
+        let len = tokens.len();
+        Sequence {
+            tokens,
+            generated: 0,
+            active_range: 0..len,
+            quota_range: 0..len,
+            initial_masks: len,
+            per_step: 0,
+            deficit: 0,
+            max_passes: usize::MAX,
+            forwards: 0,
+            quota: Some(quota),
+            ended: false,
+        }
+    }
+
+    fn state(schedule: QuotaSchedule, sequences: Vec<Sequence>) -> State {
+        let (mask, end_tokens) = (MASK, vec![]);
+        State { schedule, pass: 0, passes: 0, nfe: 0, failure: None, sequences, mask, end_tokens }
+    }
+
+    /// Quotas of a sequence of so many masks whose quota is always used up.
+    fn quotas(schedule: QuotaSchedule, first: usize, masks: usize) -> Vec<usize> {
+        let mut state = state(schedule, vec![sequence(0..masks, first)]);
+        let (mut tokens, mut quotas) = (vec![MASK; masks], vec![]);
+        while let Some(quota) = state.sequences[0].quota {
+            quotas.push(quota);
+            let initial_masks: Vec<usize> = (0..masks).filter(|i| tokens[*i] == MASK).take(quota).collect();
+            initial_masks.iter().for_each(|i| tokens[*i] = 1);
+            state.advance(&tokens, &[initial_masks.len()], &[None]);
+        }
+        assert_eq!((state.pass, state.nfe), (quotas.len(), quotas.len()));
+        quotas
+    }
+
+    #[test]
+    fn schedules_end_when_nothing_is_left() {
+        assert_eq!(quotas(QuotaSchedule::Unlimited, usize::MAX, 5), [usize::MAX]);
+        assert_eq!(quotas(QuotaSchedule::Llada(3), 3, 8), [3, 3, 2]);
+        // A fourth of 8, then of 6 and of 5; the last step takes the rest.
+        assert_eq!(quotas(QuotaSchedule::Dream(vec![0.25; 4]), 2, 8), [2, 1, 1, 4]);
+    }
+
+    #[test]
+    fn lladas_schedule_goes_on_by_ones() {
+        let mut state = state(QuotaSchedule::Llada(2), vec![Sequence { initial_masks: 4, ..sequence(0..6, 2) }]);
+        let mut quotas = vec![];
+        for _ in 0..4 {
+            state.advance(&[MASK; 6], &[0], &[None]);
+            quotas.push(state.sequences[0].quota);
+        }
+        assert_eq!(quotas, [Some(2), Some(1), Some(1), Some(1)]);
+    }
+
+    #[test]
+    fn what_was_rejected_is_looked_at_again() {
+        let among = Sequence { per_step: 2, max_passes: 2, ..sequence(0..4, 2) };
+        let mut state = state(QuotaSchedule::CarryOver, vec![among]);
+        state.advance(&[1, MASK, MASK, MASK], &[1], &[None]);
+        assert_eq!((state.sequences[0].deficit, state.sequences[0].quota), (1, Some(3)));
+        state.advance(&[1, MASK, MASK, 1], &[1], &[None]);
+        // The steps are used up: further ones look at what was rejected, and no more.
+        let Sequence { per_step, deficit, max_passes, quota, .. } = state.sequences[0];
+        assert_eq!((per_step, deficit, max_passes, quota), (0, 2, 3, Some(2)));
+        state.advance(&[1, 1, MASK, 1], &[1], &[None]);
+        assert_eq!((state.sequences[0].max_passes, state.sequences[0].quota), (4, Some(1)));
+        state.advance(&[1; 4], &[1], &[None]);
+        assert_eq!((state.sequences[0].max_passes, state.active()), (4, 0));
+    }
+
+    #[test]
+    fn sequences_end_early_where_no_mask_stands_before() {
+        let after = |tokens: [i32; 4]| {
+            let generated = Sequence { generated: 1, ..sequence(0..4, 1) };
+            let mut state = State { end_tokens: vec![7, 8], ..state(QuotaSchedule::Unlimited, vec![generated]) };
+            state.advance(&tokens, &[1], &[None]);
+            (state.sequences[0].ended, state.active())
+        };
+        assert_eq!(after([1, 8, MASK, MASK]), (true, 0));
+        assert_eq!(after([MASK, 1, 7, MASK]), (true, 0));
+        assert_eq!(after([7, MASK, 7, 1]), (false, 1), "in the prompt, and behind a mask");
+        assert_eq!(after([7, 1, 1, 1]), (false, 0));
+    }
+
+    #[test]
+    fn sequences_go_on_by_themselves() {
+        let mut state = state(
+            QuotaSchedule::Unlimited,
+            vec![
+                Sequence { active_range: 2..3, ..sequence(0..3, 1) },
+                Sequence { max_passes: 1, ..sequence(3..6, 1) },
+                Sequence { quota: None, ..sequence(6..9, 1) },
+                sequence(9..12, 1),
+            ],
+        );
+        state.advance(&[MASK; 12], &[0; 4], &[None; 4]);
+        let active = |state: &State| state.sequences.iter().map(|s| s.quota.is_some()).collect::<Vec<_>>();
+        assert_eq!(active(&state), [true, false, false, true]);
+        let mut tokens = [MASK; 12];
+        tokens[2] = 1;
+        state.advance(&tokens, &[1, 0, 0, 0], &[None; 4]);
+        assert_eq!(active(&state), [false, false, false, true]);
+        // A mask that comes back changes nothing.
+        state.advance(&[MASK; 12], &[0; 4], &[None; 4]);
+        assert_eq!(active(&state), [false, false, false, true]);
+        let forwards: Vec<usize> = state.sequences.iter().map(|s| s.forwards).collect();
+        assert_eq!((forwards, state.nfe), (vec![2, 1, 0, 3], 3));
+    }
+
+    #[test]
+    fn the_first_failure_stays() {
+        let mut state = state(QuotaSchedule::Unlimited, (0..4).map(|s| sequence(s..s + 1, 1)).collect());
+        state.sequences[0].quota = None;
+        state.sequences[3].forwards = 5;
+        state.advance(&[MASK; 4], &[0; 4], &[Some(0), None, None, None]);
+        assert_eq!((state.failure, state.active()), (None, 3), "one that takes no part does not fail");
+        state.advance(&[MASK; 4], &[0; 4], &[None, None, Some(-2), Some(4)]);
+        let failure = Some(Failure { sequence: 2, position: -2, step: 1 });
+        assert_eq!((state.failure, state.active()), (failure, 1));
+        state.advance(&[MASK; 4], &[0; 4], &[None, Some(3), None, None]);
+        assert_eq!((state.failure, state.active()), (failure, 0));
+    }
+}

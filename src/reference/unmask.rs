@@ -1,0 +1,431 @@
+//! From logits to committed tokens: what one denoising step does after the forward pass.
+//!
+//! Per masked row: a token (argmax, or a sample), and a confidence. Per sequence: which rows to commit. Sources:
+//! LLaDA (remasking by low confidence), Fast-dLLM sections 3.2-3.3 (threshold, factor), Dream (top-p, top-k, margin,
+//! entropy). NaN logits count as minus infinity, plus infinity as the largest finite value.
+
+use super::philox::{Purpose, gumbel, uniform};
+use crate::error::{Error, Result};
+use rayon::prelude::*;
+
+/// What ranks a masked row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Confidence {
+    /// Probability of the chosen token.
+    Probability,
+    /// Difference of the two largest probabilities.
+    Margin,
+    /// Negative entropy, the sum of p ln(p + 1e-10).
+    Entropy,
+    /// A random number.
+    Random,
+}
+
+/// How a row's token and confidence come about.
+#[derive(Clone, Debug)]
+pub struct SamplingParams {
+    /// What ranks the rows.
+    pub confidence: Confidence,
+    /// 0 takes the argmax; above, tokens are drawn from softmax(logits / temperature) by the Gumbel-max rule.
+    pub temperature: f64,
+    /// Whether confidences are taken after the temperature (Dream) or from the plain logits (LLaDA).
+    pub tempered_confidence: bool,
+    /// Whether confidences are rounded to f32, as where the original computes its softmax in the model's type.
+    pub f32_confidence: bool,
+    /// Keep the shortest run of most probable tokens whose probabilities sum to more than this.
+    pub top_p: Option<f64>,
+    /// Keep the k largest logits (and those equal to the k-th).
+    pub top_k: Option<usize>,
+    /// Classifier-free guidance w: logits become u + (w + 1) (c - u). 0 is none.
+    pub cfg_scale: f32,
+    /// Above 0, a fixed quota is drawn from softmax(confidence / alg_temp) instead of taking the best.
+    pub alg_temp: f64,
+    /// Seed of every random number.
+    pub seed: u64,
+    /// A token that is never chosen: a mask that stayed a mask would be no progress. Where it has the largest logit it
+    /// counts as minus infinity, elsewhere it keeps its share of the probabilities.
+    pub mask_token: Option<u32>,
+}
+
+/// The argmax, ranked by its probability of the plain logits; any token.
+impl Default for SamplingParams {
+    fn default() -> Self {
+        SamplingParams {
+            confidence: Confidence::Probability,
+            temperature: 0.0,
+            tempered_confidence: false,
+            f32_confidence: false,
+            top_p: None,
+            top_k: None,
+            cfg_scale: 0.0,
+            alg_temp: 0.0,
+            seed: 0,
+            mask_token: None,
+        }
+    }
+}
+
+/// Which of a sequence's candidates to commit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum CommitRule {
+    /// The best this many.
+    Quota(usize),
+    /// The best, and all others with at least this confidence.
+    Threshold(f64),
+    /// As `Threshold`, among the best `top_n` only (none when that is 0).
+    ThresholdTopN {
+        /// Least confidence.
+        threshold: f64,
+        /// How many candidates are looked at.
+        top_n: usize,
+    },
+    /// Fast-dLLM's factor f: the best n as long as (n + 1) (1 - c_n) < f.
+    Factor(f64),
+}
+
+/// The candidates of one sequence: masked positions, ascending, and what to do with them.
+#[derive(Clone, Debug)]
+pub struct Candidates {
+    /// Index of the sequence in the batch.
+    pub sequence: usize,
+    /// Forwards that this sequence has taken part in; keys the random numbers.
+    pub step: usize,
+    /// Masked positions, ascending. Logits stand in this order, group after group.
+    pub positions: Vec<usize>,
+    /// Positions from here on are scored for an observer but not committed.
+    pub commit_before: usize,
+    /// How many of them to commit.
+    pub selection: CommitRule,
+}
+
+/// What became of one candidate.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Prediction {
+    /// The row's token.
+    pub token: u32,
+    /// Its confidence.
+    pub confidence: f64,
+    /// Whether it is to be committed.
+    pub commit: bool,
+}
+
+/// Scores every candidate and selects in every group. `logits` is `[n, vocab_size]`, n candidates in all; with guidance
+/// `[2 n, vocab_size]`, the unconditional rows last. It is overwritten.
+///
+/// # Errors
+/// [`Error::NoFiniteLogit`] names the first candidate whose row has no finite logit.
+pub fn unmask(
+    logits: &mut [f32],
+    vocab_size: usize,
+    groups: &[Candidates],
+    unmask: &SamplingParams,
+) -> Result<Vec<Prediction>> {
+    let candidates: Vec<(&Candidates, usize)> =
+        groups.iter().flat_map(|g| g.positions.iter().map(move |p| (g, *p))).collect();
+    let (rows, rest) = logits.split_at_mut(candidates.len() * vocab_size);
+    let score = |(i, (row, (group, position))): (usize, (&mut [f32], &(&Candidates, usize)))| {
+        if unmask.cfg_scale > 0.0 {
+            guide(row, &rest[i * vocab_size..], unmask.cfg_scale);
+        }
+        let (token, confidence) = score_row(row, unmask, group.step, *position)?;
+        Some(Prediction { token, confidence, commit: false })
+    };
+    let rows = rows.par_chunks_exact_mut(vocab_size).zip(&candidates).enumerate();
+    let scored: Vec<Option<Prediction>> = rows.map(score).collect();
+    // Not collected into a Result in parallel: of several failures that would name any, not the first.
+    let verdict = |(verdict, (group, position)): (Option<Prediction>, &(&Candidates, usize))| {
+        verdict.ok_or(Error::NoFiniteLogit { sequence: group.sequence, position: *position, step: group.step })
+    };
+    let mut verdicts = scored.into_iter().zip(&candidates).map(verdict).collect::<Result<Vec<_>>>()?;
+    let mut first = 0;
+    for group in groups {
+        let eligible = group.positions.partition_point(|p| *p < group.commit_before);
+        let slice = &mut verdicts[first..first + eligible];
+        let confidences: Vec<f64> = slice.iter().map(|v| v.confidence).collect();
+        let ranks = ranks(&confidences, &group.positions, unmask, group.step);
+        for i in select(&confidences, &ranks, group.selection) {
+            slice[i].commit = true;
+        }
+        first += group.positions.len();
+    }
+    Ok(verdicts)
+}
+
+/// `c = u + (scale + 1) (c - u)`
+fn guide(conditional: &mut [f32], unconditional: &[f32], scale: f32) {
+    for (c, u) in conditional.iter_mut().zip(unconditional) {
+        *c = u + (scale + 1.0) * (*c - u);
+    }
+}
+
+/// Token and confidence of one row, or None when no logit is finite (but the mask token's). The row is overwritten.
+pub fn score_row(row: &mut [f32], unmask: &SamplingParams, step: usize, position: usize) -> Option<(u32, f64)> {
+    for l in row.iter_mut() {
+        *l = if l.is_nan() { f32::NEG_INFINITY } else { l.min(f32::MAX) };
+    }
+    let largest = |row: &[f32]| argmax(row.iter().map(|l| *l as f64));
+    let is_mask = |token: usize| unmask.mask_token.is_some_and(|mask| mask as usize == token);
+    let (mut best, mut max) = largest(row)?;
+    if is_mask(best) {
+        row[best] = f32::NEG_INFINITY;
+        (best, max) = largest(row)?;
+    }
+    let tempered = if unmask.temperature > 0.0 { unmask.temperature } else { 1.0 };
+    if unmask.top_p.is_some() || unmask.top_k.is_some() {
+        let cut = cut_logit(row, tempered, unmask.top_p, unmask.top_k);
+        row.iter_mut().filter(|l| **l < cut).for_each(|l| *l = f32::NEG_INFINITY);
+    }
+    let token = if unmask.temperature > 0.0 {
+        // A logit of minus infinity stays there whatever the noise: filtered tokens are never drawn, and need no number.
+        let noised = row.iter().enumerate().map(|(token, l)| match is_mask(token) || *l == f32::NEG_INFINITY {
+            true => f64::NEG_INFINITY,
+            false => *l as f64 + unmask.temperature * gumbel(unmask.seed, Purpose::Token, step, position, token),
+        });
+        argmax(noised)?.0
+    } else {
+        best
+    };
+    let scale = if unmask.tempered_confidence { tempered } else { 1.0 };
+    let weight = |l: f32| ((l as f64 - max) / scale).exp();
+    let confidence = match unmask.confidence {
+        Confidence::Random => uniform(unmask.seed, Purpose::Confidence, step, position, 0),
+        Confidence::Probability => weight(row[token]) / total(row, max, scale),
+        Confidence::Margin => {
+            let others = row.iter().enumerate().filter(|(i, _)| *i != best);
+            let second = others.map(|(_, l)| *l).fold(f32::NEG_INFINITY, f32::max);
+            (weight(row[best]) - weight(second)) / total(row, max, scale)
+        }
+        Confidence::Entropy => {
+            let total = total(row, max, scale);
+            row.iter().map(|l| weight(*l) / total).map(|p| p * (p + 1e-10).ln()).sum()
+        }
+    };
+    let confidence = if unmask.f32_confidence { confidence as f32 as f64 } else { confidence };
+    Some((token as u32, confidence))
+}
+
+/// How far below the largest logit, in temperatures, others still count: e^-60 times 2^24 terms is below the rounding of a
+/// sum that holds e^0.
+const REACH: f64 = 60.0;
+
+/// The sum of e^((l - max) / scale), in f64 with the exponentials of the terms that can change its last bit.
+fn total(row: &[f32], max: f64, scale: f64) -> f64 {
+    let floor = (max - REACH * scale) as f32;
+    row.iter().filter(|l| **l >= floor).map(|l| ((*l as f64 - max) / scale).exp()).sum()
+}
+
+/// Index and value of the largest; the lowest index on ties; None when all are minus infinity.
+fn argmax(values: impl Iterator<Item = f64>) -> Option<(usize, f64)> {
+    let mut best = None;
+    let mut max = f64::NEG_INFINITY;
+    for (i, value) in values.enumerate() {
+        if value > max {
+            (best, max) = (Some(i), value);
+        }
+    }
+    best.map(|i| (i, max))
+}
+
+/// The least logit that top-p, then top-k, keep, for probabilities softmax(row / temperature); minus infinity keeps all.
+pub fn cut_logit(row: &[f32], temperature: f64, top_p: Option<f64>, top_k: Option<usize>) -> f32 {
+    let descending = |a: &f32, b: &f32| b.total_cmp(a);
+    let mut cut = f32::NEG_INFINITY;
+    if let Some(top_p) = top_p.filter(|p| *p < 1.0) {
+        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
+        let total = total(row, max, temperature);
+        // The others' probabilities are too small to change the sum.
+        let floor = (max - REACH * temperature) as f32;
+        let mut sorted: Vec<f32> = row.iter().copied().filter(|l| *l >= floor).collect();
+        sorted.sort_unstable_by(descending);
+        let mut sum = 0.0;
+        for l in sorted {
+            sum += ((l as f64 - max) / temperature).exp() / total;
+            // A token goes when those before it already sum to more than top_p.
+            if sum > top_p {
+                cut = l;
+                break;
+            }
+        }
+    }
+    if let Some(top_k) = top_k {
+        let mut kept: Vec<f32> = row.iter().copied().filter(|l| *l >= cut).collect();
+        if (1..kept.len()).contains(&top_k) {
+            cut = *kept.select_nth_unstable_by(top_k - 1, descending).1;
+        }
+    }
+    cut
+}
+
+/// What the candidates are ordered by: their confidences, or with `alg_temp` Gumbel-perturbed ones.
+fn ranks(confidences: &[f64], positions: &[usize], unmask: &SamplingParams, step: usize) -> Vec<f64> {
+    if unmask.alg_temp <= 0.0 {
+        return confidences.to_vec();
+    }
+    let noise = |position: &usize| gumbel(unmask.seed, Purpose::Rank, step, *position, 0);
+    confidences.iter().zip(positions).map(|(c, p)| c / unmask.alg_temp + noise(p)).collect()
+}
+
+/// Indices of the candidates to commit, best rank first. Ties go to the lower index.
+pub fn select(confidences: &[f64], ranks: &[f64], selection: CommitRule) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..confidences.len()).collect();
+    order.sort_by(|a, b| ranks[*b].total_cmp(&ranks[*a])); // stable: positions stay ascending
+    let confident = |order: &[usize], threshold: f64| {
+        order.iter().enumerate().filter(|(n, i)| *n == 0 || confidences[**i] >= threshold).map(|(_, i)| *i).collect()
+    };
+    match selection {
+        CommitRule::Quota(count) => {
+            order.truncate(count);
+            order
+        }
+        CommitRule::Threshold(threshold) => confident(&order, threshold),
+        CommitRule::ThresholdTopN { threshold, top_n } => {
+            order.truncate(top_n);
+            confident(&order, threshold)
+        }
+        CommitRule::Factor(factor) => {
+            // The scan of the original, quirk included: when only the last one fails, it is taken all the same.
+            let last = order.len().saturating_sub(1);
+            let fails = |n: &usize| *n > 0 && confidences[order[*n]] < 1.0 - factor / (*n as f64 + 2.0);
+            let mut count = (0..order.len()).find(fails).unwrap_or(last);
+            if count == 0 || count == last {
+                count += 1;
+            }
+            order.truncate(count);
+            order
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plain() -> SamplingParams {
+        SamplingParams {
+            confidence: Confidence::Probability,
+            temperature: 0.0,
+            tempered_confidence: false,
+            f32_confidence: false,
+            top_p: None,
+            top_k: None,
+            cfg_scale: 0.0,
+            alg_temp: 0.0,
+            seed: 0,
+            mask_token: None,
+        }
+    }
+
+    #[test]
+    fn ties_go_to_the_lowest_token() {
+        let mut row = [1.0, 3.0, 3.0, 3.0];
+        let (token, confidence) = score_row(&mut row, &plain(), 0, 0).unwrap();
+        assert_eq!(token, 1);
+        assert!((confidence - 1.0 / (3.0 + (-2f64).exp())).abs() < 1e-15);
+    }
+
+    #[test]
+    fn nan_and_infinities() {
+        let mut row = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 2.0];
+        assert_eq!(score_row(&mut row, &plain(), 0, 0), Some((1, 1.0)));
+        for all in [f32::NAN, f32::NEG_INFINITY] {
+            assert_eq!(score_row(&mut [all; 5], &plain(), 0, 0), None);
+        }
+        let group = Candidates {
+            sequence: 3,
+            step: 2,
+            positions: vec![8, 9],
+            commit_before: 10,
+            selection: CommitRule::Quota(1),
+        };
+        let error = unmask(&mut [1.0, 2.0, f32::NAN, f32::NAN], 2, &[group], &plain()).unwrap_err();
+        assert!(matches!(error, Error::NoFiniteLogit { sequence: 3, position: 9, step: 2 }), "{error}");
+    }
+
+    #[test]
+    fn the_mask_is_never_chosen() {
+        let unmask = SamplingParams { mask_token: Some(1), ..plain() };
+        assert_eq!(score_row(&mut [1.0, 5.0, 1.0], &unmask, 0, 0), Some((0, 0.5)));
+        // Behind another token it counts as ever.
+        assert_eq!(score_row(&mut [1.0, 1.0, 0.0], &unmask, 0, 0), score_row(&mut [1.0, 1.0, 0.0], &plain(), 0, 0));
+        assert_eq!(score_row(&mut [f32::NAN, 5.0, f32::NEG_INFINITY], &unmask, 0, 0), None);
+        for (top_k, logits) in [(None, [0.0, 9.0, 1.0]), (Some(1), [0.0, 9.0, 1.0]), (Some(2), [0.0, 1.0, 2.0])] {
+            let unmask = SamplingParams { temperature: 5.0, top_k, ..unmask.clone() };
+            for position in 0..1000 {
+                assert_ne!(score_row(&mut logits.clone(), &unmask, 0, position).unwrap().0, 1);
+            }
+        }
+    }
+
+    #[test]
+    fn one_token_vocabulary() {
+        let unmask = SamplingParams { confidence: Confidence::Margin, ..plain() };
+        assert_eq!(score_row(&mut [-4.0], &unmask, 0, 0), Some((0, 1.0)));
+    }
+
+    #[test]
+    fn selections() {
+        let c = [0.5, 0.9, 0.2, 0.9];
+        assert_eq!(select(&c, &c, CommitRule::Quota(3)), [1, 3, 0]);
+        assert_eq!(select(&c, &c, CommitRule::Quota(0)), [0usize; 0]);
+        assert_eq!(select(&c, &c, CommitRule::Quota(9)), [1, 3, 0, 2]);
+        assert_eq!(select(&c, &c, CommitRule::Threshold(0.9)), [1, 3]);
+        assert_eq!(select(&c, &c, CommitRule::Threshold(0.95)), [1]);
+        assert_eq!(select(&c, &c, CommitRule::ThresholdTopN { threshold: 0.1, top_n: 2 }), [1, 3]);
+        assert_eq!(select(&c, &c, CommitRule::ThresholdTopN { threshold: 0.1, top_n: 0 }), [0usize; 0]);
+        for selection in [CommitRule::Quota(2), CommitRule::Threshold(0.1), CommitRule::Factor(1.0)] {
+            assert_eq!(select(&[], &[], selection), [0usize; 0]);
+        }
+    }
+
+    /// Every count that the factor rule can give, against its definition in the paper's terms.
+    #[test]
+    fn factor() {
+        let take = |c: &[f64], f| select(c, c, CommitRule::Factor(f)).len();
+        assert_eq!(take(&[0.1], 1.0), 1);
+        assert_eq!(take(&[0.9, 0.1], 1.0), 2); // the quirk: n = 2
+        assert_eq!(take(&[0.9, 0.7, 0.1], 1.0), 3); // the quirk: only the lowest fails
+        assert_eq!(take(&[0.9, 0.1, 0.1], 1.0), 1);
+        assert_eq!(take(&[0.9, 0.7, 0.1, 0.1], 1.0), 2);
+        assert_eq!(take(&[0.99; 6], 1.0), 6);
+        assert_eq!(take(&[0.9, 1.0 - 1.0 / 3.0, 0.0, 0.0], 1.0), 2); // equality with a bound is accepted
+    }
+
+    /// Draws follow softmax(logits / temperature), within five standard deviations, and never a filtered token.
+    #[test]
+    fn samples_follow_the_distribution() {
+        let logits = [1.0f32, 0.0, 2.0, -1.0];
+        let unmask = SamplingParams { temperature: 0.7, top_k: Some(3), tempered_confidence: true, ..plain() };
+        let draws = 20_000;
+        let mut counts = [0usize; 4];
+        let weight = |l: f32| (l as f64 / 0.7).exp();
+        let total: f64 = logits[..3].iter().map(|l| weight(*l)).sum();
+        for position in 0..draws {
+            let (token, confidence) = score_row(&mut logits.clone(), &unmask, 4, position).unwrap();
+            counts[token as usize] += 1;
+            assert!((confidence - weight(logits[token as usize]) / total).abs() < 1e-12);
+        }
+        assert_eq!(counts[3], 0);
+        for t in 0..3 {
+            let p = weight(logits[t]) / total;
+            let sd = (draws as f64 * p * (1.0 - p)).sqrt();
+            assert!((counts[t] as f64 - draws as f64 * p).abs() < 5.0 * sd, "{counts:?}");
+        }
+    }
+
+    /// A quota under `alg_temp` draws positions by softmax(confidence / alg_temp).
+    #[test]
+    fn alg_temp_draws_positions() {
+        let unmask = SamplingParams { alg_temp: 0.5, ..plain() };
+        let confidences = [0.2, 0.8];
+        let draws = 20_000;
+        let first = (0..draws)
+            .filter(|step| {
+                let ranks = ranks(&confidences, &[5, 6], &unmask, *step);
+                select(&confidences, &ranks, CommitRule::Quota(1)) == [0]
+            })
+            .count();
+        let p = 1.0 / (1.0 + (0.6f64 / 0.5).exp());
+        let sd = (draws as f64 * p * (1.0 - p)).sqrt();
+        assert!((first as f64 - draws as f64 * p).abs() < 5.0 * sd);
+    }
+}
