@@ -6,7 +6,7 @@ mod gpu;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::Workspace;
 use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, UnmaskConfig};
-use dllm_kernels::reference::unmask::{SamplingParams, score_row};
+use dllm_kernels::sampling::{SamplingParams, score_row};
 use dllm_kernels::{Confidence, Result};
 use gpu::{Bench, Case, Float, L2, Random, assert_close, bytes_of, few};
 use half::bf16;

@@ -26,6 +26,7 @@ pub mod model;
 #[cfg(feature = "cuda")]
 pub mod ops;
 pub mod reference;
+pub mod sampling;
 mod tensor;
 #[cfg(feature = "cli")]
 pub mod tokenizer;
@@ -34,4 +35,4 @@ pub use cache::CacheMode;
 pub use decode::{Generation, Generator, Observer, Options, Policy, Step};
 pub use error::{Error, Result};
 pub use model::{Config, Family, Model};
-pub use reference::unmask::Confidence;
+pub use sampling::Confidence;

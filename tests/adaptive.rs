@@ -5,7 +5,7 @@ use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::adaptive::Adaptive;
 use dllm_kernels::decode::decode;
 use dllm_kernels::model::{CfgBranch, DecodeEngine, Pass, QueryRows, SelectedRows, Session, SessionConfig};
-use dllm_kernels::reference::unmask::{Candidates, CommitRule, Prediction, SamplingParams};
+use dllm_kernels::sampling::{Candidates, CommitRule, Prediction, SamplingParams};
 use dllm_kernels::{CacheMode, Config, Family, Generator, Model, Options, Policy, Result};
 
 const FAMILIES: [Family; 2] = [Family::Llada, Family::Dream];

@@ -9,14 +9,14 @@ use dllm_kernels::abi::{
     DLLM_INDEX_FAILED, DLLM_NONE_FAILED, DLLM_SCHEDULE_CARRY_OVER, DLLM_SCHEDULE_DREAM, DLLM_SCHEDULE_LLADA,
     DLLM_SCHEDULE_NONE, dllm_advance_control, dllm_advance_params, dllm_advance_sequence, dllm_progress,
 };
-use dllm_kernels::decode::schedule::{DreamSchedule, llada_quota};
 use dllm_kernels::decode::{Algorithm, decode};
 use dllm_kernels::gpu::{Buffer, Pinned, Stream};
 use dllm_kernels::model::{DecodeEngine, Pass};
 use dllm_kernels::ops::advance;
 use dllm_kernels::ops::unmask::{self, Outcome, Row, RowTable, Unmask};
 use dllm_kernels::reference::advance::{Failure, QuotaSchedule, Sequence, State};
-use dllm_kernels::reference::unmask::{CommitRule, Confidence, Prediction};
+use dllm_kernels::sampling::{CommitRule, Confidence, Prediction};
+use dllm_kernels::sampling::{DreamSchedule, llada_quota};
 use dllm_kernels::{CacheMode, Config, Family, Options, Policy, Result};
 use std::ops::Range;
 
@@ -846,7 +846,7 @@ impl DecodeEngine for Table {
         let row = |s: usize, position: usize| &self.logits[s][position * self.vocab_size..][..self.vocab_size];
         let rows = pass.groups.iter().flat_map(|group| group.positions.iter().map(|p| row(group.sequence, *p)));
         let mut logits: Vec<f32> = rows.flatten().copied().collect();
-        dllm_kernels::reference::unmask::unmask(&mut logits, self.vocab_size, pass.groups, pass.unmask)
+        dllm_kernels::sampling::sample(&mut logits, self.vocab_size, pass.groups, pass.unmask)
     }
 }
 

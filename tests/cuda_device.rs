@@ -8,11 +8,8 @@ mod common;
 use checkpoint::{Checkpoint, EOS, MASK};
 use common::{device, once_on_device, one_layer};
 use dllm_kernels::decode::decode;
-use dllm_kernels::model::{
-    DecodeEngine, DecodeRun, DeviceLoop, LayerPlan, Pass, QueryRows, QuotaSchedule, RunOutcome, SequenceState,
-    StepTemplate,
-};
-use dllm_kernels::reference::unmask::{CommitRule, Prediction, SamplingParams};
+use dllm_kernels::model::{DecodeEngine, DecodeRun, DeviceLoop, LayerPlan, Pass, QueryRows, RunOutcome, StepTemplate};
+use dllm_kernels::sampling::{CommitRule, Prediction, QuotaSchedule, SamplingParams, SequenceState};
 use dllm_kernels::{CacheMode, Config, Error, Family, Generation, Generator, Model, Observer, Options, Policy};
 use softgpu::Opt;
 use std::cell::Cell;

@@ -7,13 +7,11 @@ mod recorded;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind};
 use dllm_kernels::decode::decode;
-use dllm_kernels::decode::schedule::{DreamSchedule, llada_quota};
 use dllm_kernels::decode::trace::Trace;
 use dllm_kernels::model::{DecodeEngine, Pass, QueryRows, Session, SessionConfig, Weights};
-use dllm_kernels::reference::unmask::{
-    Candidates, CommitRule, Prediction, SamplingParams, cut_logit, score_row, unmask,
-};
 use dllm_kernels::reference::{rope, vverify};
+use dllm_kernels::sampling::{Candidates, CommitRule, Prediction, SamplingParams, min_kept_logit, sample, score_row};
+use dllm_kernels::sampling::{DreamSchedule, llada_quota};
 use dllm_kernels::{CacheMode, Confidence, Config, Family, Model, Result};
 use recorded::{Tensors, cases, compare, difference, golden_dir, json, names, numbers, options, token_rows};
 use serde_json::Value;
@@ -192,7 +190,7 @@ fn sampler_llada() {
             };
             groups.push(Candidates { sequence: row, step: 0, positions, commit_before: length, selection });
         }
-        let verdicts = unmask(&mut candidate_logits, vocab, &groups, &plain_unmask()).unwrap();
+        let verdicts = sample(&mut candidate_logits, vocab, &groups, &plain_unmask()).unwrap();
         let places = groups.iter().flat_map(|g| g.positions.iter().map(|p| g.sequence * length + p));
         for (at, verdict) in places.zip(&verdicts) {
             got_x0[at] = verdict.token as i64;
@@ -253,7 +251,7 @@ fn dream_probabilities(setting: &SamplingParams, logits: &[f32], probs: &[f32], 
     let vocab = 64;
     let tempered = if setting.temperature > 0.0 { setting.temperature } else { 1.0 };
     for (row, probs) in logits.chunks(vocab).zip(probs.chunks(vocab)) {
-        let cut = cut_logit(row, tempered, setting.top_p, setting.top_k);
+        let cut = min_kept_logit(row, tempered, setting.top_p, setting.top_k);
         let weight = |l: f32| if l >= cut { (l as f64 / tempered).exp() } else { 0.0 };
         let total: f64 = row.iter().map(|l| weight(*l)).sum();
         for (l, want) in row.iter().zip(probs) {
@@ -387,7 +385,7 @@ impl DecodeEngine for Compared<'_> {
         }
         let rows = pass.groups[0].positions.iter().map(|p| (p - self.prompt_len) * vocab);
         let mut own: Vec<f32> = rows.flat_map(|at| &logits[at..at + vocab]).copied().collect();
-        unmask(&mut own, vocab, pass.groups, pass.unmask)
+        sample(&mut own, vocab, pass.groups, pass.unmask)
     }
 }
 
@@ -437,7 +435,7 @@ impl DecodeEngine for Scripted<'_> {
             }
         }
         self.call += 1;
-        unmask(&mut rows, self.vocab, pass.groups, pass.unmask)
+        sample(&mut rows, self.vocab, pass.groups, pass.unmask)
     }
 }
 

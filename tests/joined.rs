@@ -10,7 +10,7 @@ use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind, Refresh};
 use dllm_kernels::decode::decode;
 use dllm_kernels::model::{DecodeEngine, LayerPlan, Pass, Session, SessionConfig};
-use dllm_kernels::reference::unmask::Prediction;
+use dllm_kernels::sampling::Prediction;
 use dllm_kernels::{CacheMode, Config, Error, Family, Generator, Model, Observer, Options, Policy, Result, Step};
 use std::collections::BTreeMap;
 use std::ops::Range;

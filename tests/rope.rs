@@ -6,8 +6,8 @@ mod common;
 
 use common::{Float, Random, device, in_every_order, narrowed, on_device, poison, same_bits, spread, stream, widened};
 use dllm_kernels::abi::{DLLM_INDEX_FAILED, DLLM_NONE_FAILED, dllm_rope_params};
+use dllm_kernels::backend::Heads;
 use dllm_kernels::ops::rope::{self, Caches, Rope};
-use dllm_kernels::reference::Heads;
 use dllm_kernels::reference::rope::{Angles, rotate_rounded};
 use half::{bf16, f16};
 

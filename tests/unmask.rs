@@ -11,8 +11,8 @@ use dllm_kernels::Confidence;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::top_k_top_p::{self, TopKTopP};
 use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, UnmaskConfig};
-use dllm_kernels::reference::philox::{Purpose, gumbel};
-use dllm_kernels::reference::unmask::{Candidates, CommitRule, SamplingParams, cut_logit, score_row, select, unmask};
+use dllm_kernels::sampling::philox::{Purpose, gumbel};
+use dllm_kernels::sampling::{Candidates, CommitRule, SamplingParams, min_kept_logit, sample, score_row, select};
 use half::{bf16, f16};
 
 /// Relative error of a probability or margin: sums of up to 152,064 terms in f32, a tree of at most 19 levels, and
@@ -281,7 +281,7 @@ fn oracle_guided<T: Float>(
         [&case.logits[at..], &uncond[at..]].iter().flat_map(|l| &l[..case.vocab]).map(|l| l.f32()).collect();
     let selection = CommitRule::Quota(0);
     let group = Candidates { sequence: 0, step, positions: vec![position], commit_before: usize::MAX, selection };
-    let verdicts = unmask(&mut both, case.vocab, &[group], &case.unmask).ok()?;
+    let verdicts = sample(&mut both, case.vocab, &[group], &case.unmask).ok()?;
     Some((verdicts[0].token, verdicts[0].confidence))
 }
 
@@ -888,7 +888,7 @@ fn min_logits() {
             if best == MASK as usize {
                 row[best] = f32::NEG_INFINITY;
             }
-            let want = |p: f64| cut_logit(&row, temperature, Some(p), Some(top_k));
+            let want = |p: f64| min_kept_logit(&row, temperature, Some(p), Some(top_k));
             rows += 1;
             // The kernel's top_p is the f32 of it, and its weights are f32.
             let (low, high) = (want(top_p * (1.0 - 1e-6) - 1e-7), want(top_p * (1.0 + 1e-6) + 1e-7));

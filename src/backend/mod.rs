@@ -5,10 +5,37 @@ pub mod cpu;
 pub mod cuda;
 
 use crate::error::Result;
-use crate::reference::unmask::{Candidates, Prediction, SamplingParams};
-pub use crate::reference::{Heads, SequenceRows};
+use crate::sampling::{Candidates, Prediction, SamplingParams};
+pub use crate::tensor::Heads;
 pub use crate::tensor::Tensor;
 use std::ops::Range;
+
+/// The rows of one sequence that a pass runs: places `start .. end` of the `len` that are in view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SequenceRows {
+    /// Index of the sequence in the batch.
+    pub sequence: usize,
+    /// First place.
+    pub start: usize,
+    /// Place after the last.
+    pub end: usize,
+    /// Places of the sequence that its rows see.
+    pub len: usize,
+    /// Where the sequence's places begin in the cache.
+    pub cache_base: usize,
+}
+
+impl SequenceRows {
+    /// Rows of this span.
+    pub fn rows(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// Positions that its rows attend to: their own, or with a cache all of the sequence.
+    pub fn keys(&self, cached: bool) -> usize {
+        if cached { self.len } else { self.rows() }
+    }
+}
 
 /// How large the passes of a session get.
 #[derive(Clone, Debug, PartialEq, Eq)]

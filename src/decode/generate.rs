@@ -2,16 +2,14 @@
 
 use super::observer::Observer;
 use super::options::{Algorithm, Options, Policy};
-use super::schedule::DreamSchedule;
 use super::state::{Plan, SLOTS, Sequence, SequencePass, State};
 use super::stretch::{BlockLoop, CandidateStart, PassSpec};
 use crate::cache::PassKind;
 use crate::cache::adaptive::{AdaptivePlan, CfgPlan};
 use crate::error::Result;
-use crate::model::{
-    CfgBranch, Config, DecodeEngine, DecodeRun, Pass, QueryRows, QuotaSchedule, SequenceState, StepTemplate,
-};
-use crate::reference::unmask::{Candidates, CommitRule};
+use crate::model::{CfgBranch, Config, DecodeEngine, DecodeRun, Pass, QueryRows, StepTemplate};
+use crate::sampling::DreamSchedule;
+use crate::sampling::{Candidates, CommitRule, QuotaSchedule, SequenceState};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -6,7 +6,7 @@ use super::options::{Options, Policy};
 use crate::cache::CacheMode;
 use crate::error::Result;
 use crate::model::Model;
-use crate::reference::unmask::Confidence;
+use crate::sampling::Confidence;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 

@@ -5,7 +5,6 @@ mod generator;
 mod observer;
 mod options;
 pub mod presets;
-pub mod schedule;
 mod state;
 mod stretch;
 pub mod trace;

@@ -4,7 +4,7 @@ use crate::cache::adaptive::Adaptive;
 use crate::cache::{CacheMode, PassKind};
 use crate::error::{Error, Result};
 use crate::model::{Config, Family, SessionConfig};
-use crate::reference::unmask::{Confidence, SamplingParams};
+use crate::sampling::{Confidence, SamplingParams};
 
 /// Which masked tokens a step commits.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -3,7 +3,7 @@
 use super::options::{Options, Policy};
 use crate::cache::CacheMode;
 use crate::model::Family;
-use crate::reference::unmask::Confidence;
+use crate::sampling::Confidence;
 use serde::Serialize;
 
 /// Where the settings are from.

@@ -6,7 +6,7 @@ use crate::backend::Ratio;
 use crate::cache::adaptive::{AdaptivePlan, CfgPlan, first_active_row};
 use crate::cache::{BlockPlan, PassKind, Refresh};
 use crate::model::{CachePlan, Family, LayerPlan, QueryRows, VisibleKeys};
-use crate::reference::unmask::{Candidates, CommitRule, Prediction, SamplingParams};
+use crate::sampling::{Candidates, CommitRule, Prediction, SamplingParams};
 use std::ops::Range;
 
 /// One sequence of the batch.

@@ -1,9 +1,8 @@
 //! What the rules of the originals have in common: passes over a block, or over everything, until it is done.
 
-use super::schedule::{dream_quota, llada_quota};
 use super::state::State;
 use crate::cache::PassKind;
-use crate::model::{QuotaSchedule, SequenceState};
+use crate::sampling::{QuotaSchedule, SequenceState, dream_quota, llada_quota};
 use std::ops::Range;
 
 /// Passes over a block, or over everything.

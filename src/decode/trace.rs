@@ -5,7 +5,7 @@ use super::observer::{Observer, SequenceStep, Step};
 use super::options::{Algorithm, Options, Policy};
 use crate::cache::{CacheMode, PassKind};
 use crate::model::Config;
-use crate::reference::unmask::Confidence;
+use crate::sampling::Confidence;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::ops::Range;

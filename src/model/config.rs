@@ -242,9 +242,9 @@ impl Config {
     }
 
     /// Counts and width of its heads.
-    pub fn heads(&self) -> crate::reference::Heads {
+    pub fn heads(&self) -> crate::tensor::Heads {
         let Config { num_heads, num_kv_heads, head_dim, .. } = *self;
-        crate::reference::Heads { num_heads, num_kv_heads, head_dim }
+        crate::tensor::Heads { num_heads, num_kv_heads, head_dim }
     }
 
     /// Width of all query heads together.

@@ -3,52 +3,7 @@
 use super::forward::CachePlan;
 use super::window::QueryRows;
 use crate::error::Result;
-use crate::reference::unmask::{CommitRule, SamplingParams};
-use std::ops::Range;
-
-/// How many of a sequence's masks a pass commits, or among how many it chooses.
-#[derive(Clone, Debug, PartialEq)]
-pub enum QuotaSchedule {
-    /// As many as there are.
-    Unlimited,
-    /// `initial_masks / steps`, the first `initial_masks % steps` passes one more; after `steps` passes one.
-    Llada {
-        /// Passes of the schedule, at least one.
-        steps: usize,
-    },
-    /// Pass i the share `ratios[i]` of the masks that are left, rounded down; the last all of them.
-    Dream(Vec<f32>),
-    /// `per_step`, and as many as earlier passes have left over; a sequence that has something left over after its last
-    /// pass gets another.
-    CarryOver,
-}
-
-/// Where a sequence stands when passes begin. Positions count from the start of its prompt.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SequenceState {
-    /// First generated position.
-    pub generated: usize,
-    /// Forwards that it has taken part in.
-    pub forwards: usize,
-    /// It takes part as long as there is a mask in here.
-    pub active_range: Range<usize>,
-    /// Masks in here count for [`QuotaSchedule::Dream`] and [`QuotaSchedule::CarryOver`].
-    pub quota_range: Range<usize>,
-    /// Masks in `active_range` at the beginning.
-    pub initial_masks: usize,
-    /// Of [`QuotaSchedule::CarryOver`].
-    pub per_step: usize,
-    /// Of [`QuotaSchedule::CarryOver`].
-    pub deficit: usize,
-    /// Passes at most.
-    pub max_passes: usize,
-    /// Whether it takes part in the first pass; if not, it takes part in none.
-    pub active: bool,
-    /// Quota of the first pass.
-    pub first_quota: usize,
-    /// Candidates from here on are only looked at in the first pass.
-    pub first_commit_before: usize,
-}
+use crate::sampling::{CommitRule, QuotaSchedule, SamplingParams, SequenceState};
 
 /// What a pass runs.
 #[derive(Clone, Copy)]

@@ -10,7 +10,7 @@ use crate::backend::{
     Backend, BatchMetadata, HostUnmask, LaunchBucket, RowSet, RowUpdate, SequenceRows, SessionLimits, UpdateRanges,
 };
 use crate::error::{Error, Result};
-use crate::reference::unmask::{Candidates, Prediction, SamplingParams};
+use crate::sampling::{Candidates, Prediction, SamplingParams};
 use crate::tensor::Tensor;
 use serde::Serialize;
 use std::collections::HashMap;
@@ -769,7 +769,7 @@ impl<B: Backend> Session<'_, B> {
             })?;
             guided.extend(row.iter().zip(distance).map(|(own, distance)| own - distance));
         }
-        crate::reference::unmask::unmask(&mut guided, vocab_size, pass.groups, pass.unmask)
+        crate::sampling::sample(&mut guided, vocab_size, pass.groups, pass.unmask)
     }
 }
 

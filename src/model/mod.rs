@@ -12,7 +12,7 @@ pub mod weights;
 mod window;
 
 pub use config::{Config, Family};
-pub use course::{DecodeRun, DeviceLoop, QuotaSchedule, RunOutcome, SequenceState, StepTemplate};
+pub use course::{DecodeRun, DeviceLoop, RunOutcome, StepTemplate};
 pub use forward::{
     CachePlan, CfgBranch, DecodeEngine, KernelCounts, LayerPlan, Pass, SelectedRows, Session, Transformer,
 };

@@ -7,7 +7,7 @@
 //! commits nothing, and caches at most (with the adaptive cache) its keys and values of the tokens as they stand.
 
 use super::config::Config;
-use super::course::{DecodeRun, DeviceLoop, QuotaSchedule, RunOutcome, SequenceState, StepTemplate};
+use super::course::{DecodeRun, DeviceLoop, RunOutcome, StepTemplate};
 use super::forward::{CfgBranch, DecodeEngine, KernelCounts, LayerPlan, Pass, SelectedRows, Session, Transformer};
 use super::sizes::SessionConfig;
 use crate::abi::*;
@@ -16,7 +16,7 @@ use crate::backend::{Backend, LaunchBucket};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Graph, Pinned, Stream, SyncOnDrop, nvtx};
 use crate::ops;
-use crate::reference::unmask::{CommitRule, Confidence, Prediction, SamplingParams};
+use crate::sampling::{CommitRule, Confidence, Prediction, QuotaSchedule, SamplingParams, SequenceState};
 use std::collections::HashMap;
 use std::time::Instant;
 
@@ -796,7 +796,7 @@ impl DecodeEngine for CudaEngine<'_> {
             confidence: confidence[first[sequence] + i].into(),
             commit: after[sequence][position] != tokens[sequence][position],
         };
-        let of_group = |group: &crate::reference::unmask::Candidates| -> Vec<Prediction> {
+        let of_group = |group: &crate::sampling::Candidates| -> Vec<Prediction> {
             group.positions.iter().enumerate().map(|(i, p)| verdict(group.sequence, i, *p)).collect()
         };
         Ok(pass.groups.iter().flat_map(of_group).collect())

@@ -4,7 +4,8 @@ use super::{Element, Plan, buffers, validate};
 use crate::abi::{self, dllm_rope_params};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
-use crate::reference::{Heads, rope::Angles};
+use crate::reference::rope::Angles;
+use crate::tensor::Heads;
 use std::ffi::c_void;
 
 /// Checks every field but what the addresses point to.

@@ -4,7 +4,7 @@ use super::{Element, Layout, Plan, Workspace, buffers, validate};
 use crate::abi::{self, dllm_unmask_params, dllm_unmask_row};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
-use crate::reference::unmask::Confidence;
+use crate::sampling::Confidence;
 use std::collections::HashSet;
 use std::ffi::c_void;
 

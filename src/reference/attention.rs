@@ -1,6 +1,7 @@
 //! Attention, written for reading: f64, one query row and head at a time.
 
-use super::{Heads, SequenceRows};
+use crate::backend::SequenceRows;
+use crate::tensor::Heads;
 
 /// One query and head over its keys and values, all of `head_dim` elements: the result, and the natural log-sum-exp of the
 /// scaled scores. Without keys: zeros and minus infinity.

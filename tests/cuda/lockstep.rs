@@ -6,7 +6,7 @@ use crate::rounded::{Choices, Rounded};
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::decode::{Decoded, Observer, decode};
 use dllm_kernels::model::{DecodeEngine, Pass, Session, Transformer, Weights};
-use dllm_kernels::reference::unmask::{Prediction, unmask};
+use dllm_kernels::sampling::{Prediction, sample};
 use dllm_kernels::{Config, Family, Model, Options, Result};
 use std::cell::RefCell;
 use std::path::Path;
@@ -108,7 +108,7 @@ impl DecodeEngine for Lockstep<'_> {
             choices.iter().all(|choices| choices.borrow().of_device.is_empty()),
             "{what}: choices that nobody made"
         );
-        let want = unmask(&mut cpu.clone(), config.vocab_size, pass.groups, pass.unmask)?;
+        let want = sample(&mut cpu.clone(), config.vocab_size, pass.groups, pass.unmask)?;
         let logits = Logits { cpu, rounded, vocab_size: config.vocab_size };
         tally.add(compare(what, &logits, pass.groups, pass.unmask, [&want, &got]));
         Ok(want)

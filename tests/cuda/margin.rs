@@ -23,10 +23,8 @@
 
 use crate::rounded::Choices;
 use dllm_kernels::Confidence;
-use dllm_kernels::reference::philox::{Purpose, gumbel};
-use dllm_kernels::reference::unmask::{
-    Candidates, CommitRule, Prediction, SamplingParams, cut_logit, score_row, select,
-};
+use dllm_kernels::sampling::philox::{Purpose, gumbel};
+use dllm_kernels::sampling::{Candidates, CommitRule, Prediction, SamplingParams, min_kept_logit, score_row, select};
 
 /// Bound of what differences of logits are off by, in mean errors of the row.
 pub const MARGIN: f64 = 12.0;
@@ -377,5 +375,5 @@ fn cuts(row: &[f32], x: f64, unmask: &SamplingParams, tempered: f64) -> [f64; 2]
         true => 1.0 / (1.0 + (1.0 - p) / p * (-by).exp()),
         false => p,
     };
-    [-x, x].map(|by| f64::from(cut_logit(row, tempered, unmask.top_p.map(|p| shifted(p, by)), unmask.top_k)))
+    [-x, x].map(|by| f64::from(min_kept_logit(row, tempered, unmask.top_p.map(|p| shifted(p, by)), unmask.top_k)))
 }

@@ -10,8 +10,8 @@ use dllm_kernels::backend::cpu::{Cpu, attention};
 use dllm_kernels::backend::{
     Backend, BatchMetadata, Heads, HostUnmask, RowSet, SequenceRows, SessionLimits, Tensor, UpdateRanges,
 };
-use dllm_kernels::reference::unmask::{Candidates, Prediction, SamplingParams, unmask};
 use dllm_kernels::reference::{rope, vverify};
+use dllm_kernels::sampling::{Candidates, Prediction, SamplingParams, sample};
 use half::bf16;
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -385,6 +385,6 @@ impl HostUnmask for Rounded {
         groups: &[Candidates],
         how: &SamplingParams,
     ) -> Result<Vec<Prediction>> {
-        unmask(&mut logits.data, vocab_size, groups, how)
+        sample(&mut logits.data, vocab_size, groups, how)
     }
 }

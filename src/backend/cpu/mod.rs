@@ -17,8 +17,8 @@ pub use simd::fma_roof;
 
 use super::{Backend, BatchMetadata, Heads, HostUnmask, RowSet, SequenceRows, SessionLimits, UpdateRanges};
 use crate::error::{Error, Result};
-use crate::reference::unmask::{self, Candidates, Prediction, SamplingParams};
 use crate::reference::{norm, rope};
+use crate::sampling::{self, Candidates, Prediction, SamplingParams};
 use crate::tensor::Tensor;
 use linear::{Matrix, packed_len};
 use rayon::prelude::*;
@@ -397,6 +397,6 @@ impl HostUnmask for Cpu {
         groups: &[Candidates],
         unmask: &SamplingParams,
     ) -> Result<Vec<Prediction>> {
-        unmask::unmask(logits, vocab_size, groups, unmask)
+        sampling::sample(logits, vocab_size, groups, unmask)
     }
 }

@@ -8,7 +8,7 @@ use dllm_kernels::model::{
     CachePlan, Config, DecodeEngine, DecodeRun, DeviceLoop, KernelCounts, LayerPlan, Pass, QueryRows, RunOutcome,
     SelectedRows, Weights,
 };
-use dllm_kernels::reference::unmask::Prediction;
+use dllm_kernels::sampling::Prediction;
 use dllm_kernels::{Error, Result};
 use std::time::Instant;
 

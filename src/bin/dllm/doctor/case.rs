@@ -4,7 +4,7 @@ use bytemuck::Pod;
 use dllm_kernels::Result;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::Element;
-use dllm_kernels::reference::philox::{Purpose, gumbel, uniform};
+use dllm_kernels::sampling::philox::{Purpose, gumbel, uniform};
 use half::{bf16, f16};
 
 /// One shape of an op, on the device.

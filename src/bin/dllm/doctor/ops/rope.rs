@@ -4,9 +4,9 @@ use super::super::case::{Both, Case, Entry, Float, Measure, Numbers, widened};
 use super::pick;
 use dllm_kernels::Result;
 use dllm_kernels::abi::{DLLM_INDEX_FAILED, DLLM_NONE_FAILED};
+use dllm_kernels::backend::Heads;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::rope::{self, Caches, Rope};
-use dllm_kernels::reference::Heads;
 use dllm_kernels::reference::rope::{Angles, rotate_rounded};
 use half::{bf16, f16};
 

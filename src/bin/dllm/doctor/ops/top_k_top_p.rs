@@ -7,7 +7,7 @@ use dllm_kernels::Result;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::top_k_top_p::{self, TopKTopP};
 use dllm_kernels::ops::unmask::{Row, RowTable};
-use dllm_kernels::reference::unmask::cut_logit;
+use dllm_kernels::sampling::min_kept_logit;
 use half::{bf16, f16};
 
 /// Sums in f32 leave in doubt on which side of top-p a token lies that is so near to it.
@@ -103,7 +103,7 @@ impl<T: Float> Case for Rows<T> {
             if logits.iter().position(|l| *l == largest) == Some(MASK as usize) {
                 logits[MASK as usize] = f32::NEG_INFINITY; // the token that is never chosen
             }
-            let want = |by: f64| cut_logit(&logits, temperature.into(), Some(f64::from(top_p) + by), top_k);
+            let want = |by: f64| min_kept_logit(&logits, temperature.into(), Some(f64::from(top_p) + by), top_k);
             wrong += usize::from(!(want(DOUBT)..=want(-DOUBT)).contains(&got));
         }
         Ok(vec![Measure { what: "rows cut elsewhere", error: wrong as f64, bound: 0.0 }])

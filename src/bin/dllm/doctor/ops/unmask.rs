@@ -7,7 +7,7 @@ use dllm_kernels::abi::DLLM_NONE_FAILED;
 use dllm_kernels::gpu::Stream;
 use dllm_kernels::ops::Workspace;
 use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, UnmaskConfig};
-use dllm_kernels::reference::unmask::{CommitRule, SamplingParams, score_row, select};
+use dllm_kernels::sampling::{CommitRule, SamplingParams, score_row, select};
 use dllm_kernels::{Confidence, Result};
 use half::{bf16, f16};
 

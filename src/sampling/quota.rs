@@ -1,5 +1,22 @@
 //! How many tokens a fixed schedule commits in each step.
 
+/// How many of a sequence's masks a pass commits, or among how many it chooses.
+#[derive(Clone, Debug, PartialEq)]
+pub enum QuotaSchedule {
+    /// As many as there are.
+    Unlimited,
+    /// `initial_masks / steps`, the first `initial_masks % steps` passes one more; after `steps` passes one.
+    Llada {
+        /// Passes of the schedule, at least one.
+        steps: usize,
+    },
+    /// Pass i the share `ratios[i]` of the masks that are left, rounded down; the last all of them.
+    Dream(Vec<f32>),
+    /// `per_step`, and as many as earlier passes have left over; a sequence that has something left over after its last
+    /// pass gets another.
+    CarryOver,
+}
+
 /// LLaDA: what step `i` commits of `masked` tokens over `steps` steps; the first `masked % steps` steps one more than
 /// the rest.
 pub fn llada_quota(masked: usize, steps: usize, i: usize) -> usize {
@@ -43,7 +60,7 @@ impl DreamSchedule {
 }
 
 /// The same, by the shares of the steps.
-pub(super) fn dream_quota(ratios: &[f32], i: usize, masked: usize) -> usize {
+pub fn dream_quota(ratios: &[f32], i: usize, masked: usize) -> usize {
     match ratios.get(i) {
         Some(ratio) if i + 1 < ratios.len() => (masked as f32 * ratio) as usize,
         _ => masked,

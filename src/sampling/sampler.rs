@@ -4,117 +4,18 @@
 //! LLaDA (remasking by low confidence), Fast-dLLM sections 3.2-3.3 (threshold, factor), Dream (top-p, top-k, margin,
 //! entropy). NaN logits count as minus infinity, plus infinity as the largest finite value.
 
+use super::commit::{Candidates, Prediction, ranks, select};
+use super::params::{Confidence, SamplingParams};
 use super::philox::{Purpose, gumbel, uniform};
 use crate::error::{Error, Result};
 use rayon::prelude::*;
-
-/// What ranks a masked row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Confidence {
-    /// Probability of the chosen token.
-    Probability,
-    /// Difference of the two largest probabilities.
-    Margin,
-    /// Negative entropy, the sum of p ln(p + 1e-10).
-    Entropy,
-    /// A random number.
-    Random,
-}
-
-/// How a row's token and confidence come about.
-#[derive(Clone, Debug)]
-pub struct SamplingParams {
-    /// What ranks the rows.
-    pub confidence: Confidence,
-    /// 0 takes the argmax; above, tokens are drawn from softmax(logits / temperature) by the Gumbel-max rule.
-    pub temperature: f64,
-    /// Whether confidences are taken after the temperature (Dream) or from the plain logits (LLaDA).
-    pub tempered_confidence: bool,
-    /// Whether confidences are rounded to f32, as where the original computes its softmax in the model's type.
-    pub f32_confidence: bool,
-    /// Keep the shortest run of most probable tokens whose probabilities sum to more than this.
-    pub top_p: Option<f64>,
-    /// Keep the k largest logits (and those equal to the k-th).
-    pub top_k: Option<usize>,
-    /// Classifier-free guidance w: logits become u + (w + 1) (c - u). 0 is none.
-    pub cfg_scale: f32,
-    /// Above 0, a fixed quota is drawn from softmax(confidence / alg_temp) instead of taking the best.
-    pub alg_temp: f64,
-    /// Seed of every random number.
-    pub seed: u64,
-    /// A token that is never chosen: a mask that stayed a mask would be no progress. Where it has the largest logit it
-    /// counts as minus infinity, elsewhere it keeps its share of the probabilities.
-    pub mask_token: Option<u32>,
-}
-
-/// The argmax, ranked by its probability of the plain logits; any token.
-impl Default for SamplingParams {
-    fn default() -> Self {
-        SamplingParams {
-            confidence: Confidence::Probability,
-            temperature: 0.0,
-            tempered_confidence: false,
-            f32_confidence: false,
-            top_p: None,
-            top_k: None,
-            cfg_scale: 0.0,
-            alg_temp: 0.0,
-            seed: 0,
-            mask_token: None,
-        }
-    }
-}
-
-/// Which of a sequence's candidates to commit.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum CommitRule {
-    /// The best this many.
-    Quota(usize),
-    /// The best, and all others with at least this confidence.
-    Threshold(f64),
-    /// As `Threshold`, among the best `top_n` only (none when that is 0).
-    ThresholdTopN {
-        /// Least confidence.
-        threshold: f64,
-        /// How many candidates are looked at.
-        top_n: usize,
-    },
-    /// Fast-dLLM's factor f: the best n as long as (n + 1) (1 - c_n) < f.
-    Factor(f64),
-}
-
-/// The candidates of one sequence: masked positions, ascending, and what to do with them.
-#[derive(Clone, Debug)]
-pub struct Candidates {
-    /// Index of the sequence in the batch.
-    pub sequence: usize,
-    /// Forwards that this sequence has taken part in; keys the random numbers.
-    pub step: usize,
-    /// Masked positions, ascending. Logits stand in this order, group after group.
-    pub positions: Vec<usize>,
-    /// Positions from here on are scored for an observer but not committed.
-    pub commit_before: usize,
-    /// How many of them to commit.
-    pub selection: CommitRule,
-}
-
-/// What became of one candidate.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Prediction {
-    /// The row's token.
-    pub token: u32,
-    /// Its confidence.
-    pub confidence: f64,
-    /// Whether it is to be committed.
-    pub commit: bool,
-}
 
 /// Scores every candidate and selects in every group. `logits` is `[n, vocab_size]`, n candidates in all; with guidance
 /// `[2 n, vocab_size]`, the unconditional rows last. It is overwritten.
 ///
 /// # Errors
 /// [`Error::NoFiniteLogit`] names the first candidate whose row has no finite logit.
-pub fn unmask(
+pub fn sample(
     logits: &mut [f32],
     vocab_size: usize,
     groups: &[Candidates],
@@ -172,7 +73,7 @@ pub fn score_row(row: &mut [f32], unmask: &SamplingParams, step: usize, position
     }
     let tempered = if unmask.temperature > 0.0 { unmask.temperature } else { 1.0 };
     if unmask.top_p.is_some() || unmask.top_k.is_some() {
-        let cut = cut_logit(row, tempered, unmask.top_p, unmask.top_k);
+        let cut = min_kept_logit(row, tempered, unmask.top_p, unmask.top_k);
         row.iter_mut().filter(|l| **l < cut).for_each(|l| *l = f32::NEG_INFINITY);
     }
     let token = if unmask.temperature > 0.0 {
@@ -227,7 +128,7 @@ fn argmax(values: impl Iterator<Item = f64>) -> Option<(usize, f64)> {
 }
 
 /// The least logit that top-p, then top-k, keep, for probabilities softmax(row / temperature); minus infinity keeps all.
-pub fn cut_logit(row: &[f32], temperature: f64, top_p: Option<f64>, top_k: Option<usize>) -> f32 {
+pub fn min_kept_logit(row: &[f32], temperature: f64, top_p: Option<f64>, top_k: Option<usize>) -> f32 {
     let descending = |a: &f32, b: &f32| b.total_cmp(a);
     let mut cut = f32::NEG_INFINITY;
     if let Some(top_p) = top_p.filter(|p| *p < 1.0) {
@@ -256,49 +157,10 @@ pub fn cut_logit(row: &[f32], temperature: f64, top_p: Option<f64>, top_k: Optio
     cut
 }
 
-/// What the candidates are ordered by: their confidences, or with `alg_temp` Gumbel-perturbed ones.
-fn ranks(confidences: &[f64], positions: &[usize], unmask: &SamplingParams, step: usize) -> Vec<f64> {
-    if unmask.alg_temp <= 0.0 {
-        return confidences.to_vec();
-    }
-    let noise = |position: &usize| gumbel(unmask.seed, Purpose::Rank, step, *position, 0);
-    confidences.iter().zip(positions).map(|(c, p)| c / unmask.alg_temp + noise(p)).collect()
-}
-
-/// Indices of the candidates to commit, best rank first. Ties go to the lower index.
-pub fn select(confidences: &[f64], ranks: &[f64], selection: CommitRule) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..confidences.len()).collect();
-    order.sort_by(|a, b| ranks[*b].total_cmp(&ranks[*a])); // stable: positions stay ascending
-    let confident = |order: &[usize], threshold: f64| {
-        order.iter().enumerate().filter(|(n, i)| *n == 0 || confidences[**i] >= threshold).map(|(_, i)| *i).collect()
-    };
-    match selection {
-        CommitRule::Quota(count) => {
-            order.truncate(count);
-            order
-        }
-        CommitRule::Threshold(threshold) => confident(&order, threshold),
-        CommitRule::ThresholdTopN { threshold, top_n } => {
-            order.truncate(top_n);
-            confident(&order, threshold)
-        }
-        CommitRule::Factor(factor) => {
-            // The scan of the original, quirk included: when only the last one fails, it is taken all the same.
-            let last = order.len().saturating_sub(1);
-            let fails = |n: &usize| *n > 0 && confidences[order[*n]] < 1.0 - factor / (*n as f64 + 2.0);
-            let mut count = (0..order.len()).find(fails).unwrap_or(last);
-            if count == 0 || count == last {
-                count += 1;
-            }
-            order.truncate(count);
-            order
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sampling::CommitRule;
 
     fn plain() -> SamplingParams {
         SamplingParams {
@@ -337,7 +199,7 @@ mod tests {
             commit_before: 10,
             selection: CommitRule::Quota(1),
         };
-        let error = unmask(&mut [1.0, 2.0, f32::NAN, f32::NAN], 2, &[group], &plain()).unwrap_err();
+        let error = sample(&mut [1.0, 2.0, f32::NAN, f32::NAN], 2, &[group], &plain()).unwrap_err();
         assert!(matches!(error, Error::NoFiniteLogit { sequence: 3, position: 9, step: 2 }), "{error}");
     }
 

@@ -1,0 +1,58 @@
+//! How tokens are drawn and ranked.
+
+/// What ranks a masked row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Confidence {
+    /// Probability of the chosen token.
+    Probability,
+    /// Difference of the two largest probabilities.
+    Margin,
+    /// Negative entropy, the sum of p ln(p + 1e-10).
+    Entropy,
+    /// A random number.
+    Random,
+}
+
+/// How a row's token and confidence come about.
+#[derive(Clone, Debug)]
+pub struct SamplingParams {
+    /// What ranks the rows.
+    pub confidence: Confidence,
+    /// 0 takes the argmax; above, tokens are drawn from softmax(logits / temperature) by the Gumbel-max rule.
+    pub temperature: f64,
+    /// Whether confidences are taken after the temperature (Dream) or from the plain logits (LLaDA).
+    pub tempered_confidence: bool,
+    /// Whether confidences are rounded to f32, as where the original computes its softmax in the model's type.
+    pub f32_confidence: bool,
+    /// Keep the shortest run of most probable tokens whose probabilities sum to more than this.
+    pub top_p: Option<f64>,
+    /// Keep the k largest logits (and those equal to the k-th).
+    pub top_k: Option<usize>,
+    /// Classifier-free guidance w: logits become u + (w + 1) (c - u). 0 is none.
+    pub cfg_scale: f32,
+    /// Above 0, a fixed quota is drawn from softmax(confidence / alg_temp) instead of taking the best.
+    pub alg_temp: f64,
+    /// Seed of every random number.
+    pub seed: u64,
+    /// A token that is never chosen: a mask that stayed a mask would be no progress. Where it has the largest logit it
+    /// counts as minus infinity, elsewhere it keeps its share of the probabilities.
+    pub mask_token: Option<u32>,
+}
+
+/// The argmax, ranked by its probability of the plain logits; any token.
+impl Default for SamplingParams {
+    fn default() -> Self {
+        SamplingParams {
+            confidence: Confidence::Probability,
+            temperature: 0.0,
+            tempered_confidence: false,
+            f32_confidence: false,
+            top_p: None,
+            top_k: None,
+            cfg_scale: 0.0,
+            alg_temp: 0.0,
+            seed: 0,
+            mask_token: None,
+        }
+    }
+}
