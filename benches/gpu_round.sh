@@ -160,7 +160,7 @@ stage_doctor() {
   dllm 300 doctor >"$log" 2>&1
   status=$?
   # It says itself what it ran on: a round that is told of a GPU counts nothing else.
-  if [[ $device == gpu ]] && grep -q 'device in software' "$log"; then
+  if [[ $device == gpu ]] && grep -q 'CUDA emulator' "$log"; then
     tell "doctor: dllm" "FAILED: it ran on a device in software; see $log"
     return 1
   elif ((status != 0)) || ! grep -q '^all ok: ' "$log"; then
