@@ -138,8 +138,9 @@ pub struct Decoding {
     /// Forwards between refreshes of the response [default: 7]
     #[arg(long, value_name = "N", help_heading = ADAPTIVE)]
     pub response_interval: Option<usize>,
-    /// Share of response rows recomputed in between [default: 0.25]
-    #[arg(long, value_name = "R", allow_negative_numbers = true, help_heading = ADAPTIVE)]
+    /// Share of response rows recomputed in between [default: 0.25]; caches prefix and dual: share of the rows outside
+    /// the block that later refreshes recompute [default: 1]
+    #[arg(long, value_name = "R", alias = "refresh-rows", allow_negative_numbers = true, help_heading = ADAPTIVE)]
     pub refresh_ratio: Option<f64>,
     /// With --cfg-scale: forwards between two of the unconditional half; the first five run it always [default: 1]
     #[arg(long, value_name = "N", help_heading = ADAPTIVE)]
@@ -148,18 +149,12 @@ pub struct Decoding {
     /// Renew the prompt in one refresh of N, the first among them [default: 1]
     #[arg(long, value_name = "N", help_heading = BLOCKS)]
     pub refresh_prompt_every: Option<usize>,
-    /// Later refreshes run the block and this share of the other rows, those whose values turned most [default: 1]
-    #[arg(long, value_name = "R", allow_negative_numbers = true, help_heading = BLOCKS)]
-    pub refresh_rows: Option<f64>,
     /// Rows on either side of the block that its forwards run too [default: 0]
     #[arg(long, value_name = "W", help_heading = BLOCKS)]
     pub vicinity: Option<usize>,
     /// Positions behind the block that are in view, with any cache but adaptive [default: all]
     #[arg(long, value_name = "W", help_heading = BLOCKS)]
     pub suffix_window: Option<usize>,
-    /// Behind the window one position of K is in view too [default: none]
-    #[arg(long, value_name = "K", help_heading = BLOCKS)]
-    pub suffix_stride: Option<usize>,
 }
 
 const ADAPTIVE: &str = "Cache mode adaptive";
@@ -201,13 +196,11 @@ impl Decoding {
             cache: self.cache.map_or(default.cache, Cache::mode),
             prompt_interval: self.prompt_interval.unwrap_or(default.prompt_interval),
             response_interval: self.response_interval.unwrap_or(default.response_interval),
-            refresh_ratio: self.refresh_ratio.unwrap_or(default.refresh_ratio),
+            refresh_ratio: self.refresh_ratio.or(default.refresh_ratio),
             cfg_interval: self.cfg_interval.unwrap_or(default.cfg_interval),
             refresh_prompt_every: self.refresh_prompt_every.unwrap_or(default.refresh_prompt_every),
-            refresh_rows: self.refresh_rows.unwrap_or(default.refresh_rows),
             vicinity: self.vicinity.unwrap_or(default.vicinity),
             suffix_window: self.suffix_window.or(default.suffix_window),
-            suffix_stride: self.suffix_stride.unwrap_or(default.suffix_stride),
             policy: match self.policy() {
                 PolicyName::Threshold => Policy::Threshold(self.threshold.unwrap_or(0.9)),
                 PolicyName::Fixed => Policy::Fixed,
@@ -250,10 +243,8 @@ impl Decoding {
             || self.refresh_ratio.is_some()
             || self.cfg_interval.is_some()
             || self.refresh_prompt_every.is_some()
-            || self.refresh_rows.is_some()
             || self.vicinity.is_some()
             || self.suffix_window.is_some()
-            || self.suffix_stride.is_some()
     }
 
     /// Errs when the preset is for models of another family.
@@ -280,12 +271,10 @@ impl Decoding {
             ("--preset (see --cache)", self.preset.is_some() && !adaptive),
             ("--prompt-interval (see --cache)", self.prompt_interval.is_some() && !adaptive),
             ("--response-interval (see --cache)", self.response_interval.is_some() && !adaptive),
-            ("--refresh-ratio (see --cache)", self.refresh_ratio.is_some() && !adaptive),
+            ("--refresh-ratio (see --cache)", self.refresh_ratio.is_some() && !adaptive && !refreshes),
             ("--cfg-interval (see --cache, --cfg-scale)", self.cfg_interval.is_some() && !(adaptive && guided)),
             ("--refresh-prompt-every (see --cache)", self.refresh_prompt_every.is_some() && !refreshes),
-            ("--refresh-rows (see --cache)", self.refresh_rows.is_some() && !refreshes),
             ("--vicinity (see --cache)", self.vicinity.is_some() && !refreshes),
-            ("--suffix-stride (see --suffix-window)", self.suffix_stride.is_some() && self.suffix_window.is_none()),
         ];
         flags.into_iter().filter(|(_, idle)| *idle).map(|(name, _)| name).collect()
     }

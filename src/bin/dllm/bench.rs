@@ -52,15 +52,13 @@ pub struct Bench {
     /// Mode adaptive: forwards between refreshes of the response
     #[arg(long, value_name = "N", default_value_t = 7)]
     response_interval: usize,
-    /// Mode adaptive: share of response rows recomputed in between
-    #[arg(long, value_name = "R", default_value_t = 0.25, allow_negative_numbers = true)]
+    /// Mode adaptive: share of response rows recomputed in between; mode dual-joined: share of the rows outside the block
+    /// that a refresh runs
+    #[arg(long, value_name = "R", alias = "refresh-rows", default_value_t = 0.25, allow_negative_numbers = true)]
     refresh_ratio: f64,
     /// Mode dual-joined: one refresh of so many renews the prompt
     #[arg(long, value_name = "N", default_value_t = 4)]
     refresh_prompt_every: usize,
-    /// Mode dual-joined: share of the rows outside the block that a refresh runs
-    #[arg(long, value_name = "R", default_value_t = 0.25, allow_negative_numbers = true)]
-    refresh_rows: f64,
     /// Sequences decoded together; prompts are random ones of the same length, or the same
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1024))]
     batch: u64,
@@ -128,7 +126,8 @@ impl Mode {
         let (block_length, given) = (Some(block_length), setup.intervals.clone());
         let joined = match self {
             Mode::DualJoined => given,
-            _ => Options { refresh_prompt_every: 1, refresh_rows: 1.0, ..given },
+            Mode::Adaptive => Options { refresh_prompt_every: 1, ..given },
+            _ => Options { refresh_prompt_every: 1, refresh_ratio: None, ..given },
         };
         Options { gen_length: setup.gen_length, block_length, cache, policy, ..joined }
     }
@@ -287,9 +286,8 @@ fn setup(args: &Bench) -> Result<Setup> {
         intervals: Options {
             prompt_interval: args.prompt_interval,
             response_interval: args.response_interval,
-            refresh_ratio: args.refresh_ratio,
+            refresh_ratio: Some(args.refresh_ratio),
             refresh_prompt_every: args.refresh_prompt_every,
-            refresh_rows: args.refresh_rows,
             ..Options::default()
         },
         threads: args.threads.unwrap_or_else(rayon::current_num_threads),

@@ -238,15 +238,14 @@ fn mode(options: &Options) -> String {
         Policy::Factor(factor) => format!("factor,factor={factor}"),
     };
     let default = Options::default();
+    let usual_ratio = Options { refresh_ratio: None, ..options.clone() }.effective_refresh_ratio();
     let mut name = format!("cache={},policy={policy}", options.cache.name());
     for (flag, value, usual) in [
         ("prompt-interval", options.prompt_interval as f64, default.prompt_interval as f64),
         ("response-interval", options.response_interval as f64, default.response_interval as f64),
-        ("refresh-ratio", options.refresh_ratio, default.refresh_ratio),
+        ("refresh-ratio", options.effective_refresh_ratio(), usual_ratio),
         ("refresh-prompt-every", options.refresh_prompt_every as f64, 1.0),
-        ("refresh-rows", options.refresh_rows, 1.0),
         ("vicinity", options.vicinity as f64, 0.0),
-        ("suffix-stride", options.suffix_stride as f64, 0.0),
     ] {
         if value != usual {
             name += &format!(",{flag}={value}");

@@ -34,9 +34,9 @@ pub struct Inspect {
     /// What is kept between forwards
     #[arg(long, value_enum, default_value_t = Cache::Dual)]
     cache: Cache,
-    /// Caches prefix and dual: share of rows that later refreshes run; below 1 outputs are kept too
-    #[arg(long, value_name = "R", default_value_t = 1.0, allow_negative_numbers = true)]
-    refresh_rows: f64,
+    /// Caches prefix and dual: share of rows that later refreshes run; below 1 outputs are kept too [default: 1]
+    #[arg(long, value_name = "R", alias = "refresh-rows", allow_negative_numbers = true)]
+    refresh_ratio: Option<f64>,
     /// Classifier-free guidance, which runs every sequence twice [0: off]
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     cfg_scale: f64,
@@ -173,7 +173,7 @@ fn answer(args: &Inspect, source: String, config: Config, tensors: Vec<TensorLin
         gen_length: args.gen_length,
         block_length: args.block_length,
         cache: args.cache.mode(),
-        refresh_rows: args.refresh_rows,
+        refresh_ratio: args.refresh_ratio,
         cfg_scale: args.cfg_scale,
         ..Options::default()
     };

@@ -28,7 +28,7 @@ pub fn run(args: &Presets) -> Result<()> {
     let mut rows = vec![head.map(String::from).to_vec()];
     for preset in PRESETS {
         let lengths = preset.lengths.map(|n| n.to_string());
-        let ratio = preset.options(None).refresh_ratio;
+        let ratio = preset.options(None).effective_refresh_ratio();
         let numbers = [preset.prompt_interval.to_string(), preset.response_interval.to_string(), ratio.to_string()];
         rows.push([vec![preset.name.to_string()], numbers.to_vec(), lengths.to_vec()].concat());
     }
