@@ -90,7 +90,7 @@ fn caches() -> Vec<Options> {
 /// Of six forwards the first renews everything, the fourth the prompt, the third and the fifth the response: of every kind
 /// one is among any four that follow the first of a block of four.
 fn adaptive() -> Options {
-    let (prompt_interval, response_interval, refresh_ratio) = (3, 2, 0.5);
+    let (prompt_interval, response_interval, refresh_ratio) = (3, 2, Some(0.5));
     Options { cache: CacheMode::Adaptive, prompt_interval, response_interval, refresh_ratio, ..Options::default() }
 }
 
@@ -98,8 +98,8 @@ fn adaptive() -> Options {
 fn joined() -> [Options; 2] {
     let base = Options { vicinity: 1, refresh_prompt_every: 2, ..Options::default() };
     [
-        Options { cache: CacheMode::Dual, refresh_rows: 0.5, ..base.clone() },
-        Options { cache: CacheMode::Prefix, suffix_window: Some(2), suffix_stride: 2, ..base },
+        Options { cache: CacheMode::Dual, refresh_ratio: Some(0.5), ..base.clone() },
+        Options { cache: CacheMode::Prefix, suffix_window: Some(2), ..base },
     ]
 }
 
@@ -289,7 +289,7 @@ fn work_put_off() {
         for family in FAMILIES {
             let [joined, _] = joined();
             for base in caches().into_iter().chain([joined, adaptive()]) {
-                let kept = base.cache == CacheMode::Adaptive || base.refresh_rows < 1.0;
+                let kept = base.refresh_ratio.is_some();
                 let policies = [Policy::Fixed, Policy::Threshold(0.6), Policy::Factor(1.0)];
                 for policy in policies.into_iter().take(if kept { 2 } else { 3 }) {
                     let options = Options { temperature: 0.5, cfg_scale: 0.5, ..in_blocks(base.clone(), policy) };
@@ -353,7 +353,7 @@ fn launches() {
         // The same for both families.
         let kinds = if family == Family::Llada { &kinds[..] } else { &[] };
         for &(prompt_interval, response_interval, refresh_ratio, layer) in kinds {
-            let base = Options { prompt_interval, response_interval, refresh_ratio, ..adaptive() };
+            let base = Options { prompt_interval, response_interval, refresh_ratio: Some(refresh_ratio), ..adaptive() };
             let what = format!("{family} {base:?}");
             // Embedding; the first layer, and the others; add_norm_kept, gather and head; unmask and advance.
             let head = 1 + 1 + 1;

@@ -20,7 +20,7 @@ const THREADS: usize = 2;
 /// Without a cache, and with.
 const PLAIN: [&str; 3] = ["none", "dual", "adaptive"];
 /// DualCache that keeps outputs, and the adaptive cache of twins.
-const KEPT: [&str; 2] = ["refresh-rows", "guided"];
+const KEPT: [&str; 2] = ["refresh-ratio", "guided"];
 /// Twins whose distances are remembered; without, and of as many positions.
 const REMEMBERED: [&str; 2] = ["guided-long", "remembered"];
 const MIB: usize = 1 << 20;
@@ -37,7 +37,7 @@ fn options(mode: &str) -> Options {
         "none" => Options { cache: CacheMode::None, ..options },
         "dual" => Options { cache: CacheMode::Dual, ..options },
         "adaptive" => Options { cache: adaptive, ..options },
-        "refresh-rows" => Options { cache: CacheMode::Dual, refresh_rows: 0.5, ..options },
+        "refresh-ratio" => Options { cache: CacheMode::Dual, refresh_ratio: Some(0.5), ..options },
         "guided" => Options { cache: adaptive, cfg_scale: 1.5, ..options },
         "guided-long" => Options { cache: adaptive, ..long },
         "remembered" => Options { cache: adaptive, cfg_interval: 3, ..long },

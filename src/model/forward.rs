@@ -343,7 +343,7 @@ impl<'m, B: Backend> Session<'m, B> {
             sequence: twin * sequences + window.sequence,
             start: window.rows.start,
             end: window.rows.end,
-            len: window.view.num_keys(),
+            len: window.num_keys,
             cache_base: twin * positions + self.first_token(window.sequence),
         };
         self.twins.clone().flat_map(|twin| windows.iter().map(move |window| span(twin, window))).collect()
@@ -356,7 +356,7 @@ impl<'m, B: Backend> Session<'m, B> {
         for twin in self.twins.clone() {
             for window in windows {
                 let (base, prompt) = (self.first_token(window.sequence), self.sizes.prompt_lens[window.sequence]);
-                for position in window.rows.clone().map(|key| window.view.position(key)) {
+                for position in window.rows.clone() {
                     positions.push(position);
                     tokens.push(if twin == 1 && position < prompt { mask } else { base + position });
                 }

@@ -20,7 +20,7 @@ pub use forward::{
 pub use resident::{CudaEngine, supports as supports_cuda};
 pub use sizes::{MemoryEstimate, SessionConfig};
 pub use weights::Weights;
-pub use window::{QueryRows, VisibleKeys};
+pub use window::QueryRows;
 
 use crate::backend::cpu::{Cpu, ensure_memory};
 #[cfg(feature = "cuda")]
