@@ -1,4 +1,4 @@
-//! The program as a user meets it: output, files, exit status.
+//! `dllm` as a process: output, files, exit status.
 #![cfg(feature = "cli")]
 
 mod recorded;
@@ -30,7 +30,7 @@ fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap()
 }
 
-/// Runs to the end, which has to be status 0.
+/// Runs a command, which must end with status 0.
 fn done(mut command: Command) -> Output {
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{command:?}: {}", text(&output.stderr));
@@ -230,6 +230,8 @@ fn wrong_calls_name_the_flag() {
         (2, "inspect --shape mid --refresh-ratio -1", "error: --refresh-ratio: "),
         (2, "bench --refresh-prompt-every 0", "error: --refresh-prompt-every: "),
         (2, "generate --suffix-window 8 --refresh-ratio 0.5", "found refresh-ratio 0.5"),
+        (2, "generate --suffix-stride 4", "--suffix-stride"),
+        (2, "generate --refresh-ratio 0.5 --refresh-rows 0.5", "--refresh-ratio"),
         (2, "eval --setting cache=adaptive,suffix-window=8", "found cache adaptive"),
         (2, "generate --vicinity=-1", "--vicinity"),
         (2, "generate --preset gsm8k", "dllm presets"),
@@ -272,7 +274,7 @@ fn wrong_calls_name_the_flag() {
     }
 }
 
-/// A preset is the flags that the list has beside it, and flags stand instead of its own.
+/// A preset is equivalent to the flags of its row in the list, and other flags override them.
 #[test]
 fn presets() {
     let list = json_of("presets --json");
@@ -295,12 +297,12 @@ fn presets() {
     };
     assert_eq!(by_name["tokens"], by_flags(8)["tokens"]);
     assert_ne!(by_name["tokens"], by_flags(1)["tokens"]);
-    // Notes of what has no effect, where settings are many too.
+    // Flags without effect are noted, also those of settings.
     let said = |line: &str| text(&dllm(words(line)).output().unwrap().stderr).to_string();
     let idle = said("generate --preset gsm8k-llada-base --cache dual --gen-length 32 --prompt-ids 1");
     assert!(idle.contains("note: --preset (see --cache) has no effect here"), "{idle}");
-    let idle = said("eval --limit 1 --gen-length 8 --setting cache=dual,refresh-ratio=0.5");
-    assert!(idle.contains("note: cache=dual,refresh-ratio=0.5: --refresh-ratio (see --cache) has no effect"), "{idle}");
+    let idle = said("eval --limit 1 --gen-length 8 --setting cache=none,refresh-ratio=0.5");
+    assert!(idle.contains("note: cache=none,refresh-ratio=0.5: --refresh-ratio (see --cache) has no effect"), "{idle}");
 }
 
 #[test]
@@ -310,9 +312,13 @@ fn without_a_checkpoint_it_asks_for_one() {
     std::fs::copy(env!("CARGO_BIN_EXE_dllm"), &program).unwrap();
     let output = Command::new(&program).current_dir(dir.path()).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
-    assert!(text(&output.stderr).starts_with("error: --model: "), "{}", text(&output.stderr));
+    let said = text(&output.stderr);
+    assert!(said.starts_with("error: --model: expected a checkpoint directory, found none: "), "{said}");
+    for part in ["no models/tiny-math in the current directory or above", "Clone the repository", "pass --model DIR"] {
+        assert!(said.contains(part), "{part:?} in {said}");
+    }
 
-    // Above the program it is found, from wherever it is called.
+    // The sample model above the executable is found from any directory.
     let models = dir.path().join("models/tiny-math");
     std::fs::create_dir_all(&models).unwrap();
     for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
@@ -321,7 +327,7 @@ fn without_a_checkpoint_it_asks_for_one() {
     let elsewhere = tempfile::tempdir().unwrap();
     let output = Command::new(&program).current_dir(elsewhere.path()).output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    // Without the questions beside it: the sample question is the same.
+    // This copy has no problem file; the built-in sample question is the same.
     assert_eq!(output.stdout, done(dllm::<&str>([])).stdout);
 }
 
@@ -331,6 +337,10 @@ fn help_and_version_go_to_stdout() {
         ("--help", "Examples:"),
         ("--version", env!("CARGO_PKG_VERSION")),
         ("generate --help", "[default: 128]"),
+        ("generate --help", "none, prefix, dual or adaptive"),
+        ("inspect --help", "- prefix: "),
+        ("inspect -h", "none, prefix, dual, adaptive"),
+        ("inspect -h", "llada-8b, dream-7b, mid"),
         ("eval --help", "--setting"),
     ] {
         let output = done(dllm(words(line)));
@@ -395,7 +405,7 @@ fn ctrl_c_ends_with_what_is_there() {
 #[cfg(unix)]
 #[test]
 fn a_second_ctrl_c_ends_at_once() {
-    // Nobody reads the pipe that the trace goes to, so that the program would wait forever.
+    // The pipe of the trace has no reader, so that the program waits.
     let dir = tempfile::tempdir().unwrap();
     let pipe = dir.path().join("pipe");
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
@@ -421,7 +431,7 @@ fn a_trace_that_cannot_be_written_is_found_before_the_work() {
     let output = dllm(words("generate --watch --trace no/such/dir/t.json")).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(!text(&output.stderr).contains("step"), "{}", text(&output.stderr));
-    // What was there stays when the arguments turn out wrong.
+    // An existing file is kept when the arguments are wrong.
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("trace.json");
     std::fs::write(&file, "old").unwrap();
@@ -431,7 +441,7 @@ fn a_trace_that_cannot_be_written_is_found_before_the_work() {
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
 }
 
-/// A device without room, found only when the trace is written.
+/// A full device is found only when the trace is written.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_trace_that_is_lost_does_not_cost_the_answer() {
@@ -616,7 +626,7 @@ fn ctrl_c_leaves_eval_its_plot() {
     assert_eq!(svg.matches("<g class=\"point").count(), finished);
 }
 
-/// Mode flags without `--setting` are a setting, not something that the six usual ones overrule.
+/// Mode flags without `--setting` are one setting, and replace the six default settings.
 #[test]
 fn eval_takes_mode_flags() {
     let rows = json_of("eval --limit 1 --gen-length 64 --json --cache none --threshold 0.5");
@@ -624,9 +634,9 @@ fn eval_takes_mode_flags() {
     assert_eq!(rows[0]["setting"], "cache=none,policy=threshold,threshold=0.5");
 }
 
-/// Joined caches by their flags: what a setting is called, what a trace tells, and what has no effect.
+/// Hybrid caches by their flags: name of a setting, trace, and flags without effect.
 #[test]
-fn joined_caches() {
+fn hybrid_caches() {
     let rows = json_of("eval --limit 1 --gen-length 32 --json --refresh-rows 0.5");
     assert_eq!(rows[0]["setting"], "cache=dual,policy=threshold,threshold=0.9,refresh-ratio=0.5");
 
@@ -642,12 +652,12 @@ fn joined_caches() {
     let params = &trace["params"];
     assert_eq!([&params["refresh_prompt_every"], &params["vicinity"], &params["suffix_window"]], [2, 3, 8]);
     let steps = trace["steps"].as_array().unwrap();
-    let told: Vec<(&str, [usize; 2])> =
+    let passes: Vec<(&str, [usize; 2])> =
         steps.iter().map(|step| (step["kind"].as_str().unwrap(), numbers(&step["window"]))).collect();
     // 4 + 32 positions, of which the window ends 8 positions after the block.
-    assert_eq!((told[0], told[1]), (("full", [0, 20]), ("block", [1, 15])));
-    assert_eq!((told[8], told[9]), (("response", [4, 28]), ("block", [9, 23])));
-    assert_eq!((told[16], told[17]), (("full", [0, 36]), ("block", [17, 31])));
+    assert_eq!((passes[0], passes[1]), (("full", [0, 20]), ("block", [1, 15])));
+    assert_eq!((passes[8], passes[9]), (("response", [4, 28]), ("block", [9, 23])));
+    assert_eq!((passes[16], passes[17]), (("full", [0, 36]), ("block", [17, 31])));
 
     let said = |line: &str| text(&dllm(words(line)).output().unwrap().stderr).to_string();
     let idle = said("generate --gen-length 8 --prompt-ids 1 --cache none --vicinity 2 --refresh-ratio 0.5");
@@ -657,11 +667,11 @@ fn joined_caches() {
     assert!(!said("generate --gen-length 8 --prompt-ids 1 --vicinity 2").contains("no effect"));
 }
 
-/// On one terminal or in one file, the lines of steps and the answer do not tear each other apart.
+/// On one terminal or in one file, the answer follows the lines of the steps.
 #[test]
 fn the_answer_follows_the_steps() {
     let log = tempfile::NamedTempFile::new().unwrap();
-    // As 2>&1 makes it; appending, so that neither overwrites the other.
+    // Like 2>&1. Both append, so that neither overwrites the other.
     let append = || std::fs::OpenOptions::new().append(true).open(log.path()).unwrap();
     assert!(dllm([""; 0]).stdout(append()).stderr(append()).status().unwrap().success());
     let said = std::fs::read_to_string(log.path()).unwrap();

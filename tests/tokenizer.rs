@@ -1,5 +1,5 @@
-//! Tokenizer and chat template: against the bundled tiny-math checkpoint, against what transformers recorded for a
-//! small Dream-style directory (`tests/data/dream-tokenizer/record.py`), and on files that are wrong.
+//! Tokenizer and chat template: with the checkpoint tiny-math, against outputs recorded with transformers for a small
+//! Dream-style directory (`tests/data/dream-tokenizer/record.py`), and with malformed files.
 #![cfg(feature = "tokenizers")]
 
 use std::fs;
@@ -45,7 +45,7 @@ fn str_of<'a>(value: &'a Value, key: &str) -> &'a str {
     value[key].as_str().unwrap()
 }
 
-/// A directory with copies of the named files of `from`.
+/// Returns a new directory with copies of the named files of `from`.
 fn copy_of(from: &Path, names: &[&str]) -> TempDir {
     let dir = TempDir::new().unwrap();
     for name in names {
@@ -62,7 +62,7 @@ fn tiny_math_copy() -> TempDir {
     copy_of(&tiny_math_dir(), &["tokenizer.json", "tokenizer_config.json"])
 }
 
-/// Reads a JSON file of `dir`, lets `change` edit it, writes it back.
+/// Edits a JSON file of `dir` with `change`.
 fn edit(dir: &TempDir, name: &str, change: impl FnOnce(&mut Value)) {
     let path = dir.path().join(name);
     let mut json = read(&path);
@@ -70,7 +70,7 @@ fn edit(dir: &TempDir, name: &str, change: impl FnOnce(&mut Value)) {
     fs::write(&path, json.to_string()).unwrap();
 }
 
-/// Asserts that opening `dir` fails with a message that names `file` and holds each of `parts`.
+/// Asserts that opening `dir` fails with a message that names `file` and contains each of `parts`.
 #[track_caller]
 fn assert_refused(dir: &TempDir, file: &str, parts: &[&str]) {
     match Tokenizer::open(dir.path(), 1024) {
@@ -89,62 +89,62 @@ fn assert_names(message: &str, file: &Path, parts: &[&str]) {
 
 #[test]
 fn tiny_math_round_trip() {
-    let text = tiny_math();
+    let tokenizer = tiny_math();
     for sample in ["Eva has 4 bags.\n#### 38", "  x  \t\n", "", "été 你好 😀", "4*11=44"] {
-        let ids = text.encode(sample, false).unwrap();
+        let ids = tokenizer.encode(sample, false).unwrap();
         assert_eq!(ids.is_empty(), sample.is_empty());
-        assert_eq!(text.decode(&ids).unwrap(), sample);
+        assert_eq!(tokenizer.decode(&ids).unwrap(), sample);
     }
 }
 
 #[test]
 fn tiny_math_special_tokens() {
-    let text = tiny_math();
+    let tokenizer = tiny_math();
     for (name, id) in [("<|startoftext|>", 905), ("<|endoftext|>", 906), ("<|mdm_mask|>", 907), ("<|eot_id|>", 910)] {
-        assert_eq!(text.encode(name, false).unwrap(), [id]);
-        assert_eq!(text.encode(name, true).unwrap(), [id]);
-        assert_eq!(text.token(id).as_deref(), Some(name));
-        assert_eq!(text.decode(&[id]).unwrap(), "");
+        assert_eq!(tokenizer.encode(name, false).unwrap(), [id]);
+        assert_eq!(tokenizer.encode(name, true).unwrap(), [id]);
+        assert_eq!(tokenizer.token(id).as_deref(), Some(name));
+        assert_eq!(tokenizer.decode(&[id]).unwrap(), "");
     }
-    assert_eq!(text.end_tokens(), [906, 910]);
+    assert_eq!(tokenizer.end_tokens(), [906, 910]);
     // Rows 911 to 1023 of the embedding matrix are padding: no token, no text.
-    assert_eq!(text.token(1000), None);
-    assert_eq!(text.decode(&[1000, 907, 4_000_000_000]).unwrap(), "");
+    assert_eq!(tokenizer.token(1000), None);
+    assert_eq!(tokenizer.decode(&[1000, 907, 4_000_000_000]).unwrap(), "");
 }
 
 #[test]
 fn tiny_math_prompts() {
-    let text = tiny_math();
-    assert!(text.has_chat_template());
+    let tokenizer = tiny_math();
+    assert!(tokenizer.has_chat_template());
     let problems = fs::read_to_string(tiny_math_dir().join("eval/problems_0shot.jsonl")).unwrap();
     assert!(!problems.is_empty());
     for line in problems.lines() {
         let problem: Value = serde_json::from_str(line).unwrap();
-        let prompt = text.chat(str_of(&problem, "question")).unwrap();
+        let prompt = tokenizer.chat(str_of(&problem, "question")).unwrap();
         assert_eq!(prompt, str_of(&problem, "prompt"));
-        assert_eq!(text.encode(&prompt, false).unwrap()[..2], [905, 908]);
+        assert_eq!(tokenizer.encode(&prompt, false).unwrap()[..2], [905, 908]);
     }
 }
 
 #[test]
 fn dream_like_transformers() {
-    let text = dream();
+    let tokenizer = dream();
     let expected = read(&dream_dir().join("expected.json"));
     let texts = expected["texts"].as_array().unwrap();
     assert!(texts.len() >= 15);
     for case in texts {
         let (sample, expected_ids) = (str_of(case, "text"), ids(&case["ids"]));
-        assert_eq!(text.encode(sample, false).unwrap(), expected_ids, "{sample:?}");
-        assert_eq!(text.encode(sample, true).unwrap(), expected_ids, "{sample:?}");
-        assert_eq!(text.decode(&expected_ids).unwrap(), str_of(case, "decoded"));
-        assert_eq!(text.decode(&expected_ids[..expected_ids.len() / 2]).unwrap(), str_of(case, "half"));
+        assert_eq!(tokenizer.encode(sample, false).unwrap(), expected_ids, "{sample:?}");
+        assert_eq!(tokenizer.encode(sample, true).unwrap(), expected_ids, "{sample:?}");
+        assert_eq!(tokenizer.decode(&expected_ids).unwrap(), str_of(case, "decoded"));
+        assert_eq!(tokenizer.decode(&expected_ids[..expected_ids.len() / 2]).unwrap(), str_of(case, "half"));
     }
     let chats = expected["chats"].as_array().unwrap();
     assert!(!chats.is_empty());
     for case in chats {
-        let prompt = text.chat(str_of(case, "message")).unwrap();
+        let prompt = tokenizer.chat(str_of(case, "message")).unwrap();
         assert_eq!(prompt, str_of(case, "prompt"));
-        assert_eq!(text.encode(&prompt, false).unwrap(), ids(&case["ids"]));
+        assert_eq!(tokenizer.encode(&prompt, false).unwrap(), ids(&case["ids"]));
     }
 }
 
@@ -155,7 +155,7 @@ fn templates_like_transformers() {
     let templates = expected["templates"].as_array().unwrap();
     assert!(!templates.is_empty());
     for case in templates {
-        // Also shows that the file wins over the configuration, which has a template of its own.
+        // The file has precedence over the template in the configuration.
         fs::write(dir.path().join("chat_template.jinja"), str_of(case, "template")).unwrap();
         let prompt = open(dir.path(), 472).chat(str_of(case, "message")).unwrap();
         assert_eq!(prompt, str_of(case, "prompt"), "{}", case["template"]);
@@ -164,15 +164,15 @@ fn templates_like_transformers() {
 
 #[test]
 fn dream_tokens() {
-    let text = dream();
-    assert_eq!(text.token(471).as_deref(), Some("<|mask|>"));
-    assert_eq!(text.token(459).as_deref(), Some("<tool_call>"));
-    assert_eq!(text.token(220).as_deref(), Some(" "));
-    // The first byte of a character of three.
-    assert_eq!(text.token(158).as_deref(), Some("\u{fffd}"));
+    let tokenizer = dream();
+    assert_eq!(tokenizer.token(471).as_deref(), Some("<|mask|>"));
+    assert_eq!(tokenizer.token(459).as_deref(), Some("<tool_call>"));
+    assert_eq!(tokenizer.token(220).as_deref(), Some(" "));
+    // The first of three bytes of a character.
+    assert_eq!(tokenizer.token(158).as_deref(), Some("\u{fffd}"));
     // The gap between the added tokens.
-    assert_eq!(text.token(465), None);
-    assert_eq!(text.end_tokens(), [456, 458]);
+    assert_eq!(tokenizer.token(465), None);
+    assert_eq!(tokenizer.end_tokens(), [456, 458]);
 }
 
 /// Older checkpoints: added_tokens.json with special_tokens_map.json instead of added_tokens_decoder.
@@ -184,14 +184,14 @@ fn dream_legacy_added_tokens() {
     let map = json!({"eos_token": {"content": "<|im_end|>"}, "bos_token": null, "mask_token": "<|mask|>"});
     fs::write(dir.path().join("special_tokens_map.json"), map.to_string()).unwrap();
 
-    let text = open(dir.path(), 472);
-    let ids = text.encode("a<|mask|><tool_call><|im_end|>", false).unwrap();
+    let tokenizer = open(dir.path(), 472);
+    let ids = tokenizer.encode("a<|mask|><tool_call><|im_end|>", false).unwrap();
     assert_eq!(ids, [64, 471, 460, 458]);
-    assert_eq!(text.decode(&ids).unwrap(), "a<tool_call>");
-    assert_eq!(text.end_tokens(), [458]);
+    assert_eq!(tokenizer.decode(&ids).unwrap(), "a<tool_call>");
+    assert_eq!(tokenizer.end_tokens(), [458]);
 
-    assert!(!text.has_chat_template());
-    let message = text.chat("hi").unwrap_err().to_string();
+    assert!(!tokenizer.has_chat_template());
+    let message = tokenizer.chat("hi").unwrap_err().to_string();
     assert_names(&message, &dir.path().join("tokenizer_config.json"), &["no chat_template"]);
 }
 
@@ -253,7 +253,7 @@ fn wrong_tokenizer_json() {
         // The crate numbers added tokens after the vocabulary, which this makes longer by one.
         (|t| t["model"]["vocab"]["zzz"] = json!(5), &["\"<|startoftext|>\"", "expected id 905", "found 906"]),
         (|t| t["model"]["merges"] = json!([["not", "there"]]), &["out of vocabulary"]),
-        // Both known, but together longer than every token: the crate panics.
+        // Both are known, but together longer than every token: the crate panics.
         (|t| t["model"] = json!({"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}), &["panicked"]),
         (|t| t["model"]["merges"] = json!("a b"), &[]),
         (|t| t["model"]["type"] = json!("Nonesuch"), &[]),
@@ -270,7 +270,7 @@ fn wrong_tokenizer_json() {
     }
 }
 
-/// What only shows when a text is encoded is an error there.
+/// Mistakes that show only in encoding are errors there.
 #[test]
 fn tokenizer_json_that_fails_late() {
     let dir = tiny_math_copy();
@@ -278,7 +278,7 @@ fn tokenizer_json_that_fails_late() {
     let message = open(dir.path(), 1024).encode("hello", false).unwrap_err().to_string();
     assert_names(&message, &dir.path().join("tokenizer.json"), &["panicked"]);
 
-    // A post-processor with an id of its own.
+    // A post-processor with an id that is not in the vocabulary.
     let dir = tiny_math_copy();
     edit(&dir, "tokenizer.json", |t| {
         t["post_processor"] = json!({
@@ -288,9 +288,9 @@ fn tokenizer_json_that_fails_late() {
             "special_tokens": {"X": {"id": "X", "ids": [5000], "tokens": ["X"]}},
         });
     });
-    let text = open(dir.path(), 1024);
-    assert!(text.encode("hello", false).is_ok());
-    let message = text.encode("hello", true).unwrap_err().to_string();
+    let tokenizer = open(dir.path(), 1024);
+    assert!(tokenizer.encode("hello", false).is_ok());
+    let message = tokenizer.encode("hello", true).unwrap_err().to_string();
     assert_names(&message, &dir.path().join("tokenizer.json"), &["id 5000", "vocab_size 1024"]);
 }
 
@@ -329,9 +329,9 @@ fn wrong_merges() {
         ("#version: 0.2\nh e\nh\n", ["line 3", "two tokens"]),
         ("h e l\n", ["line 1", "two tokens"]),
         ("h e\n\nq zz\n", ["line 3", "\"zz\""]),
-        // Both there, together not.
+        // Both are known, but not their merge.
         ("h e\nq q\n", ["line 2", "\"qq\""]),
-        // Together longer than every token.
+        // The merge is longer than every token.
         ("Ġbuttons Ġbuttons\n", ["line 1", "\"Ġbuttons"]),
         ("#version: 0.2\n#version: 0.2\n", ["line 2", "\"#version:\""]),
     ] {
@@ -395,9 +395,9 @@ fn failing_templates() {
         ("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", ["line 1", "fuel"]),
     ] {
         fs::write(&file, template).unwrap();
-        let text = open(dir.path(), 472);
-        assert!(text.has_chat_template());
-        assert_names(&text.chat("hi").unwrap_err().to_string(), &file, &parts);
+        let tokenizer = open(dir.path(), 472);
+        assert!(tokenizer.has_chat_template());
+        assert_names(&tokenizer.chat("hi").unwrap_err().to_string(), &file, &parts);
     }
 }
 
@@ -418,7 +418,7 @@ fn deep_templates() {
         nest.to_owned(),
     ] {
         fs::write(&file, template).unwrap();
-        // Some of these are valid; what counts is that there is an answer.
+        // Some of these are valid; the test is that the call returns.
         if let Err(error) = open(dir.path(), 472).chat("hi") {
             assert_names(&error.to_string(), &file, &["line 1"]);
         }

@@ -17,6 +17,35 @@ pub enum Policy {
     Factor(f64),
 }
 
+impl Policy {
+    /// Names of the policies, without their numbers, in the order of the command line's help.
+    pub const NAMES: [&'static str; 3] = ["fixed", "threshold", "factor"];
+
+    /// Returns the name on the command line, without threshold or factor.
+    pub fn name(self) -> &'static str {
+        match self {
+            Policy::Fixed => "fixed",
+            Policy::Threshold(_) => "threshold",
+            Policy::Factor(_) => "factor",
+        }
+    }
+}
+
+/// Parses the name of a policy, which gets its default number: threshold 0.9, factor 1. Any other text is an
+/// [`Error::Argument`].
+impl std::str::FromStr for Policy {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Policy> {
+        match name {
+            "fixed" => Ok(Policy::Fixed),
+            "threshold" => Ok(Policy::Threshold(0.9)),
+            "factor" => Ok(Policy::Factor(1.0)),
+            _ => Err(Error::argument("policy", "fixed, threshold or factor", name)),
+        }
+    }
+}
+
 /// Every setting of a decode. The names are those of the command line's flags.
 #[derive(Clone, Debug)]
 pub struct Options {

@@ -1,7 +1,7 @@
-//! Chat templates: Jinja as transformers renders it (`apply_chat_template`), by minijinja.
+//! Chat templates: Jinja as transformers renders it (`apply_chat_template`), with minijinja.
 //!
-//! A template comes with the checkpoint and is not trusted. minijinja gives it no files and no network; its length,
-//! its instructions and its depth are bounded here. What is not bounded is the length of the strings it builds.
+//! A template is part of the checkpoint and is not trusted. minijinja gives it no access to files or network. Its length,
+//! instructions and depth are bounded here; the length of the strings that it builds is not.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,35 +13,35 @@ use minijinja::{AutoEscape, Environment, ErrorKind, Value, context};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use serde_json::Value as Json;
 
-use super::{Shield, TokenizerConfig, panic_message, read_optional, text_error, wrong_value};
+use super::{Shield, TokenizerConfig, panic_message, read_optional, tokenizer_error, wrong_value};
 use crate::Result;
 
-/// The file that newer checkpoints keep the template in; it wins over `tokenizer_config.json`.
+/// Template file of newer checkpoints. It has precedence over `tokenizer_config.json`.
 const TEMPLATE: &str = "chat_template.jinja";
 
-/// Instructions that one rendering may take. Real templates take some hundred for one message.
+/// Maximum number of instructions of one rendering. Real templates need a few hundred for one message.
 const FUEL: u64 = 50_000;
 
-/// Longest template, in bytes. The longest in use have some 16 KiB.
+/// Maximum length of a template in bytes. The longest in use have about 16 KiB.
 const MAX_SOURCE_BYTES: usize = 64 << 10;
 
-/// minijinja recurses over an expression without a limit (`----1`, `a.b.b.b`, `[[[x]]]` built in a loop), and a stack
-/// that overflows ends the process. Measured with minijinja 3.0.5 at opt-level 2: whatever fits into
-/// [`MAX_SOURCE_BYTES`] and [`FUEL`] gets by with 32 MiB.
+/// Stack of the rendering thread in bytes. minijinja recurses over an expression without a limit (`----1`, `a.b.b.b`,
+/// `[[[x]]]` built in a loop), and a stack overflow ends the process. Measured with minijinja 3.0.5 at opt-level 2: 32 MiB
+/// suffice for every template within [`MAX_SOURCE_BYTES`] and [`FUEL`].
 const STACK_BYTES: usize = 64 << 20;
 
-/// A chat template and the variables it sees besides the messages.
+/// Chat template and its variables other than the messages.
 #[derive(Debug)]
 pub(super) struct ChatTemplate {
     file: PathBuf,
     source: String,
-    /// The special tokens by name.
+    /// Special tokens by name.
     special: BTreeMap<&'static str, Value>,
 }
 
 impl ChatTemplate {
-    /// The template of `dir`: `chat_template.jinja`, or `chat_template` in the configuration, which is a string or a
-    /// list of named templates. `None` when there is none.
+    /// Reads the template of `dir`: `chat_template.jinja`, or `chat_template` in the configuration, which is a string or a
+    /// list of named templates. Returns `None` when there is none.
     pub(super) fn find(dir: &Path, config: &TokenizerConfig) -> Result<Option<Self>> {
         let mut file = dir.join(TEMPLATE);
         let mut source = read_optional(&file)?;
@@ -58,12 +58,12 @@ impl ChatTemplate {
         Ok(source.map(|source| Self { file, source, special: variables }))
     }
 
-    /// One user message, followed by the head of the assistant's answer.
+    /// Renders one user message, followed by the start of the assistant's answer.
     pub(super) fn render(&self, message: &str) -> Result<String> {
         let bytes = self.source.len();
         if bytes > MAX_SOURCE_BYTES {
             let message = format!("chat template: expected at most {MAX_SOURCE_BYTES} bytes, found {bytes}");
-            return Err(text_error(&self.file, message));
+            return Err(tokenizer_error(&self.file, message));
         }
         let rendered = thread::scope(|scope| {
             let run = || {
@@ -75,15 +75,15 @@ impl ChatTemplate {
                 worker.join().unwrap_or_else(|payload| Err(format!("panic: {}", panic_message(payload.as_ref()))))
             })
         });
-        rendered.map_err(|message| text_error(&self.file, format!("chat template: {message}")))
+        rendered.map_err(|message| tokenizer_error(&self.file, format!("chat template: {message}")))
     }
 
-    /// The rendering itself; an error names the line in the template.
+    /// Renders in the current thread. An error names the line in the template.
     fn run(&self, message: &str) -> Result<String, String> {
         let context = context! {
             messages => [context! { role => "user", content => message }],
             add_generation_prompt => true,
-            // transformers always passes these two, and templates ask whether they are none.
+            // transformers always passes these two, and templates check whether they are none.
             tools => (),
             documents => (),
             ..Value::from(self.special.clone())
@@ -116,7 +116,7 @@ fn from_config(config: &TokenizerConfig) -> Result<Option<String>> {
     }
 }
 
-/// The settings of transformers' `_compile_jinja_template`.
+/// Returns an environment with the settings of transformers' `_compile_jinja_template`.
 fn environment() -> Result<Environment<'static>, minijinja::Error> {
     let mut env = Environment::new();
     env.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
@@ -150,8 +150,8 @@ const MONTHS: [&str; 12] = [
     "December",
 ];
 
-/// The part of Python's `strftime` that templates use, in UTC (the standard library knows no time zones; transformers
-/// uses local time). `seconds` count from 1970-01-01, a Thursday.
+/// Formats a time with the directives of Python's `strftime` that templates use. The time is in UTC, because the standard
+/// library has no time zones; transformers uses local time. `seconds` count from 1970-01-01, a Thursday.
 fn strftime(format: &str, seconds: u64) -> Result<String, String> {
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = civil(days);
@@ -189,8 +189,8 @@ fn strftime(format: &str, seconds: u64) -> Result<String, String> {
     Ok(text)
 }
 
-/// Year, month (1 to 12) and day of the Gregorian calendar, `days` after 1970-01-01. Counts in years that begin in
-/// March, so that the leap day is the last of its year (H. Hinnant, "chrono-Compatible Low-Level Date Algorithms").
+/// Returns year, month (1 to 12) and day of the Gregorian calendar, `days` after 1970-01-01. Its years begin in March, so
+/// that the leap day is the last of a year (H. Hinnant, "chrono-Compatible Low-Level Date Algorithms").
 fn civil(days: u64) -> (u64, u64, u64) {
     let days = days + 719_468; // since 0000-03-01
     let (era, day_of_era) = (days / 146_097, days % 146_097);

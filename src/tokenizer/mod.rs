@@ -1,8 +1,8 @@
 //! Tokenizer and chat template of a checkpoint directory.
 //!
-//! Two layouts are read: `tokenizer.json` (LLaDA), or else `vocab.json` + `merges.txt` (Dream and its children, see
-//! `qwen2.rs`). Both end in one [`tokenizers::Tokenizer`]; `tokenizer_config.json` adds the special tokens' names and
-//! the chat template. None of these files is trusted: what is wrong in them becomes an error that names the file.
+//! Two layouts are supported: `tokenizer.json` (LLaDA), or `vocab.json` with `merges.txt` (Dream and its derivatives, see
+//! `qwen2.rs`). Both become a [`tokenizers::Tokenizer`]; `tokenizer_config.json` adds the names of special tokens and the
+//! chat template. None of these files is trusted: every mistake in them is an error that names the file.
 
 mod chat;
 mod qwen2;
@@ -30,36 +30,36 @@ const CONFIG: &str = "tokenizer_config.json";
 const ADDED: &str = "added_tokens.json";
 const SPECIAL: &str = "special_tokens_map.json";
 
-/// The names under which transformers keeps a special token; a chat template may read each as a variable.
+/// Names of special tokens in transformers. A chat template sees each as a variable.
 const SPECIAL_NAMES: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// Besides `eos_token`, what LLaDA and the Qwen2 family write at the end of a turn.
+/// Tokens that end a turn of LLaDA and of the Qwen2 family, in addition to `eos_token`.
 const TURN_ENDS: [&str; 3] = ["<|eot_id|>", "<|im_end|>", "<|endoftext|>"];
 
-/// The tokenizer and chat template of one checkpoint. Immutable after [`Tokenizer::open`]; may be shared by threads.
+/// Tokenizer and chat template of one checkpoint. Immutable, and may be shared by threads.
 #[derive(Debug)]
 pub struct Tokenizer {
     tokenizer: tokenizers::Tokenizer,
-    /// The file that errors name: `tokenizer.json` or `vocab.json`.
+    /// File named in errors: `tokenizer.json` or `vocab.json`.
     file: PathBuf,
     /// Rows of the embedding matrix.
     vocab_size: usize,
-    /// Where a template was looked for, for the error when there is none.
+    /// Path of `tokenizer_config.json`, for the error of a missing template.
     config_file: PathBuf,
     template: Option<ChatTemplate>,
     end_tokens: Vec<u32>,
 }
 
 impl Tokenizer {
-    /// Reads the tokenizer files in `dir`; `None` when it holds none of them.
+    /// Reads the tokenizer files in `dir`; `None` when it has none of them.
     ///
     /// `vocab_size` is the number of rows of the embedding matrix.
     ///
     /// # Errors
-    /// [`Error::Io`] for a file that is missing beside the others or cannot be read, [`Error::Format`],
-    /// [`Error::Config`] and [`Error::Tokenizer`] for one that is malformed, declares a token that the tokenizer does not
-    /// place at the declared id, or holds a token whose id is not below `vocab_size`.
+    /// [`Error::Io`] for a required file that is missing or cannot be read. [`Error::Format`], [`Error::Config`] and
+    /// [`Error::Tokenizer`] for a file that is malformed, declares a token at another id than the tokenizer, or has a token
+    /// whose id is not below `vocab_size`.
     pub fn open(dir: &Path, vocab_size: usize) -> Result<Option<Tokenizer>> {
         fs::metadata(dir).map_err(Error::io(dir))?;
         let mut any = false;
@@ -90,9 +90,8 @@ impl Tokenizer {
         Ok(Some(Tokenizer { tokenizer, file, vocab_size, config_file: config.path, template, end_tokens }))
     }
 
-    /// The token ids of `text`. Special tokens written in the text (`<|startoftext|>`) are recognised as such;
-    /// `add_special_tokens` adds those that the tokenizer itself puts around a text, which for the checkpoints of
-    /// LLaDA and Dream are none.
+    /// Returns the token ids of `text`. Special tokens in the text, such as `<|startoftext|>`, are recognised.
+    /// `add_special_tokens` adds the tokens that the tokenizer puts around a text; LLaDA and Dream have none.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] when the tokenizer fails, or yields an id that is not below `vocab_size`.
@@ -100,9 +99,9 @@ impl Tokenizer {
         let ids = shielded(&self.file, || {
             self.tokenizer.encode_fast(text, add_special_tokens).map(|encoding| encoding.get_ids().to_vec())
         })?;
-        // The post-processor of a tokenizer.json carries ids of its own, which no vocabulary check has seen.
+        // The post-processor of a tokenizer.json has its own ids, which the vocabulary check does not see.
         match ids.iter().find(|&&id| id as usize >= self.vocab_size) {
-            Some(id) => Err(text_error(
+            Some(id) => Err(tokenizer_error(
                 &self.file,
                 format!("encoding gave id {id}, expected ids below vocab_size {}", self.vocab_size),
             )),
@@ -110,8 +109,8 @@ impl Tokenizer {
         }
     }
 
-    /// The text of `ids`, special tokens left out. An id without a token (a padding row of the embedding matrix) has
-    /// no text; bytes that are not UTF-8 become U+FFFD.
+    /// Returns the text of `ids` without special tokens. An id without a token (a padding row of the embedding matrix) has
+    /// no text. Bytes that are not UTF-8 become U+FFFD.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] when the tokenizer fails.
@@ -129,37 +128,39 @@ impl Tokenizer {
         shielded(&self.file, || self.tokenizer.decode(&[id], false)).ok()
     }
 
-    /// Whether the checkpoint has a chat template.
+    /// Returns whether the checkpoint has a chat template.
     pub fn has_chat_template(&self) -> bool {
         self.template.is_some()
     }
 
-    /// One user message through the chat template, ready for the assistant's answer (`add_generation_prompt`).
+    /// Applies the chat template to one user message. The result ends with the start of the assistant's answer
+    /// (`add_generation_prompt`).
     ///
     /// # Errors
     /// [`Error::Tokenizer`], with the file and the line in the template, when there is no template or it fails.
     pub fn chat(&self, message: &str) -> Result<String> {
         match &self.template {
             Some(template) => template.render(message),
-            None => Err(text_error(
+            None => Err(tokenizer_error(
                 &self.config_file,
-                "no chat_template (a string, or a list with one named \"default\"), and no chat_template.jinja beside it",
+                "expected a chat_template (a string, or a list with one named \"default\") or a file chat_template.jinja, \
+                 found no chat_template; pass the prompt without a template",
             )),
         }
     }
 
-    /// The ids at which an answer ends: `eos_token`, and `<|eot_id|>`, `<|im_end|>`, `<|endoftext|>` where they
-    /// exist. Sorted, without duplicates.
+    /// Returns the ids that end an answer: `eos_token`, and `<|eot_id|>`, `<|im_end|>` and `<|endoftext|>` if they exist.
+    /// Sorted, without duplicates.
     pub fn end_tokens(&self) -> Vec<u32> {
         self.end_tokens.clone()
     }
 }
 
-/// What `tokenizer_config.json` and `special_tokens_map.json` say.
+/// Contents of `tokenizer_config.json` and `special_tokens_map.json`.
 struct TokenizerConfig {
     /// Path of `tokenizer_config.json`, whether or not it exists.
     path: PathBuf,
-    /// All of `tokenizer_config.json`; empty when there is none.
+    /// Contents of `tokenizer_config.json`; empty when it does not exist.
     json: Map<String, Value>,
     special: SpecialTokens,
 }
@@ -170,7 +171,7 @@ impl TokenizerConfig {
         let json: Map<String, Value> = read_json(&path)?.unwrap_or_default();
         let mut special = SpecialTokens::default();
         special.take(&path, &json)?;
-        // As transformers does it: with added_tokens_decoder, tokenizer_config.json is the only source.
+        // As in transformers: with added_tokens_decoder, tokenizer_config.json is the only source.
         if !json.contains_key("added_tokens_decoder") {
             let map_path = dir.join(SPECIAL);
             special.take(&map_path, &read_json(&map_path)?.unwrap_or_default())?;
@@ -179,17 +180,17 @@ impl TokenizerConfig {
     }
 }
 
-/// The special tokens by their roles.
+/// Special tokens by role.
 #[derive(Default)]
 struct SpecialTokens {
-    /// By name, see [`SPECIAL_NAMES`].
+    /// Tokens by the names of [`SPECIAL_NAMES`].
     named: BTreeMap<&'static str, String>,
     /// `additional_special_tokens`.
     additional: Vec<String>,
 }
 
 impl SpecialTokens {
-    /// Takes the special tokens of one file; those already known stay.
+    /// Adds the special tokens of one file. Tokens that are already known have precedence.
     fn take(&mut self, path: &Path, json: &Map<String, Value>) -> Result<()> {
         for name in SPECIAL_NAMES {
             if let Some(value) = json.get(name).filter(|value| !value.is_null())
@@ -217,7 +218,7 @@ impl SpecialTokens {
     }
 }
 
-/// A special token is written as a string or as an object with `content`.
+/// Returns the text of a special token, which is a string or an object with `content`.
 fn token_text(path: &Path, key: &str, value: &Value) -> Result<String> {
     match value.as_str().or_else(|| value.get("content")?.as_str()) {
         Some(text) => Ok(text.to_owned()),
@@ -225,7 +226,7 @@ fn token_text(path: &Path, key: &str, value: &Value) -> Result<String> {
     }
 }
 
-/// The parts of `tokenizer.json` that are checked here because the tokenizers crate does not.
+/// Parts of `tokenizer.json` that the tokenizers crate does not check.
 #[derive(Deserialize)]
 struct TokenizerJson {
     #[serde(default)]
@@ -247,20 +248,20 @@ struct DeclaredModel {
 fn read_tokenizer_json(path: &Path) -> Result<tokenizers::Tokenizer> {
     let text = fs::read_to_string(path).map_err(Error::io(path))?;
     let declared: TokenizerJson = parse_json(path, &text)?;
-    // The crate cuts this many bytes off each merge without looking whether they are there. Byte-level BPE, which
-    // LLaDA and Dream use, has no such prefix.
+    // The crate removes the length of the prefix from each merge without a check. Byte-level BPE, which LLaDA and Dream
+    // use, has no such prefix.
     if let Some(prefix) = declared.model.continuing_subword_prefix.filter(|prefix| !prefix.is_empty()) {
-        return Err(text_error(path, format!("model.continuing_subword_prefix: expected none, found {prefix:?}")));
+        return Err(tokenizer_error(path, format!("model.continuing_subword_prefix: expected none, found {prefix:?}")));
     }
 
     let mut tokenizer = shielded(path, || {
         let mut tokenizer = tokenizers::Tokenizer::from_bytes(text.as_bytes())?;
-        // A saved truncation would silently drop the end of a prompt, a saved padding would lengthen it.
+        // A saved truncation would silently drop the end of a prompt, and saved padding would lengthen it.
         tokenizer.with_truncation(None)?;
         Ok(tokenizer)
     })?;
     tokenizer.with_padding(None);
-    // The crate numbers added tokens by itself and only logs when that is not the declared id.
+    // The crate numbers added tokens itself, and only logs a difference from the declared id.
     for token in &declared.added_tokens {
         check_declared(&tokenizer, path, &token.content, token.id)?;
     }
@@ -271,13 +272,13 @@ fn read_tokenizer_json(path: &Path) -> Result<tokenizers::Tokenizer> {
 fn check_declared(tokenizer: &tokenizers::Tokenizer, path: &Path, content: &str, id: u32) -> Result<()> {
     match tokenizer.token_to_id(content) {
         Some(found) if found == id => Ok(()),
-        Some(found) => Err(text_error(path, format!("added token {content:?}: expected id {id}, found {found}"))),
-        None => Err(text_error(path, format!("added token {content:?}: expected id {id}, found no such token"))),
+        Some(found) => Err(tokenizer_error(path, format!("added token {content:?}: expected id {id}, found {found}"))),
+        None => Err(tokenizer_error(path, format!("added token {content:?}: expected id {id}, found no such token"))),
     }
 }
 
-/// Makes the tokens that the configuration names special, as transformers does: recognised in a text and left out of
-/// decoded text. A name without an id stays plain text; a new id would point at a row that was never trained.
+/// Marks the tokens that the configuration names as special, as transformers does: they are recognised in a text and
+/// omitted from decoded text. A name without an id stays plain text, because a new id would have an untrained embedding.
 fn mark_special(tokenizer: &mut tokenizers::Tokenizer, path: &Path, config: &TokenizerConfig) -> Result<()> {
     let known = tokenizer.get_added_tokens_decoder();
     let mut tokens = Vec::new();
@@ -291,16 +292,16 @@ fn mark_special(tokenizer: &mut tokenizers::Tokenizer, path: &Path, config: &Tok
     Ok(())
 }
 
-/// Checks that every token has a row in the embedding matrix; names the one farthest out.
+/// Checks that every token has a row in the embedding matrix. The error names the token with the largest id.
 fn check_ids(tokenizer: &tokenizers::Tokenizer, path: &Path, vocab_size: usize) -> Result<()> {
     let last = tokenizer.get_vocab(true).into_iter().map(|(token, id)| (id, token)).max();
     match last {
-        Some((id, token)) if id as usize >= vocab_size => Err(text_error(
+        Some((id, token)) if id as usize >= vocab_size => Err(tokenizer_error(
             path,
             format!("token {token:?} has id {id}, expected ids below vocab_size {vocab_size} (embedding rows)"),
         )),
         Some(_) => Ok(()),
-        None => Err(text_error(path, "the vocabulary is empty")),
+        None => Err(tokenizer_error(path, "the vocabulary is empty")),
     }
 }
 
@@ -308,12 +309,12 @@ thread_local! {
     static SHIELDED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether this thread is in code of others whose panics become errors, so that a panic hook need not report them.
+/// Returns whether this thread runs code whose panics become errors, so that a panic hook should not report them.
 pub fn is_shielded() -> bool {
     SHIELDED.try_with(Cell::get).unwrap_or(false)
 }
 
-/// As long as it lives, [`is_shielded`] holds in the thread that made it.
+/// Guard during whose lifetime [`is_shielded`] is true in the thread that created it.
 struct Shield {
     before: bool,
 }
@@ -330,8 +331,8 @@ impl Drop for Shield {
     }
 }
 
-/// Runs a call into the tokenizers crate. It panics on some malformed files (a merge longer than every token, a
-/// pre-tokenizer that splits at length 0); that becomes an error like any other.
+/// Calls the tokenizers crate and converts its panics to errors. It panics on some malformed files, for example with a merge
+/// longer than every token, or a pre-tokenizer that splits at length 0.
 fn shielded<T>(path: &Path, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
     let shield = Shield::raise();
     let outcome = catch_unwind(AssertUnwindSafe(call));
@@ -341,7 +342,7 @@ fn shielded<T>(path: &Path, call: impl FnOnce() -> tokenizers::Result<T>) -> Res
         Ok(Err(error)) => error.to_string(),
         Err(payload) => format!("the tokenizers crate panicked: {}", panic_message(payload.as_ref())),
     };
-    Err(text_error(path, message))
+    Err(tokenizer_error(path, message))
 }
 
 fn panic_message(payload: &(dyn Any + Send)) -> &str {
@@ -349,7 +350,7 @@ fn panic_message(payload: &(dyn Any + Send)) -> &str {
     literal.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
 }
 
-/// Whether there is an entry of this name. A dangling link counts, so that reading it fails by name.
+/// Returns whether the path exists. A dangling link counts, so that reading it gives an error with its name.
 fn present(path: &Path) -> Result<bool> {
     match fs::symlink_metadata(path) {
         Ok(_) => Ok(true),
@@ -373,11 +374,11 @@ fn parse_json<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T> {
     serde_json::from_str(text).map_err(|error| Error::Format { path: path.to_owned(), message: error.to_string() })
 }
 
-fn text_error(path: &Path, message: impl Into<String>) -> Error {
+fn tokenizer_error(path: &Path, message: impl Into<String>) -> Error {
     Error::Tokenizer { path: path.to_owned(), message: message.into() }
 }
 
-/// A configuration value of the wrong kind; long values are cut.
+/// Returns the error for a configuration value of the wrong kind. Long values are truncated.
 fn wrong_value(path: &Path, key: &str, expected: &str, found: &Value) -> Error {
     let found: String = found.to_string().chars().take(80).collect();
     Error::Config { path: path.to_owned(), key: key.to_owned(), expected: expected.to_owned(), found }

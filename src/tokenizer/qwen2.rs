@@ -1,9 +1,8 @@
-//! The byte-level BPE of Qwen2, which Dream 7B, Dream-Coder and DiffuCoder took over with two tokens more.
+//! Byte-level BPE of Qwen2, which Dream 7B, Dream-Coder and DiffuCoder use with two more tokens.
 //!
-//! Those checkpoints have no `tokenizer.json`: the vocabulary is `vocab.json`, the merges `merges.txt`, the added
-//! tokens stand with their ids in `tokenizer_config.json` (`added_tokens_decoder`) or, in older checkpoints, in
-//! `added_tokens.json`. Normaliser, pre-tokenizer and decoder are in the code of transformers'
-//! `tokenization_qwen2.py`; they are built here from the same parts.
+//! Their checkpoints have no `tokenizer.json`. The vocabulary is in `vocab.json` and the merges in `merges.txt`. The added
+//! tokens and their ids are in `tokenizer_config.json` (`added_tokens_decoder`) or, in older checkpoints, in
+//! `added_tokens.json`. Normaliser, pre-tokenizer and decoder are those of transformers' `tokenization_qwen2.py`.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -19,7 +18,8 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
 use super::{
-    ADDED, MERGES, TokenizerConfig, VOCAB, check_declared, parse_json, read_json, shielded, text_error, wrong_value,
+    ADDED, MERGES, TokenizerConfig, VOCAB, check_declared, parse_json, read_json, shielded, tokenizer_error,
+    wrong_value,
 };
 use crate::{Error, Result};
 
@@ -27,7 +27,7 @@ use crate::{Error, Result};
 const PRETOKENIZE: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// The tokenizer classes of transformers that this file rebuilds. Others use the same two files with other rules.
+/// Tokenizer classes of transformers that this file implements. Others use the same two files with other rules.
 const CLASSES: [&str; 3] = ["DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast"];
 
 /// Builds the tokenizer from `vocab.json`, `merges.txt` and the added tokens in `dir`.
@@ -38,8 +38,8 @@ pub(super) fn read(dir: &Path, config: &TokenizerConfig) -> Result<tokenizers::T
     let merges = read_merges(&dir.join(MERGES), &vocab)?;
     let (added_path, added) = read_added(dir, config)?;
 
-    // Put into the model's vocabulary first, an added token is found there by the crate and keeps its declared id;
-    // otherwise the crate would number it by itself. No merge leads to it, so plain text cannot become it.
+    // An added token that is in the model's vocabulary keeps its declared id; otherwise the crate would number it. No merge
+    // produces it, so that plain text cannot become it.
     vocab.extend(added.iter().map(|(&id, token)| (token.content.clone(), id)));
     check_unique(&vocab_path, &vocab)?;
 
@@ -72,20 +72,18 @@ fn check_class(config: &TokenizerConfig) -> Result<()> {
     }
 }
 
-/// Token to id. Each of the 256 bytes must be there: the crate silently drops a character it has no token for.
+/// Reads the vocabulary, token to id. All 256 bytes must be in it: the crate silently drops a character without a token.
 fn read_vocab(path: &Path) -> Result<HashMap<String, u32>> {
     let text = fs::read_to_string(path).map_err(Error::io(path))?;
     let vocab: HashMap<String, u32> = parse_json(path, &text)?;
     let alphabet: BTreeSet<char> = ByteLevel::alphabet().into_iter().collect();
     match alphabet.into_iter().find(|byte| !vocab.contains_key(byte.encode_utf8(&mut [0; 4]) as &str)) {
-        Some(byte) => {
-            Err(text_error(path, format!("no token {byte:?}; a byte-level vocabulary has one for each byte")))
-        }
+        Some(byte) => Err(tokenizer_error(path, format!("expected a token for each byte, found none for {byte:?}"))),
         None => Ok(vocab),
     }
 }
 
-/// Two tokens with one id would make decoding a matter of chance.
+/// Checks that no two tokens share an id, which would make decoding ambiguous.
 fn check_unique(path: &Path, vocab: &HashMap<String, u32>) -> Result<()> {
     let mut by_id: Vec<(u32, &str)> = vocab.iter().map(|(token, &id)| (id, token.as_str())).collect();
     by_id.sort_unstable();
@@ -93,14 +91,14 @@ fn check_unique(path: &Path, vocab: &HashMap<String, u32>) -> Result<()> {
         if let [(id, first), (other, second)] = pair
             && id == other
         {
-            return Err(text_error(path, format!("tokens {first:?} and {second:?} share id {id}")));
+            return Err(tokenizer_error(path, format!("tokens {first:?} and {second:?} share id {id}")));
         }
     }
     Ok(())
 }
 
-/// The merges in their order of rank. Checked here because the crate's own errors lack the line, and because it
-/// panics where the merged token would be longer than every token.
+/// Reads the merges in the order of their ranks. They are checked here because the errors of the crate have no line, and
+/// because it panics when the merged token would be longer than every token.
 fn read_merges(path: &Path, vocab: &HashMap<String, u32>) -> Result<Merges> {
     let text = fs::read_to_string(path).map_err(Error::io(path))?;
     let mut merges = Merges::new();
@@ -111,12 +109,12 @@ fn read_merges(path: &Path, vocab: &HashMap<String, u32>) -> Result<Merges> {
         }
         let mut words = line.split_whitespace();
         let (Some(left), Some(right), None) = (words.next(), words.next(), words.next()) else {
-            return Err(text_error(path, format!("line {number}: expected two tokens, found {line:?}")));
+            return Err(tokenizer_error(path, format!("line {number}: expected two tokens, found {line:?}")));
         };
         let merged = format!("{left}{right}");
         for token in [left, right, &merged] {
             if !vocab.contains_key(token) {
-                return Err(text_error(path, format!("line {number}: token {token:?} is not in {VOCAB}")));
+                return Err(tokenizer_error(path, format!("line {number}: token {token:?} is not in {VOCAB}")));
             }
         }
         merges.push((left.to_owned(), right.to_owned()));
@@ -124,7 +122,7 @@ fn read_merges(path: &Path, vocab: &HashMap<String, u32>) -> Result<Merges> {
     Ok(merges)
 }
 
-/// An entry of `added_tokens_decoder`.
+/// Entry of `added_tokens_decoder`.
 #[derive(Deserialize)]
 struct Added {
     content: String,
@@ -149,8 +147,8 @@ impl From<Added> for AddedToken {
     }
 }
 
-/// The added tokens by id, and the file they stand in. As in transformers, `added_tokens.json` counts only where
-/// `added_tokens_decoder` is missing.
+/// Returns the added tokens by id, and their file. As in transformers, `added_tokens.json` is used only without
+/// `added_tokens_decoder`.
 fn read_added(dir: &Path, config: &TokenizerConfig) -> Result<(PathBuf, BTreeMap<u32, AddedToken>)> {
     let key = "added_tokens_decoder";
     let Some(declared) = config.json.get(key) else {
@@ -161,7 +159,10 @@ fn read_added(dir: &Path, config: &TokenizerConfig) -> Result<(PathBuf, BTreeMap
         for (content, id) in ids {
             let token = AddedToken::from(content.as_str(), special.contains(content.as_str()));
             if let Some(other) = added.insert(id, token) {
-                return Err(text_error(&path, format!("tokens {:?} and {content:?} share id {id}", other.content)));
+                return Err(tokenizer_error(
+                    &path,
+                    format!("tokens {:?} and {content:?} share id {id}", other.content),
+                ));
             }
         }
         return Ok((path, added));

@@ -109,9 +109,8 @@ impl Place {
     pub fn roofs(&self) -> Result<Option<Roofs>> {
         let Some(device) = &self.device else { return Ok(None) };
         // Drivers older than 570 report no times, and those of the CUDA emulator have no meaning.
-        if !gpu::Device::tells_times()? || self.name.contains("software device")
-        /* words: allow */
-        {
+        let is_emulator = self.name.contains("software device"); // words: allow
+        if !gpu::Device::tells_times()? || is_emulator {
             return Ok(None);
         }
         let bytes_per_second = dllm_kernels::ops::read_bandwidth::read_rate(&device.stream()?, 2 << 30, 30)?;
