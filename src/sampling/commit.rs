@@ -33,7 +33,7 @@ pub struct Candidates {
     /// Positions from here on are scored for an observer but not committed.
     pub commit_before: usize,
     /// How many of them to commit.
-    pub selection: CommitRule,
+    pub commit_rule: CommitRule,
 }
 
 /// What became of one candidate.

@@ -44,7 +44,7 @@ pub fn sample(
         let slice = &mut verdicts[first..first + eligible];
         let confidences: Vec<f64> = slice.iter().map(|v| v.confidence).collect();
         let ranks = ranks(&confidences, &group.positions, unmask, group.step);
-        for i in select(&confidences, &ranks, group.selection) {
+        for i in select(&confidences, &ranks, group.commit_rule) {
             slice[i].commit = true;
         }
         first += group.positions.len();
@@ -197,7 +197,7 @@ mod tests {
             step: 2,
             positions: vec![8, 9],
             commit_before: 10,
-            selection: CommitRule::Quota(1),
+            commit_rule: CommitRule::Quota(1),
         };
         let error = sample(&mut [1.0, 2.0, f32::NAN, f32::NAN], 2, &[group], &plain()).unwrap_err();
         assert!(matches!(error, Error::NoFiniteLogit { sequence: 3, position: 9, step: 2 }), "{error}");
