@@ -239,7 +239,7 @@ fn sampler_dream() {
         }
         let confidence = tensors.f32(&format!("{name}.confidence"));
         let x0 = tensors.i64(&format!("{name}.x0"));
-        let kept = tensors.u8(&format!("{name}.feature_cache"));
+        let kept = tensors.u8(&format!("{name}.kept"));
         let vocab = logits.len() / x0.len();
         for (i, row) in logits.chunks(vocab).enumerate() {
             let mut scratch = row.to_vec();
