@@ -1166,7 +1166,7 @@ mod golden {
             let (x0, confidence) =
                 (golden.of::<i64>(&format!("{name}.x0")), golden.of::<f32>(&format!("{name}.confidence")));
             let (logits, kept) =
-                (golden.of::<f32>(&format!("{name}.logits")), golden.of::<u8>(&format!("{name}.feature_cache")));
+                (golden.of::<f32>(&format!("{name}.logits")), golden.of::<u8>(&format!("{name}.kept")));
             let (rows, vocab) = (x0.len(), logits.len() / x0.len());
             let mut case = Case::<f32>::new(&mut Random(1), vocab, &[rows]);
             case.mask_token = OUTSIDE;
