@@ -5,6 +5,8 @@
 mod amx;
 pub mod attention;
 pub mod linear;
+mod norm;
+mod rope;
 mod simd;
 mod swiglu;
 mod tile;
@@ -20,7 +22,6 @@ use super::{
     UpdateRanges,
 };
 use crate::error::{Error, Result};
-use crate::reference::{norm, rope};
 use crate::tensor::Tensor;
 use linear::{Matrix, packed_len};
 use rayon::prelude::*;
