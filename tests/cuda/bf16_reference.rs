@@ -1,8 +1,10 @@
-//! The CPU, with activations rounded to bf16 wherever the device stores them: what the device computes, but for the order of
-//! sums and the weights of attention, which the device rounds too. So it tells errors of the device from those of bf16.
+//! The CPU backend with activations rounded to bf16 wherever the device stores them.
 //!
-//! Where V-verify chooses rows it is told what the device chose, and counts how far that is from its own choice; so is its
-//! twin that does not round, which stands for the CPU there.
+//! It computes what the device computes, except for the order of sums and the rounding of attention weights. So it separates
+//! errors of the device from those of bf16.
+//!
+//! Where V-verify selects rows, it uses the rows that the device selected and records how they compare with its own selection.
+//! The same backend without rounding ([`Bf16Reference::with_device_selection`], `exact`) serves as the CPU there.
 
 use dllm_kernels::Result;
 use dllm_kernels::backend::cpu::linear::Matrix;
@@ -18,32 +20,32 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::rc::Rc;
 
-/// The backend. One per session.
+/// Backend that rounds. One per session.
 #[derive(Default)]
-pub struct Rounded {
+pub struct Bf16Reference {
     cpu: Cpu,
     angles: rope::Angles,
     tokens: Vec<u32>,
-    /// Whether it does not round after all.
+    /// Does not round.
     exact: bool,
-    device: Rc<RefCell<Choices>>,
+    device: Rc<RefCell<Selections>>,
 }
 
-/// What the device has chosen by V-verify, layer by layer, and how that compares.
+/// Rows that the device selected by V-verify, layer by layer, and how they compare with this backend's selection.
 #[derive(Default)]
-pub struct Choices {
-    pub of_device: VecDeque<Vec<Vec<usize>>>,
-    /// Rows that were chosen, and those of them that are not of the own choice.
+pub struct Selections {
+    pub from_device: VecDeque<Vec<Vec<usize>>>,
+    /// Number of selected rows, and of those that this backend would not have selected.
     pub rows: usize,
     pub other_rows: usize,
-    /// The largest angle by which a row that was chosen had turned less than one that was not.
+    /// Largest angle by which a selected row had changed less than a row that was not selected, in radians.
     pub worst: f64,
 }
 
-impl Rounded {
-    /// One that is told what the device chooses.
-    pub fn told(exact: bool, device: Rc<RefCell<Choices>>) -> Rounded {
-        Rounded { exact, device, ..Rounded::default() }
+impl Bf16Reference {
+    /// A backend that uses the device's selection, and rounds unless `exact`.
+    pub fn with_device_selection(exact: bool, device: Rc<RefCell<Selections>>) -> Bf16Reference {
+        Bf16Reference { exact, device, ..Bf16Reference::default() }
     }
 
     fn round(&self, x: f32) -> f32 {
@@ -54,17 +56,17 @@ impl Rounded {
         list.iter_mut().for_each(|x| *x = self.round(*x));
     }
 
-    /// The device's choice, measured by the own cosines.
-    fn told_choice(&self, similarity: &[f64], of_device: &[usize]) -> Vec<usize> {
-        let own = vverify::lowest_of(similarity, of_device.len());
+    /// Returns the device's selection and records how it compares by this backend's cosine similarities.
+    fn use_device_selection(&self, similarity: &[f64], from_device: &[usize]) -> Vec<usize> {
+        let own = vverify::lowest_of(similarity, from_device.len());
         let mut choices = self.device.borrow_mut();
         choices.rows += own.len();
-        choices.other_rows += own.iter().filter(|row| !of_device.contains(row)).count();
+        choices.other_rows += own.iter().filter(|row| !from_device.contains(row)).count();
         let angle = |row: &usize| similarity[*row].clamp(-1.0, 1.0).acos();
-        let least = of_device.iter().map(angle).fold(f64::INFINITY, f64::min);
-        let most = (0..similarity.len()).filter(|row| !of_device.contains(row)).map(|row| angle(&row));
-        choices.worst = choices.worst.max(most.fold(0.0, f64::max) - least);
-        of_device.to_vec()
+        let least = from_device.iter().map(angle).fold(f64::INFINITY, f64::min);
+        let not_selected = (0..similarity.len()).filter(|row| !from_device.contains(row)).map(|row| angle(&row));
+        choices.worst = choices.worst.max(not_selected.fold(0.0, f64::max) - least);
+        from_device.to_vec()
     }
 }
 
@@ -84,12 +86,12 @@ pub struct Rows {
     tokens: Vec<usize>,
     logit_rows: Vec<usize>,
     parts: Vec<UpdateRanges>,
-    /// Rows that run, of each span, and the places in the cache of all rows.
+    /// Rows that run, by sequence; and the cache row of every row.
     selected: Vec<Vec<usize>>,
     places: Vec<usize>,
 }
 
-impl Backend for Rounded {
+impl Backend for Bf16Reference {
     type Buffer = Buffer;
     type Matrix = Matrix;
     type Vector = Vec<f32>;
@@ -205,24 +207,24 @@ impl Backend for Rounded {
         (Cache(layers), layer): (&mut Cache, usize),
     ) -> Result<()> {
         let width = heads.num_kv_heads * heads.head_dim;
-        let of_device = values.map(|_| self.device.borrow_mut().of_device.pop_front().expect("a choice of the device"));
+        let from_device = values
+            .map(|_| self.device.borrow_mut().from_device.pop_front().expect("the device's selection of this layer"));
         rows.selected.clear();
         let mut first = 0;
         for (s, (span, parts)) in rows.spans.iter().zip(&rows.parts).enumerate() {
             let mut selected: Vec<usize> = parts.always.clone().collect();
-            if let (Some(Buffer { data, .. }), Some(of_device)) = (values, &of_device) {
+            if let (Some(Buffer { data, .. }), Some(from_device)) = (values, &from_device) {
                 let fresh = |key: usize| &data[(first + key - span.start) * width..][..width];
                 let cached = |key: usize| (span.cache_base + key) * width..(span.cache_base + key + 1) * width;
                 let others: Vec<usize> = (0..parts.num_others()).map(|number| parts.other(number)).collect();
                 let cache = &mut layers[layer][1];
-                let numbers = match parts.count() == others.len() {
-                    true => (0..others.len()).collect(),
-                    // Twins' are not told.
-                    false => {
-                        let cosine = |key: &usize| vverify::cosine(fresh(*key), &cache[cached(*key)]);
-                        let similarity: Vec<f64> = others.iter().map(cosine).collect();
-                        self.told_choice(&similarity, &of_device[s])
-                    }
+                // Without a ratio below 1 all rows run. Selections of unconditional sequences are not reported.
+                let numbers = if parts.count() == others.len() {
+                    (0..others.len()).collect()
+                } else {
+                    let cosine = |key: &usize| vverify::cosine(fresh(*key), &cache[cached(*key)]);
+                    let similarity: Vec<f64> = others.iter().map(cosine).collect();
+                    self.use_device_selection(&similarity, &from_device[s])
                 };
                 selected.extend(numbers.iter().map(|number| others[*number]));
                 for key in parts.always.clone().chain(others) {
@@ -236,7 +238,7 @@ impl Backend for Rounded {
     }
 
     fn selected(&self, _rows: &Rows) -> Result<Vec<Vec<usize>>> {
-        unreachable!("it is told, and not asked")
+        unreachable!("this backend uses the device's selection")
     }
 
     fn gather_selected(&mut self, x: &Buffer, rows: &Rows, width: usize, out: &mut Buffer) -> Result<()> {
@@ -377,7 +379,7 @@ impl Backend for Rounded {
     }
 }
 
-impl HostUnmask for Rounded {
+impl HostUnmask for Bf16Reference {
     fn unmask(
         &mut self,
         logits: &mut Buffer,
