@@ -1,5 +1,5 @@
-//! unmask, selection included, in one launch: the 32 rows of a block, with the L2 cache cold and warm; 256 and 1,024 rows,
-//! 32 a sequence; the general form (drawn tokens, entropies); f32 logits.
+//! unmask in one launch, with the selection: the 32 rows of a block with a cold and a warm L2 cache; 256 and 1,024 rows, 32 per
+//! sequence; the general form (sampled tokens, entropies); f32 logits.
 
 mod gpu;
 
@@ -27,7 +27,7 @@ struct Block<T> {
     workspace: Workspace,
 }
 
-/// LLaDA's argmax and probability; in the general form Dream's drawn tokens and entropies.
+/// LLaDA's argmax and probability; in the general form Dream's sampled tokens and entropies.
 fn rule(general: bool) -> SamplingParams {
     SamplingParams {
         confidence: if general { Confidence::Entropy } else { Confidence::Probability },
@@ -71,7 +71,7 @@ impl<T: Float> Case for Block<T> {
         bytes_of::<T>(self.masks.len(), self.vocab_size)
     }
 
-    /// A committed token is no mask, and its row would not be read again.
+    /// Restores the masks: rows of committed tokens would not be read again.
     fn reset(&mut self) -> Result<()> {
         self.tokens.write(&self.masks)
     }
@@ -103,7 +103,7 @@ impl<T: Float> Case for Block<T> {
         op::launch(&self.stream, args, &rule)
     }
 
-    /// A few rows against the oracle, and all tokens against the confidences that the kernel found.
+    /// Compares a few rows with the reference, and all tokens with a selection by the kernel's confidences.
     fn check(&self) -> Result<()> {
         let (predicted, confidence) = (self.outcome.predicted.read()?, self.outcome.confidence.read()?);
         let (logits, tokens) = (self.logits.read()?, self.tokens.read()?);

@@ -143,7 +143,7 @@ fn numbers() {
     }
 }
 
-/// Lengths within the window that a config claims, for which there is no memory.
+/// Lengths that are valid for the config, but need more memory than there is.
 #[test]
 fn no_memory() {
     for family in FAMILIES {
