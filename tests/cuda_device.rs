@@ -322,10 +322,10 @@ fn launches() {
         let layers = model.config().num_layers;
         let counts = |base: Options| {
             let options = in_blocks(base, Policy::Fixed);
-            let mut engine = model.network(options.sizes(model.config(), &prompts())).unwrap();
-            assert_eq!(engine.launches().unwrap(), None, "nothing is captured yet");
+            let mut engine = model.engine(options.sizes(model.config(), &prompts())).unwrap();
+            assert_eq!(engine.kernel_counts().unwrap(), None, "nothing is captured yet");
             decode(&mut *engine, model.config(), &prompts(), &options, None, &mut ()).unwrap();
-            let launches = engine.launches().unwrap().unwrap();
+            let launches = engine.kernel_counts().unwrap().unwrap();
             println!("{family} {:?}: {launches:?}", options.cache);
             (launches.layer, launches.pass)
         };
@@ -507,8 +507,8 @@ fn interrupted() {
         .remove(0);
     let start = [prompt.clone(), vec![MASK; 8]].concat();
     let unmask = SamplingParams { f32_confidence: true, mask_token: Some(MASK), ..SamplingParams::default() };
-    let mut engine = model.network(options.sizes(config, std::slice::from_ref(&prompt))).unwrap();
-    let device = engine.autonomous().unwrap();
+    let mut engine = model.engine(options.sizes(config, std::slice::from_ref(&prompt))).unwrap();
+    let device = engine.device_loop().unwrap();
     let plan = vec![LayerPlan::Full { reuse: false, store: false, store_features: false }; config.num_layers];
     let block = 5..13;
     let candidates = [(0, block.clone().collect::<Vec<usize>>())];
@@ -532,8 +532,8 @@ fn interrupted() {
         first_commit_before: usize::MAX,
     };
     let run = DecodeRun {
-        stages: &[Some(stage)],
-        stage: &|_| 0,
+        templates: &[Some(stage)],
+        template_of: &|_| 0,
         first_pass: 0,
         ends_with_first: false,
         schedule: &QuotaSchedule::Llada { steps: 8 },
@@ -595,7 +595,7 @@ impl DeviceLoop for Stopping<'_> {
             self.flag.fetch_or(asks.get() == 0, Ordering::Relaxed);
             go_on()
         };
-        let outcome = self.engine.autonomous().unwrap().run(tokens, run, &count_and_ask);
+        let outcome = self.engine.device_loop().unwrap().run(tokens, run, &count_and_ask);
         self.asks = asks.get();
         outcome
     }
@@ -611,7 +611,7 @@ fn interrupted_adaptive(model: &Model) {
     let whole = Generator::new(model).options(options.clone()).generate(&prompts).unwrap().tokens;
     for asks in 1..8 {
         let flag = AtomicBool::new(false);
-        let engine = model.network(options.sizes(config, &prompts)).unwrap();
+        let engine = model.engine(options.sizes(config, &prompts)).unwrap();
         let mut engine = Stopping { engine, flag: &flag, asks };
         let mut run = |interrupt| decode(&mut engine, config, &prompts, &options, interrupt, &mut ()).unwrap();
         let stopped = run(Some(&flag));

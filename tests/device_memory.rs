@@ -58,7 +58,7 @@ fn estimates_equal_allocations() {
                 let expected =
                     MemoryEstimate::cuda(&sizes, model.config(), device.multiprocessors().unwrap()).unwrap().total();
                 let before = used();
-                let engine = model.network(sizes).unwrap();
+                let engine = model.engine(sizes).unwrap();
                 let got = used() - before;
                 // An empty buffer takes 16 bytes.
                 assert!(got.abs_diff(expected) <= 64, "{what}: {got} bytes, expected {expected}");
@@ -104,7 +104,7 @@ fn one_layer(device: &Device) {
             let sizes = sizes(&options, &config, &[3, 5]);
             let expected = MemoryEstimate::cuda(&sizes, &config, device.multiprocessors().unwrap()).unwrap().total();
             let before = used();
-            let _engine = gpu.network(sizes).unwrap();
+            let _engine = gpu.engine(sizes).unwrap();
             let got = used() - before;
             // Two more empty buffers.
             assert!(got.abs_diff(expected) <= 96, "{family} {options:?}: {got} bytes, expected {expected}");

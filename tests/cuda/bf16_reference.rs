@@ -1,10 +1,9 @@
-//! The CPU backend with activations rounded to bf16 wherever the device stores them.
+//! A backend for the CPU that rounds activations to bf16 wherever the device stores them. It computes what the device computes, but
+//! for the order of sums and the attention weights, which the device rounds too. It separates errors of the device from those of
+//! bf16.
 //!
-//! It computes what the device computes, except for the order of sums and the rounding of attention weights. So it separates
-//! errors of the device from those of bf16.
-//!
-//! Where V-verify selects rows, it uses the rows that the device selected and records how they compare with its own selection.
-//! The same backend without rounding ([`Bf16Reference::with_device_selection`], `exact`) serves as the CPU there.
+//! V-verify uses the rows that the device selected, and this backend measures how far they are from its own selection. A second
+//! instance that does not round stands for the CPU there.
 
 use dllm_kernels::Result;
 use dllm_kernels::backend::cpu::linear::Matrix;
@@ -20,30 +19,30 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::rc::Rc;
 
-/// Backend that rounds. One per session.
+/// The backend. One per session.
 #[derive(Default)]
 pub struct Bf16Reference {
     cpu: Cpu,
     angles: rope::Angles,
     tokens: Vec<u32>,
-    /// Does not round.
+    /// Turns the rounding off.
     exact: bool,
     device: Rc<RefCell<Selections>>,
 }
 
-/// Rows that the device selected by V-verify, layer by layer, and how they compare with this backend's selection.
+/// The rows that the device selected by V-verify, layer by layer, and how they compare with this backend's selection.
 #[derive(Default)]
 pub struct Selections {
     pub from_device: VecDeque<Vec<Vec<usize>>>,
-    /// Number of selected rows, and of those that this backend would not have selected.
+    /// Selected rows, and those of them that this backend would not select.
     pub rows: usize,
     pub other_rows: usize,
-    /// Largest angle by which a selected row had changed less than a row that was not selected, in radians.
+    /// The largest angle by which a selected row had changed less than one that was not selected.
     pub worst: f64,
 }
 
 impl Bf16Reference {
-    /// A backend that uses the device's selection, and rounds unless `exact`.
+    /// Creates a backend that uses the device's selection.
     pub fn with_device_selection(exact: bool, device: Rc<RefCell<Selections>>) -> Bf16Reference {
         Bf16Reference { exact, device, ..Bf16Reference::default() }
     }
@@ -56,16 +55,16 @@ impl Bf16Reference {
         list.iter_mut().for_each(|x| *x = self.round(*x));
     }
 
-    /// Returns the device's selection and records how it compares by this backend's cosine similarities.
-    fn use_device_selection(&self, similarity: &[f64], from_device: &[usize]) -> Vec<usize> {
+    /// Returns the device's selection, after comparing it with this backend's cosines.
+    fn follow(&self, similarity: &[f64], from_device: &[usize]) -> Vec<usize> {
         let own = vverify::lowest_of(similarity, from_device.len());
-        let mut choices = self.device.borrow_mut();
-        choices.rows += own.len();
-        choices.other_rows += own.iter().filter(|row| !from_device.contains(row)).count();
+        let mut selection = self.device.borrow_mut();
+        selection.rows += own.len();
+        selection.other_rows += own.iter().filter(|row| !from_device.contains(row)).count();
         let angle = |row: &usize| similarity[*row].clamp(-1.0, 1.0).acos();
         let least = from_device.iter().map(angle).fold(f64::INFINITY, f64::min);
-        let not_selected = (0..similarity.len()).filter(|row| !from_device.contains(row)).map(|row| angle(&row));
-        choices.worst = choices.worst.max(not_selected.fold(0.0, f64::max) - least);
+        let most = (0..similarity.len()).filter(|row| !from_device.contains(row)).map(|row| angle(&row));
+        selection.worst = selection.worst.max(most.fold(0.0, f64::max) - least);
         from_device.to_vec()
     }
 }
@@ -86,11 +85,26 @@ pub struct Batch {
     positions: Vec<usize>,
     tokens: Vec<usize>,
     logit_rows: Vec<usize>,
-    parts: Vec<UpdateRanges>,
-    /// Rows that run, by sequence; and the cache row of every row.
+    updates: Vec<UpdateRanges>,
+    /// For each sequence the rows of the pass that are recomputed.
     selected: Vec<Vec<usize>>,
     /// The place in the cache of each row.
     places: Vec<usize>,
+}
+
+impl Batch {
+    /// Rows of a set, as indices of the rows of the pass.
+    fn rows(&self, set: RowSet) -> Vec<usize> {
+        match set {
+            RowSet::All => (0..self.places.len()).collect(),
+            RowSet::Logits => self.logit_rows.clone(),
+            RowSet::Selected => self.selected.concat(),
+        }
+    }
+}
+
+fn qkv_width(heads: Heads, has_values: bool) -> usize {
+    heads.q_width() + heads.kv_width() * if has_values { 2 } else { 1 }
 }
 
 impl Backend for Bf16Reference {
@@ -155,7 +169,7 @@ impl Backend for Bf16Reference {
     fn residual_norm(
         &mut self,
         x: &mut Buffer,
-        residual: Residual<Rounded>,
+        residual: Residual<Bf16Reference>,
         batch: &Batch,
         (weight, eps): (&Vec<f32>, f32),
         out: &mut Buffer,
@@ -197,141 +211,6 @@ impl Backend for Bf16Reference {
             self.round_all(&mut out.data);
         }
         Ok(())
-    }
-
-    fn linear_part(
-        &mut self,
-        x: &Buffer,
-        w: &Matrix,
-        outputs: Range<usize>,
-        out: &mut Buffer,
-        rows: usize,
-    ) -> Result<()> {
-        self.cpu.linear_part(&x.data, w, outputs, &mut out.data, rows)?;
-        self.round_all(&mut out.data);
-        Ok(())
-    }
-
-    fn select_rows(
-        &mut self,
-        values: Option<&Buffer>,
-        heads: Heads,
-        rows: &mut Rows,
-        (Cache(layers), layer): (&mut Cache, usize),
-    ) -> Result<()> {
-        let width = heads.num_kv_heads * heads.head_dim;
-        let from_device = values
-            .map(|_| self.device.borrow_mut().from_device.pop_front().expect("the device's selection of this layer"));
-        rows.selected.clear();
-        let mut first = 0;
-        for (s, (span, parts)) in rows.spans.iter().zip(&rows.parts).enumerate() {
-            let mut selected: Vec<usize> = parts.always.clone().collect();
-            if let (Some(Buffer { data, .. }), Some(from_device)) = (values, &from_device) {
-                let fresh = |key: usize| &data[(first + key - span.start) * width..][..width];
-                let cached = |key: usize| (span.cache_base + key) * width..(span.cache_base + key + 1) * width;
-                let others: Vec<usize> = (0..parts.num_others()).map(|number| parts.other(number)).collect();
-                let cache = &mut layers[layer][1];
-                // Without a ratio below 1 all rows run. Selections of unconditional sequences are not reported.
-                let numbers = if parts.count() == others.len() {
-                    (0..others.len()).collect()
-                } else {
-                    let cosine = |key: &usize| vverify::cosine(fresh(*key), &cache[cached(*key)]);
-                    let similarity: Vec<f64> = others.iter().map(cosine).collect();
-                    self.use_device_selection(&similarity, &from_device[s])
-                };
-                selected.extend(numbers.iter().map(|number| others[*number]));
-                for key in parts.always.clone().chain(others) {
-                    cache[cached(key)].copy_from_slice(fresh(key));
-                }
-            }
-            rows.selected.push(selected.iter().map(|key| first + key - span.start).collect());
-            first += span.rows();
-        }
-        Ok(())
-    }
-
-    fn selected(&self, _rows: &Rows) -> Result<Vec<Vec<usize>>> {
-        unreachable!("this backend uses the device's selection")
-    }
-
-    fn gather_selected(&mut self, x: &Buffer, rows: &Rows, width: usize, out: &mut Buffer) -> Result<()> {
-        for (row, to) in rows.selected.iter().flatten().zip(out.data.chunks_exact_mut(width)) {
-            to.copy_from_slice(&x.data[row * width..(row + 1) * width]);
-        }
-        Ok(())
-    }
-
-    fn rope_selected(
-        &mut self,
-        qkv: &mut Buffer,
-        heads: Heads,
-        rows: &Rows,
-        (Cache(layers), layer): (&mut Cache, usize),
-        values: bool,
-    ) -> Result<()> {
-        let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
-        let width = q + if values { 2 * kv } else { kv };
-        for (of_pass, row) in rows.selected.iter().flatten().zip(qkv.data.chunks_exact_mut(width)) {
-            rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(rows.positions[*of_pass]));
-            self.round_all(row);
-            let at = rows.places[*of_pass] * kv;
-            layers[layer][0][at..at + kv].copy_from_slice(&row[q..q + kv]);
-            if values {
-                layers[layer][1][at..at + kv].copy_from_slice(&row[q + kv..]);
-            }
-        }
-        Ok(())
-    }
-
-    fn attention_selected(
-        &mut self,
-        qkv: &Buffer,
-        heads: Heads,
-        rows: &Rows,
-        (Cache(layers), layer): (&Cache, usize),
-        values: bool,
-        out: &mut Buffer,
-    ) -> Result<()> {
-        let kv = heads.num_kv_heads * heads.head_dim;
-        let stride = heads.qkv_width() - if values { 0 } else { kv };
-        let counts: Vec<usize> = rows.selected.iter().map(Vec::len).collect();
-        let cached = (&layers[layer][0][..], &layers[layer][1][..]);
-        attention::attention_cached(&qkv.data, stride, heads, &rows.spans, &counts, cached, &mut out.data);
-        self.round_all(&mut out.data);
-        Ok(())
-    }
-
-    fn store_features(
-        &mut self,
-        delta: &Buffer,
-        part: RowSet,
-        width: usize,
-        rows: &Rows,
-        (feature_cache, first_row): (&mut Buffer, usize),
-    ) -> Result<()> {
-        let of_pass: Vec<usize> = match part {
-            RowSet::All => (0..rows.places.len()).collect(),
-            RowSet::Selected => rows.selected.concat(),
-        };
-        for (of_pass, row) in of_pass.into_iter().zip(delta.data.chunks_exact(width)) {
-            feature_cache.data[(first_row + rows.places[of_pass]) * width..][..width].copy_from_slice(row);
-        }
-        Ok(())
-    }
-
-    fn residual_norm_features(
-        &mut self,
-        x: &mut Buffer,
-        (feature_cache, first_row): (&Buffer, usize),
-        rows: &Rows,
-        weight: &Vec<f32>,
-        eps: f32,
-        out: &mut Buffer,
-    ) -> Result<()> {
-        let width = weight.len();
-        let row = |key: &usize| feature_cache.data[(first_row + key) * width..][..width].to_vec();
-        let delta = Buffer { data: rows.places.iter().flat_map(row).collect(), logits: false };
-        self.residual_norm(x, Some(&delta), weight, eps, out, rows.places.len())
     }
 
     fn rope(
@@ -405,13 +284,13 @@ impl Backend for Bf16Reference {
         (Cache(layers), layer): (&mut Cache, usize),
     ) -> Result<()> {
         let width = heads.kv_width();
-        let of_device =
-            values.map(|_| self.device.borrow_mut().of_device.pop_front().expect("a selection of the device"));
+        let from_device =
+            values.map(|_| self.device.borrow_mut().from_device.pop_front().expect("a selection of the device"));
         batch.selected.clear();
         let mut first = 0;
         for (s, (sequence, update)) in batch.sequences.iter().zip(&batch.updates).enumerate() {
             let mut selected: Vec<usize> = update.always.clone().collect();
-            if let (Some(Buffer { data, .. }), Some(of_device)) = (values, &of_device) {
+            if let (Some(Buffer { data, .. }), Some(from_device)) = (values, &from_device) {
                 let fresh = |key: usize| &data[(first + key - sequence.start) * width..][..width];
                 let cached = |key: usize| (sequence.cache_base + key) * width..(sequence.cache_base + key + 1) * width;
                 let others: Vec<usize> = (0..update.num_others()).map(|index| update.other(index)).collect();
@@ -422,7 +301,7 @@ impl Backend for Bf16Reference {
                     // The device reports nothing for unconditional sequences.
                     let cosine = |key: &usize| vverify::cosine(fresh(*key), &cache[cached(*key)]);
                     let similarity: Vec<f64> = others.iter().map(cosine).collect();
-                    self.follow(&similarity, &of_device[s])
+                    self.follow(&similarity, &from_device[s])
                 };
                 selected.extend(indices.iter().map(|index| others[*index]));
                 for key in update.always.clone().chain(others) {
@@ -457,14 +336,8 @@ impl Backend for Bf16Reference {
     }
 }
 
-impl HostUnmask for Bf16Reference {
-    fn unmask(
-        &mut self,
-        logits: &mut Buffer,
-        vocab_size: usize,
-        groups: &[Candidates],
-        how: &SamplingParams,
-    ) -> Result<Vec<Prediction>> {
-        sample(&mut logits.data, vocab_size, groups, how)
+impl HostLogits for Bf16Reference {
+    fn host_logits(buffer: &mut Buffer) -> &mut [f32] {
+        &mut buffer.data
     }
 }

@@ -78,7 +78,7 @@ pub fn decode_in_lockstep(
         },
         rounded: Session::new(&test_model.rounded, reference(false), sizes.clone()).unwrap(),
         selections: selections.clone(),
-        gpu: test_model.model.network(sizes).unwrap(),
+        gpu: test_model.model.engine(sizes).unwrap(),
         tally: Tally::default(),
     };
     let decoded = decode(&mut lockstep, config, prompts, options, None, observer);
@@ -97,15 +97,15 @@ impl DecodeEngine for Lockstep<'_> {
         }
         let cpu = match cpu {
             CpuSession::Cpu(cpu) => {
-                cpu.forward(tokens, pass.windows, pass.plan, &logit_rows, None)?;
+                cpu.forward(tokens, pass.query_rows, pass.plan, &logit_rows, None)?;
                 cpu.logits(logit_rows.len())?
             }
             CpuSession::DeviceSelection(cpu) => {
-                cpu.forward(tokens, pass.windows, pass.plan, &logit_rows, None)?;
+                cpu.forward(tokens, pass.query_rows, pass.plan, &logit_rows, None)?;
                 cpu.logits(logit_rows.len())?
             }
         };
-        rounded.forward(tokens, pass.windows, pass.plan, &logit_rows, None)?;
+        rounded.forward(tokens, pass.query_rows, pass.plan, &logit_rows, None)?;
         let rounded = rounded.logits(logit_rows.len())?;
         assert!(
             selections.iter().all(|selections| selections.borrow().from_device.is_empty()),
@@ -120,14 +120,14 @@ impl DecodeEngine for Lockstep<'_> {
 
 /// Logit rows of the candidates of a pass; with guidance followed by those of the unconditional sequences.
 fn logit_rows(family: Family, pass: &Pass) -> Vec<usize> {
-    let rows: usize = pass.windows.iter().map(|w| w.rows.len()).sum();
-    let branches = if pass.unmask.cfg_scale > 0.0 { 2 } else { 1 };
+    let rows: usize = pass.query_rows.iter().map(|w| w.rows.len()).sum();
+    let branches = if pass.sampling.cfg_scale > 0.0 { 2 } else { 1 };
     let mut logit_rows = Vec::new();
     for branch in 0..branches {
-        for group in pass.groups {
-            let before = pass.windows.iter().take_while(|w| w.sequence != group.sequence);
+        for group in pass.candidates {
+            let before = pass.query_rows.iter().take_while(|w| w.sequence != group.sequence);
             let first = branch * rows + before.map(|w| w.rows.len()).sum::<usize>();
-            let window = &pass.windows.iter().find(|w| w.sequence == group.sequence).unwrap().rows;
+            let window = &pass.query_rows.iter().find(|w| w.sequence == group.sequence).unwrap().rows;
             logit_rows.extend(group.positions.iter().map(|position| match family {
                 Family::Llada => first + position - window.start,
                 Family::Dream => first + (position - window.start).saturating_sub(1),

@@ -244,7 +244,7 @@ fn commits(
         let others = || (0..eligible).filter(|j| *j != i);
         let min_before = others().filter(|j| low(*j) > high(i)).count();
         let max_before = others().filter(|j| high(*j) >= low(i)).count();
-        let (surely, surely_not) = match group.selection {
+        let (surely, surely_not) = match group.commit_rule {
             CommitRule::Quota(count) => (max_before < count, min_before >= count),
             CommitRule::Threshold(t) => (low(i) >= t || max_before == 0, high(i) < t && min_before > 0),
             CommitRule::ThresholdTopN { threshold: t, top_n } => {
