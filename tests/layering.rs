@@ -22,7 +22,7 @@ use std::path::Path;
 const ORDER: [&str; 9] = ["abi", "gpu", "ops", "backend", "model", "cache", "engine", "decode", "bin"];
 
 /// Rooms outside the order; each has a rule of its own in [`broken_rule`].
-const OTHERS: [&str; 5] = ["error", "tensor", "sampling", "reference", "tokenizer"];
+const OTHERS: [&str; 6] = ["error", "tensor", "host_memory", "sampling", "reference", "tokenizer"];
 
 /// Lines of a file under `src/`, and of a function.
 const MAX_FILE_LINES: usize = 500;
@@ -483,7 +483,9 @@ fn broken_rule(file: &str, module: &[String], target: &[String]) -> Option<(&'st
             Some(("`error` uses no other room", "Move the type to `error` or the conversion to the other room"))
         }
         (_, "error") => None,
-        ("tensor", _) => Some(("`tensor` uses `error` only", "Move the function to the room that it needs")),
+        ("tensor" | "host_memory", _) => {
+            Some(("`tensor` and `host_memory` use `error` only", "Move the function to the room that it needs"))
+        }
         ("sampling", _) => Some(("`sampling` uses `error` only", "Pass plain values, or move the type to `sampling`")),
         ("tokenizer", _) => Some(("`tokenizer` uses `error` only", "Pass token ids or text")),
         (_, "tokenizer") if file.starts_with("src/decode/observer") => None,
@@ -501,7 +503,7 @@ fn broken_rule(file: &str, module: &[String], target: &[String]) -> Option<(&'st
         ("reference", _) => {
             Some(("`reference` uses `sampling`, `tensor` and the plain types of `backend`", "Write the definition out"))
         }
-        (_, "sampling" | "tensor") => None,
+        (_, "sampling" | "tensor" | "host_memory") => None,
         _ if rank(to) > rank(from) => Some(("calls go down only", "Move the type down, or pass what it is needed for")),
         ("decode", "backend" | "ops" | "gpu" | "abi") => Some((
             "nothing above `engine` uses `backend`, `ops`, `gpu` or `abi`",
