@@ -2,7 +2,7 @@
 //! unmasking, over weights that stay mapped in the checkpoint's files.
 //!
 //! Open a checkpoint with [`Model::open`], decode with a [`Generator`], follow it with an [`Observer`]. Everything works
-//! on token ids; tokenizers and chat templates come with the feature `cli`.
+//! on token ids; tokenizers and chat templates come with the feature `tokenizers`.
 //!
 //! Calls go down this list only: [`decode`] (rules, policies, the loop), [`cache`] (which rows run), [`model`] (config,
 //! weights, the forward pass), [`backend`] (the ops of a layer on a device), [`reference`] (what each op computes).
@@ -30,7 +30,7 @@ pub mod ops;
 pub mod reference;
 pub mod sampling;
 mod tensor;
-#[cfg(feature = "cli")]
+#[cfg(feature = "tokenizers")]
 pub mod tokenizer;
 
 pub use cache::CacheMode;

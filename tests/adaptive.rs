@@ -40,7 +40,7 @@ fn options(prompt_interval: usize, response_interval: usize, refresh_ratio: f64)
     let (cache, policy) = (CacheMode::Adaptive, Policy::Fixed);
     let (gen_length, block_length) = (GEN, Some(GEN));
     let base = Options { gen_length, block_length, cache, policy, ..Options::default() };
-    Options { prompt_interval, response_interval, refresh_ratio, ..base }
+    Options { prompt_interval, response_interval, refresh_ratio: Some(refresh_ratio), ..base }
 }
 
 /// The loops that an adaptive cache goes around, in blocks and without.
@@ -113,7 +113,7 @@ struct Full<'m> {
 impl DecodeEngine for Full<'_> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
         let windows: Vec<_> =
-            pass.query_rows.iter().map(|w| QueryRows::new(w.sequence, 0..w.view.len, w.view.len)).collect();
+            pass.query_rows.iter().map(|w| QueryRows::new(w.sequence, 0..w.num_keys, w.num_keys)).collect();
         self.narrowed += usize::from(windows != pass.query_rows);
         match pass.cfg {
             CfgBranch::Separate { plan, .. } => self.session.step(

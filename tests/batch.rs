@@ -25,8 +25,8 @@ fn loops() -> Vec<Options> {
         for block_length in [4, 8] {
             for policy in [Policy::Fixed, Policy::Threshold(0.9), Policy::Threshold(0.4), Policy::Factor(1.0)] {
                 let block_length = Some(block_length);
-                // For the adaptive cache: sequences that wait for others then continue at another point of their intervals.
-                let (prompt_interval, response_interval, refresh_ratio) = (3, 2, 0.3);
+                // Of the adaptive cache: sequences that wait for others are at another place of their intervals then.
+                let (prompt_interval, response_interval, refresh_ratio) = (3, 2, Some(0.3));
                 let base = Options { prompt_interval, response_interval, refresh_ratio, ..Options::default() };
                 list.push(Options { gen_length: 8, block_length, cache, policy, ..base });
             }

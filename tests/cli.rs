@@ -226,10 +226,10 @@ fn wrong_calls_name_the_flag() {
         (2, "eval --setting cache=adaptive,refresh-ratio=NaN", "error: --refresh-ratio: "),
         (2, "generate --cache adaptive --cfg-scale 1 --cfg-interval 0", "error: --cfg-interval: "),
         (2, "generate --refresh-prompt-every 0", "error: --refresh-prompt-every: "),
-        (2, "generate --refresh-rows 1.5", "error: --refresh-rows: "),
-        (2, "inspect --shape mid --refresh-rows -1", "error: --refresh-rows: "),
+        (2, "generate --refresh-rows 1.5", "error: --refresh-ratio: "),
+        (2, "inspect --shape mid --refresh-ratio -1", "error: --refresh-ratio: "),
         (2, "bench --refresh-prompt-every 0", "error: --refresh-prompt-every: "),
-        (2, "generate --suffix-window 8 --refresh-rows 0.5", "found refresh-rows 0.5"),
+        (2, "generate --suffix-window 8 --refresh-ratio 0.5", "found refresh-ratio 0.5"),
         (2, "eval --setting cache=adaptive,suffix-window=8", "found cache adaptive"),
         (2, "generate --vicinity=-1", "--vicinity"),
         (2, "generate --preset gsm8k", "dllm presets"),
@@ -627,13 +627,13 @@ fn eval_takes_mode_flags() {
 /// Joined caches by their flags: what a setting is called, what a trace tells, and what has no effect.
 #[test]
 fn joined_caches() {
-    let rows = json_of("eval --limit 1 --gen-length 32 --json --refresh-rows 0.5 --suffix-stride 4");
-    assert_eq!(rows[0]["setting"], "cache=dual,policy=threshold,threshold=0.9,refresh-rows=0.5,suffix-stride=4");
+    let rows = json_of("eval --limit 1 --gen-length 32 --json --refresh-rows 0.5");
+    assert_eq!(rows[0]["setting"], "cache=dual,policy=threshold,threshold=0.9,refresh-ratio=0.5");
 
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("trace.json");
     let line = "generate --gen-length 32 --block-length 8 --policy fixed --refresh-prompt-every 2 --vicinity 3 \
-                --suffix-window 8 --suffix-stride 4 --prompt-ids 905,908,17,4 --trace";
+                --suffix-window 8 --prompt-ids 905,908,17,4 --trace";
     let mut command = dllm(words(line));
     command.arg(&file);
     done(command);
@@ -644,14 +644,14 @@ fn joined_caches() {
     let steps = trace["steps"].as_array().unwrap();
     let told: Vec<(&str, [usize; 2])> =
         steps.iter().map(|step| (step["kind"].as_str().unwrap(), numbers(&step["window"]))).collect();
-    // 4 + 32 positions. Behind the window the last of each 4: those up to 36, 32 and 36 of the first three blocks.
-    assert_eq!((told[0], told[1]), (("full", [0, 36]), ("block", [1, 15])));
-    assert_eq!((told[8], told[9]), (("response", [4, 36]), ("block", [9, 23])));
+    // 4 + 32 positions, of which the window ends 8 positions after the block.
+    assert_eq!((told[0], told[1]), (("full", [0, 20]), ("block", [1, 15])));
+    assert_eq!((told[8], told[9]), (("response", [4, 28]), ("block", [9, 23])));
     assert_eq!((told[16], told[17]), (("full", [0, 36]), ("block", [17, 31])));
 
     let said = |line: &str| text(&dllm(words(line)).output().unwrap().stderr).to_string();
-    let idle = said("generate --gen-length 8 --prompt-ids 1 --cache none --vicinity 2 --suffix-stride 2");
-    for flag in ["--vicinity (see --cache)", "--suffix-stride (see --suffix-window)"] {
+    let idle = said("generate --gen-length 8 --prompt-ids 1 --cache none --vicinity 2 --refresh-ratio 0.5");
+    for flag in ["--vicinity (see --cache)", "--refresh-ratio (see --cache)"] {
         assert!(idle.contains(&format!("note: {flag} has no effect here")), "{idle}");
     }
     assert!(!said("generate --gen-length 8 --prompt-ids 1 --vicinity 2").contains("no effect"));

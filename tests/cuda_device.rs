@@ -91,7 +91,7 @@ fn caches() -> Vec<Options> {
 /// AdaptiveCache options. Of six forwards the first refreshes everything, the fourth the prompt, the third and the fifth the response.
 /// So any four forwards after the first contain every kind.
 fn adaptive() -> Options {
-    let (prompt_interval, response_interval, refresh_ratio) = (3, 2, 0.5);
+    let (prompt_interval, response_interval, refresh_ratio) = (3, 2, Some(0.5));
     Options { cache: CacheMode::Adaptive, prompt_interval, response_interval, refresh_ratio, ..Options::default() }
 }
 
@@ -99,8 +99,8 @@ fn adaptive() -> Options {
 fn hybrid() -> [Options; 2] {
     let base = Options { vicinity: 1, refresh_prompt_every: 2, ..Options::default() };
     [
-        Options { cache: CacheMode::Dual, refresh_rows: 0.5, ..base.clone() },
-        Options { cache: CacheMode::Prefix, suffix_window: Some(2), suffix_stride: 2, ..base },
+        Options { cache: CacheMode::Dual, refresh_ratio: Some(0.5), ..base.clone() },
+        Options { cache: CacheMode::Prefix, suffix_window: Some(2), ..base },
     ]
 }
 
@@ -293,7 +293,7 @@ fn deferred_work() {
         for family in FAMILIES {
             let [hybrid, _] = hybrid();
             for base in caches().into_iter().chain([hybrid, adaptive()]) {
-                let selects = base.cache == CacheMode::Adaptive || base.refresh_rows < 1.0;
+                let selects = base.refresh_ratio.is_some();
                 let policies = [Policy::Fixed, Policy::Threshold(0.6), Policy::Factor(1.0)];
                 for policy in policies.into_iter().take(if selects { 2 } else { 3 }) {
                     let options = Options { temperature: 0.5, cfg_scale: 0.5, ..in_blocks(base.clone(), policy) };
@@ -357,7 +357,7 @@ fn launches() {
         // The same for both families.
         let kinds = if family == Family::Llada { &kinds[..] } else { &[] };
         for &(prompt_interval, response_interval, refresh_ratio, layer) in kinds {
-            let base = Options { prompt_interval, response_interval, refresh_ratio, ..adaptive() };
+            let base = Options { prompt_interval, response_interval, refresh_ratio: Some(refresh_ratio), ..adaptive() };
             let what = format!("{family} {base:?}");
             // Embedding; the first layer, and the others; residual norm with features, gather and head; unmask and advance.
             let head = 1 + 1 + 1;

@@ -49,7 +49,7 @@ fn estimates_equal_allocations() {
             cached(CacheMode::Dual, Policy::Factor(1.0), 0.0),
             cached(CacheMode::Adaptive, Policy::Threshold(0.9), 0.0),
             Options { prompt_interval: 3, ..cached(CacheMode::Adaptive, Policy::Factor(1.0), 1.5) },
-            Options { refresh_rows: 0.5, vicinity: 2, ..cached(CacheMode::Dual, Policy::Factor(1.0), 0.0) },
+            Options { refresh_ratio: Some(0.5), vicinity: 2, ..cached(CacheMode::Dual, Policy::Factor(1.0), 0.0) },
         ] {
             for (lens, block_length) in [(&[7][..], 8), (&[40, 3, 12][..], 16)] {
                 let options = Options { block_length: Some(block_length), ..options.clone() };
@@ -89,10 +89,10 @@ fn one_layer(device: &Device) {
         let options = |cache| Options { cache, prompt_interval: 3, response_interval: 2, ..base.clone() };
         for (options, plain) in [
             (options(CacheMode::Adaptive), CacheMode::None),
-            (Options { refresh_rows: 0.5, ..options(CacheMode::Dual) }, CacheMode::Dual),
-            (Options { refresh_rows: 0.0, cfg_scale: 0.5, ..options(CacheMode::Prefix) }, CacheMode::Prefix),
+            (Options { refresh_ratio: Some(0.5), ..options(CacheMode::Dual) }, CacheMode::Dual),
+            (Options { refresh_ratio: Some(0.0), cfg_scale: 0.5, ..options(CacheMode::Prefix) }, CacheMode::Prefix),
         ] {
-            let plain = Options { cache: plain, refresh_rows: 1.0, ..options.clone() };
+            let plain = Options { cache: plain, refresh_ratio: None, ..options.clone() };
             for model in [&cpu, &gpu] {
                 let tokens = |options: &Options| {
                     Generator::new(model).options(options.clone()).generate(&prompts).unwrap().tokens

@@ -20,7 +20,7 @@ const THREADS: usize = 2;
 /// Modes with no cache, DualCache and AdaptiveCache.
 const PLAIN: [&str; 3] = ["none", "dual", "adaptive"];
 /// A hybrid cache, and AdaptiveCache with guidance: its unconditional sequences have a cache too.
-const FEATURE_CACHE: [&str; 2] = ["refresh-rows", "guided"];
+const FEATURE_CACHE: [&str; 2] = ["refresh-ratio", "guided"];
 /// Guided modes of equal length, without and with stored guidance differences.
 const GUIDED_AT_INTERVALS: [&str; 2] = ["guided-long", "remembered"];
 const MIB: usize = 1 << 20;
@@ -37,7 +37,7 @@ fn options(mode: &str) -> Options {
         "none" => Options { cache: CacheMode::None, ..options },
         "dual" => Options { cache: CacheMode::Dual, ..options },
         "adaptive" => Options { cache: adaptive, ..options },
-        "refresh-rows" => Options { cache: CacheMode::Dual, refresh_rows: 0.5, ..options },
+        "refresh-ratio" => Options { cache: CacheMode::Dual, refresh_ratio: Some(0.5), ..options },
         "guided" => Options { cache: adaptive, cfg_scale: 1.5, ..options },
         "guided-long" => Options { cache: adaptive, ..long },
         "remembered" => Options { cache: adaptive, cfg_interval: 3, ..long },

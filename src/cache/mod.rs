@@ -9,8 +9,10 @@
 pub mod adaptive;
 
 use crate::backend::{Ratio, RowUpdate, UpdateAlways};
+use crate::error::Error;
 use crate::model::{CachePlan, LayerPlan};
 use std::ops::Range;
+use std::str::FromStr;
 
 /// What is kept between forwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +42,10 @@ pub enum PassKind {
 }
 
 impl CacheMode {
-    /// As the command line calls it.
+    /// All cache modes, in the order of the command line's help.
+    pub const ALL: [CacheMode; 4] = [CacheMode::None, CacheMode::Prefix, CacheMode::Dual, CacheMode::Adaptive];
+
+    /// Returns the name on the command line, which [`Display`](std::fmt::Display) writes and [`FromStr`] parses.
     pub fn name(self) -> &'static str {
         match self {
             CacheMode::None => "none",
@@ -57,6 +62,22 @@ impl CacheMode {
             CacheMode::Prefix => PassKind::Suffix,
             CacheMode::Dual => PassKind::Block,
         }
+    }
+}
+
+impl std::fmt::Display for CacheMode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Parses the name of a cache mode; any other text is an [`Error::Argument`].
+impl FromStr for CacheMode {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<CacheMode, Error> {
+        let found = CacheMode::ALL.into_iter().find(|mode| mode.name() == name);
+        found.ok_or_else(|| Error::argument("cache", "none, prefix, dual or adaptive", name))
     }
 }
 

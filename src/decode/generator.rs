@@ -112,14 +112,10 @@ impl<'m> Generator<'m> {
         refresh_ratio: f64;
         /// See [`Options::refresh_prompt_every`].
         refresh_prompt_every: usize;
-        /// See [`Options::refresh_rows`].
-        refresh_rows: f64;
         /// See [`Options::vicinity`].
         vicinity: usize;
         /// See [`Options::suffix_window`].
         suffix_window: usize;
-        /// See [`Options::suffix_stride`].
-        suffix_stride: usize;
         /// See [`Options::policy`].
         policy: Policy;
         /// See [`Options::confidence`].

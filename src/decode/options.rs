@@ -17,6 +17,38 @@ pub enum Policy {
     Factor(f64),
 }
 
+impl Policy {
+    /// Names of the policies on the command line.
+    pub const NAMES: [&str; 3] = ["fixed", "threshold", "factor"];
+
+    /// Returns the name of the policy on the command line, without its number.
+    pub fn name(self) -> &'static str {
+        match self {
+            Policy::Fixed => "fixed",
+            Policy::Threshold(_) => "threshold",
+            Policy::Factor(_) => "factor",
+        }
+    }
+}
+
+impl std::fmt::Display for Policy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Parses the name of a policy. Its number is the default: threshold 0.9, factor 1. Any other text is an [`Error::Argument`].
+impl std::str::FromStr for Policy {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Policy> {
+        [Policy::Fixed, Policy::Threshold(0.9), Policy::Factor(1.0)]
+            .into_iter()
+            .find(|policy| policy.name() == name)
+            .ok_or_else(|| Error::argument("policy", Policy::NAMES.join(", "), name))
+    }
+}
+
 /// Every setting of a decode. The names are those of the command line's flags.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -33,19 +65,18 @@ pub struct Options {
     pub prompt_interval: usize,
     /// `CacheMode::Adaptive`: forwards between two refreshes of the response, at least 1.
     pub response_interval: usize,
-    /// `CacheMode::Adaptive`: share of the response that is renewed in between, in [0, 1].
-    pub refresh_ratio: f64,
+    /// Share of rows that V-verify selects for recomputation, in [0, 1]. `CacheMode::Adaptive`: of the response, between
+    /// two refreshes; `None` is 0.25. `CacheMode::Prefix` and `Dual`: of the rows outside the block, in every refresh but
+    /// the first; `None` is 1, a refresh of all rows.
+    pub refresh_ratio: Option<f64>,
     /// `CacheMode::Prefix` and `Dual`: one refresh of so many renews the prompt, the first among them; the others leave it as it
     /// is cached. At least 1.
     pub refresh_prompt_every: usize,
-    /// Likewise: refreshes but the first run the block and this share of the other rows, those whose values turned most, in [0, 1].
-    pub refresh_rows: f64,
     /// Likewise: rows on either side of the block that its forwards run too, of what is in view.
     pub vicinity: usize,
-    /// All caches but `Adaptive`, and with `refresh_rows` 1: positions behind the block that are in view. None: all.
+    /// Positions after the block that queries attend to; `None` means no limit. Not with `CacheMode::Adaptive`, nor with
+    /// `CacheMode::Prefix` or `Dual` and a `refresh_ratio` below 1.
     pub suffix_window: Option<usize>,
-    /// Of those behind the window one of so many is in view too; 0: none.
-    pub suffix_stride: usize,
     /// Which tokens a step commits.
     pub policy: Policy,
     /// What ranks them. None: the probability, but the negative entropy for Dream in blocks with `Policy::Fixed`, as in
@@ -85,12 +116,10 @@ impl Default for Options {
             cache: CacheMode::Dual,
             prompt_interval: 50,
             response_interval: 7,
-            refresh_ratio: 0.25,
+            refresh_ratio: None,
             refresh_prompt_every: 1,
-            refresh_rows: 1.0,
             vicinity: 0,
             suffix_window: None,
-            suffix_stride: 0,
             policy: Policy::Threshold(0.9),
             confidence: None,
             temperature: 0.0,
@@ -160,7 +189,8 @@ impl Options {
 
     /// What the adaptive cache renews when, if it is the cache.
     pub fn adaptive(&self) -> Option<Adaptive> {
-        let Options { prompt_interval, response_interval, refresh_ratio, cfg_interval: guidance_interval, .. } = *self;
+        let Options { prompt_interval, response_interval, cfg_interval: guidance_interval, .. } = *self;
+        let refresh_ratio = self.effective_refresh_ratio();
         let adaptive = Adaptive { prompt_interval, response_interval, refresh_ratio, guidance_interval };
         (self.cache == CacheMode::Adaptive).then_some(adaptive)
     }
@@ -171,19 +201,24 @@ impl Options {
         if self.adaptive().is_some() { a.saturating_mul(b) } else { 1 }
     }
 
-    /// Whether blocks have refreshes that are joined with those before.
-    fn refreshes(&self) -> bool {
+    /// `refresh_ratio`, or the cache's default: 0.25 for `CacheMode::Adaptive`, 1 for the others.
+    pub fn effective_refresh_ratio(&self) -> f64 {
+        self.refresh_ratio.unwrap_or(if self.cache == CacheMode::Adaptive { 0.25 } else { 1.0 })
+    }
+
+    /// Whether the first forward of a block refreshes a block cache.
+    pub(super) fn refreshes_blocks(&self) -> bool {
         matches!(self.cache, CacheMode::Prefix | CacheMode::Dual)
     }
 
     /// Whether refreshes keep outputs for later ones.
     pub(super) fn keeps_refreshes(&self) -> bool {
-        self.refreshes() && self.refresh_rows < 1.0
+        self.refreshes_blocks() && self.effective_refresh_ratio() < 1.0
     }
 
     /// What the first pass of a block runs.
     pub(super) fn refresh_pass(&self, block: usize) -> PassKind {
-        match self.refreshes() && !block.is_multiple_of(self.refresh_prompt_every) {
+        match self.refreshes_blocks() && !block.is_multiple_of(self.refresh_prompt_every) {
             true => PassKind::Response,
             false => PassKind::Full,
         }
@@ -290,17 +325,15 @@ impl Options {
         if self.top_k == Some(0) {
             return Err(Error::argument("top-k", "at least 1", 0));
         }
-        let ratio = self.refresh_ratio;
+        let ratio = self.effective_refresh_ratio();
         within("refresh-ratio", ratio, (0.0..=1.0).contains(&ratio), "a number in [0, 1]")?;
-        let rows = self.refresh_rows;
-        within("refresh-rows", rows, (0.0..=1.0).contains(&rows), "a number in [0, 1]")?;
-        // What is cached and kept of a place must be of one position.
+        // A feature cache needs rows of every position.
         let found = match self.cache {
             CacheMode::Adaptive => Some("cache adaptive".to_string()),
-            _ => self.keeps_refreshes().then(|| format!("refresh-rows {rows}")),
+            _ => self.keeps_refreshes().then(|| format!("refresh-ratio {ratio}")),
         };
         if let (Some(_), Some(found)) = (self.suffix_window, found) {
-            return Err(Error::argument("suffix-window", "another cache than adaptive, and refresh-rows 1", found));
+            return Err(Error::argument("suffix-window", "another cache than adaptive, and refresh-ratio 1", found));
         }
         within("eps", self.eps, self.eps > 0.0 && self.eps < 1.0, "a number in (0, 1)")
     }

@@ -45,7 +45,6 @@ impl Preset {
             cache: CacheMode::Adaptive,
             prompt_interval: self.prompt_interval,
             response_interval: self.response_interval,
-            refresh_ratio: 0.25,
             policy: Policy::Fixed,
             ..Options::default()
         };

@@ -5,7 +5,7 @@ use super::options::{Options, Policy};
 use crate::backend::Ratio;
 use crate::cache::adaptive::{AdaptivePlan, CfgPlan, first_active_row};
 use crate::cache::{BlockPlan, PassKind, Refresh};
-use crate::model::{CachePlan, Family, LayerPlan, QueryRows, VisibleKeys};
+use crate::model::{CachePlan, Family, LayerPlan, QueryRows};
 use crate::sampling::{Candidates, CommitRule, Prediction, SamplingParams};
 use std::ops::Range;
 
@@ -127,7 +127,7 @@ impl State<'_> {
         let refresh = match options.keeps_refreshes() {
             false => Refresh::Whole,
             true if turn.block.start == sequence.prompt_len => Refresh::Keep,
-            true => Refresh::Some(Ratio::new(options.refresh_rows)),
+            true => Refresh::Some(Ratio::new(options.effective_refresh_ratio())),
         };
         let plan = BlockPlan { mode: options.cache, pass: kind, refresh };
         (Plan::Block(plan), self.window(kind, turn.sequence, &turn.block))
@@ -137,14 +137,13 @@ impl State<'_> {
     pub fn window(&self, kind: PassKind, sequence: usize, block: &Range<usize>) -> QueryRows {
         let Sequence { first_active_row, source, .. } = self.sequences[sequence];
         let len = self.tokens[sequence].len();
-        let near = self.options.suffix_window.map_or(len, |window| block.end.saturating_add(window).min(len));
-        let view = VisibleKeys { near, stride: self.options.suffix_stride, len };
-        let mut rows = kind.window(block, first_active_row, view.num_keys());
+        let num_keys = self.options.suffix_window.map_or(len, |window| block.end.saturating_add(window).min(len));
+        let mut rows = kind.window(block, first_active_row, num_keys);
         if !kind.refreshes() {
             let vicinity = self.options.vicinity;
-            rows = rows.start.saturating_sub(vicinity)..rows.end.saturating_add(vicinity).min(view.num_keys());
+            rows = rows.start.saturating_sub(vicinity)..rows.end.saturating_add(vicinity).min(num_keys);
         }
-        QueryRows { sequence, rows, block: block.start.saturating_sub(source)..block.end, view }
+        QueryRows { sequence, rows, block: block.start.saturating_sub(source)..block.end, num_keys }
     }
 
     /// The rows of a pass with the adaptive cache.
@@ -199,7 +198,7 @@ impl State<'_> {
             let block = self.block(s, block);
             SequenceStep {
                 active: false,
-                window: self.window(kind, s, &block).positions(),
+                window: self.window(kind, s, &block).rows,
                 block,
                 candidates: vec![],
                 confidence: vec![],
@@ -215,7 +214,7 @@ impl State<'_> {
             let committed = group.positions.iter().zip(own).filter(|(_, v)| v.commit);
             let step = &mut sequences[group.sequence];
             step.active = true;
-            step.window = if plan.refreshed().is_some() { step.window.clone() } else { window.positions() };
+            step.window = if plan.refreshed().is_some() { step.window.clone() } else { window.rows.clone() };
             step.refreshed = plan.refreshed();
             step.selected_rows = selected_rows;
             step.transferred = committed.map(|(p, _)| *p).collect();

@@ -118,10 +118,9 @@ fn joined(options: &Options) -> impl Iterator<Item = (&'static str, Value)> {
     let list = |options: &Options| {
         [
             ("refresh_prompt_every", json!(options.refresh_prompt_every)),
-            ("refresh_rows", json!(options.refresh_rows)),
+            ("refresh_rows", json!(if options.refreshes_blocks() { options.effective_refresh_ratio() } else { 1.0 })),
             ("vicinity", json!(options.vicinity)),
             ("suffix_window", json!(options.suffix_window)),
-            ("suffix_stride", json!(options.suffix_stride)),
         ]
     };
     let pairs = list(options).into_iter().zip(list(&Options::default()));

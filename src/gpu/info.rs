@@ -64,8 +64,8 @@ impl Device {
         Ok((version / 1000, version % 1000 / 10))
     }
 
-    /// Whether [`Stream::time_ms`](super::Stream::time_ms) works: with the feature `cuda-13` it needs a driver that knows CUDA
-    /// 12.8, which is 570 or later. The kernels do not.
+    /// Whether [`Stream::time_ms`](super::Stream::time_ms) works: it needs a driver for CUDA 12.8 or later,
+    /// which is 570. The kernels do not.
     ///
     /// # Errors
     /// As [`Device::count`].
@@ -74,8 +74,8 @@ impl Device {
         if let Some(known) = KNOWN.get() {
             return Ok(*known);
         }
-        // cudarc panics where the driver lacks the function that the bindings of CUDA 13 ask for.
-        let tells = !cfg!(feature = "cuda-13") || Device::driver_version()? >= (12, 8);
+        // cudarc panics when the driver lacks a function that the bindings of CUDA 13 use.
+        let tells = Device::driver_version()? >= (12, 8);
         Ok(*KNOWN.get_or_init(|| tells))
     }
 }

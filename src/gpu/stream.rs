@@ -97,9 +97,7 @@ impl Stream {
     /// [`Error::Unavailable`] where not [`Device::tells_times`]; that of `work`; the driver's.
     pub fn time_ms(&self, work: impl FnOnce() -> Result<()>) -> Result<f32> {
         if !Device::tells_times()? {
-            let message =
-                "times need a driver of 570 or later, or a build with the feature cuda-12 in place of cuda-13";
-            return Err(Error::Unavailable(message.into()));
+            return Err(Error::Unavailable("times need a driver of 570 or later".into()));
         }
         let record = || self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).of("cuEventRecord");
         let before = record()?;

@@ -22,6 +22,17 @@ impl std::fmt::Display for Family {
     }
 }
 
+/// Parses a family's name, in any case; any other text is an [`Error::Argument`].
+impl std::str::FromStr for Family {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Family> {
+        let named = |family: &Family| family.to_string().eq_ignore_ascii_case(name);
+        let found = [Family::Llada, Family::Dream].into_iter().find(named);
+        found.ok_or_else(|| Error::argument("family", "LLaDA or Dream", name))
+    }
+}
+
 /// Sizes and constants of a model. Widths are in elements.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -183,6 +194,9 @@ impl Config {
             _ => Err(keys.error("model_type", "\"llada\" or \"Dream\"", keys.found("model_type"))),
         }
     }
+
+    /// Names of the shapes that [`Config::shape`] knows.
+    pub const SHAPES: [&'static str; 3] = ["llada-8b", "dream-7b", "mid"];
 
     /// Shapes for benchmarks without a checkpoint: `mid`, `llada-8b` or `dream-7b`.
     pub fn shape(name: &str) -> Option<Config> {

@@ -2,9 +2,9 @@
 
 use super::config::{Config, Family};
 use super::plan::{CachePlan, SelectedRows};
+use super::query_rows::QueryRows;
 use super::session_config::{SessionConfig, Widths};
 use super::transformer::Transformer;
-use super::window::QueryRows;
 use crate::backend::{Backend, BatchMetadata, BufferKind, LaunchBucket, RowUpdate, SequenceRows, UpdateRanges};
 use crate::error::Result;
 use std::ops::Range;
@@ -187,7 +187,7 @@ impl<'m, B: Backend> Session<'m, B> {
             sequence: branch * num_sequences + rows.sequence,
             start: rows.rows.start,
             end: rows.rows.end,
-            num_keys: rows.view.num_keys(),
+            num_keys: rows.num_keys,
             cache_base: branch * positions + self.token_offset(rows.sequence),
         };
         let branches = self.branches.clone();
@@ -202,7 +202,7 @@ impl<'m, B: Backend> Session<'m, B> {
         for branch in self.branches.clone() {
             for rows in query_rows {
                 let (base, prompt) = (self.token_offset(rows.sequence), self.config.prompt_lens[rows.sequence]);
-                for position in rows.rows.clone().map(|key| rows.view.position(key)) {
+                for position in rows.rows.clone() {
                     positions.push(position);
                     tokens.push(if branch == 1 && position < prompt { mask } else { base + position });
                 }

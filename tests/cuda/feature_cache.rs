@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 
 fn adaptive(prompt_interval: usize, response_interval: usize, refresh_ratio: f64) -> Options {
     let cache = CacheMode::Adaptive;
-    Options { cache, prompt_interval, response_interval, refresh_ratio, ..Options::default() }
+    Options { cache, prompt_interval, response_interval, refresh_ratio: Some(refresh_ratio), ..Options::default() }
 }
 
 /// Cache settings: each kind of forward at several points of its interval, and each option of the hybrid caches.
@@ -27,11 +27,11 @@ fn cache_settings() -> Vec<Options> {
         // A ratio below one row.
         adaptive(5, 3, 0.05),
         Options { refresh_prompt_every: 2, ..hybrid.clone() },
-        Options { refresh_rows: 0.3, ..hybrid.clone() },
-        Options { refresh_rows: 0.0, refresh_prompt_every: 3, cache: CacheMode::Prefix, ..hybrid.clone() },
-        Options { vicinity: 2, refresh_rows: 0.5, ..hybrid.clone() },
+        Options { refresh_ratio: Some(0.3), ..hybrid.clone() },
+        Options { refresh_ratio: Some(0.0), refresh_prompt_every: 3, cache: CacheMode::Prefix, ..hybrid.clone() },
+        Options { vicinity: 2, refresh_ratio: Some(0.5), ..hybrid.clone() },
         Options { vicinity: 1, suffix_window: Some(2), cache: CacheMode::Prefix, ..hybrid.clone() },
-        Options { suffix_window: Some(1), suffix_stride: 2, refresh_prompt_every: 2, ..hybrid.clone() },
+        Options { suffix_window: Some(1), refresh_prompt_every: 2, ..hybrid.clone() },
         Options { suffix_window: Some(3), cache: CacheMode::None, ..hybrid },
     ]
 }
@@ -210,8 +210,9 @@ pub fn feature_cache_in_lockstep() {
         let test_model = TestModel::made_up(family);
         let mut random = Random(77 + family as u64);
         for (i, base) in loops().into_iter().enumerate() {
-            let selects = (base.cache == CacheMode::Adaptive && base.refresh_ratio > 0.0) || base.refresh_rows < 1.0;
-            let guided = !selects && i % 3 == 0;
+            let ratio = base.effective_refresh_ratio();
+            let chooses = if base.cache == CacheMode::Adaptive { ratio > 0.0 } else { ratio < 1.0 };
+            let guided = !chooses && i % 3 == 0;
             let temperature = if i % 2 == 0 { 0.7 } else { 0.0 };
             let options = Options { cfg_scale: if guided { 0.8 } else { 0.0 }, temperature, ..base };
             let prompts: Vec<Vec<u32>> = (0..1 + random.below(3))

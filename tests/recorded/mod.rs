@@ -119,7 +119,7 @@ pub fn options(case: &Value) -> Options {
         },
         prompt_interval: params.get("prompt_interval_steps").map_or(1, numbers),
         response_interval: params.get("gen_interval_steps").map_or(1, numbers),
-        refresh_ratio: params.get("transfer_ratio").map_or(0.0, numbers),
+        refresh_ratio: params.get("transfer_ratio").map(numbers),
         policy,
         confidence: match (algorithm, alg) {
             ("fast_dllm.dream_block", _) => None, // the algorithm's own default

@@ -53,19 +53,19 @@ fn base(cache: CacheMode) -> Options {
 
 /// Everything that can be set with a cache, alone and together.
 fn settings(cache: CacheMode) -> Vec<Options> {
-    let set = |refresh_prompt_every, refresh_rows, vicinity, window: Option<(usize, usize)>| {
-        let (suffix_window, suffix_stride) = (window.map(|w| w.0), window.map_or(0, |w| w.1));
-        Options { refresh_prompt_every, refresh_rows, vicinity, suffix_window, suffix_stride, ..base(cache) }
+    let set = |refresh_prompt_every, refresh_ratio: f64, vicinity, suffix_window| {
+        let refresh_ratio = (refresh_ratio < 1.0).then_some(refresh_ratio);
+        Options { refresh_prompt_every, refresh_ratio, vicinity, suffix_window, ..base(cache) }
     };
     let mut list = vec![set(1, 1.0, 0, None)];
-    list.extend([(0, 0), (3, 0), (2, 3), (0, 5), (7, 2), (5, 100)].map(|w| set(1, 1.0, 0, Some(w))));
+    list.extend([0, 2, 3, 7].map(|w| set(1, 1.0, 0, Some(w))));
     if cache != CacheMode::None {
         list.extend([2, 3, 100].map(|every| set(every, 1.0, 0, None)));
-        list.extend([0.0, 0.1, 0.3, 0.5, 0.9].map(|rows| set(1, rows, 0, None)));
+        list.extend([0.0, 0.1, 0.3, 0.5, 0.9].map(|ratio| set(1, ratio, 0, None)));
         list.extend([1, 3, 100].map(|vicinity| set(1, 1.0, vicinity, None)));
         list.extend([set(2, 0.3, 0, None), set(100, 0.5, 0, None), set(3, 0.0, 0, None), set(2, 1.0, 2, None)]);
-        list.extend([set(1, 0.3, 2, None), set(3, 0.4, 1, None), set(2, 1.0, 0, Some((2, 3)))]);
-        list.extend([set(1, 1.0, 2, Some((1, 3))), set(2, 1.0, 3, Some((0, 2))), set(3, 1.0, 1, Some((4, 0)))]);
+        list.extend([set(1, 0.3, 2, None), set(3, 0.4, 1, None), set(2, 1.0, 0, Some(2))]);
+        list.extend([set(1, 1.0, 2, Some(1)), set(2, 1.0, 3, Some(0)), set(3, 1.0, 1, Some(4))]);
     }
     list
 }
@@ -305,14 +305,8 @@ impl Reference {
         let mut list = vec![];
         for block in 0..BLOCKS {
             let (start, end) = (prompt.len() + block * BLOCK, prompt.len() + (block + 1) * BLOCK);
-            let seen: Vec<usize> = match (options.suffix_window, options.suffix_stride) {
-                (None, _) => (0..tokens.len()).collect(),
-                (Some(window), 0) => (0..tokens.len()).filter(|p| *p < end + window).collect(),
-                (Some(window), stride) => {
-                    let far = |p: &usize| (*p + 1 - (end + window)).is_multiple_of(stride);
-                    (0..tokens.len()).filter(|p| *p < end + window || far(p)).collect()
-                }
-            };
+            let window = options.suffix_window.unwrap_or(GEN);
+            let seen: Vec<usize> = (0..tokens.len()).filter(|p| *p < end + window).collect();
             for pass in 0.. {
                 if !tokens[start..end].contains(&MASK) {
                     break;
@@ -326,7 +320,8 @@ impl Reference {
                     CacheMode::Prefix => seen[around.start..].to_vec(),
                     _ => seen[around.start..around.end.min(seen.len())].to_vec(),
                 };
-                let share = (refresh && block > 0 && options.refresh_rows < 1.0).then_some(options.refresh_rows);
+                let cached = options.cache != CacheMode::None;
+                let share = options.refresh_ratio.filter(|_| cached && refresh && block > 0);
                 let partly = share.map(|share| (start - source..end, share));
                 let mut after = memory.clone();
                 let x = self.forward(&tokens, (&rows, &seen), partly, &mut after);
@@ -436,25 +431,20 @@ fn equal_settings() {
             let base = base(cache);
             let every = |refresh_prompt_every| Options { refresh_prompt_every, ..base.clone() };
             same(&model, &every(BLOCKS), &every(usize::MAX), &all_prompts());
-            let window = |window, suffix_stride| Options {
-                suffix_window: Some(window),
-                suffix_stride,
-                ..Options { refresh_prompt_every: 2, ..base.clone() }
-            };
-            for (w, stride) in [(GEN, 0), (GEN, 5), (usize::MAX, 3), (GEN - BLOCK, 0), (0, 1), (5, 1)] {
-                same(&model, &window(w, stride), &every(2), &all_prompts());
+            let window = |window| Options { suffix_window: Some(window), refresh_prompt_every: 2, ..base.clone() };
+            for w in [GEN, usize::MAX, GEN - BLOCK] {
+                same(&model, &window(w), &every(2), &all_prompts());
             }
             // All that a window leaves out of the first block is its last position.
             let prompt = &prompts()[0];
-            assert_ne!(settled(&model, &window(GEN - BLOCK - 1, 0), prompt), settled(&model, &every(2), prompt));
+            assert_ne!(settled(&model, &window(GEN - BLOCK - 1), prompt), settled(&model, &every(2), prompt));
             // Everything around the block is everything; with masks in the prompt, more would be candidates.
             let vicinity = Options { vicinity: usize::MAX, ..base.clone() };
             same(&model, &vicinity, &self::base(CacheMode::None), &prompts());
-            // Strides without a window, and what belongs to caches where there is none.
-            same(&model, &Options { suffix_stride: 3, ..base.clone() }, &base, &all_prompts());
         }
+        // Options of the block caches have no effect without a cache.
         let none = base(CacheMode::None);
-        let other = Options { refresh_prompt_every: 3, refresh_rows: 0.2, vicinity: 2, ..none.clone() };
+        let other = Options { refresh_prompt_every: 3, refresh_ratio: Some(0.2), vicinity: 2, ..none.clone() };
         same(&model, &other, &none, &all_prompts());
     }
 }
@@ -466,7 +456,7 @@ fn of_one_layer_nothing_is_stale() {
         let model = open(family, 1);
         for cache in CACHED {
             for options in settings(cache) {
-                let plain = Options { refresh_prompt_every: 1, refresh_rows: 1.0, vicinity: 0, ..options.clone() };
+                let plain = Options { refresh_prompt_every: 1, refresh_ratio: None, vicinity: 0, ..options.clone() };
                 // A mask of the prompt that a refresh has committed is stale until the next, but in the vicinity.
                 let prompts = if options.vicinity > 0 { prompts() } else { all_prompts() };
                 same(&model, &options, &plain, &prompts);
@@ -618,7 +608,7 @@ fn work() {
                     let later = (LAYERS - 1) * (attention(ran, len) + fresh + ran as u64 * rest);
                     attention(rows, len) + rows as u64 * rest + later + head(scored(0))
                 });
-                let options = Options { refresh_rows: share, refresh_prompt_every: every, ..base.clone() };
+                let options = Options { refresh_ratio: Some(share), refresh_prompt_every: every, ..base.clone() };
                 assert_eq!(counted(&options), want, "{family} {cache:?} {share} {every}");
                 assert!(want < plain, "{family} {cache:?} {share} {every}: {want} of {plain}");
             }
@@ -630,18 +620,14 @@ fn work() {
                 assert!(want > plain);
             }
 
-            for (window, stride) in [(0, 0), (3, 0), (5, 4)] {
-                let places = |block: usize| {
-                    let near = (p + (block + 1) * BLOCK + window).min(len);
-                    near + (len - near).checked_div(stride).unwrap_or(0)
-                };
+            for window in [0, 3, 5] {
+                let places = |block: usize| (p + (block + 1) * BLOCK + window).min(len);
                 let want = sum(&|block, i| {
                     let places = places(block);
                     whole(if i == 0 { places } else { between(block, 1, places) }, places, scored(i))
                 });
-                let options =
-                    Options { suffix_window: Some(window), suffix_stride: stride, vicinity: 1, ..base.clone() };
-                assert_eq!(counted(&options), want, "{family} {cache:?} {window} {stride}");
+                let options = Options { suffix_window: Some(window), vicinity: 1, ..base.clone() };
+                assert_eq!(counted(&options), want, "{family} {cache:?} {window}");
                 assert!(want < counted(&Options { vicinity: 1, ..base.clone() }));
             }
         }
@@ -664,16 +650,16 @@ fn errors() {
     let model = open(Family::Llada, 1);
     for cache in CACHED {
         let base = base(cache);
-        let rows = |refresh_rows| ("refresh-rows", Options { refresh_rows, ..base.clone() });
+        let ratio = |ratio| ("refresh-ratio", Options { refresh_ratio: Some(ratio), ..base.clone() });
         let window = |other: Options| ("suffix-window", Options { suffix_window: Some(8), ..other });
         for (want, options) in [
             ("refresh-prompt-every", Options { refresh_prompt_every: 0, ..base.clone() }),
-            rows(-0.1),
-            rows(1.1),
-            rows(f64::NAN),
-            rows(f64::INFINITY),
-            window(Options { refresh_rows: 0.5, ..base.clone() }),
-            window(Options { refresh_rows: 0.0, suffix_stride: 2, ..base.clone() }),
+            ratio(-0.1),
+            ratio(1.1),
+            ratio(f64::NAN),
+            ratio(f64::INFINITY),
+            window(Options { refresh_ratio: Some(0.5), ..base.clone() }),
+            window(Options { refresh_ratio: Some(0.0), ..base.clone() }),
             window(Options { cache: CacheMode::Adaptive, ..base.clone() }),
         ] {
             let result = Generator::new(&model).options(options.clone()).generate_observed(&prompts(), &mut Never);
@@ -682,10 +668,10 @@ fn errors() {
         }
         // At the ends of what can be; and a window beside a share that no cache reads.
         for options in [
-            rows(0.0).1,
-            rows(1.0).1,
+            ratio(0.0).1,
+            ratio(1.0).1,
             window(base.clone()).1,
-            window(Options { cache: CacheMode::None, refresh_rows: 0.5, ..base.clone() }).1,
+            window(Options { cache: CacheMode::None, refresh_ratio: Some(0.5), ..base.clone() }).1,
         ] {
             assert_eq!(tokens(&model, &options, &prompts())[0].len(), GEN);
         }
@@ -700,7 +686,7 @@ fn what_is_kept() {
     let sizes = |options: &Options| options.sizes(config, &all_prompts());
     for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
         for options in settings(cache) {
-            let keeps = cache != CacheMode::None && options.refresh_rows < 1.0;
+            let keeps = cache != CacheMode::None && options.refresh_ratio.is_some();
             let (sizes, plain) = (sizes(&options), sizes(&base(cache)));
             assert_eq!(sizes, SessionConfig { feature_cache: keeps, ..plain.clone() }, "{options:?}");
             let positions: usize = all_prompts().iter().map(|prompt| prompt.len() + GEN).sum();
@@ -713,5 +699,5 @@ fn what_is_kept() {
         }
     }
     assert!(sizes(&base(CacheMode::Adaptive)).feature_cache);
-    assert!(!sizes(&Options { refresh_rows: 0.5, ..base(CacheMode::None) }).feature_cache);
+    assert!(!sizes(&Options { refresh_ratio: Some(0.5), ..base(CacheMode::None) }).feature_cache);
 }

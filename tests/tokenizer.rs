@@ -1,6 +1,6 @@
 //! Tokenizer and chat template: against the bundled tiny-math checkpoint, against what transformers recorded for a
 //! small Dream-style directory (`tests/data/dream-tokenizer/record.py`), and on files that are wrong.
-#![cfg(feature = "cli")]
+#![cfg(feature = "tokenizers")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
