@@ -62,7 +62,7 @@ fn what_a_device_tells() {
 fn a_device_that_is_not_there() {
     device();
     let error = Device::open(1000).unwrap_err();
-    assert!(matches!(error, Error::Unavailable(_)) && error.to_string().contains("no CUDA device 1000"), "{error}");
+    assert!(matches!(error, Error::NoDevice(_)) && error.to_string().contains("no CUDA device 1000"), "{error}");
 }
 
 #[test]

@@ -94,8 +94,8 @@ impl Model {
     /// `progress` is told how many of how many bytes have been put on their way. The mapping of the files stays.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] when the kernels cannot run a model of this shape, or the device has not that much free memory:
-    /// then the message has the numbers, and nothing of it stays on the device; the driver's.
+    /// [`Error::Unsupported`] when the kernels cannot run a model of this shape; [`Error::OutOfMemory`] when the device has
+    /// not that much free memory, and then nothing stays allocated; the driver's.
     #[cfg(feature = "cuda")]
     pub fn to_device(self, device: &Device, mut progress: impl FnMut(u64, u64) + Send + 'static) -> Result<Model> {
         resident::supports(&self.config)?;
@@ -141,7 +141,7 @@ impl Model {
     /// this machine's memory.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] when there is no memory for them, with the numbers; the driver's.
+    /// [`Error::OutOfMemory`] when there is no memory for them; the driver's.
     pub fn network(&self, sizes: SessionConfig) -> Result<Box<dyn DecodeEngine + '_>> {
         #[cfg(feature = "cuda")]
         if let Some(OnDevice { transformer, device, .. }) = &self.on_device {

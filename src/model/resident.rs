@@ -284,7 +284,7 @@ fn unmask_workspace(sequences: usize, candidates: usize, vocab_size: usize) -> R
 /// Whether the kernels can run a model of this shape.
 ///
 /// # Errors
-/// [`Error::Unavailable`] names the first size that they cannot take.
+/// [`Error::Unsupported`] names the first size that they cannot take.
 pub fn supports(config: &Config) -> Result<()> {
     let sizes = [
         ("head_dim", config.head_dim, "32, 64 or 128", [32, 64, 128].contains(&config.head_dim)),
@@ -300,9 +300,7 @@ pub fn supports(config: &Config) -> Result<()> {
     ];
     match sizes.into_iter().find(|(.., fits)| !fits) {
         None => Ok(()),
-        Some((name, found, expected, _)) => {
-            Err(Error::Unavailable(format!("the CUDA kernels need {name} to be {expected}, found {found}")))
-        }
+        Some((name, found, expected, _)) => Err(Error::unsupported(name, expected, found)),
     }
 }
 
@@ -339,8 +337,8 @@ impl<'m> CudaEngine<'m> {
     /// Allocates for a decode of these sizes.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] when the kernels cannot run the model or the device has not that much free memory, with the
-    /// numbers; the driver's.
+    /// [`Error::Unsupported`] when the kernels cannot run the model; [`Error::OutOfMemory`] when the device has not that
+    /// much free memory; the driver's.
     pub fn new(transformer: &'m Transformer<Cuda>, device: &Device, sizes: SessionConfig) -> Result<CudaEngine<'m>> {
         let config = transformer.config();
         supports(config)?;
@@ -349,12 +347,11 @@ impl<'m> CudaEngine<'m> {
         let spans = sizes.needs(config).spans;
         for (counted, found, most) in [
             ("positions that may be committed in a pass", candidates, MOST_CANDIDATES),
-            ("sequences, with guidance twice as many,", spans, MOST_SPANS),
+            ("sequences (with guidance each counts twice)", spans, MOST_SPANS),
         ] {
             if found > most {
-                return Err(Error::Unavailable(format!(
-                    "{what} have {found} {counted} of which the kernels take {most}"
-                )));
+                let (expected, found) = (format!("at most {most} {counted}"), format!("{found} in {what}"));
+                return Err(Error::Unsupported { what: "the CUDA kernels".into(), expected, found });
             }
         }
         let needed = sizes.device_memory(config, device.multiprocessors()?)?.total();
@@ -844,23 +841,33 @@ impl Drop for CudaEngine<'_> {
 pub(super) fn ensure_memory(device: &Device, what: &str, bytes: usize) -> Result<()> {
     let (free, _) = device.memory_bytes()?;
     match bytes > free {
-        true => Err(no_memory(what, bytes, &format!("{} MiB are free", free >> 20))),
+        true => Err(no_memory(what, bytes, Some(free), String::new())),
         false => Ok(()),
     }
 }
 
-fn no_memory(what: &str, bytes: usize, found: &str) -> Error {
-    Error::Unavailable(format!("{what} need {} MiB of the device's memory; {found}", (bytes >> 20).max(1)))
+fn no_memory(what: &str, bytes: usize, free: Option<usize>, cause: String) -> Error {
+    Error::OutOfMemory {
+        what: what.into(),
+        memory: "the device's memory",
+        needed_bytes: Some(bytes as u64),
+        free_bytes: free.map(|free| free as u64),
+        cause,
+    }
 }
 
 /// An allocation that failed all the same, told with the numbers.
 pub(super) fn out_of_memory(error: Error, what: &str, bytes: usize) -> Error {
     match error {
-        Error::Driver { call: "cuMemHostAlloc", .. } => {
-            Error::Unavailable(format!("{what} need memory of this machine that the device can reach; {error}"))
-        }
+        Error::Driver { call: "cuMemHostAlloc", .. } => Error::OutOfMemory {
+            what: what.into(),
+            memory: "memory of this machine that the device can reach",
+            needed_bytes: None,
+            free_bytes: None,
+            cause: error.to_string(),
+        },
         Error::Driver { ref name, .. } if name.contains("OUT_OF_MEMORY") || name.contains("ALLOC_FAILED") => {
-            no_memory(what, bytes, &error.to_string())
+            no_memory(what, bytes, None, error.to_string())
         }
         other => other,
     }
@@ -911,8 +918,8 @@ mod tests {
                         let room = sizes.room(&windows, 1, rooms);
                         assert!(room.rows <= rows && room.longest <= needs.longest, "{room:?}");
                         assert!(room.longest >= windows.iter().copied().max().unwrap(), "{room:?} {windows:?}");
-                        let splits = ops::attention::splits(room.longest, cuda::op_heads(heads), 132);
-                        let needed = ops::attention::workspace_len(room.rows, cuda::op_heads(heads), splits);
+                        let splits = ops::attention::splits(room.longest, heads, 132);
+                        let needed = ops::attention::workspace_len(room.rows, heads, splits);
                         assert!(needed <= most, "{heads:?} {prompt_lens:?} {room:?}: {needed} of {most}");
                     }
                 }

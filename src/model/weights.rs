@@ -76,7 +76,7 @@ impl Weights {
     /// the head row of the mask token 0.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] when the machine has not that much free memory.
+    /// [`Error::OutOfMemory`] when the machine has not that much free memory.
     pub fn random(config: &Config, seed: u64) -> Result<Weights> {
         super::random::weights(config, seed)
     }

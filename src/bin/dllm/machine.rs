@@ -81,9 +81,8 @@ impl Place {
         let Device::Cuda(ordinal) = device else {
             return Ok(Place { name: "cpu".into(), device: None });
         };
-        let device = gpu::Device::open(ordinal).map_err(|error| {
-            Error::Unavailable(format!("--device cuda:{ordinal}: {error}; `dllm doctor` tells more"))
-        })?;
+        let device = gpu::Device::open(ordinal)
+            .map_err(|error| Error::NoDevice(format!("--device cuda:{ordinal}: {error}; `dllm doctor` tells more")))?;
         note(format_args!(
             "note: --device cuda is untried: it has run on a CUDA device in software, and not on a GPU yet"
         ));
@@ -96,7 +95,7 @@ impl Place {
         match device {
             Device::Cpu => Ok(Place { name: "cpu".into() }),
             Device::Cuda(n) => {
-                Err(Error::Unavailable(format!("--device cuda:{n}: this program was built without the feature cuda")))
+                Err(Error::NoDevice(format!("--device cuda:{n}: this program was built without the feature cuda")))
             }
         }
     }
@@ -106,7 +105,7 @@ impl Place {
     pub fn roofs(&self) -> Result<Option<Roofs>> {
         let Some(device) = &self.device else { return Ok(None) };
         // Older drivers do not tell times, nor does the software device any that mean something.
-        if !gpu::Device::tells_times()? || self.name.contains("software device") {
+        if !gpu::Device::supports_timing()? || self.name.contains("software device") {
             return Ok(None);
         }
         let bytes_per_second = dllm_kernels::ops::read_bandwidth::read_rate(&device.stream()?, 2 << 30, 30)?;

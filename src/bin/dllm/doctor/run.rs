@@ -98,12 +98,12 @@ pub fn run(args: &Doctor) -> Result<()> {
 fn examine(args: &Doctor, report: &mut Report) -> Result<()> {
     let say = |text: &str| if args.json { Ok(()) } else { print(text) };
     say(&report.build.text())?;
-    let machine = Machine::this().map_err(|error| Error::Unavailable(format!("{error}; {NEEDED}")))?;
+    let machine = Machine::this().map_err(|error| Error::NoDevice(format!("{error}; {NEEDED}")))?;
     say(&machine.text())?;
     let (devices, is_software) = (machine.count(), machine.is_software(args.device));
     report.machine = Some(machine);
     if devices == 0 {
-        return Err(Error::Unavailable(format!("the driver has no device; {NEEDED}")));
+        return Err(Error::NoDevice(format!("the driver has no device; {NEEDED}")));
     }
     if args.device >= devices {
         let expected = format!("a device from 0 to {}", devices - 1);
@@ -118,7 +118,7 @@ fn examine(args: &Doctor, report: &mut Report) -> Result<()> {
     }
 
     let mut bench = Bench::new(&device, is_software)?;
-    if Device::tells_times()? {
+    if Device::supports_timing()? {
         bench.measure_roofs(&device, report);
     } else {
         say("times    not measured: this build needs a driver of 570 or later for them, or the feature cuda-12\n")?;
@@ -161,7 +161,7 @@ impl Bench {
         let stream = device.stream()?;
         let evicting = stream.zeros(if is_software { 1 << 16 } else { EVICTING_BYTES })?;
         let sink = stream.zeros(1)?;
-        let is_timed = !is_software && Device::tells_times()?;
+        let is_timed = !is_software && Device::supports_timing()?;
         Ok(Bench { stream, is_software, is_timed, evicting, sink, read_gb_per_s: f64::NAN })
     }
 
