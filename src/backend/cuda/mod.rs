@@ -227,7 +227,7 @@ impl Cuda {
     fn attend(&self, params: abi::dllm_attention_params, heads: Heads, max_rows: usize, longest: usize) -> Result<()> {
         let Some(session) = &self.session else { return Err(unprepared()) };
         let Heads { num_heads, num_kv_heads, head_dim } = heads;
-        let splits = ops::attention::splits(longest, op_heads(heads), self.multiprocessors);
+        let splits = ops::attention::splits(longest, heads, self.multiprocessors);
         let params = abi::dllm_attention_params {
             size: size_of::<abi::dllm_attention_params>() as u64,
             workspace: session.workspace.address(),
@@ -262,15 +262,9 @@ fn unprepared() -> Error {
     Error::Unavailable("the CUDA backend was not prepared for a session".into())
 }
 
-/// As the op calls them.
-pub(crate) fn op_heads(heads: Heads) -> ops::attention::Heads {
-    let Heads { num_heads, num_kv_heads, head_dim } = heads;
-    ops::attention::Heads { num_heads, num_kv_heads, head_dim }
-}
-
 /// Floats of workspace that attention needs in any pass of a session.
 pub(crate) fn attention_workspace(needs: &SessionLimits, multiprocessors: usize) -> usize {
-    let heads = op_heads(needs.heads);
+    let heads = needs.heads;
     let of = |longest: usize| {
         let splits = ops::attention::splits(longest, heads, multiprocessors);
         ops::attention::workspace_len((needs.spans * longest).min(needs.rows), heads, splits)
