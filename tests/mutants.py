@@ -552,7 +552,7 @@ FAULTS = [
     Fault("ops/tiles.rs", "lists of the caller are not checked", "ops::tiles::tests::wrong_lists_are_named",
           "        made.validate(batch)?;", "        ;"),
     Fault("ops/tiles.rs", "a tile may be listed twice", "ops::tiles::tests::wrong_lists_are_named",
-          "if seen[known] == i + 1 =>", "if seen[known] == i + 2 =>"),
+          "if seen[index] == i + 1 =>", "if seen[index] == i + 2 =>"),
     Fault("ops/tiles.rs", "a tile is checked against the longest sequence", "ops::tiles::tests::wrong_lists_are_named",
           "let key_tiles = batch.sequences[sequence].key_tiles();",
           "let key_tiles = batch.sequences.iter().map(Sequence::key_tiles).max().unwrap_or(sequence);"),
