@@ -144,7 +144,7 @@ impl<'m> Generator<'m> {
     ///
     /// # Errors
     /// [`crate::Error::Argument`] before any work, when options or prompts do not fit the model;
-    /// [`crate::Error::Unavailable`] when there is no memory for them;
+    /// [`crate::Error::OutOfMemory`] when there is no memory for them;
     /// [`crate::Error::NoFiniteLogit`] when the model's numbers break down.
     pub fn generate(&self, prompts: &[Vec<u32>]) -> Result<Generation> {
         self.generate_observed(prompts, &mut ())

@@ -170,12 +170,6 @@ fn unprepared() -> Error {
     Error::Unavailable("the CUDA backend was not prepared for a session".into())
 }
 
-/// The head counts in the type of the attention op.
-fn op_heads(heads: Heads) -> ops::attention::Heads {
-    let Heads { num_heads, num_kv_heads, head_dim } = heads;
-    ops::attention::Heads { num_heads, num_kv_heads, head_dim }
-}
-
 /// Floats of workspace that attention needs in any pass within `limits`.
 pub(crate) fn attention_workspace(limits: &SessionLimits, multiprocessors: usize) -> usize {
     let workspace_len = |longest: usize| {
@@ -188,8 +182,8 @@ pub(crate) fn attention_workspace(limits: &SessionLimits, multiprocessors: usize
 
 /// Floats of workspace that attention needs for `rows` query rows, at most `longest` of one sequence.
 pub(crate) fn attention_workspace_of(heads: Heads, rows: usize, longest: usize, multiprocessors: usize) -> usize {
-    let splits = ops::attention::splits(longest, op_heads(heads), multiprocessors);
-    ops::attention::workspace_len(rows, op_heads(heads), splits)
+    let splits = ops::attention::splits(longest, heads, multiprocessors);
+    ops::attention::workspace_len(rows, heads, splits)
 }
 
 /// Bytes of workspace that V-verify needs in any pass within `limits`.
