@@ -299,8 +299,8 @@ fn presets() {
     let said = |line: &str| text(&dllm(words(line)).output().unwrap().stderr).to_string();
     let idle = said("generate --preset gsm8k-llada-base --cache dual --gen-length 32 --prompt-ids 1");
     assert!(idle.contains("note: --preset (see --cache) has no effect here"), "{idle}");
-    let idle = said("eval --limit 1 --gen-length 8 --setting cache=dual,refresh-ratio=0.5");
-    assert!(idle.contains("note: cache=dual,refresh-ratio=0.5: --refresh-ratio (see --cache) has no effect"), "{idle}");
+    let idle = said("eval --limit 1 --gen-length 8 --setting cache=dual,response-interval=5");
+    assert!(idle.contains("note: cache=dual,response-interval=5: --response-interval (see --cache) has no effect"), "{idle}");
 }
 
 #[test]
