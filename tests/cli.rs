@@ -300,7 +300,10 @@ fn presets() {
     let idle = said("generate --preset gsm8k-llada-base --cache dual --gen-length 32 --prompt-ids 1");
     assert!(idle.contains("note: --preset (see --cache) has no effect here"), "{idle}");
     let idle = said("eval --limit 1 --gen-length 8 --setting cache=dual,response-interval=5");
-    assert!(idle.contains("note: cache=dual,response-interval=5: --response-interval (see --cache) has no effect"), "{idle}");
+    assert!(
+        idle.contains("note: cache=dual,response-interval=5: --response-interval (see --cache) has no effect"),
+        "{idle}"
+    );
 }
 
 #[test]

@@ -20,6 +20,37 @@ pub struct Buffer<T> {
     elements: PhantomData<T>,
 }
 
+impl Stream {
+    /// Allocates memory for `len` elements, without initialising it. Does not block.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] during a capture; [`Error::Argument`] when the size overflows; the driver's, for example when
+    /// memory is short.
+    pub fn alloc<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
+        Buffer::alloc(self, len)
+    }
+
+    /// Allocates memory for `len` elements and enqueues a fill with zeros.
+    ///
+    /// # Errors
+    /// As [`Stream::alloc`].
+    pub fn zeros<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
+        let mut buffer = self.alloc(len)?;
+        buffer.fill_zero()?;
+        Ok(buffer)
+    }
+
+    /// Allocates memory and copies `data` to it. `data` may be reused when this returns.
+    ///
+    /// # Errors
+    /// As [`Stream::alloc`].
+    pub fn upload<T: Pod>(&self, data: &[T]) -> Result<Buffer<T>> {
+        let mut buffer = self.alloc(data.len())?;
+        buffer.write(data)?;
+        Ok(buffer)
+    }
+}
+
 impl<T: Pod> Buffer<T> {
     pub(super) fn alloc(stream: &Stream, len: usize) -> Result<Buffer<T>> {
         stream.not_capturing("alloc")?;

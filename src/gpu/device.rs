@@ -1,4 +1,4 @@
-use super::{DriverResult, Module, Stream, nvtx};
+use super::{DriverResult, Module, nvtx};
 use crate::error::{Error, Result};
 use cudarc::driver::{CudaContext, result, sys};
 use std::collections::HashMap;
@@ -95,6 +95,10 @@ impl Device {
         Ok(Device { inner: Arc::new(Inner { context, capability, loaded: Mutex::default() }) })
     }
 
+    pub(super) fn context(&self) -> &Arc<CudaContext> {
+        &self.inner.context
+    }
+
     /// Returns the name that the driver reports.
     pub fn name(&self) -> Result<String> {
         self.inner.context.name().in_call("cuDeviceGetName")
@@ -114,11 +118,6 @@ impl Device {
     /// Returns the bytes of device memory: free, total. Freed buffers count as free after their stream was synchronised.
     pub fn memory_bytes(&self) -> Result<(usize, usize)> {
         self.inner.context.mem_get_info().in_call("cuMemGetInfo")
-    }
-
-    /// Creates a stream, on which work runs independently of other streams.
-    pub fn stream(&self) -> Result<Stream> {
-        Ok(Stream::new(self.clone(), self.inner.context.new_stream().in_call("cuStreamCreate")?))
     }
 
     /// Loads all kernels that this device can run. Without this call each kernel is loaded at its first launch.

@@ -1,6 +1,5 @@
-use super::{Buffer, Device, DriverResult};
+use super::{Device, DriverResult};
 use crate::error::{Error, Result};
-use bytemuck::Pod;
 use cudarc::driver::{CudaEvent, CudaGraph, CudaStream, sys};
 use std::ffi::c_void;
 use std::fmt;
@@ -19,8 +18,15 @@ pub struct Stream {
     capturing: Arc<AtomicBool>,
 }
 
+impl Device {
+    /// Creates a stream, on which work runs independently of other streams.
+    pub fn stream(&self) -> Result<Stream> {
+        Ok(Stream::new(self.clone(), self.context().new_stream().in_call("cuStreamCreate")?))
+    }
+}
+
 impl Stream {
-    pub(super) fn new(device: Device, stream: Arc<CudaStream>) -> Stream {
+    fn new(device: Device, stream: Arc<CudaStream>) -> Stream {
         Stream { device, stream, capturing: Arc::default() }
     }
 
@@ -45,35 +51,6 @@ impl Stream {
             return Err(Error::Unavailable(format!("{what}: the stream is being captured")));
         }
         Ok(())
-    }
-
-    /// Allocates memory for `len` elements, without initialising it. Does not block.
-    ///
-    /// # Errors
-    /// [`Error::Unavailable`] during a capture; [`Error::Argument`] when the size overflows; the driver's, for example when
-    /// memory is short.
-    pub fn alloc<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
-        Buffer::alloc(self, len)
-    }
-
-    /// Allocates memory for `len` elements and enqueues a fill with zeros.
-    ///
-    /// # Errors
-    /// As [`Stream::alloc`].
-    pub fn zeros<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
-        let mut buffer = self.alloc(len)?;
-        buffer.fill_zero()?;
-        Ok(buffer)
-    }
-
-    /// Allocates memory and copies `data` to it. `data` may be reused when this returns.
-    ///
-    /// # Errors
-    /// As [`Stream::alloc`].
-    pub fn upload<T: Pod>(&self, data: &[T]) -> Result<Buffer<T>> {
-        let mut buffer = self.alloc(data.len())?;
-        buffer.write(data)?;
-        Ok(buffer)
     }
 
     /// Blocks until all enqueued work is done.
