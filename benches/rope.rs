@@ -3,12 +3,10 @@
 mod gpu;
 
 use dllm_kernels::Result;
+use dllm_kernels::backend::Heads;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::rope::{self, Caches, Rope};
-use dllm_kernels::reference::{
-    Heads,
-    rope::{Angles, rotate_rounded},
-};
+use dllm_kernels::reference::rope::{Angles, rotate_rounded};
 use gpu::{Bench, Case, Float, L2, Random, assert_close, bytes_of, few, row_f64};
 use half::bf16;
 

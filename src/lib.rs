@@ -19,9 +19,11 @@ pub mod abi;
 pub mod backend;
 pub mod cache;
 pub mod decode;
+pub mod engine;
 pub mod error;
 #[cfg(feature = "cuda")]
 pub mod gpu;
+mod host_memory;
 pub mod model;
 #[cfg(feature = "cuda")]
 pub mod ops;
@@ -33,6 +35,7 @@ pub mod tokenizer;
 
 pub use cache::CacheMode;
 pub use decode::{Generation, Generator, Observer, Options, Policy, Step};
+pub use engine::Model;
 pub use error::{Error, Result};
-pub use model::{Config, Family, Model};
+pub use model::{Config, Family};
 pub use sampling::Confidence;

@@ -8,7 +8,8 @@ mod common;
 use checkpoint::{Checkpoint, EOS, MASK};
 use common::{device, once_on_device, one_layer};
 use dllm_kernels::decode::decode;
-use dllm_kernels::model::{DecodeEngine, DecodeRun, DeviceLoop, LayerPlan, Pass, QueryRows, RunOutcome, StepTemplate};
+use dllm_kernels::engine::{DecodeEngine, DecodeRun, DeviceLoop, Pass, RunOutcome, StepTemplate};
+use dllm_kernels::model::{LayerPlan, QueryRows};
 use dllm_kernels::sampling::{CommitRule, Prediction, QuotaSchedule, SamplingParams, SequenceState};
 use dllm_kernels::{CacheMode, Config, Error, Family, Generation, Generator, Model, Observer, Options, Policy};
 use softgpu::Opt;
@@ -203,7 +204,10 @@ fn too_little_memory() {
         // To the byte, with what the adaptive cache keeps.
         let options = in_blocks(adaptive(), Policy::Fixed);
         let sizes = options.sizes(model.config(), &prompts());
-        let needed = sizes.device_memory(model.config(), device().multiprocessors().unwrap()).unwrap().total() as i64;
+        let needed =
+            dllm_kernels::engine::MemoryEstimate::cuda(&sizes, model.config(), device().multiprocessors().unwrap())
+                .unwrap()
+                .total() as i64;
         let generate = || Generator::new(&model).options(options.clone()).generate(&prompts());
         let before = state();
         softgpu::set(Opt::TotalMemory, softgpu::get(Opt::UsedMemory) + needed - 1);
@@ -318,10 +322,10 @@ fn launches() {
         let layers = model.config().num_layers;
         let of = |base: Options| {
             let options = in_blocks(base, Policy::Fixed);
-            let mut network = model.network(options.sizes(model.config(), &prompts())).unwrap();
-            assert_eq!(network.launches().unwrap(), None, "nothing is recorded yet");
+            let mut network = model.engine(options.sizes(model.config(), &prompts())).unwrap();
+            assert_eq!(network.kernel_counts().unwrap(), None, "nothing is recorded yet");
             decode(&mut *network, model.config(), &prompts(), &options, None, &mut ()).unwrap();
-            let launches = network.launches().unwrap().unwrap();
+            let launches = network.kernel_counts().unwrap().unwrap();
             println!("{family} {:?}: {launches:?}", options.cache);
             (launches.layer, launches.pass)
         };
@@ -503,13 +507,17 @@ fn interrupted() {
         .remove(0);
     let start = [prompt.clone(), vec![MASK; 8]].concat();
     let unmask = SamplingParams { f32_confidence: true, mask_token: Some(MASK), ..SamplingParams::default() };
-    let mut network = model.network(options.sizes(config, std::slice::from_ref(&prompt))).unwrap();
-    let device = network.autonomous().unwrap();
+    let mut network = model.engine(options.sizes(config, std::slice::from_ref(&prompt))).unwrap();
+    let device = network.device_loop().unwrap();
     let plan = vec![LayerPlan::Full { reuse: false, store: false, store_features: false }; config.num_layers];
     let block = 5..13;
     let candidates = [(0, block.clone().collect::<Vec<usize>>())];
-    let stage =
-        StepTemplate { plan: &plan, windows: &[QueryRows::new(0, 0..13, 13)], candidates: &candidates, shrinks: false };
+    let stage = StepTemplate {
+        plan: &plan,
+        query_rows: &[QueryRows::new(0, 0..13, 13)],
+        candidates: &candidates,
+        shrinks: false,
+    };
     let sequence = SequenceState {
         generated: 5,
         forwards: 0,
@@ -524,14 +532,14 @@ fn interrupted() {
         first_commit_before: usize::MAX,
     };
     let course = DecodeRun {
-        stages: &[Some(stage)],
-        stage: &|_| 0,
+        templates: &[Some(stage)],
+        template_of: &|_| 0,
         first_pass: 0,
-        together: false,
+        ends_with_first: false,
         schedule: &QuotaSchedule::Llada { steps: 8 },
-        selection: CommitRule::Quota(0),
+        commit_rule: CommitRule::Quota(0),
         sequences: &[sequence],
-        unmask: &unmask,
+        sampling: &unmask,
         end_tokens: &[],
     };
     for stop_after in (1..=8).chain([1, 7]) {
@@ -569,7 +577,7 @@ impl DecodeEngine for Stopping<'_> {
         self.network.step(tokens, pass)
     }
 
-    fn autonomous(&mut self) -> Option<&mut dyn DeviceLoop> {
+    fn device_loop(&mut self) -> Option<&mut dyn DeviceLoop> {
         Some(self)
     }
 }
@@ -587,7 +595,7 @@ impl DeviceLoop for Stopping<'_> {
             self.flag.fetch_or(asks.get() == 0, Ordering::Relaxed);
             go_on()
         };
-        let ran = self.network.autonomous().unwrap().run(tokens, course, &asked);
+        let ran = self.network.device_loop().unwrap().run(tokens, course, &asked);
         self.asks = asks.get();
         ran
     }
@@ -603,7 +611,7 @@ fn interrupted_adaptive(model: &Model) {
     let whole = Generator::new(model).options(options.clone()).generate(&prompts).unwrap().tokens;
     for asks in 1..8 {
         let flag = AtomicBool::new(false);
-        let network = model.network(options.sizes(config, &prompts)).unwrap();
+        let network = model.engine(options.sizes(config, &prompts)).unwrap();
         let mut network = Stopping { network, flag: &flag, asks };
         let mut run = |interrupt| decode(&mut network, config, &prompts, &options, interrupt, &mut ()).unwrap();
         let stopped = run(Some(&flag));

@@ -5,6 +5,7 @@
 mod common;
 
 use common::{device, golden_dir};
+use dllm_kernels::engine::MemoryEstimate;
 use dllm_kernels::gpu::Device;
 use dllm_kernels::model::SessionConfig;
 use dllm_kernels::{CacheMode, Config, Family, Generator, Model, Options, Policy};
@@ -54,9 +55,10 @@ fn the_arithmetic_is_what_is_allocated() {
                 let options = Options { block_length: Some(block_length), ..options.clone() };
                 let what = format!("{name} {:?} {lens:?}", options.cache);
                 let sizes = sizes(&options, model.config(), lens);
-                let expected = sizes.device_memory(model.config(), device.multiprocessors().unwrap()).unwrap().total();
+                let expected =
+                    MemoryEstimate::cuda(&sizes, model.config(), device.multiprocessors().unwrap()).unwrap().total();
                 let before = used();
-                let network = model.network(sizes).unwrap();
+                let network = model.engine(sizes).unwrap();
                 let got = used() - before;
                 // A buffer without elements has 16 bytes all the same.
                 assert!(got.abs_diff(expected) <= 64, "{what}: {got} bytes, expected {expected}");
@@ -100,9 +102,9 @@ fn one_layer(device: &Device) {
                 assert_eq!(got, tokens(&plain), "{family} {options:?} on {:?}", model.device().is_some());
             }
             let sizes = sizes(&options, &config, &[3, 5]);
-            let expected = sizes.device_memory(&config, device.multiprocessors().unwrap()).unwrap().total();
+            let expected = MemoryEstimate::cuda(&sizes, &config, device.multiprocessors().unwrap()).unwrap().total();
             let before = used();
-            let _network = gpu.network(sizes).unwrap();
+            let _network = gpu.engine(sizes).unwrap();
             let got = used() - before;
             // Two buffers without elements more.
             assert!(got.abs_diff(expected) <= 96, "{family} {options:?}: {got} bytes, expected {expected}");

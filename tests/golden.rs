@@ -8,7 +8,8 @@ use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind};
 use dllm_kernels::decode::decode;
 use dllm_kernels::decode::trace::Trace;
-use dllm_kernels::model::{DecodeEngine, Pass, QueryRows, Session, SessionConfig, Weights};
+use dllm_kernels::engine::{DecodeEngine, HostEngine, Pass};
+use dllm_kernels::model::{QueryRows, Session, SessionConfig, Weights};
 use dllm_kernels::reference::{rope, vverify};
 use dllm_kernels::sampling::{Candidates, CommitRule, Prediction, SamplingParams, min_kept_logit, sample, score_row};
 use dllm_kernels::sampling::{DreamSchedule, llada_quota};
@@ -50,13 +51,13 @@ fn session(model: &Model, batch: usize, length: usize, cached: bool) -> Session<
     let sizes = SessionConfig {
         prompt_lens: vec![0; batch],
         gen_length: length,
-        candidates: batch * length,
+        max_candidates: batch * length,
         kv_cache: cached,
         feature_cache: false,
-        remembered: false,
+        reuses_guidance: false,
         guided: false,
-        ratios: 0,
-        end_tokens: 0,
+        max_ratios: 0,
+        num_end_tokens: 0,
     };
     Session::new(model.transformer(), Cpu::default(), sizes).unwrap()
 }
@@ -124,7 +125,7 @@ fn cached_keys_and_values(
         if !tensors.has(&format!("{name}.cache_k_{layer}")) {
             continue;
         }
-        let (k, v) = session.cache().unwrap().layer(layer);
+        let (k, v) = session.kv_cache().unwrap().layer(layer);
         for (got, what) in [(k, "k"), (v, "v")] {
             let recorded = tensors.f32(&format!("{name}.cache_{what}_{layer}"));
             let mut want = vec![0.0; recorded.len()];
@@ -188,7 +189,13 @@ fn sampler_llada() {
                 (_, threshold, Value::Null) => CommitRule::Threshold(numbers(threshold)),
                 (_, _, factor) => CommitRule::Factor(numbers(factor)),
             };
-            groups.push(Candidates { sequence: row, step: 0, positions, commit_before: length, selection });
+            groups.push(Candidates {
+                sequence: row,
+                step: 0,
+                positions,
+                commit_before: length,
+                commit_rule: selection,
+            });
         }
         let verdicts = sample(&mut candidate_logits, vocab, &groups, &plain_unmask()).unwrap();
         let places = groups.iter().flat_map(|g| g.positions.iter().map(|p| g.sequence * length + p));
@@ -232,7 +239,7 @@ fn sampler_dream() {
         }
         let confidence = tensors.f32(&format!("{name}.confidence"));
         let x0 = tensors.i64(&format!("{name}.x0"));
-        let kept = tensors.u8(&format!("{name}.feature_cache"));
+        let kept = tensors.u8(&format!("{name}.kept"));
         let vocab = logits.len() / x0.len();
         for (i, row) in logits.chunks(vocab).enumerate() {
             let mut scratch = row.to_vec();
@@ -344,7 +351,7 @@ fn trajectories() {
         let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
         options.validate(model.config(), &prompts).unwrap();
         let sizes = options.sizes(model.config(), &prompts);
-        let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
+        let mut session = HostEngine::new(model.transformer(), Cpu::default(), sizes).unwrap();
         let mut trace = Trace::default();
         let decoded = decode(&mut session, model.config(), &prompts, &options, None, &mut trace).unwrap();
         compare(&name, &case, model.config(), &options, &decoded, &trace);
@@ -369,13 +376,13 @@ struct Compared<'m> {
 
 impl DecodeEngine for Compared<'_> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
-        let [QueryRows { sequence: 0, rows: window, .. }] = pass.windows else {
-            panic!("one sequence, not {:?}", pass.windows)
+        let [QueryRows { sequence: 0, rows: window, .. }] = pass.query_rows else {
+            panic!("one sequence, not {:?}", pass.query_rows)
         };
         // Dream's first token is decided by the row before it.
         let shift = usize::from(self.family == Family::Dream);
         let index: Vec<usize> = (self.prompt_len - shift - window.start..window.len()).collect();
-        self.session.forward(tokens, pass.windows, pass.plan, &index, None)?;
+        self.session.forward(tokens, pass.query_rows, pass.plan, &index, None)?;
         let logits = self.session.logits(index.len())?;
         let vocab = logits.len() / index.len();
         let name = format!("step_{}.logits", self.step);
@@ -383,9 +390,9 @@ impl DecodeEngine for Compared<'_> {
             self.worst = self.worst.max(difference(&logits[shift * vocab..], &self.recorded.f32(&name)));
             self.step += 1;
         }
-        let rows = pass.groups[0].positions.iter().map(|p| (p - self.prompt_len) * vocab);
+        let rows = pass.candidates[0].positions.iter().map(|p| (p - self.prompt_len) * vocab);
         let mut own: Vec<f32> = rows.flat_map(|at| &logits[at..at + vocab]).copied().collect();
-        sample(&mut own, vocab, pass.groups, pass.unmask)
+        sample(&mut own, vocab, pass.candidates, pass.sampling)
     }
 }
 
@@ -398,7 +405,7 @@ fn adaptive_logits() {
         let options = options(&case);
         let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
         let candidates = options.gen_length + 1;
-        let sizes = SessionConfig { candidates, ..options.sizes(model.config(), &prompts) };
+        let sizes = SessionConfig { max_candidates: candidates, ..options.sizes(model.config(), &prompts) };
         let session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
         let (family, recorded) = (model.config().family, Tensors::open(&name));
         let mut compared = Compared { session, family, prompt_len: prompts[0].len(), recorded, step: 0, worst: 0.0 };
@@ -422,8 +429,8 @@ struct Scripted<'a> {
 impl DecodeEngine for Scripted<'_> {
     fn step(&mut self, _tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
         let mut rows = Vec::new();
-        for group in pass.groups {
-            let window = &pass.windows.iter().find(|w| w.sequence == group.sequence).unwrap().rows;
+        for group in pass.candidates {
+            let window = &pass.query_rows.iter().find(|w| w.sequence == group.sequence).unwrap().rows;
             for position in &group.positions {
                 // Dream reads the row before, within the window.
                 let row = match self.family {
@@ -435,7 +442,7 @@ impl DecodeEngine for Scripted<'_> {
             }
         }
         self.call += 1;
-        sample(&mut rows, self.vocab, pass.groups, pass.unmask)
+        sample(&mut rows, self.vocab, pass.candidates, pass.sampling)
     }
 }
 

@@ -111,7 +111,7 @@ fn check(dir: &Path, modes: &[&str], cases: &[(usize, usize)]) -> Vec<usize> {
             let case = format!("{};{mode};{length};{sequences}", dir.display());
             let measured = measure(&case);
             let sizes = options(mode).sizes(&config, &prompts(*length, *sequences));
-            let predicted = sizes.memory(&config, THREADS).total();
+            let predicted = dllm_kernels::engine::MemoryEstimate::cpu(&sizes, &config, THREADS).total();
             let mib = |bytes: usize| bytes as f64 / MIB as f64;
             println!(
                 "{mode}, {sequences} x {length} tokens: {:.1} MiB, predicted {:.1}",

@@ -280,7 +280,8 @@ fn oracle_guided<T: Float>(
     let mut both: Vec<f32> =
         [&case.logits[at..], &uncond[at..]].iter().flat_map(|l| &l[..case.vocab]).map(|l| l.f32()).collect();
     let selection = CommitRule::Quota(0);
-    let group = Candidates { sequence: 0, step, positions: vec![position], commit_before: usize::MAX, selection };
+    let group =
+        Candidates { sequence: 0, step, positions: vec![position], commit_before: usize::MAX, commit_rule: selection };
     let verdicts = sample(&mut both, case.vocab, &[group], &case.unmask).ok()?;
     Some((verdicts[0].token, verdicts[0].confidence))
 }
@@ -372,8 +373,8 @@ fn check<T: Float>(case: &Case<T>, got: &Got, name: &str) {
 }
 
 /// The kernel compares with f32 numbers.
-fn in_f32(selection: CommitRule) -> CommitRule {
-    match selection {
+fn in_f32(commit_rule: CommitRule) -> CommitRule {
+    match commit_rule {
         CommitRule::Threshold(t) => CommitRule::Threshold(t as f32 as f64),
         CommitRule::ThresholdTopN { threshold, top_n } => {
             CommitRule::ThresholdTopN { threshold: threshold as f32 as f64, top_n }
@@ -1165,7 +1166,7 @@ mod golden {
             let (x0, confidence) =
                 (golden.of::<i64>(&format!("{name}.x0")), golden.of::<f32>(&format!("{name}.confidence")));
             let (logits, kept) =
-                (golden.of::<f32>(&format!("{name}.logits")), golden.of::<u8>(&format!("{name}.feature_cache")));
+                (golden.of::<f32>(&format!("{name}.logits")), golden.of::<u8>(&format!("{name}.kept")));
             let (rows, vocab) = (x0.len(), logits.len() / x0.len());
             let mut case = Case::<f32>::new(&mut Random(1), vocab, &[rows]);
             case.mask_token = OUTSIDE;

@@ -6,8 +6,9 @@ use super::state::{Plan, SLOTS, Sequence, SequencePass, State};
 use super::stretch::{BlockLoop, CandidateStart, PassSpec};
 use crate::cache::PassKind;
 use crate::cache::adaptive::{AdaptivePlan, CfgPlan};
+use crate::engine::{CfgBranch, DecodeEngine, DecodeRun, Pass, StepTemplate};
 use crate::error::Result;
-use crate::model::{CfgBranch, Config, DecodeEngine, DecodeRun, Pass, QueryRows, StepTemplate};
+use crate::model::{Config, QueryRows};
 use crate::sampling::DreamSchedule;
 use crate::sampling::{Candidates, CommitRule, QuotaSchedule, SequenceState};
 use std::collections::BTreeMap;
@@ -30,7 +31,7 @@ pub(super) fn end_tokens(config: &Config, options: &Options) -> Vec<u32> {
 
 /// The decoding loop over any [`DecodeEngine`]. `options` and `prompts` have passed [`Options::validate`].
 pub fn decode(
-    network: &mut dyn DecodeEngine,
+    engine: &mut dyn DecodeEngine,
     config: &Config,
     prompts: &[Vec<u32>],
     options: &Options,
@@ -49,7 +50,7 @@ pub fn decode(
         sequences: prompts.iter().map(sequence).collect(),
         nfe: 0,
     };
-    let mut decoder = Decoder { network, state, interrupt, interrupted: false, observer };
+    let mut decoder = Decoder { engine, state, interrupt, interrupted: false, observer };
     match rule {
         Algorithm::Llada => decoder.llada()?,
         Algorithm::FastLlada => decoder.fast_llada()?,
@@ -61,7 +62,7 @@ pub fn decode(
 }
 
 struct Decoder<'a> {
-    network: &'a mut dyn DecodeEngine,
+    engine: &'a mut dyn DecodeEngine,
     state: State<'a>,
     interrupt: Option<&'a AtomicBool>,
     interrupted: bool,
@@ -136,13 +137,13 @@ impl Decoder<'_> {
         Ok(())
     }
 
-    /// Runs the passes of a stretch: on a network that does so by itself, or pass by pass.
+    /// Runs the passes of a stretch: on a engine that does so by itself, or pass by pass.
     fn run(&mut self, block: usize, stretch: &BlockLoop) -> Result<()> {
         if self.interrupted() {
             self.block_done(block);
             return Ok(());
         }
-        if !self.observer.wants_steps() && self.network.autonomous().is_some() {
+        if !self.observer.wants_steps() && self.engine.device_loop().is_some() {
             self.run_on_device(stretch)?;
         } else {
             let mut courses = self.state.each(|d, s| stretch.course(d, s));
@@ -186,7 +187,7 @@ impl Decoder<'_> {
         (0..self.state.sequences.len()).filter_map(turn).collect()
     }
 
-    /// The same on a network that needs to be told only once. Sequences at different places of the adaptive cache's intervals
+    /// The same on a engine that needs to be told only once. Sequences at different places of the adaptive cache's intervals
     /// cannot run together: they run one kind after the other.
     fn run_on_device(&mut self, stretch: &BlockLoop) -> Result<()> {
         let state = &self.state;
@@ -256,26 +257,26 @@ impl Decoder<'_> {
             let stages = parts.each_ref().map(|part| {
                 part.as_ref().map(|(plans, windows, candidates, pass)| StepTemplate {
                     plan: &plans[0],
-                    windows,
+                    query_rows: windows,
                     candidates,
                     shrinks: *pass == PassKind::Suffix,
                 })
             });
             let course = DecodeRun {
-                stages: &stages,
-                stage: &stage,
+                templates: &stages,
+                template_of: &stage,
                 first_pass: passes,
-                together,
+                ends_with_first: together,
                 schedule: &stretch.schedule,
-                selection: state.selection(0),
+                commit_rule: state.selection(0),
                 sequences: &courses,
-                unmask: &state.unmask,
+                sampling: &state.unmask,
                 end_tokens: if state.options.early_stop { &state.end_tokens } else { &[] },
             };
             let go_on = || !self.interrupt.is_some_and(|flag| flag.load(Ordering::Relaxed));
-            let Some(network) = self.network.autonomous() else { return Ok(passes) };
+            let Some(engine) = self.engine.device_loop() else { return Ok(passes) };
             let mut tokens = state.tokens.clone();
-            let ran = network.run(&mut tokens, &course, &go_on)?;
+            let ran = engine.run(&mut tokens, &course, &go_on)?;
             let state = &mut self.state;
             state.tokens = tokens;
             passes += ran.passes;
@@ -308,7 +309,7 @@ impl Decoder<'_> {
             step: state.sequences[t.sequence].step,
             positions: state.masks(t.sequence, t.candidates.clone()),
             commit_before: t.commit_before,
-            selection: t.selection,
+            commit_rule: t.selection,
         };
         let groups: Vec<Candidates> = turns.iter().map(group).collect();
         let observed = self.observer.wants_steps();
@@ -330,19 +331,25 @@ impl Decoder<'_> {
             let twin =
                 if let Plan::Adaptive(_, CfgPlan::Separate(plan)) = plan { Some((plan, of_twins(plan))) } else { None };
             let twins = match (&twin, plan) {
-                (Some((plan, windows)), _) => CfgBranch::Separate { plan, windows },
+                (Some((plan, windows)), _) => CfgBranch::Separate { plan, query_rows: windows },
                 (None, Plan::Adaptive(_, CfgPlan::Reused)) => CfgBranch::Reused,
                 (None, _) => CfgBranch::Batched,
             };
-            let pass =
-                Pass { plan: &plan, windows: &windows, groups: &of, unmask: &state.unmask, twins, observed: selects };
-            let all = self.network.step(&state.tokens, &pass)?;
+            let pass = Pass {
+                plan: &plan,
+                query_rows: &windows,
+                candidates: &of,
+                sampling: &state.unmask,
+                cfg: twins,
+                observed: selects,
+            };
+            let all = self.engine.step(&state.tokens, &pass)?;
             let mut rest = &all[..];
             for (w, i) in alike.into_iter().enumerate() {
                 let (own, others) = rest.split_at(groups[i].positions.len());
                 (verdicts[i], rest) = (own.to_vec(), others);
                 let rows =
-                    self.network.selected_rows().iter().map(|selected| (selected.layer, selected.rows[w].clone()));
+                    self.engine.selected_rows().iter().map(|selected| (selected.layer, selected.rows[w].clone()));
                 if matches!(plan, Plan::Adaptive(plan, _) if !plan.response) {
                     selected_rows[i] = rows.collect();
                 }

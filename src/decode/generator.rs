@@ -4,8 +4,8 @@ use super::generate::{decode, end_tokens};
 use super::observer::Observer;
 use super::options::{Options, Policy};
 use crate::cache::CacheMode;
+use crate::engine::Model;
 use crate::error::Result;
-use crate::model::Model;
 use crate::sampling::Confidence;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -159,15 +159,15 @@ impl<'m> Generator<'m> {
             self.options.validate_on_device()?;
         }
         let sizes = self.options.sizes(config, prompts);
-        let mut network = self.model.network(sizes)?;
+        let mut engine = self.model.engine(sizes)?;
         let start = Instant::now();
-        let decoded = decode(&mut *network, config, prompts, &self.options, self.interrupt, observer)?;
+        let decoded = decode(&mut *engine, config, prompts, &self.options, self.interrupt, observer)?;
         Ok(Generation {
             tokens: decoded.tokens,
             nfe: decoded.nfe,
             elapsed: start.elapsed(),
             interrupted: decoded.interrupted,
-            macs: network.macs(),
+            macs: engine.macs(),
             end_tokens: end_tokens(config, &self.options),
         })
     }

@@ -362,16 +362,16 @@ impl Options {
         SessionConfig {
             prompt_lens: prompts.iter().map(Vec::len).collect(),
             gen_length: self.gen_length,
-            candidates: prompts.iter().map(|p| in_reach(p) + masks(p)).sum(),
+            max_candidates: prompts.iter().map(|p| in_reach(p) + masks(p)).sum(),
             kv_cache: self.cache != CacheMode::None,
             feature_cache: adaptive || self.keeps_refreshes(),
-            remembered,
+            reuses_guidance: remembered,
             guided: self.cfg_scale > 0.0,
-            end_tokens: match self.early_stop {
+            num_end_tokens: match self.early_stop {
                 true => config.eos_token_ids.len() + self.end_tokens.len(),
                 false => 0,
             },
-            ratios: match (rule, self.policy) {
+            max_ratios: match (rule, self.policy) {
                 (Algorithm::Dream, _) => self.steps(),
                 (Algorithm::DreamBlock, Policy::Fixed) => {
                     (self.steps() / (self.gen_length / self.block_length())).max(1)

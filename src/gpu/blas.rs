@@ -247,7 +247,7 @@ impl fmt::Debug for Blas {
 /// As [`Blas::new`]; no memory for three matrices; a driver that does not tell times ([`Device::tells_times`]); the driver's.
 pub fn matrix_rate(device: &Device, size: usize, repetitions: usize) -> Result<f64> {
     let stream = device.stream()?;
-    let _settle = stream.settle();
+    let _settle = stream.sync_on_drop();
     let mut blas = Blas::new(&stream)?;
     // Zeros would draw less power, and run faster than what is of use. Any numbers around 1 do.
     let mut state = 1u32;

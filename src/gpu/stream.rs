@@ -81,7 +81,7 @@ impl Stream {
 
     /// A value that waits for the stream when it goes: the driver's pool gives freed memory back, and counts it as free, when
     /// somebody has waited. It goes after the buffers, where it was made before them or is the last field.
-    pub(crate) fn settle(&self) -> SyncOnDrop {
+    pub(crate) fn sync_on_drop(&self) -> SyncOnDrop {
         SyncOnDrop(self.clone())
     }
 
@@ -162,7 +162,7 @@ impl fmt::Debug for Stream {
     }
 }
 
-/// See [`Stream::settle`].
+/// See [`Stream::sync_on_drop`].
 pub(crate) struct SyncOnDrop(Stream);
 
 impl Drop for SyncOnDrop {

@@ -61,7 +61,7 @@ pub fn launch(stream: &Stream, source: &Buffer<u8>, sink: &mut Buffer<u32>) -> R
 /// # Errors
 /// No memory for `bytes`; a driver that does not tell times ([`crate::gpu::Device::tells_times`]); the driver's.
 pub fn read_rate(stream: &Stream, bytes: usize, repetitions: usize) -> Result<f64> {
-    let _settle = stream.settle();
+    let _settle = stream.sync_on_drop();
     let (source, mut sink) = (stream.zeros::<u8>(bytes)?, stream.zeros::<u32>(1)?);
     let mut times = Vec::new();
     for _ in 0..=repetitions.max(1) {

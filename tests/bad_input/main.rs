@@ -60,13 +60,13 @@ fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
     let sizes = SessionConfig {
         prompt_lens: vec![n],
         gen_length: 0,
-        candidates: n,
+        max_candidates: n,
         kv_cache: false,
         feature_cache: false,
-        remembered: false,
+        reuses_guidance: false,
         guided: false,
-        ratios: 0,
-        end_tokens: 0,
+        max_ratios: 0,
+        num_end_tokens: 0,
     };
     let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
     let plan = BlockPlan::new(CacheMode::None, PassKind::Full);

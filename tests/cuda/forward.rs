@@ -69,13 +69,13 @@ fn run(both: &Both, case: &Value, tensors: &Tensors, errors: &mut Errors) {
     let sizes = SessionConfig {
         prompt_lens: vec![0; batch],
         gen_length: length,
-        candidates: batch * length,
+        max_candidates: batch * length,
         kv_cache: true,
         feature_cache: false,
-        remembered: false,
+        reuses_guidance: false,
         guided: false,
-        ratios: 0,
-        end_tokens: 0,
+        max_ratios: 0,
+        num_end_tokens: 0,
     };
     let model = &both.model;
     let cuda = Cuda::new(&device()).unwrap();

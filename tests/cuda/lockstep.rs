@@ -2,10 +2,11 @@
 
 use crate::common::golden_dir;
 use crate::margin::{Logits, Tally, compare};
-use crate::rounded::{Choices, Rounded};
+use crate::rounded::{DeviceSelection, Rounded};
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::decode::{Decoded, Observer, decode};
-use dllm_kernels::model::{DecodeEngine, Pass, Session, Transformer, Weights};
+use dllm_kernels::engine::{DecodeEngine, Pass};
+use dllm_kernels::model::{Session, Transformer, Weights};
 use dllm_kernels::sampling::{Prediction, sample};
 use dllm_kernels::{Config, Family, Model, Options, Result};
 use std::cell::RefCell;
@@ -43,7 +44,7 @@ struct Lockstep<'m> {
     config: &'m Config,
     cpu: Reference<'m>,
     rounded: Session<'m, Rounded>,
-    choices: [Rc<RefCell<Choices>>; 2],
+    choices: [Rc<RefCell<DeviceSelection>>; 2],
     gpu: Box<dyn DecodeEngine + 'm>,
     tally: Tally,
 }
@@ -65,8 +66,8 @@ pub fn decode_both(
     let config = both.model.config();
     options.validate(config, prompts).unwrap_or_else(|e| panic!("{what}: {e}"));
     let sizes = options.sizes(config, prompts);
-    let choices: [Rc<RefCell<Choices>>; 2] = Default::default();
-    let told = |exact: bool| Rounded::told(exact, choices[usize::from(exact)].clone());
+    let choices: [Rc<RefCell<DeviceSelection>>; 2] = Default::default();
+    let told = |exact: bool| Rounded::following(exact, choices[usize::from(exact)].clone());
     let mut lockstep = Lockstep {
         what: what.into(),
         config,
@@ -76,7 +77,7 @@ pub fn decode_both(
         },
         rounded: Session::new(&both.rounded, told(false), sizes.clone()).unwrap(),
         choices: choices.clone(),
-        gpu: both.model.network(sizes).unwrap(),
+        gpu: both.model.engine(sizes).unwrap(),
         tally: Tally::default(),
     };
     let decoded = decode(&mut lockstep, config, prompts, options, None, observer);
@@ -94,37 +95,37 @@ impl DecodeEngine for Lockstep<'_> {
         }
         let cpu = match cpu {
             Reference::Cpu(cpu) => {
-                cpu.forward(tokens, pass.windows, pass.plan, &scored, None)?;
+                cpu.forward(tokens, pass.query_rows, pass.plan, &scored, None)?;
                 cpu.logits(scored.len())?
             }
             Reference::Told(cpu) => {
-                cpu.forward(tokens, pass.windows, pass.plan, &scored, None)?;
+                cpu.forward(tokens, pass.query_rows, pass.plan, &scored, None)?;
                 cpu.logits(scored.len())?
             }
         };
-        rounded.forward(tokens, pass.windows, pass.plan, &scored, None)?;
+        rounded.forward(tokens, pass.query_rows, pass.plan, &scored, None)?;
         let rounded = rounded.logits(scored.len())?;
         assert!(
             choices.iter().all(|choices| choices.borrow().of_device.is_empty()),
             "{what}: choices that nobody made"
         );
-        let want = sample(&mut cpu.clone(), config.vocab_size, pass.groups, pass.unmask)?;
+        let want = sample(&mut cpu.clone(), config.vocab_size, pass.candidates, pass.sampling)?;
         let logits = Logits { cpu, rounded, vocab_size: config.vocab_size };
-        tally.add(compare(what, &logits, pass.groups, pass.unmask, [&want, &got]));
+        tally.add(compare(what, &logits, pass.candidates, pass.sampling, [&want, &got]));
         Ok(want)
     }
 }
 
 /// The rows of a pass whose logits decide about its candidates; with guidance those of the twins behind them.
 fn scored(family: Family, pass: &Pass) -> Vec<usize> {
-    let rows: usize = pass.windows.iter().map(|w| w.rows.len()).sum();
-    let twins = if pass.unmask.cfg_scale > 0.0 { 2 } else { 1 };
+    let rows: usize = pass.query_rows.iter().map(|w| w.rows.len()).sum();
+    let twins = if pass.sampling.cfg_scale > 0.0 { 2 } else { 1 };
     let mut scored = Vec::new();
     for twin in 0..twins {
-        for group in pass.groups {
-            let before = pass.windows.iter().take_while(|w| w.sequence != group.sequence);
+        for group in pass.candidates {
+            let before = pass.query_rows.iter().take_while(|w| w.sequence != group.sequence);
             let first = twin * rows + before.map(|w| w.rows.len()).sum::<usize>();
-            let window = &pass.windows.iter().find(|w| w.sequence == group.sequence).unwrap().rows;
+            let window = &pass.query_rows.iter().find(|w| w.sequence == group.sequence).unwrap().rows;
             scored.extend(group.positions.iter().map(|position| match family {
                 Family::Llada => first + position - window.start,
                 Family::Dream => first + (position - window.start).saturating_sub(1),

@@ -21,7 +21,7 @@
 //!
 //! What is in doubt is counted, and so is where the device makes use of it; the tests bound how often. All else has to be equal.
 
-use crate::rounded::Choices;
+use crate::rounded::DeviceSelection;
 use dllm_kernels::Confidence;
 use dllm_kernels::sampling::philox::{Purpose, gumbel};
 use dllm_kernels::sampling::{Candidates, CommitRule, Prediction, SamplingParams, min_kept_logit, score_row, select};
@@ -52,7 +52,7 @@ pub struct Tally {
 }
 
 impl Tally {
-    pub fn choices(&mut self, choices: &Choices) {
+    pub fn choices(&mut self, choices: &DeviceSelection) {
         (self.selected, self.chosen_differs, self.worst_angle) = (choices.rows, choices.other_rows, choices.worst);
     }
 
@@ -219,15 +219,15 @@ fn commits(
     let high = |i: usize| ranks(i, ranges[i][1]) + slack;
     // The device's own confidences, selected from by the oracle, give the device's choice: where rounding cannot change it.
     let own: Vec<f64> = gpu[..eligible].iter().map(|v| v.confidence).collect();
-    let selected = select(&own, &own, group.selection);
+    let selected = select(&own, &own, group.commit_rule);
     let same = (0..eligible).all(|i| selected.contains(&i) == gpu[i].commit);
-    let rounded = unmask.alg_temp > 0.0 || matches!(group.selection, CommitRule::Factor(_));
+    let rounded = unmask.alg_temp > 0.0 || matches!(group.commit_rule, CommitRule::Factor(_));
     assert!(same || rounded, "{what}: {group:?} of {own:?} chose {gpu:?}");
 
     let sorted = |end: usize| {
         let bounded = |x: f64| x.clamp(-1e9, 1e9);
         let list: Vec<f64> = (0..eligible).map(|i| bounded(if end == 0 { low(i) } else { high(i) })).collect();
-        select(&list, &list, group.selection).len()
+        select(&list, &list, group.commit_rule).len()
     };
     for (i, (cpu, gpu)) in cpu.iter().zip(gpu).enumerate() {
         if i >= eligible {
@@ -238,7 +238,7 @@ fn commits(
         let others = || (0..eligible).filter(|j| *j != i);
         let least = others().filter(|j| low(*j) > high(i)).count();
         let most = others().filter(|j| high(*j) >= low(i)).count();
-        let (surely, surely_not) = match group.selection {
+        let (surely, surely_not) = match group.commit_rule {
             CommitRule::Quota(count) => (most < count, least >= count),
             CommitRule::Threshold(t) => (low(i) >= t || most == 0, high(i) < t && least > 0),
             CommitRule::ThresholdTopN { threshold: t, top_n } => {
@@ -256,7 +256,7 @@ fn commits(
             "{what}: sequence {}, step {}, position {position}, {:?}: {gpu:?}, CPU {cpu:?}, between {:?}",
             group.sequence,
             group.step,
-            group.selection,
+            group.commit_rule,
             ranges[i]
         );
     }

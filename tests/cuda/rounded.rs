@@ -1,17 +1,18 @@
-//! The CPU, with activations rounded to bf16 wherever the device stores them: what the device computes, but for the order of
-//! sums and the weights of attention, which the device rounds too. So it tells errors of the device from those of bf16.
+//! A backend for the CPU that rounds activations to bf16 wherever the device stores them. It computes what the device computes, but
+//! for the order of sums and the attention weights, which the device rounds too. It separates errors of the device from those of
+//! bf16.
 //!
-//! Where V-verify chooses rows it is told what the device chose, and counts how far that is from its own choice; so is its
-//! twin that does not round, which stands for the CPU there.
+//! V-verify uses the rows that the device selected, and this backend measures how far they are from its own selection. A second
+//! instance that does not round stands for the CPU there.
 
 use dllm_kernels::Result;
 use dllm_kernels::backend::cpu::linear::Matrix;
 use dllm_kernels::backend::cpu::{Cpu, attention};
 use dllm_kernels::backend::{
-    Backend, BatchMetadata, Heads, HostUnmask, RowSet, SequenceRows, SessionLimits, Tensor, UpdateRanges,
+    Backend, BatchMetadata, BufferKind, Heads, HostLogits, QkvRows, Residual, RowSet, SequenceRows, SessionLimits,
+    Tensor, UpdateRanges,
 };
 use dllm_kernels::reference::{rope, vverify};
-use dllm_kernels::sampling::{Candidates, Prediction, SamplingParams, sample};
 use half::bf16;
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -24,25 +25,25 @@ pub struct Rounded {
     cpu: Cpu,
     angles: rope::Angles,
     tokens: Vec<u32>,
-    /// Whether it does not round after all.
+    /// Turns the rounding off.
     exact: bool,
-    device: Rc<RefCell<Choices>>,
+    device: Rc<RefCell<DeviceSelection>>,
 }
 
-/// What the device has chosen by V-verify, layer by layer, and how that compares.
+/// The rows that the device selected by V-verify, layer by layer, and how they compare with this backend's selection.
 #[derive(Default)]
-pub struct Choices {
+pub struct DeviceSelection {
     pub of_device: VecDeque<Vec<Vec<usize>>>,
-    /// Rows that were chosen, and those of them that are not of the own choice.
+    /// Selected rows, and those of them that this backend would not select.
     pub rows: usize,
     pub other_rows: usize,
-    /// The largest angle by which a row that was chosen had turned less than one that was not.
+    /// The largest angle by which a selected row had changed less than one that was not selected.
     pub worst: f64,
 }
 
 impl Rounded {
-    /// One that is told what the device chooses.
-    pub fn told(exact: bool, device: Rc<RefCell<Choices>>) -> Rounded {
+    /// Creates a backend that uses the device's selection.
+    pub fn following(exact: bool, device: Rc<RefCell<DeviceSelection>>) -> Rounded {
         Rounded { exact, device, ..Rounded::default() }
     }
 
@@ -54,16 +55,16 @@ impl Rounded {
         list.iter_mut().for_each(|x| *x = self.round(*x));
     }
 
-    /// The device's choice, measured by the own cosines.
-    fn told_choice(&self, similarity: &[f64], of_device: &[usize]) -> Vec<usize> {
+    /// Returns the device's selection, after comparing it with this backend's cosines.
+    fn follow(&self, similarity: &[f64], of_device: &[usize]) -> Vec<usize> {
         let own = vverify::lowest_of(similarity, of_device.len());
-        let mut choices = self.device.borrow_mut();
-        choices.rows += own.len();
-        choices.other_rows += own.iter().filter(|row| !of_device.contains(row)).count();
+        let mut selection = self.device.borrow_mut();
+        selection.rows += own.len();
+        selection.other_rows += own.iter().filter(|row| !of_device.contains(row)).count();
         let angle = |row: &usize| similarity[*row].clamp(-1.0, 1.0).acos();
         let least = of_device.iter().map(angle).fold(f64::INFINITY, f64::min);
         let most = (0..similarity.len()).filter(|row| !of_device.contains(row)).map(|row| angle(&row));
-        choices.worst = choices.worst.max(most.fold(0.0, f64::max) - least);
+        selection.worst = selection.worst.max(most.fold(0.0, f64::max) - least);
         of_device.to_vec()
     }
 }
@@ -77,24 +78,41 @@ pub struct Buffer {
 /// Keys and values `[layers][positions, width]`.
 pub struct Cache(Vec<[Vec<f32>; 2]>);
 
+/// Metadata of a pass.
 #[derive(Default)]
-pub struct Rows {
-    spans: Vec<SequenceRows>,
+pub struct Batch {
+    sequences: Vec<SequenceRows>,
     positions: Vec<usize>,
     tokens: Vec<usize>,
     logit_rows: Vec<usize>,
-    parts: Vec<UpdateRanges>,
-    /// Rows that run, of each span, and the places in the cache of all rows.
+    updates: Vec<UpdateRanges>,
+    /// For each sequence the rows of the pass that are recomputed.
     selected: Vec<Vec<usize>>,
+    /// The place in the cache of each row.
     places: Vec<usize>,
+}
+
+impl Batch {
+    /// Rows of a set, as indices of the rows of the pass.
+    fn rows(&self, set: RowSet) -> Vec<usize> {
+        match set {
+            RowSet::All => (0..self.places.len()).collect(),
+            RowSet::Logits => self.logit_rows.clone(),
+            RowSet::Selected => self.selected.concat(),
+        }
+    }
+}
+
+fn qkv_width(heads: Heads, has_values: bool) -> usize {
+    heads.q_width() + heads.kv_width() * if has_values { 2 } else { 1 }
 }
 
 impl Backend for Rounded {
     type Buffer = Buffer;
     type Matrix = Matrix;
     type Vector = Vec<f32>;
-    type Cache = Cache;
-    type Rows = Rows;
+    type KvCache = Cache;
+    type Batch = Batch;
 
     fn matrix(&self, parts: Vec<Tensor>, biases: Vec<Tensor>) -> Result<Matrix> {
         self.cpu.matrix(parts, biases)
@@ -104,25 +122,21 @@ impl Backend for Rounded {
         self.cpu.vector(tensor)
     }
 
-    fn prepare(&mut self, needs: &SessionLimits, theta: f32) -> Result<()> {
-        self.angles.extend(theta, needs.heads.head_dim, needs.longest);
-        self.cpu.prepare(needs, theta)
+    fn prepare(&mut self, limits: &SessionLimits, rope_theta: f32) -> Result<()> {
+        self.angles.extend(rope_theta, limits.heads.head_dim, limits.longest);
+        self.cpu.prepare(limits, rope_theta)
     }
 
-    fn buffer(&self, rows: usize, width: usize) -> Result<Buffer> {
-        Ok(Buffer { data: self.cpu.buffer(rows, width)?, logits: false })
+    fn buffer(&self, kind: BufferKind, rows: usize, width: usize) -> Result<Buffer> {
+        Ok(Buffer { data: self.cpu.buffer(kind, rows, width)?, logits: kind == BufferKind::Logits })
     }
 
-    fn logits(&self, rows: usize, vocab_size: usize) -> Result<Buffer> {
-        Ok(Buffer { data: self.cpu.logits(rows, vocab_size)?, logits: true })
-    }
-
-    fn cache(&self, layers: usize, positions: usize, width: usize) -> Result<Cache> {
+    fn kv_cache(&self, layers: usize, positions: usize, width: usize) -> Result<Cache> {
         Ok(Cache((0..layers).map(|_| [(); 2].map(|()| vec![0.0; positions * width])).collect()))
     }
 
-    fn rows(&self, _needs: &SessionLimits) -> Result<Rows> {
-        Ok(Rows::default())
+    fn batch(&self, _limits: &SessionLimits) -> Result<Batch> {
+        Ok(Batch::default())
     }
 
     fn write_tokens(&mut self, tokens: &[u32]) -> Result<()> {
@@ -130,22 +144,23 @@ impl Backend for Rounded {
         Ok(())
     }
 
-    fn set_batch(&mut self, rows: &mut Rows, placement: &BatchMetadata) -> Result<()> {
-        let BatchMetadata { spans, positions, tokens, logit_rows, parts, .. } = *placement;
-        *rows = Rows {
-            spans: spans.to_vec(),
+    fn set_batch(&mut self, batch: &mut Batch, metadata: &BatchMetadata) -> Result<()> {
+        let BatchMetadata { sequences, positions, tokens, logit_rows, updates, .. } = *metadata;
+        let places = sequences.iter().flat_map(|rows| (rows.start..rows.end).map(|key| rows.cache_base + key));
+        *batch = Batch {
+            sequences: sequences.to_vec(),
             positions: positions.to_vec(),
             tokens: tokens.to_vec(),
             logit_rows: logit_rows.to_vec(),
-            parts: parts.to_vec(),
+            updates: updates.to_vec(),
             selected: vec![],
-            places: spans.iter().flat_map(|span| (span.start..span.end).map(|p| span.cache_base + p)).collect(),
+            places: places.collect(),
         };
         Ok(())
     }
 
-    fn embed(&mut self, table: &Matrix, rows: &Rows, out: &mut Buffer) -> Result<()> {
-        for (index, row) in rows.tokens.iter().zip(out.data.chunks_exact_mut(table.cols())) {
+    fn embed(&mut self, table: &Matrix, batch: &Batch, out: &mut Buffer) -> Result<()> {
+        for (index, row) in batch.tokens.iter().zip(out.data.chunks_exact_mut(table.cols())) {
             table.row_into(self.tokens[*index] as usize, row);
         }
         Ok(())
@@ -154,187 +169,68 @@ impl Backend for Rounded {
     fn residual_norm(
         &mut self,
         x: &mut Buffer,
-        delta: Option<&Buffer>,
-        weight: &Vec<f32>,
-        eps: f32,
+        residual: Residual<Rounded>,
+        batch: &Batch,
+        (weight, eps): (&Vec<f32>, f32),
         out: &mut Buffer,
         rows: usize,
     ) -> Result<()> {
         let width = weight.len();
         for row in 0..rows {
-            let row = row * width..(row + 1) * width;
-            let x = &mut x.data[row.clone()];
+            let range = row * width..(row + 1) * width;
+            let x = &mut x.data[range.clone()];
+            let delta = match residual {
+                Residual::None => None,
+                Residual::Rows(delta) => Some(&delta.data[range.clone()]),
+                Residual::Features(features, first_row) => {
+                    Some(&features.data[(first_row + batch.places[row]) * width..][..width])
+                }
+            };
             if let Some(delta) = delta {
-                x.iter_mut().zip(&delta.data[row.clone()]).for_each(|(x, delta)| *x = self.round(*x + delta));
+                x.iter_mut().zip(delta).for_each(|(x, delta)| *x = self.round(*x + delta));
             }
             let mean = x.iter().map(|x| x * x).sum::<f32>() / width as f32;
             let scale = 1.0 / (mean + eps).sqrt();
-            for ((out, x), weight) in out.data[row].iter_mut().zip(x).zip(weight) {
+            for ((out, x), weight) in out.data[range].iter_mut().zip(x).zip(weight) {
                 *out = self.round(self.round(*x * scale) * weight);
             }
         }
         Ok(())
     }
 
-    fn linear(&mut self, x: &Buffer, w: &Matrix, out: &mut Buffer, rows: usize) -> Result<()> {
-        self.cpu.linear(&x.data, w, &mut out.data, rows)?;
+    fn linear(
+        &mut self,
+        x: &Buffer,
+        w: &Matrix,
+        outputs: Option<Range<usize>>,
+        out: &mut Buffer,
+        rows: usize,
+    ) -> Result<()> {
+        self.cpu.linear(&x.data, w, outputs, &mut out.data, rows)?;
         if !out.logits {
             self.round_all(&mut out.data);
         }
         Ok(())
     }
 
-    fn linear_part(
-        &mut self,
-        x: &Buffer,
-        w: &Matrix,
-        outputs: Range<usize>,
-        out: &mut Buffer,
-        rows: usize,
-    ) -> Result<()> {
-        self.cpu.linear_part(&x.data, w, outputs, &mut out.data, rows)?;
-        self.round_all(&mut out.data);
-        Ok(())
-    }
-
-    fn select_rows(
-        &mut self,
-        values: Option<&Buffer>,
-        heads: Heads,
-        rows: &mut Rows,
-        (Cache(layers), layer): (&mut Cache, usize),
-    ) -> Result<()> {
-        let width = heads.num_kv_heads * heads.head_dim;
-        let of_device = values.map(|_| self.device.borrow_mut().of_device.pop_front().expect("a choice of the device"));
-        rows.selected.clear();
-        let mut first = 0;
-        for (s, (span, parts)) in rows.spans.iter().zip(&rows.parts).enumerate() {
-            let mut selected: Vec<usize> = parts.always.clone().collect();
-            if let (Some(Buffer { data, .. }), Some(of_device)) = (values, &of_device) {
-                let fresh = |key: usize| &data[(first + key - span.start) * width..][..width];
-                let cached = |key: usize| (span.cache_base + key) * width..(span.cache_base + key + 1) * width;
-                let others: Vec<usize> = (0..parts.num_others()).map(|number| parts.other(number)).collect();
-                let cache = &mut layers[layer][1];
-                let numbers = match parts.count() == others.len() {
-                    true => (0..others.len()).collect(),
-                    // Twins' are not told.
-                    false => {
-                        let cosine = |key: &usize| vverify::cosine(fresh(*key), &cache[cached(*key)]);
-                        let similarity: Vec<f64> = others.iter().map(cosine).collect();
-                        self.told_choice(&similarity, &of_device[s])
-                    }
-                };
-                selected.extend(numbers.iter().map(|number| others[*number]));
-                for key in parts.always.clone().chain(others) {
-                    cache[cached(key)].copy_from_slice(fresh(key));
-                }
-            }
-            rows.selected.push(selected.iter().map(|key| first + key - span.start).collect());
-            first += span.rows();
-        }
-        Ok(())
-    }
-
-    fn selected(&self, _rows: &Rows) -> Result<Vec<Vec<usize>>> {
-        unreachable!("it is told, and not asked")
-    }
-
-    fn gather_selected(&mut self, x: &Buffer, rows: &Rows, width: usize, out: &mut Buffer) -> Result<()> {
-        for (row, to) in rows.selected.iter().flatten().zip(out.data.chunks_exact_mut(width)) {
-            to.copy_from_slice(&x.data[row * width..(row + 1) * width]);
-        }
-        Ok(())
-    }
-
-    fn rope_selected(
-        &mut self,
-        qkv: &mut Buffer,
-        heads: Heads,
-        rows: &Rows,
-        (Cache(layers), layer): (&mut Cache, usize),
-        values: bool,
-    ) -> Result<()> {
-        let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
-        let width = q + if values { 2 * kv } else { kv };
-        for (of_pass, row) in rows.selected.iter().flatten().zip(qkv.data.chunks_exact_mut(width)) {
-            rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(rows.positions[*of_pass]));
-            self.round_all(row);
-            let at = rows.places[*of_pass] * kv;
-            layers[layer][0][at..at + kv].copy_from_slice(&row[q..q + kv]);
-            if values {
-                layers[layer][1][at..at + kv].copy_from_slice(&row[q + kv..]);
-            }
-        }
-        Ok(())
-    }
-
-    fn attention_selected(
-        &mut self,
-        qkv: &Buffer,
-        heads: Heads,
-        rows: &Rows,
-        (Cache(layers), layer): (&Cache, usize),
-        values: bool,
-        out: &mut Buffer,
-    ) -> Result<()> {
-        let kv = heads.num_kv_heads * heads.head_dim;
-        let stride = heads.qkv_width() - if values { 0 } else { kv };
-        let counts: Vec<usize> = rows.selected.iter().map(Vec::len).collect();
-        let cached = (&layers[layer][0][..], &layers[layer][1][..]);
-        attention::attention_cached(&qkv.data, stride, heads, &rows.spans, &counts, cached, &mut out.data);
-        self.round_all(&mut out.data);
-        Ok(())
-    }
-
-    fn store_features(
-        &mut self,
-        delta: &Buffer,
-        part: RowSet,
-        width: usize,
-        rows: &Rows,
-        (feature_cache, first_row): (&mut Buffer, usize),
-    ) -> Result<()> {
-        let of_pass: Vec<usize> = match part {
-            RowSet::All => (0..rows.places.len()).collect(),
-            RowSet::Selected => rows.selected.concat(),
-        };
-        for (of_pass, row) in of_pass.into_iter().zip(delta.data.chunks_exact(width)) {
-            feature_cache.data[(first_row + rows.places[of_pass]) * width..][..width].copy_from_slice(row);
-        }
-        Ok(())
-    }
-
-    fn residual_norm_features(
-        &mut self,
-        x: &mut Buffer,
-        (feature_cache, first_row): (&Buffer, usize),
-        rows: &Rows,
-        weight: &Vec<f32>,
-        eps: f32,
-        out: &mut Buffer,
-    ) -> Result<()> {
-        let width = weight.len();
-        let row = |key: &usize| feature_cache.data[(first_row + key) * width..][..width].to_vec();
-        let delta = Buffer { data: rows.places.iter().flat_map(row).collect(), logits: false };
-        self.residual_norm(x, Some(&delta), weight, eps, out, rows.places.len())
-    }
-
     fn rope(
         &mut self,
-        qkv: &mut Buffer,
+        (qkv, QkvRows { rows, has_values }): (&mut Buffer, QkvRows),
         heads: Heads,
-        rows: &Rows,
+        batch: &Batch,
         mut store: Option<(&mut Cache, usize)>,
     ) -> Result<()> {
-        let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
-        let all = qkv.data.chunks_exact_mut(heads.qkv_width());
-        for ((position, key), row) in rows.positions.iter().zip(&rows.places).zip(all) {
-            rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(*position));
+        let (q, kv) = (heads.q_width(), heads.kv_width());
+        let buffer = qkv.data.chunks_exact_mut(qkv_width(heads, has_values));
+        for (row_of_pass, row) in batch.rows(rows).into_iter().zip(buffer) {
+            rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(batch.positions[row_of_pass]));
             self.round_all(row);
             if let Some((Cache(layers), layer)) = &mut store {
-                let at = key * kv;
-                layers[*layer][0][at..at + kv].copy_from_slice(&row[q..q + kv]);
-                layers[*layer][1][at..at + kv].copy_from_slice(&row[q + kv..]);
+                let first = batch.places[row_of_pass] * kv;
+                layers[*layer][0][first..first + kv].copy_from_slice(&row[q..q + kv]);
+                if has_values {
+                    layers[*layer][1][first..first + kv].copy_from_slice(&row[q + kv..]);
+                }
             }
         }
         Ok(())
@@ -342,14 +238,22 @@ impl Backend for Rounded {
 
     fn attention(
         &mut self,
-        qkv: &Buffer,
+        (qkv, QkvRows { rows, has_values }): (&Buffer, QkvRows),
         heads: Heads,
-        rows: &Rows,
-        reuse: Option<(&Cache, usize)>,
+        batch: &Batch,
+        cache: Option<(&Cache, usize)>,
         out: &mut Buffer,
     ) -> Result<()> {
-        let cached = reuse.map(|(Cache(layers), layer)| (&layers[layer][0][..], &layers[layer][1][..]));
-        attention::attention(&qkv.data, heads, &rows.spans, cached, &mut out.data);
+        let cached = cache.map(|(Cache(layers), layer)| (&layers[layer][0][..], &layers[layer][1][..]));
+        match (rows, cached) {
+            (RowSet::Selected, Some(cached)) => {
+                let counts: Vec<usize> = batch.selected.iter().map(Vec::len).collect();
+                let stride = qkv_width(heads, has_values);
+                let out = &mut out.data;
+                attention::attention_cached(&qkv.data, stride, heads, &batch.sequences, &counts, cached, out);
+            }
+            (_, cached) => attention::attention(&qkv.data, heads, &batch.sequences, cached, &mut out.data),
+        }
         self.round_all(&mut out.data);
         Ok(())
     }
@@ -365,9 +269,64 @@ impl Backend for Rounded {
         Ok(())
     }
 
-    fn gather(&mut self, x: &Buffer, rows: &Rows, width: usize, out: &mut Buffer) -> Result<()> {
-        for (from, row) in rows.logit_rows.iter().zip(out.data.chunks_exact_mut(width)) {
-            row.copy_from_slice(&x.data[from * width..(from + 1) * width]);
+    fn gather(&mut self, x: &Buffer, batch: &Batch, set: RowSet, width: usize, out: &mut Buffer) -> Result<()> {
+        for (row, to) in batch.rows(set).into_iter().zip(out.data.chunks_exact_mut(width)) {
+            to.copy_from_slice(&x.data[row * width..(row + 1) * width]);
+        }
+        Ok(())
+    }
+
+    fn select_rows(
+        &mut self,
+        values: Option<&Buffer>,
+        heads: Heads,
+        batch: &mut Batch,
+        (Cache(layers), layer): (&mut Cache, usize),
+    ) -> Result<()> {
+        let width = heads.kv_width();
+        let of_device =
+            values.map(|_| self.device.borrow_mut().of_device.pop_front().expect("a selection of the device"));
+        batch.selected.clear();
+        let mut first = 0;
+        for (s, (sequence, update)) in batch.sequences.iter().zip(&batch.updates).enumerate() {
+            let mut selected: Vec<usize> = update.always.clone().collect();
+            if let (Some(Buffer { data, .. }), Some(of_device)) = (values, &of_device) {
+                let fresh = |key: usize| &data[(first + key - sequence.start) * width..][..width];
+                let cached = |key: usize| (sequence.cache_base + key) * width..(sequence.cache_base + key + 1) * width;
+                let others: Vec<usize> = (0..update.num_others()).map(|index| update.other(index)).collect();
+                let cache = &mut layers[layer][1];
+                let indices = if update.num_selected() == others.len() {
+                    (0..others.len()).collect()
+                } else {
+                    // The device reports nothing for unconditional sequences.
+                    let cosine = |key: &usize| vverify::cosine(fresh(*key), &cache[cached(*key)]);
+                    let similarity: Vec<f64> = others.iter().map(cosine).collect();
+                    self.follow(&similarity, &of_device[s])
+                };
+                selected.extend(indices.iter().map(|index| others[*index]));
+                for key in update.always.clone().chain(others) {
+                    cache[cached(key)].copy_from_slice(fresh(key));
+                }
+            }
+            batch.selected.push(selected.iter().map(|key| first + key - sequence.start).collect());
+            first += sequence.rows();
+        }
+        Ok(())
+    }
+
+    fn selected_rows(&self, _batch: &Batch) -> Result<Vec<Vec<usize>>> {
+        unreachable!("this backend follows the device's selection")
+    }
+
+    fn store_features(
+        &mut self,
+        (delta, set): (&Buffer, RowSet),
+        width: usize,
+        batch: &Batch,
+        (features, first_row): (&mut Buffer, usize),
+    ) -> Result<()> {
+        for (row_of_pass, row) in batch.rows(set).into_iter().zip(delta.data.chunks_exact(width)) {
+            features.data[(first_row + batch.places[row_of_pass]) * width..][..width].copy_from_slice(row);
         }
         Ok(())
     }
@@ -377,14 +336,8 @@ impl Backend for Rounded {
     }
 }
 
-impl HostUnmask for Rounded {
-    fn unmask(
-        &mut self,
-        logits: &mut Buffer,
-        vocab_size: usize,
-        groups: &[Candidates],
-        how: &SamplingParams,
-    ) -> Result<Vec<Prediction>> {
-        sample(&mut logits.data, vocab_size, groups, how)
+impl HostLogits for Rounded {
+    fn host_logits(buffer: &mut Buffer) -> &mut [f32] {
+        &mut buffer.data
     }
 }

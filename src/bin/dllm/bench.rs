@@ -12,7 +12,8 @@ use clap::ValueEnum;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind};
 use dllm_kernels::decode::decode;
-use dllm_kernels::model::{Config, DecodeEngine, KernelCounts, Model, QueryRows, Session, Weights};
+use dllm_kernels::engine::{DecodeEngine, KernelCounts, Model};
+use dllm_kernels::model::{Config, QueryRows, Session, Weights};
 use dllm_kernels::{CacheMode, Error, Family, Options, Policy, Result};
 use originals::{Answer, Originals};
 use std::path::{Path, PathBuf};
@@ -330,7 +331,7 @@ fn our_round(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>], runs: &mut 
     let mut results = Vec::new();
     for run in &*runs {
         let options = run.mode.options(setup);
-        let network = subject.model.network(options.sizes(&setup.config, prompts))?;
+        let network = subject.model.engine(options.sizes(&setup.config, prompts))?;
         let mut network = Timed { network, options: &options, timings: vec![] };
         if setup.device != Device::Cpu {
             // A pass of a kind is recorded when it runs for the second time, and some run once a decode.
@@ -345,7 +346,7 @@ fn our_round(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>], runs: &mut 
             return Ok(false);
         }
         let seconds = start.elapsed().as_secs_f64();
-        let launches = network.launches()?;
+        let launches = network.kernel_counts()?;
         results.push((seconds, decoded.nfe, launches, network.timings));
     }
     for (run, (seconds, nfe, launches, timings)) in runs.iter_mut().zip(results) {

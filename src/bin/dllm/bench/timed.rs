@@ -4,10 +4,8 @@ use super::Setup;
 use dllm_kernels::Options;
 use dllm_kernels::backend::{Ratio, RowUpdate, UpdateAlways};
 use dllm_kernels::cache::{CacheMode, PassKind};
-use dllm_kernels::model::{
-    CachePlan, Config, DecodeEngine, DecodeRun, DeviceLoop, KernelCounts, LayerPlan, Pass, QueryRows, RunOutcome,
-    SelectedRows, Weights,
-};
+use dllm_kernels::engine::{DecodeEngine, DecodeRun, DeviceLoop, KernelCounts, Pass, RunOutcome};
+use dllm_kernels::model::{CachePlan, Config, LayerPlan, QueryRows, SelectedRows, Weights};
 use dllm_kernels::sampling::Prediction;
 use dllm_kernels::{Error, Result};
 use std::time::Instant;
@@ -115,7 +113,7 @@ impl DecodeEngine for Timed<'_> {
         let verdicts = self.network.step(tokens, pass)?;
         let seconds = start.elapsed().as_secs_f64();
         let macs = self.network.macs() - before;
-        self.record(pass.plan, pass.windows, macs, seconds);
+        self.record(pass.plan, pass.query_rows, macs, seconds);
         Ok(verdicts)
     }
 
@@ -127,24 +125,24 @@ impl DecodeEngine for Timed<'_> {
         self.network.macs()
     }
 
-    fn autonomous(&mut self) -> Option<&mut dyn DeviceLoop> {
-        self.network.autonomous().is_some().then_some(self as &mut dyn DeviceLoop)
+    fn device_loop(&mut self) -> Option<&mut dyn DeviceLoop> {
+        self.network.device_loop().is_some().then_some(self as &mut dyn DeviceLoop)
     }
 
-    fn launches(&self) -> Result<Option<KernelCounts>> {
-        self.network.launches()
+    fn kernel_counts(&self) -> Result<Option<KernelCounts>> {
+        self.network.kernel_counts()
     }
 }
 
 impl DeviceLoop for Timed<'_> {
     fn run(&mut self, tokens: &mut [Vec<u32>], course: &DecodeRun, go_on: &dyn Fn() -> bool) -> Result<RunOutcome> {
-        let Some(network) = self.network.autonomous() else {
+        let Some(network) = self.network.device_loop() else {
             return Err(Error::Unavailable("this network runs no courses".into()));
         };
         let ran = network.run(tokens, course, go_on)?;
         for (i, (seconds, macs)) in ran.seconds.iter().zip(&ran.macs).enumerate() {
-            let Some(Some(stage)) = course.stages.get((course.stage)(i)) else { continue };
-            self.record(stage.plan, stage.windows, *macs, *seconds);
+            let Some(Some(stage)) = course.templates.get((course.template_of)(i)) else { continue };
+            self.record(stage.plan, stage.query_rows, *macs, *seconds);
         }
         Ok(ran)
     }

@@ -1,0 +1,22 @@
+//! Free memory of this machine.
+
+use crate::error::{Error, Result};
+
+/// Checks that the system can provide `bytes` more. An allocation would report it later or never: a system that overcommits ends
+/// the process instead.
+pub(crate) fn ensure_host_memory(what: &str, bytes: usize) -> Result<()> {
+    match free_memory() {
+        Some(free) if bytes > free => {
+            let (need, free) = (bytes >> 20, free >> 20);
+            Err(Error::Unavailable(format!("{what} need {need} MiB of memory; {free} MiB are free")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Bytes that the system can still provide, where it reports them.
+fn free_memory() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().trim_end_matches("kB").trim().parse::<usize>().ok().map(|kib| kib << 10)
+}
