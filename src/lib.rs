@@ -20,6 +20,8 @@ pub mod backend;
 pub mod cache;
 pub mod decode;
 pub mod engine;
+#[cfg(feature = "cuda")]
+mod engine_requirements;
 pub mod error;
 #[cfg(feature = "cuda")]
 pub mod gpu;
