@@ -914,6 +914,7 @@ fn unmasks_by_itself() {
                     Policy::Fixed => unmask::Policy::Fixed(quota),
                     Policy::Threshold(t) => unmask::Policy::Threshold { threshold: t as f32, top_n: Some(quota) },
                     Policy::Factor(factor) => unmask::Policy::Factor(factor as f32),
+                    other => panic!("{other:?} has no counterpart"),
                 };
                 let rule = unmask::UnmaskConfig {
                     confidence: Confidence::Probability,
