@@ -6,7 +6,7 @@ use dllm_kernels::Result;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::top_k_top_p::{self, TopKTopP};
 use dllm_kernels::ops::unmask::{Row, RowTable};
-use dllm_kernels::sampling::min_kept_logit;
+use dllm_kernels::reference::top_k_top_p::min_kept_logit;
 use gpu::{Bench, Case, L2, Random, bytes_of, few};
 use half::bf16;
 
@@ -71,7 +71,7 @@ impl Case for Block {
             if of_row.iter().position(|l| *l == largest) == Some(MASK as usize) {
                 of_row[MASK as usize] = f32::NEG_INFINITY;
             }
-            // Sums in f32 leave in doubt on which side of top-p a token lies that is so near to it.
+            // The kernel sums in f32: within 1e-6 of top-p a token may be on either side.
             let want = |by: f64| min_kept_logit(&of_row, 1.0, self.top_p.map(|p| f64::from(p) + by), self.top_k);
             let (low, high) = (want(-1e-6), want(1e-6));
             assert!(

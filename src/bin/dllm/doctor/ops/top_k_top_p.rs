@@ -1,4 +1,4 @@
-//! Top-p; and top-p with top-k at a temperature, of a vocabulary that is no multiple of anything, with NaN in it.
+//! Top-p; and top-p with top-k at a temperature, on a vocabulary of 1003 tokens with a NaN logit.
 
 use super::super::case::{Both, Case, Entry, Float, Measure, Numbers};
 use super::pick;
@@ -7,10 +7,10 @@ use dllm_kernels::Result;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::top_k_top_p::{self, TopKTopP};
 use dllm_kernels::ops::unmask::{Row, RowTable};
-use dllm_kernels::sampling::min_kept_logit;
+use dllm_kernels::reference::top_k_top_p::min_kept_logit;
 use half::{bf16, f16};
 
-/// Sums in f32 leave in doubt on which side of top-p a token lies that is so near to it.
+/// Tolerance of `top_p`: the kernel sums in f32, so a token this near to it may be on either side.
 const DOUBT: f64 = 1e-6;
 
 pub fn entries(small: bool) -> Vec<Entry> {
@@ -44,7 +44,7 @@ struct Rows<T> {
 }
 
 impl<T: Float> Rows<T> {
-    /// With top-k, the second row is no mask and the third has a logit that is no number.
+    /// With top-k, the second row is not masked and the third has a NaN logit.
     fn new(stream: &Stream, rows: usize, vocab_size: usize, kept: Kept) -> Result<Rows<T>> {
         let stride = vocab_size.next_multiple_of(16 / size_of::<T>());
         let mut logits: Vec<T> = Numbers::new(9).logits(rows * stride);

@@ -1,5 +1,5 @@
-//! Logits to tokens by probability and threshold; and by margin and factor, with NaN, rows that are no masks, a mask token
-//! that would win, rows past the window, and a sequence without rows.
+//! Unmask: by probability and threshold, and by margin and factor. The second case has a NaN logit, an unmasked row, a mask
+//! token with the largest logit, rows past `commit_before` and a sequence without rows.
 
 use super::super::case::{Both, Case, Entry, Float, Measure, Numbers};
 use super::pick;
@@ -7,7 +7,8 @@ use dllm_kernels::abi::DLLM_NONE_FAILED;
 use dllm_kernels::gpu::Stream;
 use dllm_kernels::ops::Workspace;
 use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, UnmaskConfig};
-use dllm_kernels::sampling::{CommitRule, SamplingParams, score_row, select};
+use dllm_kernels::reference::unmask::{score_row, select};
+use dllm_kernels::sampling::{CommitRule, SamplingParams};
 use dllm_kernels::{Confidence, Result};
 use half::{bf16, f16};
 
@@ -15,7 +16,8 @@ pub const MASK: i32 = 3;
 pub const TEXT: i32 = 5;
 const THRESHOLD: f32 = 0.5;
 const FACTOR: f32 = 1.5;
-/// Relative error of a probability or a margin: sums of a vocabulary in f32, and exponentials good to two places.
+/// Relative error of a probability or a margin: f32 sums over the vocabulary, and exponentials within 2 units in the last
+/// place.
 const CONFIDENCE: f64 = 4e-6;
 
 pub fn entries(small: bool) -> Vec<Entry> {
@@ -30,7 +32,7 @@ pub fn entries(small: bool) -> Vec<Entry> {
     ]
 }
 
-/// Logits as they count: NaN as minus infinity.
+/// Widens logits to f32. NaN becomes minus infinity, plus infinity `f32::MAX`.
 pub fn clean<T: Float>(logits: &[T]) -> Vec<f32> {
     let clean = |l: f32| if l.is_nan() { f32::NEG_INFINITY } else { l.min(f32::MAX) };
     logits.iter().map(|l| clean(l.wide() as f32)).collect()
@@ -69,7 +71,7 @@ impl<T: Float> Block<T> {
             first += length;
         }
         let table = RowTable::new(stream, &sequences)?;
-        // The last row of each is past the window.
+        // The last row of each sequence is past `commit_before`.
         let window: Option<Vec<i32>> = odd.then(|| lengths.iter().map(|length| *length as i32 - 1).collect());
         Ok(Block {
             stream: stream.clone(),
@@ -86,7 +88,7 @@ impl<T: Float> Block<T> {
         })
     }
 
-    /// As the oracle has it.
+    /// Returns the parameters for the reference.
     fn rule(&self) -> SamplingParams {
         SamplingParams {
             confidence: if self.odd { Confidence::Margin } else { Confidence::Probability },
@@ -103,7 +105,7 @@ impl<T: Float> Case for Block<T> {
         self.tokens.host.len() * self.vocab_size * size_of::<T>()
     }
 
-    /// A committed token is no mask, and its row would not be read again.
+    /// Restores the masks: the kernel skips the rows of committed tokens.
     fn reset(&mut self) -> Result<()> {
         self.tokens.device.write(&self.tokens.host)
     }
@@ -112,9 +114,10 @@ impl<T: Float> Case for Block<T> {
         let reference = self.rule();
         let rule = UnmaskConfig {
             confidence: reference.confidence,
-            policy: match self.odd {
-                true => Policy::Factor(FACTOR),
-                false => Policy::Threshold { threshold: THRESHOLD, top_n: None },
+            policy: if self.odd {
+                Policy::Factor(FACTOR)
+            } else {
+                Policy::Threshold { threshold: THRESHOLD, top_n: None }
             },
             temperature: 0.0,
             tempered_confidence: false,
@@ -139,14 +142,12 @@ impl<T: Float> Case for Block<T> {
         op::launch(&self.stream, args, &rule)
     }
 
-    /// Each row's token and confidence; and what the oracle commits by the confidences that the kernel found.
+    /// Compares each row's token and confidence, and the commits that the reference selects by the kernel's confidences.
     fn check(&self) -> Result<Vec<Measure>> {
         let (predicted, confidence) = (self.outcome.predicted.read()?, self.outcome.confidence.read()?);
         let is_mask = |row: usize| self.tokens.host[row] == MASK;
-        let selection = match self.odd {
-            true => CommitRule::Factor(FACTOR.into()),
-            false => CommitRule::Threshold(THRESHOLD.into()),
-        };
+        let selection =
+            if self.odd { CommitRule::Factor(FACTOR.into()) } else { CommitRule::Threshold(THRESHOLD.into()) };
         let (mut want_chosen, mut confidences) = (Vec::new(), Vec::new());
         let mut want = self.tokens.host.clone();
         let (mut committed, mut masks_left) = (Vec::new(), Vec::new());
@@ -154,8 +155,8 @@ impl<T: Float> Case for Block<T> {
         for (sequence, length) in self.lengths.iter().enumerate() {
             for position in 0..*length {
                 let row = first + position;
-                let mut logits = clean(&self.logits.host[row * self.stride..][..self.vocab_size]);
-                let scored = score_row(&mut logits, &self.rule(), 0, position).filter(|_| is_mask(row));
+                let logits = clean(&self.logits.host[row * self.stride..][..self.vocab_size]);
+                let scored = score_row(&logits, &self.rule(), 0, position).filter(|_| is_mask(row));
                 let (token, score) = scored.map_or((-1, 0.0), |(token, score)| (token as i32, score));
                 want_chosen.push(token);
                 confidences.push((f64::from(confidence[row]), score, score.abs().max(1e-3)));
