@@ -51,7 +51,7 @@ pub fn validate(params: &dllm_norm_params) -> Result<()> {
     if params.delta != 0 {
         let delta_rows = if params.delta_row == 0 { params.max_rows } else { params.num_delta_rows };
         validate::size("num_delta_rows", delta_rows)?;
-        let delta = validate::Region { rows: delta_rows, ..place("delta", params.delta, params.delta_stride) };
+        let delta = validate::Region { rows: delta_rows, ..region("delta", params.delta, params.delta_stride) };
         delta.fits_address_space()?;
         out.disjoint_from(delta)?;
     }
