@@ -1,4 +1,4 @@
-//! Builds three shared libraries: `cuda` (the driver), `cublasLt`, and `kernels` (every kernel file, for the host).
+//! Builds three shared libraries: `cuda` (the driver), `cublasLt`, and `kernels` (every kernel file, compiled for the host).
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -11,14 +11,14 @@ struct SharedLibrary<'a> {
     sources: Vec<PathBuf>,
     includes: Vec<PathBuf>,
     flags: &'a [&'a str],
-    /// Libraries of this build that it needs, by file name.
+    /// Libraries of this build that this one links, by file name.
     needs: &'a [&'a str],
 }
 
 impl SharedLibrary<'_> {
-    /// `cc` knows the compiler and how to make objects; it only links archives, so the last step is ours. Leaves both
-    /// commands in `NAME.compile` and `NAME.link` and the objects in `NAME.objects`, for whoever builds the library again from
-    /// other sources.
+    /// Compiles with the crate `cc` and links by itself, because `cc` links only archives. Stores both commands in
+    /// `NAME.compile` and `NAME.link` and the paths of the objects in `NAME.objects`, so that `tests/mutants.py` can build the
+    /// library again from other sources.
     fn build(&self, out: &Path) {
         let mut build = cc::Build::new();
         build
@@ -30,11 +30,11 @@ impl SharedLibrary<'_> {
             .debug(false)
             .define("SOFTGPU", None)
             .out_dir(out.join(self.name))
-            // Kernels read memory through pointers of other types, as CUDA allows.
+            // Kernels access memory through pointers of other types, which CUDA allows.
             .flag("-fno-strict-aliasing")
-            // Without this the compiler may fuse a * b + c, depending on the host.
+            // Otherwise the compiler may fuse a * b + c, depending on the host.
             .flag("-ffp-contract=off")
-            // A kernel that goes wrong is left by a jump to another stack, which these two take for an attack.
+            // A failing kernel is left by a jump to another stack, which these two would treat as an attack.
             .flag("-U_FORTIFY_SOURCE")
             .flag("-fno-stack-protector")
             .files(&self.sources)
@@ -50,26 +50,26 @@ impl SharedLibrary<'_> {
 
         let library = out.join(format!("lib{}.so", self.name));
         let mut link = cc::Build::new().cpp(true).opt_level(2).get_compiler().to_command();
-        // Its own functions before others of the same name: the C library has an `advance` too.
+        // Prefers its own functions to others of the same name: the C library has an `advance` too.
         let soname = format!("-Wl,-soname,lib{}.so", self.name).into();
-        let mut behind = vec!["-shared".into(), "-Wl,-Bsymbolic-functions".into(), soname];
-        behind.extend(self.needs.iter().map(|name| out.join(name).into()));
-        behind.extend(["-lpthread", "-ldl"].map(OsString::from));
-        record(&out.join(format!("{}.link", self.name)), &link, &behind);
-        let status = link.arg("-o").arg(&library).args(&objects).args(&behind).status();
+        let mut after = vec!["-shared".into(), "-Wl,-Bsymbolic-functions".into(), soname];
+        after.extend(self.needs.iter().map(|name| out.join(name).into()));
+        after.extend(["-lpthread", "-ldl"].map(OsString::from));
+        record(&out.join(format!("{}.link", self.name)), &link, &after);
+        let status = link.arg("-o").arg(&library).args(&objects).args(&after).status();
         let status = status.expect("the C++ compiler starts");
         assert!(status.success(), "linking {} failed", library.display());
     }
 }
 
-/// A command without the files that it reads and writes, a word a line. Objects belong before what is `behind`.
-fn record(file: &Path, command: &Command, behind: &[OsString]) {
-    let words = [command.get_program()].into_iter().chain(command.get_args()).chain(behind.iter().map(|word| &**word));
+/// Stores a command without the files that it reads and writes, one word per line. Objects belong before the words `after`.
+fn record(file: &Path, command: &Command, after: &[OsString]) {
+    let words = [command.get_program()].into_iter().chain(command.get_args()).chain(after.iter().map(|word| &**word));
     let lines: Vec<String> = words.map(|word| word.to_string_lossy().into_owned()).collect();
     fs::write(file, lines.join("\n")).expect("OUT_DIR can be written to");
 }
 
-/// The files of a directory with this extension, sorted; none if there is no such directory.
+/// Returns the files of a directory with this extension, sorted; none if the directory does not exist.
 fn files_in(directory: &Path, extension: &str) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
     let mut files: Vec<PathBuf> = entries
@@ -88,7 +88,7 @@ fn is_supported_target() -> bool {
 fn main() {
     println!("cargo:rustc-check-cfg=cfg(softgpu_supported)");
     println!("cargo:rerun-if-changed=build.rs");
-    // Switching between the threads of a block is written in x86-64 assembly, and loading relies on ELF.
+    // Fibers are switched in x86-64 assembly, and loading relies on ELF.
     if !is_supported_target() {
         return;
     }
@@ -97,9 +97,9 @@ fn main() {
     let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR").unwrap());
     let out = PathBuf::from(env::var("OUT_DIR").unwrap());
     let cpp = root.join("cpp");
-    let cuda = root.parent().expect("the crate lies in the workspace").join("cuda");
+    let cuda = root.parent().expect("the crate is in the workspace").join("cuda");
     let test_kernels = root.join("tests/kernels");
-    // Of a directory cargo watches every file in it, headers too.
+    // Cargo watches every file in a directory, headers too.
     for directory in [&cpp, &cuda, &test_kernels] {
         println!("cargo:rerun-if-changed={}", directory.display());
     }
@@ -132,7 +132,7 @@ fn main() {
             "softgpu.h",
             // The compiler does not know the extension .cu.
             "-xc++",
-            // Each undefined operation calls a function, which the driver has; so linking is without this flag.
+            // Each undefined operation calls a function of the driver library, so linking does not need this flag.
             "-fsanitize=alignment,bounds,shift,integer-divide-by-zero",
         ],
         needs: &["libcuda.so"],

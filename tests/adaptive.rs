@@ -2,9 +2,10 @@
 //! shown by `tests/golden.rs`.
 
 use dllm_kernels::backend::cpu::Cpu;
-use dllm_kernels::cache::adaptive::Adaptive;
+use dllm_kernels::cache::AdaptiveCache;
 use dllm_kernels::decode::decode;
-use dllm_kernels::model::{CfgBranch, DecodeEngine, Pass, QueryRows, SelectedRows, Session, SessionConfig};
+use dllm_kernels::engine::{CfgBranch, DecodeEngine, HostEngine, Pass};
+use dllm_kernels::model::{QueryRows, SelectedRows, SessionConfig};
 use dllm_kernels::sampling::{Candidates, CommitRule, Prediction, SamplingParams};
 use dllm_kernels::{CacheMode, Config, Family, Generator, Model, Options, Policy, Result};
 
@@ -105,21 +106,21 @@ fn equal_settings() {
 
 /// A session that is given rows of all positions in every pass.
 struct Full<'m> {
-    session: Session<'m, Cpu>,
+    session: HostEngine<'m, Cpu>,
     narrowed: usize,
 }
 
 impl DecodeEngine for Full<'_> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
         let windows: Vec<_> =
-            pass.windows.iter().map(|w| QueryRows::new(w.sequence, 0..w.num_keys, w.num_keys)).collect();
-        self.narrowed += usize::from(windows != pass.windows);
-        match pass.twins {
+            pass.query_rows.iter().map(|w| QueryRows::new(w.sequence, 0..w.num_keys, w.num_keys)).collect();
+        self.narrowed += usize::from(windows != pass.query_rows);
+        match pass.cfg {
             CfgBranch::Separate { plan, .. } => self.session.step(
                 tokens,
-                &Pass { windows: &windows, twins: CfgBranch::Separate { plan, windows: &windows }, ..*pass },
+                &Pass { query_rows: &windows, cfg: CfgBranch::Separate { plan, query_rows: &windows }, ..*pass },
             ),
-            _ => self.session.step(tokens, &Pass { windows: &windows, ..*pass }),
+            _ => self.session.step(tokens, &Pass { query_rows: &windows, ..*pass }),
         }
     }
 }
@@ -139,7 +140,7 @@ fn rows_that_are_left_out_are_not_missed() {
                     let steps = (family == Family::Dream && threshold).then_some(1);
                     let options = Options { steps, ..options };
                     let sizes = options.sizes(model.config(), &prompts);
-                    let session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
+                    let session = HostEngine::new(model.transformer(), Cpu::default(), sizes).unwrap();
                     let mut whole = Full { session, narrowed: 0 };
                     let want = decode(&mut whole, model.config(), &prompts, &options, None, &mut ()).unwrap();
                     assert_eq!(tokens(&model, &options, &prompts), want.tokens, "{family} {options:?} {prompts:?}");
@@ -159,7 +160,7 @@ fn guidance_at_intervals() {
         let at = |cfg_interval| Options { cfg_scale: 1.5, cfg_interval, ..options(5, 3, 0.25) };
         let run = |options: &Options| {
             let sizes = options.sizes(model.config(), &prompts());
-            let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
+            let mut session = HostEngine::new(model.transformer(), Cpu::default(), sizes).unwrap();
             let decoded = decode(&mut session, model.config(), &prompts(), options, None, &mut ()).unwrap();
             (decoded.tokens, session.macs())
         };
@@ -204,7 +205,7 @@ fn decodes_do_not_meet() {
     });
     // A session that was used before.
     let sizes = options.sizes(model.config(), &prompts());
-    let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
+    let mut session = HostEngine::new(model.transformer(), Cpu::default(), sizes).unwrap();
     let mut again = || decode(&mut session, model.config(), &prompts(), &options, None, &mut ()).unwrap().tokens;
     assert_eq!(again(), again());
 }
@@ -214,33 +215,43 @@ fn unmask() -> SamplingParams {
 }
 
 /// Passes over sequences of 8 + 8 tokens by a plan each, everything observed: what they chose, and multiply-adds.
-fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u32>)) -> Vec<(Vec<SelectedRows>, u64)> {
+fn passes(
+    model: &Model,
+    adaptive: AdaptiveCache,
+    changes: impl Fn(usize, &mut Vec<u32>),
+) -> Vec<(Vec<SelectedRows>, u64)> {
     let sizes = SessionConfig {
         prompt_lens: vec![8],
         gen_length: 8,
-        candidates: 8,
+        max_candidates: 8,
         kv_cache: true,
         feature_cache: true,
-        remembered: false,
+        reuses_guidance: false,
         guided: false,
-        ratios: 0,
-        end_tokens: 0,
+        max_ratios: 0,
+        num_end_tokens: 0,
     };
-    let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
+    let mut session = HostEngine::new(model.transformer(), Cpu::default(), sizes).unwrap();
     let mut row: Vec<u32> = (0..8).chain([MASK; 8]).collect();
     let positions: Vec<usize> = (8..16).collect();
     let pass = |t: usize| {
         changes(t, &mut row);
         let plan = adaptive.plan(t);
         let selection = CommitRule::Quota(0);
-        let groups = [Candidates { sequence: 0, step: t, positions: positions.clone(), commit_before: 16, selection }];
-        let windows = [QueryRows::new(0, plan.window(8, 16), 16)];
+        let groups = [Candidates {
+            sequence: 0,
+            step: t,
+            positions: positions.clone(),
+            commit_before: 16,
+            commit_rule: selection,
+        }];
+        let windows = [QueryRows::new(0, if plan.prompt { 0..16 } else { 8..16 }, 16)];
         let pass = Pass {
             plan: &plan,
-            windows: &windows,
-            groups: &groups,
-            unmask: &unmask(),
-            twins: CfgBranch::Batched,
+            query_rows: &windows,
+            candidates: &groups,
+            sampling: &unmask(),
+            cfg: CfgBranch::Batched,
             observed: true,
         };
         let before = session.macs();
@@ -250,8 +261,8 @@ fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u3
     (0..10).map(pass).collect()
 }
 
-const EIGHT: Adaptive =
-    Adaptive { prompt_interval: 100, response_interval: 100, refresh_ratio: 0.25, guidance_interval: 1 };
+const EIGHT: AdaptiveCache =
+    AdaptiveCache { prompt_interval: 100, response_interval: 100, refresh_ratio: 0.25, cfg_interval: 1 };
 
 /// A step in which nothing changed chooses by position, in every layer.
 #[test]
@@ -276,13 +287,14 @@ fn twins_that_never_ran() {
     let options = Options { cfg_scale: 1.0, cfg_interval: 2, ..options(5, 3, 0.25) };
     let tokens = [vec![1, 2], vec![MASK; GEN]].concat();
     let mut session =
-        Session::new(model.transformer(), Cpu::default(), options.sizes(model.config(), &[vec![1, 2]])).unwrap();
+        HostEngine::new(model.transformer(), Cpu::default(), options.sizes(model.config(), &[vec![1, 2]])).unwrap();
     let plan = options.adaptive().unwrap().plan(0);
     let (selection, positions) = (CommitRule::Quota(1), vec![4]);
-    let groups = [Candidates { sequence: 0, step: 0, positions, commit_before: 14, selection }];
+    let groups = [Candidates { sequence: 0, step: 0, positions, commit_before: 14, commit_rule: selection }];
     let windows = [QueryRows::new(0, 0..14, 14)];
     let (twins, unmask) = (CfgBranch::Reused, SamplingParams { cfg_scale: 1.0, ..unmask() });
-    let pass = Pass { plan: &plan, windows: &windows, groups: &groups, unmask: &unmask, twins, observed: false };
+    let pass =
+        Pass { plan: &plan, query_rows: &windows, candidates: &groups, sampling: &unmask, cfg: twins, observed: false };
     let error = session.step(&[tokens], &pass).unwrap_err().to_string();
     assert!(error.contains("none for sequence 0, position 4"), "{error}");
 }
@@ -298,21 +310,22 @@ fn work_is_what_the_page_says() {
     let (prompt, response, all, later) = (8, 8, 16, 3);
     let row = d * (q + 2 * kv) + 2 * all * q + q * d + 3 * d * mlp;
     let head = response * d * vocab;
-    let of =
-        |adaptive: Adaptive| -> Vec<u64> { passes(&model, adaptive, |_, _| ()).into_iter().map(|p| p.1).collect() };
+    let of = |adaptive: AdaptiveCache| -> Vec<u64> {
+        passes(&model, adaptive, |_, _| ()).into_iter().map(|p| p.1).collect()
+    };
 
     let full = 4 * all * row + head;
     let first_layer = response * row;
     let verify = later * (response * d * kv + 2 * (row - d * kv));
-    let got = of(Adaptive { prompt_interval: 6, response_interval: 3, ..EIGHT });
+    let got = of(AdaptiveCache { prompt_interval: 6, response_interval: 3, ..EIGHT });
     assert_eq!(got[0], full);
     assert_eq!(got[1], first_layer + verify + head);
     assert_eq!(got[3], first_layer + later * response * row + head);
     assert_eq!(got[6], full);
     // The prompt alone: V-verify beside it has all values fresh.
-    let got = of(Adaptive { prompt_interval: 4, ..EIGHT });
+    let got = of(AdaptiveCache { prompt_interval: 4, ..EIGHT });
     assert_eq!(got[4], all * row + later * (all * d * kv + (prompt + 2) * (row - d * kv)) + head);
-    let got = of(Adaptive { prompt_interval: 4, refresh_ratio: 0.0, ..EIGHT });
+    let got = of(AdaptiveCache { prompt_interval: 4, refresh_ratio: 0.0, ..EIGHT });
     assert_eq!(got[1], first_layer + head);
     assert_eq!(got[4], all * row + later * prompt * row + head);
 }

@@ -10,8 +10,8 @@ use dllm_kernels::abi::{
     DLLM_SCHEDULE_NONE, dllm_advance_control, dllm_advance_params, dllm_advance_sequence, dllm_progress,
 };
 use dllm_kernels::decode::{Algorithm, decode};
+use dllm_kernels::engine::{DecodeEngine, Pass};
 use dllm_kernels::gpu::{Buffer, Pinned, Stream};
-use dllm_kernels::model::{DecodeEngine, Pass};
 use dllm_kernels::ops::advance;
 use dllm_kernels::ops::unmask::{self, Outcome, Row, RowTable, Unmask};
 use dllm_kernels::reference::advance::{Failure, QuotaSchedule, Sequence, State};
@@ -723,8 +723,8 @@ impl DecodeEngine for Follower<'_> {
             self.begin(tokens);
         }
         for s in 0..tokens.len() {
-            let asked = pass.groups.iter().find(|group| group.sequence == s).map(|group| {
-                let quota = match group.selection {
+            let asked = pass.candidates.iter().find(|group| group.sequence == s).map(|group| {
+                let quota = match group.commit_rule {
                     CommitRule::Quota(quota) => number(quota),
                     CommitRule::ThresholdTopN { top_n: among, .. } => number(among),
                     CommitRule::Threshold(_) | CommitRule::Factor(_) => i32::MAX,
@@ -743,12 +743,12 @@ impl DecodeEngine for Follower<'_> {
 
         let mut flat: Vec<i32> = tokens.iter().flatten().map(|token| *token as i32).collect();
         let (mut committed, mut verdicts) = (vec![0; tokens.len()], vec![]);
-        for group in pass.groups {
+        for group in pass.candidates {
             let s = group.sequence;
             let eligible = group.positions.partition_point(|position| *position < group.commit_before);
             let most = eligible.min(self.output.quota[s] as usize);
             // A fixed quota is used up; the other policies commit one at least.
-            let count = match group.selection {
+            let count = match group.commit_rule {
                 CommitRule::Quota(_) => most,
                 _ => (1 + self.random.below(most.max(1))).min(most),
             };
@@ -844,9 +844,9 @@ struct Table {
 impl DecodeEngine for Table {
     fn step(&mut self, _: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
         let row = |s: usize, position: usize| &self.logits[s][position * self.vocab_size..][..self.vocab_size];
-        let rows = pass.groups.iter().flat_map(|group| group.positions.iter().map(|p| row(group.sequence, *p)));
+        let rows = pass.candidates.iter().flat_map(|group| group.positions.iter().map(|p| row(group.sequence, *p)));
         let mut logits: Vec<f32> = rows.flatten().copied().collect();
-        dllm_kernels::sampling::sample(&mut logits, self.vocab_size, pass.groups, pass.unmask)
+        dllm_kernels::sampling::sample(&mut logits, self.vocab_size, pass.candidates, pass.sampling)
     }
 }
 
@@ -914,6 +914,7 @@ fn unmasks_by_itself() {
                     Policy::Fixed => unmask::Policy::Fixed(quota),
                     Policy::Threshold(t) => unmask::Policy::Threshold { threshold: t as f32, top_n: Some(quota) },
                     Policy::Factor(factor) => unmask::Policy::Factor(factor as f32),
+                    other => panic!("{other:?} has no counterpart"),
                 };
                 let rule = unmask::UnmaskConfig {
                     confidence: Confidence::Probability,

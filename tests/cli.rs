@@ -303,6 +303,11 @@ fn presets() {
     assert!(idle.contains("note: --preset (see --cache) has no effect here"), "{idle}");
     let idle = said("eval --limit 1 --gen-length 8 --setting cache=none,refresh-ratio=0.5");
     assert!(idle.contains("note: cache=none,refresh-ratio=0.5: --refresh-ratio (see --cache) has no effect"), "{idle}");
+    let idle = said("eval --limit 1 --gen-length 8 --setting cache=dual,response-interval=5");
+    assert!(
+        idle.contains("note: cache=dual,response-interval=5: --response-interval (see --cache) has no effect"),
+        "{idle}"
+    );
 }
 
 #[test]

@@ -1,14 +1,14 @@
-//! What no run on the software device can show, read in the PTX that ships: where blocks hand results to each other, and
-//! what the text of every module must and must not hold.
+//! Memory-ordering checks on the shipped PTX, which no run on the CUDA emulator can make: communication between blocks and
+//! with the host. Also checks that every module contains what it must and nothing that it must not.
 //!
 //! A kernel whose blocks count themselves with a global atomic must
-//! - before it counts, wait for all threads of the block and then fence for the whole device, in the thread that counts: in
-//!   that order its fence speaks for what all of them stored;
-//! - fence again in that thread after the count, and wait once more before anything is read;
-//! - read what other blocks wrote past the L1 cache, which is not coherent.
+//! - before the count: wait for all threads of the block and then fence for the whole device, in the thread that counts. In
+//!   that order the fence covers the stores of all threads;
+//! - after the count: fence again in that thread, and wait once more before anything is read;
+//! - read results of other blocks with loads that bypass the L1 cache, which is not coherent.
 //!
-//! A kernel that tells the host something must do so after a barrier of its block, then fence for the whole system, and only
-//! then store the word that the host waits for, as the last thing that it stores.
+//! A kernel that reports to the host must store its report after a barrier of its block, then fence for the whole system, and
+//! only then store the progress counter that the host polls, as its last store.
 #![cfg(feature = "cuda")]
 
 use dllm_kernels::abi::{dllm_progress, dllm_unmask_params, dllm_vverify_params};
@@ -16,13 +16,13 @@ use dllm_kernels::gpu::Module;
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::offset_of;
 
-/// A kernel's name, parameters and instructions; labels keep their colon, everything else is without its semicolon.
+/// A kernel's name and instructions. Labels keep their colon; semicolons are removed.
 struct Entry<'a> {
     name: &'a str,
     lines: Vec<&'a str>,
 }
 
-/// The kernels of a module.
+/// Returns the kernels of a module.
 fn entries(ptx: &str) -> Vec<Entry<'_>> {
     let parts = ptx.split(".entry ").skip(1);
     parts
@@ -39,7 +39,7 @@ fn entries(ptx: &str) -> Vec<Entry<'_>> {
         .collect()
 }
 
-/// The instruction of a line, without the predicate before it.
+/// Returns the instruction of a line without its predicate.
 fn instruction(line: &str) -> &str {
     match line.strip_prefix('@') {
         Some(line) => line.split_once(' ').map_or("", |(_, rest)| rest),
@@ -51,7 +51,7 @@ fn opcode(line: &str) -> &str {
     instruction(line).split_whitespace().next().unwrap_or("")
 }
 
-/// The registers and names of a line, after its opcode.
+/// Returns the operands of a line: registers, names and numbers.
 fn operands(line: &str) -> impl Iterator<Item = &str> {
     let rest = instruction(line).split_once(char::is_whitespace).map_or("", |(_, rest)| rest);
     rest.split([',', ' ', '\t', '{', '}', '[', ']', '+', ';']).filter(|operand| !operand.is_empty())
@@ -71,7 +71,7 @@ fn is_global_atomic(line: &str) -> bool {
     (opcode.starts_with("atom.") || opcode.starts_with("red.")) && !opcode.contains(".shared")
 }
 
-/// Whether it touches memory that another block may see: anything but parameters and shared memory.
+/// Whether the line accesses memory that other blocks can see: not parameters, not shared memory.
 fn is_device_access(line: &str) -> bool {
     let opcode = opcode(line);
     (opcode.starts_with("ld.") || opcode.starts_with("st."))
@@ -83,7 +83,7 @@ fn is_device_load(line: &str) -> bool {
     is_device_access(line) && opcode(line).starts_with("ld.")
 }
 
-/// Where control may go from line `at`.
+/// Returns the lines that may follow line `at`.
 fn successors(entry: &Entry, at: usize) -> Vec<usize> {
     let line = entry.lines[at];
     let mut next = Vec::new();
@@ -98,9 +98,9 @@ fn successors(entry: &Entry, at: usize) -> Vec<usize> {
     next
 }
 
-/// Which registers hold addresses that were computed from the parameter at `offset`, and which from shared memory.
+/// Returns the registers with addresses computed from the parameter at `offset`, and those with shared-memory addresses.
 fn addresses<'a>(entry: &Entry<'a>, offset: usize) -> [BTreeSet<&'a str>; 2] {
-    // Registers that hold the address of the parameters, and how far from their beginning.
+    // Registers that hold an address in the parameters, and its offset.
     let mut parameters = BTreeMap::from([(String::new(), 0i64)]);
     parameters.insert(format!("{}_param_0", entry.name), 0);
     let mut found = [BTreeSet::new(), BTreeSet::new()];
@@ -111,7 +111,7 @@ fn addresses<'a>(entry: &Entry<'a>, offset: usize) -> [BTreeSet<&'a str>; 2] {
             let Some((target, sources)) = words.split_first() else { continue };
             let operation = opcode(line);
             if operation.starts_with("ld.param") {
-                // `{a, b}, [base+offset]`: a vector's elements lie one behind the other.
+                // `{a, b}, [base+offset]`: the elements of a vector are contiguous.
                 let count = if line.contains('{') {
                     line[line.find('{').unwrap()..line.find('}').unwrap()].split(',').count()
                 } else {
@@ -146,7 +146,7 @@ fn addresses<'a>(entry: &Entry<'a>, offset: usize) -> [BTreeSet<&'a str>; 2] {
     }
 }
 
-/// A line that `must_wait` and can be reached from line `from` with no line that `stops` on the way.
+/// Returns a line for which `must_wait` holds and that control reaches from line `from` without a line that `stops`.
 fn not_before(
     entry: &Entry,
     from: usize,
@@ -166,9 +166,9 @@ fn not_before(
     None
 }
 
-/// What is wrong with how the blocks of a kernel hand results to each other, through the workspace whose address is the
-/// parameter at `workspace`; `atomics` is how many counters there are.
-fn handing_over(entry: &Entry, workspace: usize, atomics: usize) -> Result<(), String> {
+/// Checks the communication between the blocks of a kernel, through the workspace whose address is the parameter at offset
+/// `workspace`. `atomics`: number of counters.
+fn check_block_communication(entry: &Entry, workspace: usize, atomics: usize) -> Result<(), String> {
     let lines = &entry.lines;
     let wrong = |at: usize, what: &str| Err(format!("{}: {what}: {}", entry.name, lines[at]));
     let counts: Vec<usize> = (0..lines.len()).filter(|at| is_global_atomic(lines[*at])).collect();
@@ -176,13 +176,13 @@ fn handing_over(entry: &Entry, workspace: usize, atomics: usize) -> Result<(), S
         return Err(format!("{}: {} global atomics, expected {atomics}", entry.name, counts.len()));
     }
     for count in counts {
-        // Straight up from the count: the fence, then the barrier, and nothing in between that they are for.
+        // Directly before the count, upwards: the fence, then the barrier, with no device access between them.
         let (mut at, mut fence) = (count, None);
         let barrier = loop {
             at -= 1;
             let line = lines[at];
             if line.ends_with(':') || opcode(line) == "bra" && !line.starts_with('@') || at == 0 {
-                return wrong(count, "no fence behind a barrier straight before the count");
+                return wrong(count, "no barrier and fence directly before the count");
             }
             if is_device_access(line) {
                 return wrong(at, "an access between barrier, fence and count");
@@ -197,8 +197,8 @@ fn handing_over(entry: &Entry, workspace: usize, atomics: usize) -> Result<(), S
                 break at;
             }
         };
-        // The thread that counted fences again before it meets the others, and none reads anything before that. Others
-        // come from the barrier before straight to the one behind.
+        // The thread that counted fences again before it joins the others, and no thread reads anything before that. The
+        // other threads go directly from the first barrier to the second.
         let waits_or_reads = |line: &str| is_barrier(line) || is_device_load(line) || is_global_atomic(line);
         if let Some(at) = not_before(entry, count + 1, is_fence, waits_or_reads) {
             return wrong(at, "reached from the count without a fence");
@@ -207,7 +207,7 @@ fn handing_over(entry: &Entry, workspace: usize, atomics: usize) -> Result<(), S
             return wrong(at, "read after the count without a barrier");
         }
     }
-    // Pointers that may also be to shared memory are a block's own keys.
+    // Pointers that may also point to shared memory hold a block's own keys.
     let [of_workspace, of_shared] = addresses(entry, workspace);
     let mut reads = 0;
     for (at, line) in lines.iter().enumerate().filter(|(_, line)| is_device_load(line)) {
@@ -215,50 +215,50 @@ fn handing_over(entry: &Entry, workspace: usize, atomics: usize) -> Result<(), S
         if of_workspace.contains(address) && !of_shared.contains(address) {
             reads += 1;
             if ![".cg", ".volatile", ".relaxed.gpu", ".acquire.gpu"].iter().any(|way| opcode(line).contains(way)) {
-                return wrong(at, "what other blocks wrote is read through the L1 cache");
+                return wrong(at, "results of other blocks are read through the L1 cache");
             }
         }
     }
     if reads == 0 { Err(format!("{}: nothing is read from the workspace", entry.name)) } else { Ok(()) }
 }
 
-fn is_told_to_host(line: &str) -> bool {
+fn is_host_report(line: &str) -> bool {
     opcode(line).starts_with("st.relaxed.sys.global")
 }
 
-/// What is wrong with how a kernel tells the host, in `words` words.
-fn telling_the_host(entry: &Entry, words: usize) -> Result<(), String> {
+/// Checks a kernel's report to the host, which has `words` 32-bit words.
+fn check_host_report(entry: &Entry, words: usize) -> Result<(), String> {
     let lines = &entry.lines;
     let wrong = |at: usize, what: &str| Err(format!("{}: {what}: {}", entry.name, lines[at]));
-    let told: Vec<usize> = (0..lines.len()).filter(|at| is_told_to_host(lines[*at])).collect();
-    let Some(last) = told.last().copied().filter(|_| told.len() == words) else {
-        return Err(format!("{}: {} words to the host, expected {words}", entry.name, told.len()));
+    let reports: Vec<usize> = (0..lines.len()).filter(|at| is_host_report(lines[*at])).collect();
+    let Some(last) = reports.last().copied().filter(|_| reports.len() == words) else {
+        return Err(format!("{}: expected {words} words to the host, found {}", entry.name, reports.len()));
     };
-    // Straight up from the last word: the fence, and no access in between.
+    // Directly before the last word: the fence, with no device access between them.
     let straight = lines[..last].iter().rposition(|line| is_device_access(line) || line.ends_with(':'));
     let fences = ["membar.sys", "fence.sc.sys", "fence.acq_rel.sys"];
     if !lines[straight.unwrap_or(0)..last].iter().any(|line| fences.contains(line)) {
-        return wrong(last, "no fence for the whole system straight before the last word");
+        return wrong(last, "no fence for the whole system directly before the last word");
     }
-    // It is the last, and what any thread stores before is behind a barrier: but what the thread that tells stores itself,
-    // which is all that follows the last barrier.
+    // The last word is the last store. Every store of another thread is before a barrier; after the last barrier, only the
+    // reporting thread stores.
     let stores = |line: &str| is_device_access(line) && !is_device_load(line);
     if let Some(at) = not_before(entry, last + 1, |_| false, stores) {
         return wrong(at, "stored after the last word");
     }
     let barrier = lines[..last].iter().rposition(|line| is_barrier(line)).unwrap_or(0);
     for store in (0..barrier).filter(|at| stores(lines[*at])) {
-        if not_before(entry, store + 1, is_barrier, is_told_to_host).is_some() {
-            return wrong(store, "told to the host without a barrier");
+        if not_before(entry, store + 1, is_barrier, is_host_report).is_some() {
+            return wrong(store, "reported to the host without a barrier");
         }
     }
-    if not_before(entry, 0, is_barrier, is_told_to_host).is_some() || barrier == 0 {
+    if not_before(entry, 0, is_barrier, is_host_report).is_some() || barrier == 0 {
         return wrong(last, "reached without a barrier");
     }
     Ok(())
 }
 
-/// Where a kernel's workspace stands in its parameters and how many counters it has; none if blocks do not meet.
+/// Returns the offset of the workspace in a kernel's parameters and its number of counters; `None` without communication.
 fn counters(kernel: &str) -> Option<(usize, usize)> {
     match kernel {
         name if name.starts_with("unmask") => Some((offset_of!(dllm_unmask_params, workspace), 2)),
@@ -267,12 +267,12 @@ fn counters(kernel: &str) -> Option<(usize, usize)> {
     }
 }
 
-/// How many words a kernel tells the host.
+/// Returns the number of words that a kernel reports to the host.
 fn words_to_host(kernel: &str) -> usize {
     if kernel == "advance" { offset_of!(dllm_progress, reserved) / 4 } else { 0 }
 }
 
-/// All that is asked of a module's text.
+/// Checks the text of a module.
 fn check(module: &str, target: &str, ptx: &str) -> Result<(), String> {
     let must = |holds: bool, what: String| if holds { Ok(()) } else { Err(format!("{module}: {what}")) };
     let isa = manifest("isa ");
@@ -280,31 +280,34 @@ fn check(module: &str, target: &str, ptx: &str) -> Result<(), String> {
     let target = target.replace("compute_", "sm_");
     must(ptx.contains(&format!("\n.target {target}\n")), format!("not for {target}"))?;
     must(!ptx.contains(".local"), "local memory is used".into())?;
-    // How many rows a ratio or a probability makes is computed in f64, and nothing else.
-    must(["cut", "vverify"].contains(&module) || !ptx.contains(".f64"), "arithmetic in f64".into())?;
+    // Only the product of a ratio or probability and a count is computed in f64.
+    must(["top_k_top_p", "vverify"].contains(&module) || !ptx.contains(".f64"), "arithmetic in f64".into())?;
     let entries = entries(ptx);
     must(!entries.is_empty(), "no kernel".into())?;
     for entry in entries {
         must(entry.lines.len() > 10, format!("{}: no instructions", entry.name))?;
         match counters(entry.name) {
-            Some((workspace, atomics)) => handing_over(&entry, workspace, atomics)?,
+            Some((workspace, atomics)) => check_block_communication(&entry, workspace, atomics)?,
             None => {
                 let atomic = entry.lines.iter().find(|line| is_global_atomic(line));
-                must(atomic.is_none(), format!("{}: blocks meet, and `counters` does not know it", entry.name))?;
+                must(atomic.is_none(), format!("{}: blocks communicate, but `counters` does not list it", entry.name))?;
             }
         }
         match words_to_host(entry.name) {
             0 => {
-                let told = entry.lines.iter().find(|line| is_told_to_host(line));
-                must(told.is_none(), format!("{}: tells the host, and `words_to_host` does not know it", entry.name))?;
+                let reports = entry.lines.iter().find(|line| is_host_report(line));
+                must(
+                    reports.is_none(),
+                    format!("{}: reports to the host, but `words_to_host` does not list it", entry.name),
+                )?;
             }
-            words => telling_the_host(&entry, words)?,
+            words => check_host_report(&entry, words)?,
         }
     }
     Ok(())
 }
 
-/// What stands behind `key` in the manifest of ptx/.
+/// Returns the value of `key` in the manifest of ptx/.
 fn manifest(key: &str) -> String {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/SOURCE_HASH");
     let text = std::fs::read_to_string(path).unwrap();
@@ -316,7 +319,7 @@ fn module(name: &str) -> &'static Module {
 }
 
 #[test]
-fn every_module_is_as_it_should_be() {
+fn every_module_passes() {
     for module in Module::all() {
         check(module.name, module.target, module.ptx).unwrap();
         let ending = if module.target == "compute_90a" { ".sm90a.ptx" } else { ".ptx" };
@@ -324,10 +327,9 @@ fn every_module_is_as_it_should_be() {
     }
 }
 
-/// Every fence and barrier around a count and every read past L1 is missed when it is gone; and what must not be there is
-/// seen.
+/// Removing or weakening a fence, a barrier or a load that bypasses L1 is detected, and so is forbidden content.
 #[test]
-fn texts_with_a_fault_are_refused() {
+fn wrong_modules_are_refused() {
     for name in ["unmask", "vverify"] {
         let good = module(name);
         let refused = |ptx: &str, says: &str| {
@@ -335,7 +337,7 @@ fn texts_with_a_fault_are_refused() {
             assert!(error.contains(says), "{error}");
         };
         let lines: Vec<&str> = good.ptx.split_inclusive('\n').collect();
-        // The text with another line in place of one.
+        // The text with line `at` replaced.
         let with = |at: usize, line: &str| [&lines[..at].concat(), line, &lines[at + 1..].concat()].concat();
         let nearest = |at: usize, step: isize, what: &str| {
             let mut at = at;
@@ -355,9 +357,9 @@ fn texts_with_a_fault_are_refused() {
             for weaker in ["", "\tmembar.cta;\n"] {
                 refused(&with(fence_after, weaker), "without a fence");
             }
-            refused(&with(barrier, ""), "straight before the count");
+            refused(&with(barrier, ""), "directly before the count");
             refused(&with(barrier_after, ""), "without a barrier");
-            // The right lines in the wrong order: a fence of each thread's own before the barrier, or behind the one after.
+            // The right lines in the wrong order: each thread's fence before the barrier, or after the second barrier.
             let swapped = |a: usize, b: usize| {
                 let mut lines = lines.clone();
                 lines.swap(a, b);
@@ -379,16 +381,16 @@ fn texts_with_a_fault_are_refused() {
         refused(&good.ptx.replacen("\tret;", "\t.local .align 4 .b8 __local_depot0[8];\n\tret;", 1), "local memory");
         refused(&good.ptx.replacen("atom.global.add", "atom.shared.add", 1), "global atomics");
     }
-    let rows = module("rows");
+    let rows = module("gather_scatter");
     let wrong = rows.ptx.replacen("\tret;", "\tadd.f64 %fd1, %fd1, %fd1;\n\tret;", 1);
-    assert!(check("rows", rows.target, &wrong).unwrap_err().contains("f64"));
+    assert!(check("gather_scatter", rows.target, &wrong).unwrap_err().contains("f64"));
     let wrong = rows.ptx.replacen("\tret;", "\tred.global.add.u32 [%rd1], 1;\n\tret;", 1);
-    assert!(check("rows", rows.target, &wrong).unwrap_err().contains("blocks meet"));
+    assert!(check("gather_scatter", rows.target, &wrong).unwrap_err().contains("blocks communicate"));
 }
 
-/// The same of the fence and the barriers before the host is told.
+/// Removing or moving the fence or the barriers before the report to the host is detected.
 #[test]
-fn telling_the_host_too_early_is_refused() {
+fn reports_to_the_host_without_fence_or_barrier_are_refused() {
     let good = module("advance");
     let lines: Vec<&str> = good.ptx.split_inclusive('\n').collect();
     let refused = |ptx: &str, says: &str| {
@@ -397,34 +399,34 @@ fn telling_the_host_too_early_is_refused() {
     };
     let with = |at: usize, line: &str| [&lines[..at].concat(), line, &lines[at + 1..].concat()].concat();
     let places = |what: &str| (0..lines.len()).filter(|at| lines[*at].contains(what)).collect::<Vec<_>>();
-    let told = places("st.relaxed.sys.global");
-    let last = *told.last().unwrap();
+    let reports = places("st.relaxed.sys.global");
+    let last = *reports.last().unwrap();
     let &[fence] = &places("membar.sys")[..] else { panic!("not one fence") };
     for weaker in ["", "\tmembar.gl;\n", "\t@%p1 membar.sys;\n"] {
         refused(&with(fence, weaker), "no fence for the whole system");
     }
     let mut swapped = lines.clone();
-    swapped.swap(fence, *told.first().unwrap());
+    swapped.swap(fence, *reports.first().unwrap());
     refused(&swapped.concat(), "no fence for the whole system");
     let mut swapped = lines.clone();
     swapped.swap(fence, last);
     refused(&swapped.concat(), "no fence for the whole system");
     refused(&with(last, &format!("{}\tst.global.u32 [%rd1], %r1;\n", lines[last])), "stored after the last word");
-    refused(&with(last, "\tst.global.u32 [%rd1], %r1;\n"), "5 words to the host, expected 6");
+    refused(&with(last, "\tst.global.u32 [%rd1], %r1;\n"), "expected 6 words to the host, found 5");
     let without: String = lines.iter().filter(|line| !line.contains("bar.sync")).copied().collect();
     refused(&without, "without a barrier");
-    let rows = module("rows");
+    let rows = module("gather_scatter");
     let wrong = rows.ptx.replacen("\tret;", "\tst.relaxed.sys.global.s32 [%rd1], %r1;\n\tret;", 1);
-    assert!(check("rows", rows.target, &wrong).unwrap_err().contains("tells the host"));
+    assert!(check("gather_scatter", rows.target, &wrong).unwrap_err().contains("reports to the host"));
 }
 
-/// The kernels of the PTX are those that the software device runs; it has a few more, for its own tests.
+/// The CUDA emulator has every kernel of the PTX, and a few more for its own tests.
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
-    ignore = "there is no software device for this target"
+    ignore = "the CUDA emulator does not support this target"
 )]
-fn every_kernel_has_a_host_twin() {
+fn every_kernel_is_built_for_the_emulator() {
     let in_ptx: BTreeSet<String> =
         Module::all().iter().flat_map(|module| entries(module.ptx)).map(|entry| entry.name.to_string()).collect();
     softgpu::install();

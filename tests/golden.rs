@@ -1,6 +1,6 @@
-//! Replays what the original Python implementations computed (`tests/golden/README.md`), step by step.
+//! Replays recordings of the reference implementations in Python (`tests/golden/README.md`), step by step.
 //!
-//! `DLLM_GOLDEN_DIR` points the suite at another directory of the same format.
+//! `DLLM_GOLDEN_DIR` selects another directory of the same format.
 
 mod recorded;
 
@@ -8,7 +8,8 @@ use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind};
 use dllm_kernels::decode::decode;
 use dllm_kernels::decode::trace::Trace;
-use dllm_kernels::model::{DecodeEngine, Pass, QueryRows, Session, SessionConfig, Weights};
+use dllm_kernels::engine::{DecodeEngine, HostEngine, Pass};
+use dllm_kernels::model::{QueryRows, Session, SessionConfig, Weights};
 use dllm_kernels::reference::{rope, vverify};
 use dllm_kernels::sampling::{Candidates, CommitRule, Prediction, SamplingParams, min_kept_logit, sample, score_row};
 use dllm_kernels::sampling::{DreamSchedule, llada_quota};
@@ -50,13 +51,13 @@ fn session(model: &Model, batch: usize, length: usize, cached: bool) -> Session<
     let sizes = SessionConfig {
         prompt_lens: vec![0; batch],
         gen_length: length,
-        candidates: batch * length,
+        max_candidates: batch * length,
         kv_cache: cached,
         feature_cache: false,
-        remembered: false,
+        reuses_guidance: false,
         guided: false,
-        ratios: 0,
-        end_tokens: 0,
+        max_ratios: 0,
+        num_end_tokens: 0,
     };
     Session::new(model.transformer(), Cpu::default(), sizes).unwrap()
 }
@@ -93,7 +94,7 @@ fn forward_window(model: &Model, case: &Value, tensors: &Tensors, suffix: bool) 
     let mut worst = 0.0f32;
     for call in 0..3 {
         let pass = if call == 0 { PassKind::Full } else { pass };
-        let window = pass.window(&block, 0, length);
+        let window = pass.rows(&block, 0, length);
         let windows: Vec<_> = (0..batch).map(|s| QueryRows::new(s, window.clone(), length)).collect();
         let index: Vec<usize> = (0..batch * window.len()).collect();
         let tokens = token_rows(tensors, &format!("{name}.ids{call}"), batch);
@@ -107,7 +108,7 @@ fn forward_window(model: &Model, case: &Value, tensors: &Tensors, suffix: bool) 
     worst
 }
 
-/// The cache after the full run against the recorded one, whose keys are not rotated yet.
+/// Compares the cache after the full forward with the recorded one, whose keys have no rotary embedding yet.
 fn cached_keys_and_values(
     config: &Config,
     session: &Session<Cpu>,
@@ -124,14 +125,14 @@ fn cached_keys_and_values(
         if !tensors.has(&format!("{name}.cache_k_{layer}")) {
             continue;
         }
-        let (k, v) = session.cache().unwrap().layer(layer);
+        let (k, v) = session.kv_cache().unwrap().layer(layer);
         for (got, what) in [(k, "k"), (v, "v")] {
             let recorded = tensors.f32(&format!("{name}.cache_{what}_{layer}"));
             let mut want = vec![0.0; recorded.len()];
             for (row, want) in want.chunks_mut(heads * d).enumerate() {
                 let (sequence, position) = (row / length, row % length);
                 for head in 0..heads {
-                    // LLaDA keeps [B, heads, L, d], Dream [B, L, heads * d].
+                    // LLaDA stores [B, heads, L, d], Dream [B, L, heads * d].
                     let from = match config.family {
                         Family::Llada => ((sequence * heads + head) * length + position) * d,
                         Family::Dream => (row * heads + head) * d,
@@ -188,7 +189,13 @@ fn sampler_llada() {
                 (_, threshold, Value::Null) => CommitRule::Threshold(numbers(threshold)),
                 (_, _, factor) => CommitRule::Factor(numbers(factor)),
             };
-            groups.push(Candidates { sequence: row, step: 0, positions, commit_before: length, selection });
+            groups.push(Candidates {
+                sequence: row,
+                step: 0,
+                positions,
+                commit_before: length,
+                commit_rule: selection,
+            });
         }
         let verdicts = sample(&mut candidate_logits, vocab, &groups, &plain_unmask()).unwrap();
         let places = groups.iter().flat_map(|g| g.positions.iter().map(|p| g.sequence * length + p));
@@ -232,7 +239,7 @@ fn sampler_dream() {
         }
         let confidence = tensors.f32(&format!("{name}.confidence"));
         let x0 = tensors.i64(&format!("{name}.x0"));
-        let kept = tensors.u8(&format!("{name}.feature_cache"));
+        let kept = tensors.u8(&format!("{name}.kept"));
         let vocab = logits.len() / x0.len();
         for (i, row) in logits.chunks(vocab).enumerate() {
             let mut scratch = row.to_vec();
@@ -245,14 +252,14 @@ fn sampler_dream() {
     }
 }
 
-/// Sampling is by Gumbel-max, which forms no probabilities: rebuild them from the cut, and check that the confidence of
-/// a drawn token is the recorded one.
+/// Checks probabilities and the confidence of drawn tokens. Sampling by Gumbel-max computes no probabilities, so they are rebuilt
+/// from the smallest logit that top-k and top-p keep.
 fn dream_probabilities(setting: &SamplingParams, logits: &[f32], probs: &[f32], name: &str) {
     let vocab = 64;
     let tempered = if setting.temperature > 0.0 { setting.temperature } else { 1.0 };
     for (row, probs) in logits.chunks(vocab).zip(probs.chunks(vocab)) {
-        let cut = min_kept_logit(row, tempered, setting.top_p, setting.top_k);
-        let weight = |l: f32| if l >= cut { (l as f64 / tempered).exp() } else { 0.0 };
+        let min_kept = min_kept_logit(row, tempered, setting.top_p, setting.top_k);
+        let weight = |l: f32| if l >= min_kept { (l as f64 / tempered).exp() } else { 0.0 };
         let total: f64 = row.iter().map(|l| weight(*l)).sum();
         for (l, want) in row.iter().zip(probs) {
             assert!((weight(*l) / total - *want as f64).abs() < 1e-6, "{name}");
@@ -273,7 +280,7 @@ fn sampler_gumbel() {
         let (logits, uniform) = (tensors.f32(&format!("{name}.logits")), tensors.f64(&format!("{name}.uniform")));
         let (noised, x0) = (tensors.f64(&format!("{name}.noised")), tensors.i64(&format!("{name}.x0")));
         let vocab = logits.len() / x0.len();
-        // The crate adds T * gumbel to the logit; the original divides e^logit by (-ln u)^T. The same, in logarithms.
+        // The crate adds T * gumbel to the logit; the reference implementation divides e^logit by (-ln u)^T, which is equivalent.
         let got: Vec<f64> =
             logits.iter().zip(&uniform).map(|(l, u)| *l as f64 - temperature * (-u.ln()).ln()).collect();
         for (got, want) in got.iter().zip(&noised) {
@@ -344,20 +351,20 @@ fn trajectories() {
         let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
         options.validate(model.config(), &prompts).unwrap();
         let sizes = options.sizes(model.config(), &prompts);
-        let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
+        let mut session = HostEngine::new(model.transformer(), Cpu::default(), sizes).unwrap();
         let mut trace = Trace::default();
         let decoded = decode(&mut session, model.config(), &prompts, &options, None, &mut trace).unwrap();
         compare(&name, &case, model.config(), &options, &decoded, &trace);
-        // The same without an observer, which scores fewer rows.
+        // A decode without an observer computes fewer logit rows.
         let quiet = decode(&mut session, model.config(), &prompts, &options, None, &mut ()).unwrap();
-        assert_eq!(quiet.tokens, decoded.tokens, "{name}: tokens depend on being watched");
+        assert_eq!(quiet.tokens, decoded.tokens, "{name}: tokens depend on the observer");
         replayed += 1;
     }
-    println!("{replayed} trajectories replayed, with {selected_rows} choices of V-verify");
+    println!("{replayed} trajectories replayed, with {selected_rows} selections by V-verify");
     assert!(replayed > 0 && selected_rows > 0);
 }
 
-/// A session that looks at the logits of all generated rows, which are the recorded ones, and decides by them.
+/// Engine that compares the logits of all generated rows with the recorded ones, and samples from them.
 struct Compared<'m> {
     session: Session<'m, Cpu>,
     family: Family,
@@ -369,13 +376,13 @@ struct Compared<'m> {
 
 impl DecodeEngine for Compared<'_> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
-        let [QueryRows { sequence: 0, rows: window, .. }] = pass.windows else {
-            panic!("one sequence, not {:?}", pass.windows)
+        let [QueryRows { sequence: 0, rows: window, .. }] = pass.query_rows else {
+            panic!("one sequence, not {:?}", pass.query_rows)
         };
-        // Dream's first token is decided by the row before it.
+        // Dream's first token is predicted by the row before it.
         let shift = usize::from(self.family == Family::Dream);
         let index: Vec<usize> = (self.prompt_len - shift - window.start..window.len()).collect();
-        self.session.forward(tokens, pass.windows, pass.plan, &index, None)?;
+        self.session.forward(tokens, pass.query_rows, pass.plan, &index, None)?;
         let logits = self.session.logits(index.len())?;
         let vocab = logits.len() / index.len();
         let name = format!("step_{}.logits", self.step);
@@ -383,13 +390,13 @@ impl DecodeEngine for Compared<'_> {
             self.worst = self.worst.max(difference(&logits[shift * vocab..], &self.recorded.f32(&name)));
             self.step += 1;
         }
-        let rows = pass.groups[0].positions.iter().map(|p| (p - self.prompt_len) * vocab);
+        let rows = pass.candidates[0].positions.iter().map(|p| (p - self.prompt_len) * vocab);
         let mut own: Vec<f32> = rows.flat_map(|at| &logits[at..at + vocab]).copied().collect();
-        sample(&mut own, vocab, pass.groups, pass.unmask)
+        sample(&mut own, vocab, pass.candidates, pass.sampling)
     }
 }
 
-/// Logits of all generated rows, those that did not run included, where they were recorded.
+/// Compares the logits of all generated rows, including those that did not run, at the recorded steps.
 #[test]
 fn adaptive_logits() {
     for (model, name) in [("tiny-llada", "llada"), ("tiny-dream", "dream")] {
@@ -398,7 +405,7 @@ fn adaptive_logits() {
         let options = options(&case);
         let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
         let candidates = options.gen_length + 1;
-        let sizes = SessionConfig { candidates, ..options.sizes(model.config(), &prompts) };
+        let sizes = SessionConfig { max_candidates: candidates, ..options.sizes(model.config(), &prompts) };
         let session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
         let (family, recorded) = (model.config().family, Tensors::open(&name));
         let mut compared = Compared { session, family, prompt_len: prompts[0].len(), recorded, step: 0, worst: 0.0 };
@@ -409,7 +416,7 @@ fn adaptive_logits() {
     }
 }
 
-/// A table of logits in place of the network.
+/// Engine that reads logits from a table instead of a model.
 struct Scripted<'a> {
     logits: &'a [f32],
     batch: usize,
@@ -422,10 +429,10 @@ struct Scripted<'a> {
 impl DecodeEngine for Scripted<'_> {
     fn step(&mut self, _tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
         let mut rows = Vec::new();
-        for group in pass.groups {
-            let window = &pass.windows.iter().find(|w| w.sequence == group.sequence).unwrap().rows;
+        for group in pass.candidates {
+            let window = &pass.query_rows.iter().find(|w| w.sequence == group.sequence).unwrap().rows;
             for position in &group.positions {
-                // Dream reads the row before, within the window.
+                // Dream's logits come from the row before, within the window.
                 let row = match self.family {
                     Family::Dream if *position > window.start => position - 1,
                     _ => *position,
@@ -435,7 +442,7 @@ impl DecodeEngine for Scripted<'_> {
             }
         }
         self.call += 1;
-        sample(&mut rows, self.vocab, pass.groups, pass.unmask)
+        sample(&mut rows, self.vocab, pass.candidates, pass.sampling)
     }
 }
 
@@ -471,7 +478,7 @@ fn scripted() {
     }
 }
 
-/// Every checkpoint of the set holds exactly the tensors that its config calls for.
+/// Every golden checkpoint has exactly the tensors that its config requires.
 #[test]
 fn tensor_lists() {
     for (name, model) in models() {

@@ -1,12 +1,12 @@
-//! Plain compilers accept `cuda/include/dllm_kernels.h` by itself, as C and as C++, without a warning. The header asserts
-//! the sizes of its structs; `src/abi.rs` asserts the same on the Rust side.
+//! C and C++ compilers accept `cuda/include/dllm_kernels.h` on its own, without a warning. The header asserts the sizes of
+//! its structs; `src/abi.rs` asserts the same on the Rust side.
 
 use std::env;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// Compiles a file that holds nothing but the include, twice: the header guards itself.
+/// Compiles a file that includes only the header, twice, to check its include guard.
 fn compile(compiler: &str, language: &str, standard: &str) {
     let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda/include");
     let mut child = Command::new(compiler)

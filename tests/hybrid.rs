@@ -9,7 +9,8 @@ use dllm_kernels::backend::Ratio;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind, Refresh};
 use dllm_kernels::decode::decode;
-use dllm_kernels::model::{DecodeEngine, LayerPlan, Pass, Session, SessionConfig};
+use dllm_kernels::engine::{DecodeEngine, HostEngine, MemoryEstimate, Pass};
+use dllm_kernels::model::{LayerPlan, SessionConfig};
 use dllm_kernels::sampling::Prediction;
 use dllm_kernels::{CacheMode, Config, Error, Family, Generator, Model, Observer, Options, Policy, Result, Step};
 use std::collections::BTreeMap;
@@ -467,7 +468,7 @@ fn of_one_layer_nothing_is_stale() {
 /// A session whose refreshes, those of a plain decode, keep at first and then run the block and this share of the other
 /// rows, if one is given; and every confidence that it gave.
 struct Kept<'m> {
-    session: Session<'m, Cpu>,
+    session: HostEngine<'m, Cpu>,
     mode: CacheMode,
     first_block: usize,
     share: Option<f64>,
@@ -481,8 +482,8 @@ impl DecodeEngine for Kept<'_> {
         self.refreshes += usize::from(store);
         let verdicts = match self.share {
             Some(share) if store => {
-                let first = pass.windows[0].block.end == self.first_block + BLOCK;
-                let refresh = if first { Refresh::Keep } else { Refresh::Some(Ratio::new(share)) };
+                let first = pass.query_rows[0].block.end == self.first_block + BLOCK;
+                let refresh = if first { Refresh::FullWithFeatures } else { Refresh::Partial(Ratio::new(share)) };
                 let kind = if reuse { PassKind::Response } else { PassKind::Full };
                 let plan = BlockPlan { refresh, ..BlockPlan::new(self.mode, kind) };
                 self.session.step(tokens, &Pass { plan: &plan, ..*pass })?
@@ -505,7 +506,7 @@ fn all_rows_chosen_are_all_rows() {
                 let prompts = [prompt.clone()];
                 let sizes = SessionConfig { feature_cache: true, ..options.sizes(model.config(), &prompts) };
                 let run = |share: Option<f64>| {
-                    let session = Session::new(model.transformer(), Cpu::default(), sizes.clone()).unwrap();
+                    let session = HostEngine::new(model.transformer(), Cpu::default(), sizes.clone()).unwrap();
                     let (first_block, confidence) = (prompt.len(), vec![]);
                     let mut kept = Kept { session, mode, first_block, share, confidence, refreshes: 0 };
                     let decoded = decode(&mut kept, model.config(), &prompts, &options, None, &mut ()).unwrap();
@@ -564,7 +565,7 @@ fn work() {
         let counted = |options: &Options| {
             let options = Options { policy: Policy::Threshold(1.0), ..options.clone() };
             let sizes = options.sizes(c, std::slice::from_ref(&prompt));
-            let mut session = Session::new(model.transformer(), Cpu::default(), sizes).unwrap();
+            let mut session = HostEngine::new(model.transformer(), Cpu::default(), sizes).unwrap();
             let decoded = decode(&mut session, c, std::slice::from_ref(&prompt), &options, None, &mut ()).unwrap();
             assert_eq!(decoded.nfe, GEN);
             session.macs()
@@ -690,7 +691,11 @@ fn what_is_kept() {
             assert_eq!(sizes, SessionConfig { feature_cache: keeps, ..plain.clone() }, "{options:?}");
             let positions: usize = all_prompts().iter().map(|prompt| prompt.len() + GEN).sum();
             let outputs = if keeps { 2 * 3 * positions * config.d_model * size_of::<f32>() } else { 0 };
-            assert_eq!(sizes.memory(config, 1).cache, plain.memory(config, 1).cache + outputs, "{options:?}");
+            assert_eq!(
+                MemoryEstimate::cpu(&sizes, config, 1).cache,
+                MemoryEstimate::cpu(&plain, config, 1).cache + outputs,
+                "{options:?}"
+            );
         }
     }
     assert!(sizes(&base(CacheMode::Adaptive)).feature_cache);

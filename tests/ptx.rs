@@ -1,4 +1,4 @@
-//! What the build script does with `cuda/` and `ptx/`, with a shell script in nvcc's place.
+//! The build script's handling of `cuda/` and `ptx/`, with a shell script in place of nvcc.
 #![cfg(all(unix, feature = "cuda"))]
 
 use std::ffi::OsString;
@@ -11,9 +11,9 @@ use tempfile::TempDir;
 #[allow(dead_code)]
 #[path = "../build.rs"]
 mod build_script;
-use build_script::{Wish, build, find_nvcc, kernels, source_hash, stamp};
+use build_script::{BuildMode, build, find_nvcc, kernels, source_hash, stamp};
 
-/// Writes the kernel's text behind a header like nvcc's; a kernel that says `error` does not compile.
+/// Stand-in for nvcc: writes the kernel's text after a header like nvcc's. A kernel that contains `error` does not compile.
 const NVCC: &str = r#"#!/bin/sh
 [ "$1" = --version ] && { echo "Cuda compilation tools, release 13.0, V13.0.88"; exit; }
 while [ $# -gt 0 ]; do
@@ -60,15 +60,15 @@ impl Crate {
         fs::read_to_string(self.at(path)).unwrap()
     }
 
-    fn build(&self, wish: Wish, nvcc: Option<&Path>) -> Result<(), String> {
-        build(&self.at("root"), &self.at("out"), wish, nvcc)
+    fn build(&self, mode: BuildMode, nvcc: Option<&Path>) -> Result<(), String> {
+        build(&self.at("root"), &self.at("out"), mode, nvcc)
     }
 
     fn update(&self) {
-        self.build(Wish::Update, Some(&self.nvcc())).unwrap();
+        self.build(BuildMode::Update, Some(&self.nvcc())).unwrap();
     }
 
-    /// Names and texts of `ptx/`.
+    /// Returns names and texts of the files in `ptx/`.
     fn ptx(&self) -> Vec<(OsString, String)> {
         let entries = fs::read_dir(self.at("root/ptx")).unwrap().map(Result::unwrap);
         let mut files: Vec<_> = entries.map(|e| (e.file_name(), fs::read_to_string(e.path()).unwrap())).collect();
@@ -78,48 +78,50 @@ impl Crate {
 }
 
 #[test]
-fn fresh_modules_are_taken_whatever_compiler_there_is() {
+fn fresh_modules_are_used_whatever_the_compiler() {
     let package = Crate::new();
     package.update();
     fs::remove_dir_all(package.at("out")).unwrap();
     for nvcc in [None, Some(Path::new("/missing/nvcc"))] {
         fs::create_dir_all(package.at("out")).unwrap();
-        package.build(Wish::Modules, nvcc).unwrap();
+        package.build(BuildMode::Modules, nvcc).unwrap();
         assert_eq!(package.read("out/unmask.ptx"), ".version 8.0\n.target compute_80\n// unmask\n");
         fs::remove_dir_all(package.at("out")).unwrap();
     }
 }
 
 #[test]
-fn stale_modules_are_compiled_and_left_alone() {
+fn stale_modules_are_compiled_and_not_rewritten() {
     let package = Crate::new();
     package.update();
     let committed = package.ptx();
     package.write("root/cuda/any/unmask.cu", "// faster\n");
-    let error = package.build(Wish::Modules, None).unwrap_err();
+    let error = package.build(BuildMode::Modules, None).unwrap_err();
     for part in ["ptx/ was not built from the kernels in cuda/", "CUDA_HOME", "docs/building.md", "UPDATE_PTX=1"] {
         assert!(error.contains(part), "{error}");
     }
-    package.build(Wish::Modules, Some(&package.nvcc())).unwrap();
+    package.build(BuildMode::Modules, Some(&package.nvcc())).unwrap();
     assert_eq!(package.read("out/unmask.ptx"), ".version 8.0\n.target compute_80\n// faster\n");
     assert_eq!(package.ptx(), committed);
 }
 
 #[test]
-fn lines_are_asked_for_and_left_out_of_ptx() {
+fn source_lines_are_opt_in_and_never_in_ptx() {
     let package = Crate::new();
     package.update();
     let committed = package.ptx();
-    assert!(package.build(Wish::Lines, None).unwrap_err().starts_with("DLLM_LINEINFO is set, but there is no nvcc."));
-    package.build(Wish::Lines, Some(&package.nvcc())).unwrap();
+    assert!(
+        package.build(BuildMode::Lines, None).unwrap_err().starts_with("DLLM_LINEINFO is set, but there is no nvcc.")
+    );
+    package.build(BuildMode::Lines, Some(&package.nvcc())).unwrap();
     assert_eq!(package.read("out/unmask.ptx"), ".version 8.0\n.target compute_80\n\t.loc\t1 1 1\n// unmask\n");
     assert_eq!(package.ptx(), committed);
-    package.build(Wish::Modules, None).unwrap();
+    package.build(BuildMode::Modules, None).unwrap();
     assert!(!package.read("out/unmask.ptx").contains(".loc"));
 }
 
 #[test]
-fn whatever_a_module_is_made_of_makes_it_stale() {
+fn every_input_of_a_module_makes_it_stale() {
     for (path, text) in [
         ("root/cuda/common/reduce.cuh", "// sum\n"),
         ("root/cuda/common/new.cuh", "\n"),
@@ -129,27 +131,27 @@ fn whatever_a_module_is_made_of_makes_it_stale() {
     ] {
         let package = Crate::new();
         package.update();
-        package.build(Wish::Modules, None).unwrap();
+        package.build(BuildMode::Modules, None).unwrap();
         package.write(path, text);
-        assert!(package.build(Wish::Modules, None).is_err(), "{path}");
+        assert!(package.build(BuildMode::Modules, None).is_err(), "{path}");
     }
     let package = Crate::new();
     package.update();
     fs::remove_file(package.at("root/ptx/unmask.ptx")).unwrap();
-    assert!(package.build(Wish::Modules, None).is_err(), "a module is missing");
+    assert!(package.build(BuildMode::Modules, None).is_err(), "a module is missing");
 }
 
 #[test]
-fn line_ends_and_other_files_do_not() {
+fn line_ends_and_other_files_do_not_make_it_stale() {
     let package = Crate::new();
     package.update();
     package.write("root/cuda/any/unmask.cu", "// unmask\r\n");
     package.write("root/cuda/any/unmask.cu~", "// backup\n");
-    package.build(Wish::Modules, None).unwrap();
+    package.build(BuildMode::Modules, None).unwrap();
 }
 
 #[test]
-fn update_renews_modules_and_manifest() {
+fn update_rewrites_modules_and_manifest() {
     let package = Crate::new();
     package.update();
     fs::remove_file(package.at("root/cuda/any/unmask.cu")).unwrap();
@@ -178,32 +180,33 @@ fn update_renews_modules_and_manifest() {
 }
 
 #[test]
-fn errors_say_what_is_wrong() {
+fn errors_name_the_cause() {
     let package = Crate::new();
-    let error = package.build(Wish::Update, None).unwrap_err();
+    let error = package.build(BuildMode::Update, None).unwrap_err();
     assert!(error.starts_with("UPDATE_PTX is set, but there is no nvcc"), "{error}");
-    let error = package.build(Wish::Update, Some(Path::new("/missing/nvcc"))).unwrap_err();
+    let error = package.build(BuildMode::Update, Some(Path::new("/missing/nvcc"))).unwrap_err();
     assert!(error.starts_with("/missing/nvcc: cannot be run: No such file"), "{error}");
 
     package.update();
     let committed = package.ptx();
     package.write("root/cuda/sm80/attention.cu", "error\n");
-    let error = package.build(Wish::Update, Some(&package.nvcc())).unwrap_err();
+    let error = package.build(BuildMode::Update, Some(&package.nvcc())).unwrap_err();
     assert!(error.contains("cuda/sm80/attention.cu(1): error: expected a \";\""), "{error}");
     assert_eq!(package.ptx(), committed, "a failed build changes no module");
 }
 
 #[test]
-fn kernels_have_a_place_and_a_name_of_their_own() {
-    let of = |paths: &[&str]| kernels(&paths.iter().map(|path| (path.to_string(), String::new())).collect::<Vec<_>>());
-    assert!(of(&["cuda/any/a.cu", "cuda/sm90a/a.cu"]).is_ok());
+fn kernels_need_a_known_folder_and_a_unique_name() {
+    let kernels_of =
+        |paths: &[&str]| kernels(&paths.iter().map(|path| (path.to_string(), String::new())).collect::<Vec<_>>());
+    assert!(kernels_of(&["cuda/any/a.cu", "cuda/sm90a/a.cu"]).is_ok());
     for wrong in [&["cuda/a.cu"][..], &["cuda/sm70/a.cu"], &["cuda/any/b/a.cu"], &["cuda/any/a.cu", "cuda/sm80/a.cu"]] {
-        assert!(of(wrong).is_err(), "{wrong:?}");
+        assert!(kernels_of(wrong).is_err(), "{wrong:?}");
     }
 }
 
 #[test]
-fn hash_keeps_neighbours_apart() {
+fn hash_separates_neighbours() {
     let hash = |files: &[(&str, &str)]| {
         source_hash(&files.iter().map(|(path, text)| (path.to_string(), text.to_string())).collect::<Vec<_>>())
     };
@@ -217,7 +220,7 @@ fn stamp_replaces_header_and_version() {
     assert_eq!(stamp("//\n// nvcc\n//\n\n.version 9.5\n.target sm_80\n").unwrap(), ".version 8.0\n.target sm_80\n");
     assert_eq!(stamp(".version 7.0\r\n.target sm_80\r\n").unwrap(), ".version 8.0\n.target sm_80\n");
     assert_eq!(stamp("// .version 9.5\n"), None);
-    // As nvcc 13.0.88 names a function of an anonymous namespace: the hash of the path comes twice.
+    // nvcc 13.0.88 puts the hash of the path twice into the name of a function in an anonymous namespace.
     let name =
         |hash| format!("_ZN41_INTERNAL_{hash}_10_vverify_cu_2a9082c143_GLOBAL__N__{hash}_10_vverify_cu_2a9082c13sumE");
     let ptx = |version, hash| format!(".version {version}\n.func {}\n", name(hash));

@@ -1,9 +1,10 @@
-// embed: the embedding rows of tokens that lie on the device; src/ops/embed.rs.
+// embed: copies the embedding rows of tokens in device memory. Launch: src/ops/embed.rs.
 //
 // grid   (max_rows). A block copies one row; blocks past the count return.
-// block  256 threads of 16 bytes each at a time
-// bytes  2 * row_bytes a row
-// bound  by memory bandwidth; at a block's 32 rows by three dependent loads (index, token, row)
+// block  256 threads of 16 bytes each at a time, four loads per thread in flight
+// shared none
+// bytes  2 * row_bytes per row
+// bound  memory bandwidth; at 32 rows the latency of three dependent loads (index, token, row)
 #include "memory.cuh"
 
 namespace {
@@ -14,8 +15,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) embed(DLLM_PARAMS dllm_em
   const int row = blockIdx.x;
   if (row >= num_rows(p.count, p.max_rows)) return;
   const int index = p.index ? at<const int32_t>(p.index)[row] : row;
-  const bool known = index >= 0 && index < p.num_tokens;
-  const int token = known ? at<const int32_t>(p.tokens)[index] : -1;
+  const bool in_range = index >= 0 && index < p.num_tokens;
+  const int token = in_range ? at<const int32_t>(p.tokens)[index] : -1;
   if (token < 0 || token >= p.vocab_size) {
     if (p.failed && threadIdx.x == 0) *at<int32_t>(p.failed) = DLLM_INDEX_FAILED;
     return;

@@ -1,14 +1,16 @@
-// gather_scatter: gather and scatter of rows by an index list on the device. Bytes, whatever they mean; src/ops/gather_scatter.rs.
+// gather_scatter: gather and scatter of rows of bytes by an index list in device memory. Launch: src/ops/gather_scatter.rs.
 //
 // grid   (max_rows). A block copies one row; blocks past the count return.
-// block  256 threads of 16 bytes each at a time, four loads under way a thread
-// bytes  2 * row_bytes a row
-// bound  by memory bandwidth
+// block  256 threads of 16 bytes each at a time, four loads per thread in flight
+// shared none
+// bytes  2 * row_bytes per row
+// bound  memory bandwidth
 #include "memory.cuh"
 
 namespace {
 
 constexpr int kThreads = 256;
+
 template <bool kGather>
 __device__ __forceinline__ void copy(const dllm_gather_scatter_params& p) {
   const int row = blockIdx.x;

@@ -1,13 +1,14 @@
-// merge_state: two attentions over different keys become the attention over both; src/ops/merge_state.rs.
+// merge_state: combines two attentions over disjoint keys into the attention over both. Launch: src/ops/merge_state.rs.
 //
-// grid   (max_rows * num_heads / heads of a block, rounded up)
-// block  256 threads. Of a warp, as many lanes as a head has vectors of 16 bytes, rounded up to a power of two and at most 32,
-//        own one row and head: at head_dim 128 in bf16 a warp owns two, a block 16. Wider heads take several rounds.
-// bytes  3 * head_dim * sizeof(element) + 12 a row and head
-// bound  by memory bandwidth; at 32 rows by two loads in a row and one store
+// grid   (max_rows * num_heads / heads per block, rounded up)
+// block  256 threads. A group of lanes owns one row and head: as many lanes as a head has vectors of 16 bytes, rounded up to a
+//        power of two, at most 32. At head_dim 128 in bf16 a warp owns two, a block 16. Wider heads take several rounds.
+// shared none
+// bytes  3 * head_dim * sizeof(element) + 12 per row and head
+// bound  memory bandwidth; at 32 rows the latency of two dependent loads and one store
 //
-// In place: each vector is written by the lane that read it, each log-sum-exp when the warp has read it. Both sides are
-// loaded before it is known which of them counts, so that no load waits for another; one that does not count is not used.
+// In place: the lane that read a vector writes it, and log-sum-exps are written after the warp has read them. Both sides are
+// loaded before it is known which of them counts, so that no load waits for another; a side that does not count is not used.
 #include "memory.cuh"
 #include "reduce.cuh"
 
@@ -15,7 +16,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// What each side counts, and the log-sum-exp of both; the same bits with the sides exchanged.
+// Weights of both sides and the combined log-sum-exp; the same bits with the sides exchanged.
 struct Weights {
   float a, b, lse;
 
@@ -33,16 +34,16 @@ __device__ __forceinline__ void merge_state(const dllm_merge_state_params& p) {
   const int vectors = p.head_dim / kVector<T>;
   int lanes = 1;
   while (lanes < vectors && lanes < kWarp) lanes *= 2;
-  const int64_t place = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / lanes;
+  const int64_t row_head = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / lanes;
   const int lane = threadIdx.x % lanes;
-  const int64_t row = place / p.num_heads;
-  const int column = int(place - row * p.num_heads) * p.head_dim;
+  const int64_t row = row_head / p.num_heads;
+  const int column = int(row_head - row * p.num_heads) * p.head_dim;
   const bool inside = row < num_rows(p.count, p.max_rows);
 
   float a_lse = -INFINITY, b_lse = -INFINITY;
   if (inside) {
-    a_lse = at<const float>(p.a_lse)[place];
-    b_lse = at<const float>(p.b_lse)[place];
+    a_lse = at<const float>(p.a_lse)[row_head];
+    b_lse = at<const float>(p.b_lse)[row_head];
     const T* a = at<const T>(p.a_out, row * p.a_stride + column);
     const T* b = at<const T>(p.b_out, row * p.b_stride + column);
     T* out = at<T>(p.out, row * p.out_stride + column);
@@ -52,7 +53,7 @@ __device__ __forceinline__ void merge_state(const dllm_merge_state_params& p) {
       const Vector<T> y = Vector<T>::load(b + v * kVector<T>);
 #pragma unroll
       for (int j = 0; j < kVector<T>; j++) {
-        // Products rounded one by one: contracted, the sum would depend on which side comes first.
+        // Each product is rounded. Contracted to an FMA, the sum would depend on the order of the sides.
         const float both = __fadd_rn(__fmul_rn(weights.a, x.x[j]), __fmul_rn(weights.b, y.x[j]));
         const float b_or_none = b_lse == -INFINITY ? 0.f : y.x[j];
         x.x[j] = a_lse == -INFINITY ? b_or_none : b_lse == -INFINITY ? x.x[j] : both;
@@ -60,10 +61,10 @@ __device__ __forceinline__ void merge_state(const dllm_merge_state_params& p) {
       x.store(out + v * kVector<T>);
     }
   }
-  __syncwarp();  // all lanes of this row and head have read its log-sum-exps, of which one may be overwritten
+  __syncwarp();  // all lanes of this row and head have read its log-sum-exps, one of which may be overwritten
   if (inside && lane == 0) {
-    const bool one = a_lse == -INFINITY || b_lse == -INFINITY;
-    at<float>(p.lse)[place] = !one ? Weights(a_lse, b_lse).lse : a_lse == -INFINITY ? b_lse : a_lse;
+    const bool one_side = a_lse == -INFINITY || b_lse == -INFINITY;
+    at<float>(p.lse)[row_head] = !one_side ? Weights(a_lse, b_lse).lse : a_lse == -INFINITY ? b_lse : a_lse;
   }
 }
 

@@ -1,9 +1,10 @@
-// norm: residual add and RMSNorm, with the roundings of the original models; src/ops/norm.rs.
+// norm: residual add and RMSNorm, with the roundings of the reference models. Launch: src/ops/norm.rs.
 //
-// grid   (max_rows). A block owns one row, whatever the number of rows: its bits depend on nothing else.
+// grid   (max_rows). A block owns one row, so that its bits do not depend on the number of rows.
 // block  256 threads of at most 32 elements each, in registers from the first load to the last store
-// bytes  (2 + 2 where a delta is added) * width * sizeof(element) a row, and the weights once
-// bound  by memory bandwidth; at 32 rows by one load (two with delta_row), one reduction and one store in a row
+// shared 32 bytes for the reduction
+// bytes  (2 + 2 where a delta is added) * width * sizeof(element) per row, and the weights once
+// bound  memory bandwidth; at 32 rows the latency of one load (two with delta_row), one reduction and one store
 #include "memory.cuh"
 #include "reduce.cuh"
 
@@ -23,8 +24,8 @@ __device__ __forceinline__ void norm(const dllm_norm_params& p) {
 
   const int delta_row = p.delta_row ? at<const int32_t>(p.delta_row)[row] : int(row);
 
-  // All that is read, before anything is stored: no load moves over a store that might be to the same place. Those of the
-  // delta behind a branch: it waits for the delta's row, they alone with it.
+  // All loads come before the first store, because the compiler moves no load past a store that may alias it. The loads of the
+  // delta are behind a branch, so that only they wait for delta_row.
   uint4 bits[kVectors], added[kVectors], weights[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; v++) {

@@ -1,11 +1,12 @@
-// rope: rotary embedding of queries and keys in place, and keys and values into the cache; src/ops/rope.rs.
+// rope: rotary embedding of queries and keys in place; stores keys and values in the cache. Launch: src/ops/rope.rs.
 //
-// grid   (max_rows, parts). A block owns 256 items of a row [q | k | v], each of one thread: 16 bytes of the lower half of a
-//        query or key head and the 16 bytes of the upper half that they pair with, or 16 bytes of a value to be cached
-// block  256 threads, each of which loads all that it needs before it stores anything
-// bytes  2 * (num_heads + num_kv_heads) * head_dim * sizeof(element) a row; with a k_cache num_kv_heads *
+// grid   (max_rows, parts). A block owns 256 items of a row [q | k | v], one per thread. An item is 16 bytes of the lower half
+//        of a query or key head together with their 16 bytes of the upper half, or 16 bytes of a value to cache.
+// block  256 threads; each issues all its loads before its first store
+// shared none
+// bytes  2 * (num_heads + num_kv_heads) * head_dim * sizeof(element) per row; with a k_cache num_kv_heads *
 //        head_dim * sizeof(element) more, with a v_cache twice that more; angles come from the L2 cache
-// bound  by memory bandwidth; at 32 rows by two dependent loads (position, angle)
+// bound  memory bandwidth; at 32 rows the latency of two dependent loads (position, angle)
 #include "memory.cuh"
 
 namespace {

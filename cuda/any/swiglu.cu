@@ -1,10 +1,11 @@
-// swiglu: the gate of the feed-forward layer, with the rounding of the original models; src/ops/swiglu.rs.
+// swiglu: gate of the feed-forward layer, with the roundings of the reference models. Launch: src/ops/swiglu.rs.
 //
-// grid   (max_rows, tiles), a tile being 1,024 vectors of 16 bytes of the output row. Rows come first: only the first
-//        dimension holds more than 65,535 blocks.
-// block  256 threads of four vectors each; all loads are under way before the first is used
-// bytes  3 * width * sizeof(element) a row
-// bound  by memory bandwidth
+// grid   (max_rows, tiles). A block owns one tile: 1,024 vectors of 16 bytes of an output row. Rows are the first dimension,
+//        because only that one holds more than 65,535 blocks.
+// block  256 threads of four vectors each; all loads are in flight before the first result is used
+// shared none
+// bytes  3 * width * sizeof(element) per row
+// bound  memory bandwidth
 #include "memory.cuh"
 
 namespace {

@@ -1,16 +1,16 @@
-// top_k_top_p: the least logit that top-p, then top-k, keep; src/ops/top_k_top_p.rs. unmask ignores what lies below.
+// top_k_top_p: smallest logit that top-p, then top-k, keep; unmask ignores logits below it. Launch: src/ops/top_k_top_p.rs.
 //
 // grid    (max_rows). A block owns one row; blocks of rows that are not masked return.
 // block   1,024 threads
-// passes  over the row, all but the first from the L2 cache: one for the maximum, then five for each of top-p and top-k: one
-//         that counts by distance from the maximum, in 255 steps, and four that look closer, 8 bits at a time, at the step
-//         that the cut lies in. Distances spread over the steps; leading bits of floats do not, and a histogram of which
-//         most lie in one bucket is slow.
-// shared  2 KiB of histogram, and the reductions' few hundred bytes
-// bytes   vocab_size * sizeof(element) a row
-// bound   by the latency of a block's passes
+// passes  over the row, all but the first from the L2 cache: one for the maximum, then five for each of top-p and top-k. The
+//         first of the five is a histogram of the distance from the maximum, in 255 steps; the other four refine the step that
+//         holds the threshold, 8 bits at a time. Distances spread evenly over the steps. Leading bits of floats do not, and a
+//         histogram with most elements in one bucket is slow.
+// shared  2 KiB histogram, and a few hundred bytes for reductions
+// bytes   vocab_size * sizeof(element) per row
+// bound   latency of a block's passes
 //
-// Probabilities are added up as integers, weights e^x times 2^40, so that no order of atomics changes a sum.
+// Probabilities are summed as integers (e^x times 2^40), so that the order of atomics does not change a sum.
 #include "logits.cuh"
 #include "reduce.cuh"
 #include "select.cuh"
@@ -18,27 +18,27 @@
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr float kReach = 64.f;  // temperatures below the maximum: what lies deeper adds nothing to a sum in f32
+constexpr float kReach = 64.f;  // in temperatures below the maximum; weights further below add nothing to a sum in f32
 constexpr float kUnit = 1099511627776.f;  // 2^40
-constexpr int kDeep = kBuckets - 1;  // distances up to kReach fall into buckets 0 .. 254, reversed: largest first
+constexpr int kSteps = kBuckets - 1;  // steps of the distance, up to kReach. Step 0 is the highest bucket; bucket 0 is beyond
 
-// A row, as the passes see it.
+// A row of logits, with guidance and without the mask token.
 template <class T>
 struct Row {
   const dllm_top_k_top_p_params& p;
   int64_t row;
-  bool without_mask;  // the mask token has the largest logit, so it counts as minus infinity
+  bool without_mask;  // the mask token has the largest logit and counts as minus infinity
   float max = -INFINITY;
 
-  // f(token, logit) for each token of this thread; two vectors under way at a time.
+  // Calls f(token, logit) for each token of this thread; two vectors are in flight at a time.
   template <class F>
   __device__ __forceinline__ void each(F f) const {
     constexpr int kVec = kVector<T>, kBatch = 2, kStep = kThreads * kVec;
     const int64_t offset = row * p.logits_stride;
     for (int first = int(threadIdx.x) * kVec; first < p.vocab_size; first += kBatch * kStep) {
       uint4 bits[kBatch], unconditional[kBatch];
-      load_all(at<const T>(p.logits, offset), first, kStep, p.vocab_size, bits);
-      if (p.uncond_logits) load_all(at<const T>(p.uncond_logits, offset), first, kStep, p.vocab_size, unconditional);
+      load_vectors(at<const T>(p.logits, offset), first, kStep, p.vocab_size, bits);
+      if (p.uncond_logits) load_vectors(at<const T>(p.uncond_logits, offset), first, kStep, p.vocab_size, unconditional);
 #pragma unroll
       for (int v = 0; v < kBatch; v++) {
         const Vector<T> vector = Vector<T>::unpack(bits[v]);
@@ -55,26 +55,27 @@ struct Row {
   }
 };
 
-// What the tokens weigh: 1 each for top-k, their probabilities for top-p.
+// Weight of a token: 1 for top-k, its probability for top-p.
 struct ByCount {
   __device__ __forceinline__ unsigned long long operator()(float) const { return 1; }
 };
 struct ByProbability {
   float max, scale;
   __device__ __forceinline__ unsigned long long operator()(float logit) const {
-    return (unsigned long long)(exp_of((logit - max) * scale) * kUnit);
+    return (unsigned long long)(exp_approx((logit - max) * scale) * kUnit);
   }
 };
 
 __device__ __forceinline__ int bucket_of(float logit, float max, float steps) {
-  // Largest logits into the highest bucket, which is where find_bucket begins.
-  return kDeep - int(fminf((max - logit) * steps, float(kDeep)));
+  // The largest logits go to the highest bucket, where find_bucket starts.
+  return kSteps - int(fminf((max - logit) * steps, float(kSteps)));
 }
 
-// The logit at which the weights, added up from the largest logit down, reach `share` (of their sum `total`; for ByCount a
-// number of tokens). Weights beyond the reach are taken for the rest of `total`.
+// Returns the logit at which the cumulative weight, from the largest logit down, reaches `share`. `total` is the sum of all
+// weights; what exceeds the sum over the steps counts as the weight of logits beyond kReach.
 template <class T, class W>
-__device__ __forceinline__ float reaches(const Row<T>& row, W weight, float steps, unsigned long long total, unsigned long long share) {
+__device__ __forceinline__ float logit_at_share(const Row<T>& row, W weight, float steps, unsigned long long total,
+                                                unsigned long long share) {
   __shared__ unsigned long long histogram[kBuckets];
   const auto clear = [&] {
     __syncthreads();
@@ -106,31 +107,31 @@ __device__ __forceinline__ float reaches(const Row<T>& row, W weight, float step
     });
     __syncthreads();
     sum = block_reduce<kThreads>(content(), 0ull, Sum());
-    if (sum == 0) return -INFINITY;  // all of it lies beyond the reach and weighs nothing
+    if (sum == 0) return -INFINITY;  // all logits of the step are beyond kReach and have no weight
     const Bucket<unsigned long long> digit = find_bucket(content(), share < sum ? share : sum);
     share -= digit.above;
     prefix = prefix << 8 | uint32_t(digit.digit);
   }
-  return unordered(prefix);
+  return from_ordered(prefix);
 }
 
 template <class T>
-__device__ __forceinline__ float min_logit_of(const dllm_top_k_top_p_params& p, const dllm_unmask_row& table_row) {
+__device__ __forceinline__ float find_min_logit(const dllm_top_k_top_p_params& p, const dllm_unmask_row& table_row) {
   Row<T> row{p, table_row.logits_row, false};
-  uint64_t top = 0, top_of_others = 0;
+  uint64_t top = 0, top_without_mask = 0;
   row.each([&](int token, float logit) {
     const uint64_t key = ranked(logit, token);
     top = Max()(top, key);
-    if (token != p.mask_token) top_of_others = Max()(top_of_others, key);
+    if (token != p.mask_token) top_without_mask = Max()(top_without_mask, key);
   });
   top = block_reduce<kThreads>(top, uint64_t(0), Max());
-  top_of_others = block_reduce<kThreads>(top_of_others, uint64_t(0), Max());
+  top_without_mask = block_reduce<kThreads>(top_without_mask, uint64_t(0), Max());
   row.without_mask = rank_index(top) == p.mask_token;
-  row.max = rank_value(row.without_mask ? top_of_others : top);
-  if (top_of_others == 0 || row.max == -INFINITY) return -INFINITY;
+  row.max = rank_value(row.without_mask ? top_without_mask : top);
+  if (top_without_mask == 0 || row.max == -INFINITY) return -INFINITY;
 
   const float scale = p.temperature > 0.f ? 1.f / p.temperature : 1.f;
-  const float steps = kDeep / kReach * scale;
+  const float steps = kSteps / kReach * scale;
   float min_logit = -INFINITY;
   if (p.top_p < 1.f) {
     const ByProbability weight{row.max, scale};
@@ -139,13 +140,13 @@ __device__ __forceinline__ float min_logit_of(const dllm_top_k_top_p_params& p, 
       if (bucket_of(logit, row.max, steps) > 0) total += weight(logit);
     });
     total = block_reduce<kThreads>(total, 0ull, Sum());
-    // A token goes when those before it already sum to more than top_p.
+    // A token is dropped when the more probable ones already sum to more than top_p.
     const auto share = (unsigned long long)(double(p.top_p) * double(total)) + 1;
-    min_logit = reaches(row, weight, steps, total, share);
+    min_logit = logit_at_share(row, weight, steps, total, share);
   }
   if (p.top_k > 0 && p.top_k < p.vocab_size) {
-    // The k-th of those that top-p keeps is the k-th of all, or there are fewer than k and top-p's cut is the higher.
-    min_logit = fmaxf(min_logit, reaches(row, ByCount(), steps, p.vocab_size, p.top_k));
+    // If top-p keeps k tokens or more, its k-th is the k-th of all tokens. If it keeps fewer, its threshold is the higher one.
+    min_logit = fmaxf(min_logit, logit_at_share(row, ByCount(), steps, p.vocab_size, p.top_k));
   }
   return min_logit;
 }
@@ -158,7 +159,7 @@ __device__ __forceinline__ void top_k_top_p(const dllm_top_k_top_p_params& p) {
   const bool in_range = table_row.token >= 0 && table_row.token < p.num_tokens && table_row.logits_row >= 0 &&
                         table_row.logits_row < p.num_logits_rows;
   float result = -INFINITY;
-  if (in_range && at<const int32_t>(p.tokens)[table_row.token] == p.mask_token) result = min_logit_of<T>(p, table_row);
+  if (in_range && at<const int32_t>(p.tokens)[table_row.token] == p.mask_token) result = find_min_logit<T>(p, table_row);
   if (threadIdx.x == 0) at<float>(p.min_logit)[row] = result;
 }
 

@@ -1,20 +1,20 @@
-// unmask: from logits to committed tokens in one launch. LLaDA's remasking, Fast-dLLM sections 3.2 and 3.3, Dream's
-// confidences; what is computed stands in src/oracle/unmask.rs.
+// unmask: from logits to committed tokens in one launch: LLaDA's remasking, Fast-dLLM sections 3.2 and 3.3, Dream's
+// confidences. Reference: src/sampling/sampler.rs. Launch: src/ops/unmask.rs.
 //
-// grid    (chunks, max_rows). A block owns one chunk of 8,192 logits of one row. Where a row is cut depends on the
-//         vocabulary only, so that a row's bits do not depend on what else is in the batch.
-// block   256 threads of 32 logits each. The plain form (argmax, probability) has all of them in registers before it looks at
-//         the first: four loads of 16 bytes a thread under way for bf16, eight for f32.
+// grid    (chunks, max_rows). A block owns one chunk of 8,192 logits of one row. The chunks of a row depend on the vocabulary
+//         only, so that a row's bits do not depend on the batch.
+// block   256 threads of 32 logits each. The plain form (argmax, probability) loads all of them into registers before it uses
+//         the first: four loads of 16 bytes per thread in flight for bf16, eight for f32.
 // phases  1. each block: largest logit and sum of exponentials of its chunk           -> partial, in the workspace
 //         2. the last block of a row merges its partials: token and confidence        -> result, in the workspace
 //         3. the last row of a sequence selects among its results and writes tokens
-//         "Last" is told by counters in the workspace, which are left at zero for the next launch.
-// shared  8 KiB of keys for phase 3 (general form: 32 KiB, phase 1's logits before), and the reductions' 1 KiB
-// bytes   vocab_size * sizeof(element) a masked row, twice that with guidance; rows that are not masked are not read
-// bound   by memory bandwidth from a few hundred rows on; at 32 rows by three dependent loads and the counters
+//         Counters in the workspace determine which block or row is last; they are reset to zero for the next launch.
+// shared  8 KiB of keys in phase 3 (general form: 32 KiB, which hold the logits of phase 1 before), and 1 KiB for reductions
+// bytes   vocab_size * sizeof(element) per masked row, twice that with guidance; rows that are not masked are not read
+// bound   memory bandwidth from a few hundred rows on; at 32 rows the latency of three dependent loads and the counters
 //
-// The mask token is left out of the chunks and put back when a row is merged, where it is known whether it would win
-// (then it counts as minus infinity) or not (then it keeps its share of the sum).
+// The mask token is left out of the chunks and added when a row is merged. Only then is it known whether it would win (it
+// counts as minus infinity) or not (it keeps its share of the sum).
 #include "logits.cuh"
 #include "memory.cuh"
 #include "philox.cuh"
@@ -29,31 +29,31 @@ constexpr int kChunk = kThreads * kPerThread;
 constexpr int kSharedKeys = 1024;
 static_assert(kThreads == kBuckets, "phase 3 selects with the whole block");
 
-// What phase 1 and 2 know of a chunk, or of several. The mask token is counted apart.
+// Statistics of one or several chunks of logits. The mask token is kept apart.
 struct Partial {
-  float max;     // largest logit; minus infinity: there is none
+  float max;     // largest logit; minus infinity if there is none
   int token;     // its token
-  float sum;     // of e^x, x = (l - max) / temperature of confidences
+  float sum;     // of e^x, x = (l - max) / temperature of the confidences
   float second;  // second largest logit
   float moment;  // of e^x x
   float noised;  // largest logit + temperature * noise
   int drawn;     // its token
-  float mask;    // the mask token's logit; minus infinity: it is not here
+  float mask;    // the mask token's logit; minus infinity in other chunks
 };
 
-// A row as phase 3 sees it.
+// Result of a row, the input of phase 3.
 struct Result {
   float confidence;
   int token;
 };
 constexpr int kNotMasked = -1, kNoFiniteLogit = -2, kBadIndex = -3;
 
-// The workspace: counters first, everything else written before it is read.
+// Layout of the workspace. Counters come first; everything else is written before it is read.
 struct Workspace {
   uint32_t* sequence_counter;  // [num_sequences]
   uint32_t* row_counter;       // [max_rows]
   Result* results;             // [max_rows]
-  uint64_t* keys;              // [max_rows], for sequences of more rows than shared memory has room for
+  uint64_t* keys;              // [max_rows], for sequences with more rows than kSharedKeys
   Partial* partials;           // [max_rows, chunks]
 
   __device__ explicit Workspace(const dllm_unmask_params& p) {
@@ -62,36 +62,35 @@ struct Workspace {
     row_counter = sequence_counter + p.num_sequences;
     results = at<Result>(p.workspace + counters * 4);
     keys = at<uint64_t>(p.workspace + counters * 4) + p.max_rows;
-    // 16 bytes a row so far: the partials are aligned too.
+    // 16 bytes per row so far, so that the partials are aligned too.
     partials = at<Partial>(p.workspace + counters * 4) + (int64_t(p.max_rows) + 1) / 2;
   }
 };
 
-// One over the temperature of the confidences.
+// Reciprocal of the temperature of the confidences.
 __device__ __forceinline__ float inverse_scale(const dllm_unmask_params& p) {
   return p.tempered_confidence && p.temperature > 0.f ? 1.f / p.temperature : 1.f;
 }
 
-
-// One logit as the chunks see it.
+// One logit; minus infinity below min_logit.
 template <class T>
 __device__ __forceinline__ float logit_at(const dllm_unmask_params& p, int64_t row, int token, float min_logit) {
   const float logit = logit_of<T>(p, row, token);
   return logit < min_logit ? -INFINITY : logit;
 }
 
-// Vector v of this thread's part of a chunk begins here: thread t holds vectors t, t + 256, ..., so that the block reads
-// 4 KiB in one piece.
+// First token of vector v of this thread in a chunk. Thread t holds vectors t, t + 256, ..., so that the block reads 4 KiB
+// of consecutive memory.
 template <class T>
 __device__ __forceinline__ int first_token(int chunk, int v) {
   return chunk * kChunk + (v * kThreads + int(threadIdx.x)) * kVector<T>;
 }
 
-// Takes the mask token out of logits, which the one thread that has it does; the same result in all threads: its logit.
+// Removes the mask token from the logits and returns its logit in all threads. `take` does so in the thread that holds it.
 template <class F>
 __device__ __forceinline__ float without_mask(int mask_token, int chunk, F take) {
   __shared__ float mask;
-  if (mask_token / kChunk != chunk) return -INFINITY;  // nobody here has it
+  if (mask_token / kChunk != chunk) return -INFINITY;  // not in this chunk
   if (threadIdx.x == 0) mask = -INFINITY;
   __syncthreads();
   take(&mask);
@@ -99,15 +98,15 @@ __device__ __forceinline__ float without_mask(int mask_token, int chunk, F take)
   return mask;
 }
 
-// Phase 1, plain: argmax and sum, from registers. A logit costs its unpacking, one maximum, and a multiplication, an
-// exponential and an addition; which token the maximum is of is looked for by the threads that have it. NaN and plus infinity
-// are dealt with when they show: maxima ignore NaN, sums do not.
+// Phase 1, plain form: argmax and sum, from registers. A logit costs its unpacking, one maximum, and a multiplication, an
+// exponential and an addition. Only threads that hold the maximum search for its token. NaN and plus infinity are handled on
+// demand: maxima ignore NaN, sums do not, and a sum that is not finite repeats the loop with sanitized logits.
 template <class T>
 __device__ __forceinline__ Partial score_plain(const dllm_unmask_params& p, const dllm_unmask_row& row, int chunk) {
   constexpr int kVectors = kPerThread / kVector<T>;
   const T* logits_row = at<const T>(p.logits, int64_t(row.logits_row) * p.logits_stride);
   uint4 bits[kVectors];
-  load_all(logits_row, first_token<T>(chunk, 0), kThreads * kVector<T>, p.vocab_size, bits);
+  load_vectors(logits_row, first_token<T>(chunk, 0), kThreads * kVector<T>, p.vocab_size, bits);
   Vector<T> logits[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; v++) logits[v] = Vector<T>::unpack(bits[v]);
@@ -143,7 +142,7 @@ __device__ __forceinline__ Partial score_plain(const dllm_unmask_params& p, cons
 #pragma unroll
     for (int v = 0; v < kVectors; v++) {
 #pragma unroll
-      for (int j = 0; j < kVector<T>; j++) sum += exp_of(logits[v].x[j] - reference);
+      for (int j = 0; j < kVector<T>; j++) sum += exp_approx(logits[v].x[j] - reference);
     }
     int token = 0x7fffffff;
     if (own == max && max > -INFINITY) {
@@ -162,23 +161,23 @@ __device__ __forceinline__ Partial score_plain(const dllm_unmask_params& p, cons
   return partial;
 }
 
-// Phase 1, general: also guidance, a cut, draws, margin and entropy. That is more than registers hold: the logits lie in
-// shared memory, each thread's own for itself.
+// Phase 1, general form: also guidance, min_logit, draws, margin and entropy. Registers do not suffice: each thread keeps its
+// logits in shared memory.
 template <class T>
-__device__ __forceinline__ Partial score_general(const dllm_unmask_params& p, const dllm_unmask_row& row, float min_logit, int chunk,
-                                                 float* shared) {
+__device__ __forceinline__ Partial score_general(const dllm_unmask_params& p, const dllm_unmask_row& row, float min_logit,
+                                                 int chunk, float* shared) {
   constexpr int kVec = kVector<T>;
   float* logits = shared + threadIdx.x;  // logits[i * kThreads]
   const auto token_of = [&](int i) { return first_token<T>(chunk, i / kVec) + i % kVec; };
 
-  // Sixty-four bytes a thread under way at a time.
+  // 64 bytes per thread in flight.
   constexpr int kBatch = 4, kStep = kThreads * kVec;
   const int64_t offset = int64_t(row.logits_row) * p.logits_stride;
   const auto each = [&](uint64_t from, auto put) {
 #pragma unroll 1
     for (int batch = 0; batch < kPerThread / kVec; batch += kBatch) {
       uint4 bits[kBatch];
-      load_all(at<const T>(from, offset), first_token<T>(chunk, batch), kStep, p.vocab_size, bits);
+      load_vectors(at<const T>(from, offset), first_token<T>(chunk, batch), kStep, p.vocab_size, bits);
 #pragma unroll
       for (int v = 0; v < kBatch; v++) {
         const Vector<T> vector = Vector<T>::unpack(bits[v]);
@@ -223,7 +222,7 @@ __device__ __forceinline__ Partial score_general(const dllm_unmask_params& p, co
   for (int i = 0; i < kPerThread; i++) {
     const float logit = logits[i * kThreads];
     const float x = (logit - reference) * scale;
-    const float weight = exp_of(x);
+    const float weight = exp_approx(x);
     sum += weight;
     if (weight > 0.f) moment += weight * x;
     if (token_of(i) != partial.token) second = fmaxf(second, logit);
@@ -239,7 +238,7 @@ __device__ __forceinline__ Partial score_general(const dllm_unmask_params& p, co
     int drawn = 0;
     for (int i = 0; i < kPerThread; i++) {
       const float logit = logits[i * kThreads];
-      // No noise exceeds 37: -ln(-ln(1 - 2^-53)).
+      // Noise is at most -ln(-ln(1 - 2^-53)) < 37.
       if (!(logit + p.temperature * 37.f > noised)) continue;
       const float value = logit + p.temperature * gumbel(philox(p.seed, kToken, step, row.position, token_of(i)));
       if (value > noised) {
@@ -254,7 +253,7 @@ __device__ __forceinline__ Partial score_general(const dllm_unmask_params& p, co
   return partial;
 }
 
-// Of two sets of logits, that of both; the same whichever comes first.
+// Statistics of the union of two sets of logits; symmetric in a and b.
 template <bool kGeneral>
 __device__ __forceinline__ Partial merged(const Partial& a, const Partial& b, float scale) {
   const bool a_first = ranked(a.max, a.token) > ranked(b.max, b.token);
@@ -263,7 +262,7 @@ __device__ __forceinline__ Partial merged(const Partial& a, const Partial& b, fl
   high.mask = fmaxf(high.mask, low.mask);
   if (low.sum > 0.f) {
     const float x = (low.max - high.max) * scale;
-    const float weight = exp_of(x);
+    const float weight = exp_approx(x);
     high.sum += weight * low.sum;
     if (kGeneral && weight > 0.f) high.moment += weight * (low.moment + x * low.sum);
   }
@@ -292,7 +291,7 @@ __device__ __forceinline__ Partial shuffled(const Partial& a, int lanes) {
 
 __device__ __forceinline__ Partial load_partial(const Partial* from) {
   const uint4* words = reinterpret_cast<const uint4*>(from);
-  const uint4 halves[2] = {load_shared_by_blocks(words), load_shared_by_blocks(words + 1)};
+  const uint4 halves[2] = {load_from_other_block(words), load_from_other_block(words + 1)};
   Partial partial;
   memcpy(&partial, halves, sizeof partial);
   return partial;
@@ -313,7 +312,7 @@ __device__ __forceinline__ Result merge_row(const dllm_unmask_params& p, const d
   const bool mask_wins = ranked(all.mask, p.mask_token) > ranked(all.max, all.token);
   if (!mask_wins && all.mask > -INFINITY) {
     const float x = (all.mask - all.max) * scale;
-    const float weight = exp_of(x);
+    const float weight = exp_approx(x);
     all.sum += weight;
     if (kGeneral && weight > 0.f) all.moment += weight * x;
     all.second = fmaxf(all.second, all.mask);
@@ -325,14 +324,14 @@ __device__ __forceinline__ Result merge_row(const dllm_unmask_params& p, const d
   switch (p.confidence_kind) {
     case DLLM_CONFIDENCE_PROBABILITY: {
       const float logit = draws ? logit_at<T>(p, row.logits_row, result.token, min_logit) : all.max;
-      result.confidence = exp_of((logit - all.max) * scale) / all.sum;
+      result.confidence = exp_approx((logit - all.max) * scale) / all.sum;
       break;
     }
     case DLLM_CONFIDENCE_MARGIN:
-      result.confidence = (1.f - exp_of((all.second - all.max) * scale)) / all.sum;
+      result.confidence = (1.f - exp_approx((all.second - all.max) * scale)) / all.sum;
       break;
     case DLLM_CONFIDENCE_ENTROPY:
-      // sum p ln p. The originals add 1e-10 inside the logarithm, which is worth vocab_size * 1e-10 at the most.
+      // sum p ln p. The reference implementations add 1e-10 inside the logarithm, which changes at most vocab_size * 1e-10.
       result.confidence = all.moment / all.sum - logf(all.sum);
       break;
     default: {
@@ -343,10 +342,11 @@ __device__ __forceinline__ Result merge_row(const dllm_unmask_params& p, const d
   return result;
 }
 
-// Fast-dLLM's factor rule: how many of `n` to take, keys being their confidences. The bounds 1 - factor / (j + 2) grow and
-// sorted confidences fall, so that the j-th is the first to fail its bound exactly if at most j reach it: no sorting.
+// Fast-dLLM's factor rule: number of the `n` candidates to commit, with their confidences in the keys. The bounds
+// 1 - factor / (j + 2) increase and sorted confidences decrease. So the j-th is the first to fail its bound exactly if at most
+// j candidates reach that bound, and no sorting is needed.
 __device__ __forceinline__ int count_by_factor(const uint64_t* keys, int rows, int n, float factor) {
-  int low = 1, high = n;  // the first to fail is in low..=high, n is none; the best never fails
+  int low = 1, high = n;  // the first to fail is in low..=high, n if none fails; the best never fails
   while (low < high) {
     const int middle = (low + high) / 2;
     int reach = 0;
@@ -358,13 +358,13 @@ __device__ __forceinline__ int count_by_factor(const uint64_t* keys, int rows, i
       low = middle + 1;
     }
   }
-  // The scan of the original, quirk included: when only the last one fails, it is taken all the same.
+  // As in the reference implementation: when only the last one fails, it is committed as well.
   int count = min(low, n - 1);
   if (count == 0 || count == n - 1) count++;
   return min(count, n);
 }
 
-// Phase 3: the whole block, for the sequence that owns rows first .. first + rows.
+// Phase 3, the whole block: selects and commits for the sequence that owns rows first .. first + rows.
 __device__ void select_and_commit(const dllm_unmask_params& p, const Workspace& workspace, int sequence, int first, int rows,
                                   uint64_t* shared_keys) {
   uint64_t* keys = rows <= kSharedKeys ? shared_keys : workspace.keys + first;
@@ -374,11 +374,11 @@ __device__ void select_and_commit(const dllm_unmask_params& p, const Workspace& 
   const uint32_t step = p.steps ? at<const int32_t>(p.steps)[sequence] : 0;
   const int quota = p.quota ? at<const int32_t>(p.quota)[sequence] : 0x7fffffff;
 
-  // Keys: 0 for rows that are not to be committed whatever happens.
+  // Keys: 0 for rows that are not candidates.
   int eligible = 0, reach = 0, failed = 0x7fffffff, bad = 0;
   uint64_t best = 0;
   for (int i = threadIdx.x; i < rows; i += kThreads) {
-    const Result result{load_shared_by_blocks(&results[i].confidence), load_shared_by_blocks(&results[i].token)};
+    const Result result{load_from_other_block(&results[i].confidence), load_from_other_block(&results[i].token)};
     const int position = table[i].position;
     uint64_t key = 0;
     if (result.token >= 0 && position < before) {
@@ -399,7 +399,7 @@ __device__ void select_and_commit(const dllm_unmask_params& p, const Workspace& 
   bad = block_reduce<kThreads>(bad, 0, Sum());
 
   int count = max(0, min(quota, eligible));
-  uint64_t bound = 0;  // exactly `count` keys reach it; 0: to be found
+  uint64_t bound = 0;  // exactly `count` keys reach it; 0: not known yet
   if (p.policy == DLLM_POLICY_THRESHOLD && count > 0) {
     reach = block_reduce<kThreads>(reach, 0, Sum());
     if (reach > 0 && reach <= count) bound = uint64_t(ordered(p.threshold)) << 32;
@@ -415,9 +415,9 @@ __device__ void select_and_commit(const dllm_unmask_params& p, const Workspace& 
     if (bound == 0) bound = kth_largest(keys, rows, count);
     for (int i = threadIdx.x; i < rows; i += kThreads) {
       const int token = table[i].token;
-      // Only a table that contradicts itself has a key for a token that is not there.
+      // Only an inconsistent table has a key for a token out of range.
       if (keys[i] >= bound && token >= 0 && token < p.num_tokens) {
-        at<int32_t>(p.tokens)[token] = load_shared_by_blocks(&results[i].token);
+        at<int32_t>(p.tokens)[token] = load_from_other_block(&results[i].token);
       }
     }
   }
@@ -428,7 +428,7 @@ __device__ void select_and_commit(const dllm_unmask_params& p, const Workspace& 
   }
 }
 
-// Sequences without rows have no block of their own.
+// Writes the outputs of sequences without rows, which have no block.
 __device__ void clear_empty_sequences(const dllm_unmask_params& p) {
   const int32_t* cu_rows = at<const int32_t>(p.cu_rows);
   for (int s = threadIdx.x; s < p.num_sequences; s += kThreads) {
@@ -445,7 +445,7 @@ __device__ __forceinline__ void unmask(const dllm_unmask_params& p) {
   __shared__ __align__(16) unsigned char shared[kGeneral ? kChunk * sizeof(float) : kSharedKeys * sizeof(uint64_t)];
   const int row_index = blockIdx.y, chunk = blockIdx.x;
   const int32_t* cu_rows = at<const int32_t>(p.cu_rows);
-  const uint4 row_bits = at<const uint4>(p.rows)[row_index];  // under way while cu_rows is
+  const uint4 row_bits = at<const uint4>(p.rows)[row_index];  // in flight together with cu_rows
   if (row_index == 0 && chunk == 0 && (p.num_sequences > 1 || cu_rows[1] <= 0)) clear_empty_sequences(p);
   if (row_index >= cu_rows[p.num_sequences]) return;
   dllm_unmask_row row;
@@ -487,10 +487,10 @@ __device__ __forceinline__ void unmask(const dllm_unmask_params& p) {
 
 }  // namespace
 
-#define UNMASK(name, T, general)                                                                  \
+#define UNMASK(name, T, general)                                                                     \
   extern "C" __global__ void __launch_bounds__(kThreads, 4) name(DLLM_PARAMS dllm_unmask_params p) { \
-    unmask<T, general>(p);                                                                        \
-  }                                                                                               \
+    unmask<T, general>(p);                                                                           \
+  }                                                                                                  \
   SOFTGPU_KERNEL(name)
 
 UNMASK(unmask_bf16, __nv_bfloat16, false)

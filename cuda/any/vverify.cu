@@ -1,15 +1,16 @@
-// vverify: which rows of V turned most since the previous step (dLLM-Cache section 3.3); src/ops/vverify.rs.
+// vverify: selects the rows of V that changed most since the previous step (dLLM-Cache section 3.3). Launch:
+// src/ops/vverify.rs.
 //
 // grid    (max_rows). A block compares one row.
 // block   256 threads
 // phases  1. each block: cosine of its fresh and its cached row            -> similarity, in the workspace
 //         2. the last row of a sequence selects the floor(n * ratio) lowest and lists them in order
-// shared  8 KiB of keys for phase 2, and the reductions' 1 KiB
-// bytes   2 * width * sizeof(element) a row, 3 with update_cached; lists are next to nothing
-// bound   by memory bandwidth
+// shared  8 KiB of keys in phase 2, and 1 KiB for reductions
+// bytes   2 * width * sizeof(element) per row, 3 with update_cached; the lists are negligible
+// bound   memory bandwidth
 //
-// Sums are f32 over at most width / 256 elements a thread, then over a tree: a cosine is good to about 3e-7, so rows that
-// turned less than that from each other may change places with the oracle's.
+// Sums are f32, over at most width / 256 elements per thread, then over a tree. A cosine is accurate to about 3e-7, so the
+// order of rows whose cosines differ by less may differ from the reference.
 #include "memory.cuh"
 #include "reduce.cuh"
 #include "select.cuh"
@@ -18,11 +19,11 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kSharedKeys = 1024;
-constexpr float kEpsSquare = 1e-16f;  // a vector's square is at least this: guards the division for zero vectors
+constexpr float kEpsSquare = 1e-16f;  // minimum square of a vector: guards the division for zero vectors
 static_assert(kThreads == kBuckets, "phase 2 selects with the whole block");
 
-// The workspace is an array of these, as many as there are rows or sequences. Counters are zero when a launch ends, and lie
-// in the same places whatever its shape, so that launches of all shapes may use the same workspace in turn.
+// Element of the workspace, an array with one element for each row or sequence, whichever are more. Counters are zero when a
+// launch ends, at the same addresses for every shape, so that launches of all shapes can share a workspace.
 struct Slot {
   uint32_t counter;  // of sequence i: its rows that have been compared
   float similarity;  // of row i; written before it is read
@@ -30,8 +31,8 @@ struct Slot {
 
 __device__ __forceinline__ int num_selected(const dllm_vverify_params& p, int rows) { return int(double(rows) * p.ratio); }
 
-// A sequence: its rows first .. first + rows, and how many are selected before it. Its end is brought to between its
-// beginning and max_rows: so, whatever stands in cu_rows, no row has two sequences and no more are selected than there are.
+// A sequence: its rows first .. first + rows, and the number of rows selected in earlier sequences. Its end is clamped to
+// first .. max_rows. So, for any cu_rows, no row has two sequences and no more rows are selected than exist.
 struct Sequence {
   int index = -1, first = 0, rows = 0, selected_before = 0;
 
@@ -48,7 +49,7 @@ struct Sequence {
 
 template <class T>
 __device__ __forceinline__ float cosine(const T* fresh, T* cached, int width, bool update_cached) {
-  constexpr int kUnroll = 2, kStep = kThreads * kVector<T>;  // two vectors of each row under way before a store
+  constexpr int kUnroll = 2, kStep = kThreads * kVector<T>;  // two vectors of each row are in flight before a store
   float dot = 0.f, fresh_square = 0.f, cached_square = 0.f;
   for (int i = threadIdx.x * kVector<T>; i < width; i += kUnroll * kStep) {
     uint4 fresh_bits[kUnroll], cached_bits[kUnroll];
@@ -75,38 +76,38 @@ __device__ __forceinline__ float cosine(const T* fresh, T* cached, int width, bo
   dot = block_reduce<kThreads>(dot, 0.f, Sum());
   fresh_square = fmaxf(block_reduce<kThreads>(fresh_square, 0.f, Sum()), kEpsSquare);
   cached_square = fmaxf(block_reduce<kThreads>(cached_square, 0.f, Sum()), kEpsSquare);
-  // Not over the product of two roots: that is not always 1 for equal rows, and then rounding would select among them.
+  // Dividing by the product of two roots would not always give 1 for equal rows, and rounding would select among them.
   const float cosine = dot / fresh_square * sqrtf(fresh_square / cached_square);
   return cosine == cosine ? cosine : -INFINITY;
 }
 
-// The rows of a sequence, those that turned most largest; in shared memory as far as there is room.
+// Keys of the rows of a sequence; the largest belong to the rows that changed most. The first kSharedKeys are in shared memory.
 struct Keys {
   const Slot* slots;
   uint64_t* shared;
   int rows;
 
-  // 0 - x, for -x would tell 0 from -0.
+  // 0 - x, because -x would rank 0 and -0 differently.
   __device__ __forceinline__ uint64_t ranked_row(int i) const {
-    return ranked(0.f - load_shared_by_blocks(&slots[i].similarity), i);
+    return ranked(0.f - load_from_other_block(&slots[i].similarity), i);
   }
   __device__ __forceinline__ uint64_t operator[](int i) const { return rows <= kSharedKeys ? shared[i] : ranked_row(i); }
 };
 
-// Row `row` into element `place` of the output lists.
-__device__ __forceinline__ void list(const dllm_vverify_params& p, uint32_t place, int row) {
-  if (place >= uint32_t(p.num_listed ? p.num_listed : p.max_rows)) {
+// Writes row `row` to element `slot` of the output lists.
+__device__ __forceinline__ void append(const dllm_vverify_params& p, uint32_t slot, int row) {
+  if (slot >= uint32_t(p.num_listed ? p.num_listed : p.max_rows)) {
     if (p.failed) *at<int32_t>(p.failed) = DLLM_INDEX_FAILED;
     return;
   }
-  at<int32_t>(p.indices)[place] = row;
+  at<int32_t>(p.indices)[slot] = row;
 #pragma unroll
   for (int k = 0; k < 3; k++) {
-    if (p.tables[k]) at<int32_t>(p.selected[k])[place] = at<const int32_t>(p.tables[k])[row];
+    if (p.tables[k]) at<int32_t>(p.selected[k])[slot] = at<const int32_t>(p.tables[k])[row];
   }
 }
 
-// Phase 2, the whole block: of a sequence's rows those with the `count` lowest similarities, in order.
+// Phase 2, the whole block: lists the rows of a sequence with the `count` lowest similarities, in order.
 __device__ void select(const dllm_vverify_params& p, const Slot* slots, const Sequence& sequence, int count) {
   __shared__ uint64_t shared_keys[kSharedKeys];
   __shared__ int warp_total[kThreads / kWarp];
@@ -124,7 +125,7 @@ __device__ void select(const dllm_vverify_params& p, const Slot* slots, const Se
     const int i = tile + threadIdx.x;
     const bool selected = i < rows && keys[i] >= bound;
     const uint32_t lanes = __ballot_sync(kAllLanes, selected);
-    __syncthreads();  // the totals of the tile before have been read
+    __syncthreads();  // the totals of the previous tile have been read
     if (lane == 0) warp_total[warp] = __popc(lanes);
     __syncthreads();
     int before = written + __popc(lanes & ((1u << lane) - 1));
@@ -132,8 +133,8 @@ __device__ void select(const dllm_vverify_params& p, const Slot* slots, const Se
       if (w < warp) before += warp_total[w];
       written += warp_total[w];
     }
-    // Unsigned: a sum below 0, or past an int, is out of range.
-    if (selected) list(p, uint32_t(first_selected) + uint32_t(before), sequence.first + i);
+    // Unsigned, so that a sum below 0 or above INT_MAX is out of range.
+    if (selected) append(p, uint32_t(first_selected) + uint32_t(before), sequence.first + i);
   }
 }
 

@@ -1,21 +1,21 @@
-// Logits as unmask and cut read them: guided, without NaN, in pieces of 16 bytes.
+// Logits as unmask and top_k_top_p read them: with guidance, without NaN, in vectors of 16 bytes.
 #pragma once
 #include "memory.cuh"
 #include "ptx.cuh"
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-__device__ __forceinline__ float exp_of(float x) { return ex2_approx(x * kLog2e); }
+__device__ __forceinline__ float exp_approx(float x) { return ex2_approx(x * kLog2e); }
 
-// NaN counts as minus infinity, plus infinity as the largest finite value. (fmaxf takes the other of a NaN and a number.)
+// NaN becomes minus infinity, plus infinity the largest finite value. (fmaxf of a NaN and a number returns the number.)
 __device__ __forceinline__ float sanitized(float logit) { return fminf(fmaxf(logit, -INFINITY), FLT_MAX); }
 
-// u + (w + 1) (c - u), in the order of the originals, each operation rounded to f32.
+// u + (w + 1) (c - u), in the order of the reference implementations, each operation rounded to f32.
 __device__ __forceinline__ float guided(float conditional, float unconditional, float scale) {
   return __fadd_rn(unconditional, __fmul_rn(scale + 1.f, __fsub_rn(conditional, unconditional)));
 }
 
-// One logit. P is the parameters of an op that has logits, uncond_logits, logits_stride and cfg_scale.
+// One logit, with guidance. P: parameter struct with logits, uncond_logits, logits_stride and cfg_scale.
 template <class T, class P>
 __device__ __forceinline__ float logit_of(const P& p, int64_t row, int token) {
   const int64_t offset = row * p.logits_stride + token;
@@ -24,9 +24,9 @@ __device__ __forceinline__ float logit_of(const P& p, int64_t row, int token) {
   return sanitized(logit);
 }
 
-// kVector<T> logits from token `first` on, as they lie in memory; beyond the vocabulary, minus infinity.
+// kVector<T> logits from token `first` on, in their memory format; minus infinity past the end of the vocabulary.
 template <class T>
-__device__ __forceinline__ uint4 load_end(const T* row, int first, int vocab_size) {
+__device__ __forceinline__ uint4 load_tail(const T* row, int first, int vocab_size) {
   if (first + kVector<T> <= vocab_size) return *reinterpret_cast<const uint4*>(row + first);
   T t[kVector<T>];
 #pragma unroll
@@ -36,17 +36,17 @@ __device__ __forceinline__ uint4 load_end(const T* row, int first, int vocab_siz
   return bits;
 }
 
-// kVectors of them, `step` tokens apart, all under way before one is waited for.
+// kVectors vectors of logits, `step` tokens apart. All loads are issued before the first result is used.
 template <class T, int kVectors>
-__device__ __forceinline__ void load_all(const T* row, int first, int step, int vocab_size, uint4 (&bits)[kVectors]) {
+__device__ __forceinline__ void load_vectors(const T* row, int first, int step, int vocab_size, uint4 (&bits)[kVectors]) {
 #pragma unroll
   for (int v = 0; v < kVectors; v++) {
     bits[v] = make_uint4(0, 0, 0, 0);
     if (first + v * step + kVector<T> <= vocab_size) bits[v] = *reinterpret_cast<const uint4*>(row + first + v * step);
   }
-  // The end of the row: what is beyond it, and a vector that it cuts in two.
+  // Vectors past the end of the row, and the vector that contains it.
 #pragma unroll
   for (int v = 0; v < kVectors; v++) {
-    if (first + v * step + kVector<T> > vocab_size) bits[v] = load_end(row, first + v * step, vocab_size);
+    if (first + v * step + kVector<T> > vocab_size) bits[v] = load_tail(row, first + v * step, vocab_size);
   }
 }

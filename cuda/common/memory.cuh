@@ -1,10 +1,10 @@
-// Loads and stores of 16 bytes, element types, and what blocks tell each other through global memory.
+// Loads and stores of 16 bytes, element types, and communication between blocks through global memory.
 #pragma once
 #include <float.h>
 
 #include "kernel.cuh"
 
-// Sixteen bytes hold this many elements.
+// Number of elements in 16 bytes.
 template <class T>
 constexpr int kVector = 16 / int(sizeof(T));
 
@@ -21,7 +21,7 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { re
 template <>
 __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
 
-// x as element type T would hold it.
+// x, rounded to element type T.
 template <class T>
 __device__ __forceinline__ float rounded(float x) { return to_float(from_float<T>(x)); }
 
@@ -56,14 +56,14 @@ struct Vector {
   }
 };
 
-// How many of `max_rows` rows there are: what stands at `count`, if that is given.
+// Actual number of rows: *count clamped to max_rows, or max_rows without `count`.
 __device__ __forceinline__ int num_rows(uint64_t count, int max_rows) {
   return count ? max(0, min(*at<const int32_t>(count), max_rows)) : max_rows;
 }
 
-// Reads what another block of this launch has written: past the L1 cache, which is not coherent.
+// Loads a value that another block of this launch has stored. Bypasses the L1 cache, which is not coherent.
 template <class T>
-__device__ __forceinline__ T load_shared_by_blocks(const T* p) {
+__device__ __forceinline__ T load_from_other_block(const T* p) {
 #ifdef SOFTGPU
   return *p;
 #else
@@ -71,9 +71,9 @@ __device__ __forceinline__ T load_shared_by_blocks(const T* p) {
 #endif
 }
 
-// Counts the blocks (or rows) that have come this far; true in all threads of the last of `total`, which then sees what
-// the others wrote before. Leaves the counter at 0, so that a replayed graph finds it as this launch did.
-// All threads of a block must call it together. The barrier before makes one thread's fence speak for all of them.
+// Counts the blocks (or rows) that have called it. Returns true in all threads of the last of `total`, which then sees
+// everything that the others stored before. Resets the counter to 0, so that a graph can be replayed.
+// All threads of a block must call it together. The leading barrier makes one thread's fence cover the stores of all.
 __device__ __forceinline__ bool is_last(uint32_t* counter, uint32_t total) {
   __shared__ bool last;
   __syncthreads();
@@ -87,7 +87,7 @@ __device__ __forceinline__ bool is_last(uint32_t* counter, uint32_t total) {
   return last;
 }
 
-// Copies a row, 16 bytes a thread at a time, four loads under way before the first store.
+// Copies a row, 16 bytes per thread at a time; four loads are in flight before the first store.
 template <int kThreads>
 __device__ __forceinline__ void copy_row(const uint4* from, uint4* to, int vectors) {
   constexpr int kUnroll = 4;

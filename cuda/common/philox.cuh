@@ -1,12 +1,12 @@
-// Philox 4x32-10 (Salmon et al., SC 2011). A number is a function of (seed, purpose, step, position, token) and of nothing
-// else, the same as on the CPU.
+// Philox 4x32-10 (Salmon et al., SC 2011). A random number is a function of (seed, purpose, step, position, token) only,
+// the same on the CPU (src/sampling/philox.rs).
 #pragma once
 #include "kernel.cuh"
 
-// What a random number decides; part of the counter.
+// Use of a random number; a part of the counter.
 enum Purpose : uint32_t { kToken = 0, kConfidence = 1, kRank = 2 };
 
-// 53 random bits with the last one set: 2^53 times the middle of one of 2^52 equal parts of (0, 1).
+// 53 random bits, the lowest one set: 2^53 times the middle of one of 2^52 equal parts of (0, 1).
 __device__ __forceinline__ uint64_t philox(uint64_t seed, Purpose purpose, uint32_t step, uint32_t position, uint32_t token) {
   uint32_t c0 = token, c1 = position, c2 = step, c3 = purpose;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
@@ -29,8 +29,8 @@ constexpr float kTwoToMinus53 = 1.1102230246251565e-16f;
 // Uniform in (0, 1], correct to a relative 2^-24.
 __device__ __forceinline__ float uniform(uint64_t bits) { return float(bits) * kTwoToMinus53; }
 
-// Standard Gumbel noise, -ln(-ln u). Near u = 1 the inner logarithm is taken of 1 - u, of which no bit is lost: large
-// noise, which decides most draws, is as exact as small.
+// Standard Gumbel noise, -ln(-ln u). Near u = 1 the inner logarithm is computed from 1 - u, which is exact. So large noise,
+// which decides most draws, is as accurate as small noise.
 __device__ __forceinline__ float gumbel(uint64_t bits) {
   const bool high = bits >> 52;
   const uint64_t rest = (uint64_t(1) << 53) - bits;

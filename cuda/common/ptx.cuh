@@ -1,8 +1,8 @@
-// One function per PTX instruction that CUDA C++ has no name for, named after the instruction. Kernels have no `asm` of
-// their own. With SOFTGPU defined, the second branch of each runs on the host.
+// One function per PTX instruction that has no CUDA C++ intrinsic, named after the instruction; the only `asm` of cuda/.
+// Each has two branches: with SOFTGPU defined, the first runs on the host in the CUDA emulator.
 //
-// What needs sm_80: cp.async, ldmatrix (sm_75), mma.m16n8k16. See the PTX ISA manual, sections "Data movement and
-// conversion instructions: asynchronous copy" and "Warp-level matrix instructions".
+// Minimum architectures: cp.async and mma.m16n8k16 need sm_80, ldmatrix sm_75. See the PTX ISA manual, sections "Data
+// movement and conversion instructions: asynchronous copy" and "Warp-level matrix instructions".
 #pragma once
 #include <stdint.h>
 
@@ -10,7 +10,7 @@
 #include "softgpu.h"
 #else
 
-// The address of shared memory as the instructions take it.
+// Converts a pointer to an address in shared memory, the operand of the instructions below.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -19,10 +19,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // ---- Asynchronous copies, from global to shared memory
 //
-// Each copies `source_bytes` and fills the rest of its 4, 8 or 16 bytes with zeros; with 0 the source is not read, but
-// must be an aligned address all the same. Both addresses are multiples of the size.
-
-// 16 bytes past the L1 cache: cp.async.cg
+// Copies `source_bytes` and fills the rest of the 16 bytes with zeros. With 0 the source is not read, but must still be an
+// aligned address. Both addresses are multiples of 16. Bypasses the L1 cache: cp.async.cg
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int source_bytes = 16) {
 #ifdef SOFTGPU
     softgpu::cp_async(shared, global, 16, source_bytes);
@@ -33,29 +31,7 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, in
 #endif
 }
 
-// 8 bytes through the L1 cache: cp.async.ca
-__device__ __forceinline__ void cp_async_8(void* shared, const void* global, int source_bytes = 8) {
-#ifdef SOFTGPU
-    softgpu::cp_async(shared, global, 8, source_bytes);
-#else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(source_bytes)
-                 : "memory");
-#endif
-}
-
-// 4 bytes through the L1 cache: cp.async.ca
-__device__ __forceinline__ void cp_async_4(void* shared, const void* global, int source_bytes = 4) {
-#ifdef SOFTGPU
-    softgpu::cp_async(shared, global, 4, source_bytes);
-#else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(source_bytes)
-                 : "memory");
-#endif
-}
-
-// Closes a group of the copies that this thread issued since the last one.
+// Closes a group: all copies that this thread issued since the previous group.
 __device__ __forceinline__ void cp_async_commit_group() {
 #ifdef SOFTGPU
     softgpu::cp_async_commit_group();
@@ -64,7 +40,7 @@ __device__ __forceinline__ void cp_async_commit_group() {
 #endif
 }
 
-// Waits until at most `kPending` of this thread's groups are in flight. Other threads see the data after a barrier.
+// Waits until at most kPending of this thread's groups are in flight. Other threads see the data after a barrier.
 template <int kPending> __device__ __forceinline__ void cp_async_wait_group() {
 #ifdef SOFTGPU
     softgpu::cp_async_wait_group(kPending);
@@ -84,31 +60,8 @@ __device__ __forceinline__ void cp_async_wait_all() {
 
 // ---- ldmatrix: 8 x 8 matrices of 16-bit elements from shared memory
 //
-// Lane 8 * m + r passes the address of row r of matrix m, 16 bytes at a multiple of 16; addresses of lanes past the
-// last matrix are not used. Register m then holds, of matrix m, row lane / 4 and columns lane % 4 * 2 and the next;
-// with _trans, of its transpose. All 32 lanes take part.
-
-__device__ __forceinline__ void ldmatrix_x1(uint32_t (&r)[1], const void* row) {
-#ifdef SOFTGPU
-    softgpu::ldmatrix(r, 1, false, row);
-#else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
-                 : "=r"(r[0])
-                 : "r"(shared_address(row))
-                 : "memory");
-#endif
-}
-
-__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
-#ifdef SOFTGPU
-    softgpu::ldmatrix(r, 2, false, row);
-#else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(shared_address(row))
-                 : "memory");
-#endif
-}
+// Lane 8 * m + r passes the address of row r of matrix m: 16 bytes, at a multiple of 16. Register m then holds row lane / 4,
+// columns lane % 4 * 2 and the next, of matrix m; with _trans, of its transpose. All 32 lanes take part.
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 #ifdef SOFTGPU
@@ -116,28 +69,6 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 #else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-#endif
-}
-
-__device__ __forceinline__ void ldmatrix_x1_trans(uint32_t (&r)[1], const void* row) {
-#ifdef SOFTGPU
-    softgpu::ldmatrix(r, 1, true, row);
-#else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
-                 : "=r"(r[0])
-                 : "r"(shared_address(row))
-                 : "memory");
-#endif
-}
-
-__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
-#ifdef SOFTGPU
-    softgpu::ldmatrix(r, 2, true, row);
-#else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
                  : "r"(shared_address(row))
                  : "memory");
 #endif
@@ -154,7 +85,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
 #endif
 }
 
-// ---- mma: d += a * b, with a of 16 x 16 elements, b of 16 x 8, d of 16 x 8 floats, spread over the lanes of a warp
+// ---- mma: d += a * b, with a of 16 x 16 elements, b of 16 x 8, d of 16 x 8 floats, distributed over the lanes of a warp
 //
 // Register r of a: row lane / 4 + 8 * (r % 2), columns lane % 4 * 2 + 8 * (r / 2) and the next.
 // Register r of b: rows lane % 4 * 2 + 8 * r and the next, of column lane / 4.
@@ -184,48 +115,9 @@ __device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (
 #endif
 }
 
-// ---- Loads and stores of 16 bytes that are used once
+// ---- Stores to memory that the host reads
 
-// Read-only for the whole kernel, and not kept in the L1 cache: ld.global.nc.L1::no_allocate
-__device__ __forceinline__ uint4 ld_global_nc_16(const void* global) {
-#ifdef SOFTGPU
-    return *static_cast<const uint4*>(global);
-#else
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(global));
-    return v;
-#endif
-}
-
-// First to be evicted: ld.global.cs
-__device__ __forceinline__ uint4 ld_global_cs_16(const void* global) {
-#ifdef SOFTGPU
-    return *static_cast<const uint4*>(global);
-#else
-    uint4 v;
-    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(global)
-                 : "memory");
-    return v;
-#endif
-}
-
-// First to be evicted: st.global.cs
-__device__ __forceinline__ void st_global_cs_16(void* global, uint4 v) {
-#ifdef SOFTGPU
-    *static_cast<uint4*>(global) = v;
-#else
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
-#endif
-}
-
-// ---- Stores that the host sees
-
-// One word, whole; before a fence for the whole system it says nothing about what was stored before: st.relaxed.sys
+// Atomic store of one 32-bit value, without ordering. A system-wide fence before it orders earlier stores: st.relaxed.sys
 __device__ __forceinline__ void st_relaxed_sys(int32_t* global, int32_t v) {
 #ifdef SOFTGPU
     __atomic_store_n(global, v, __ATOMIC_RELAXED);
@@ -236,7 +128,7 @@ __device__ __forceinline__ void st_relaxed_sys(int32_t* global, int32_t v) {
 
 // ---- Arithmetic
 
-// 2^x to about 22 bits; results and arguments too small for a normal float become 0: ex2.approx.ftz.f32
+// 2^x to about 22 bits; subnormal arguments and results are flushed to 0: ex2.approx.ftz.f32
 __device__ __forceinline__ float ex2_approx(float x) {
 #ifdef SOFTGPU
     const float y = exp2f(x);

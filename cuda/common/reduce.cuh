@@ -1,24 +1,24 @@
-// Reductions over a block, in an order that depends on the block's size only, and the order of floats as integers.
+// Reductions over a block, in an order that depends on the block size only, and an order-preserving map of floats to integers.
 #pragma once
 #include "kernel.cuh"
 
 constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// Orders floats as unsigned integers, minus infinity lowest; no NaN, please. Every result is above 0.
+// Maps a float to an unsigned integer that preserves the order; minus infinity is lowest. x must not be NaN. Results exceed 0.
 __device__ __forceinline__ uint32_t ordered(float x) {
   const uint32_t bits = __float_as_uint(x);
   return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
 }
-__device__ __forceinline__ float unordered(uint32_t key) {
+__device__ __forceinline__ float from_ordered(uint32_t key) {
   return __uint_as_float(key ^ (key >> 31 ? 0x80000000u : 0xffffffffu));
 }
 
-// Larger values first, then lower indices.
+// Key of (value, index): larger values rank higher, then lower indices.
 __device__ __forceinline__ uint64_t ranked(float value, int index) {
   return uint64_t(ordered(value)) << 32 | (0xffffffffu - uint32_t(index));
 }
-__device__ __forceinline__ float rank_value(uint64_t key) { return unordered(uint32_t(key >> 32)); }
+__device__ __forceinline__ float rank_value(uint64_t key) { return from_ordered(uint32_t(key >> 32)); }
 __device__ __forceinline__ int rank_index(uint64_t key) { return int(0xffffffffu - uint32_t(key)); }
 
 struct Sum {
@@ -30,7 +30,7 @@ struct Max {
   __device__ __forceinline__ T operator()(T a, T b) const { return a > b ? a : b; }
 };
 
-// A sum and the lowest of some indices, in one 64-bit word, so that both are reduced at once.
+// A sum and a lowest index in one 64-bit word, so that one reduction computes both.
 __device__ __forceinline__ uint64_t sum_and_index(float sum, int index) {
   return uint64_t(__float_as_uint(sum)) << 32 | uint32_t(index);
 }
@@ -49,14 +49,14 @@ __device__ __forceinline__ T warp_reduce(T x, F f) {
   return x;
 }
 
-// The result in every thread. All threads of the block must call it together; `zero` changes nothing in f.
+// Returns the result in every thread. All threads of the block must call it together. `zero` is the identity of f.
 template <int kThreads, class T, class F>
 __device__ __forceinline__ T block_reduce(T x, T zero, F f) {
   constexpr int kWarps = kThreads / kWarp;
   static_assert(kThreads % kWarp == 0 && kWarps <= kWarp, "one warp reduces the warps' results");
   __shared__ T results[kWarps];
   x = warp_reduce(x, f);
-  __syncthreads();  // the results of the call before have been read
+  __syncthreads();  // the results of the previous call have been read
   if (threadIdx.x % kWarp == 0) results[threadIdx.x / kWarp] = x;
   __syncthreads();
   const int lane = threadIdx.x % kWarp;

@@ -1,14 +1,14 @@
-// The k largest of n keys, by one block.
+// Selection of the k largest of n keys by one block: radix select.
 #pragma once
 #include "memory.cuh"
 #include "reduce.cuh"
 
-// The digits of a radix selection: 8 bits.
+// Buckets of one radix digit: 8 bits.
 constexpr int kBuckets = 256;
 
-// Finds, from the largest bucket down, the one in which the k-th largest (k from 1) element lies, given how much each
-// bucket holds; `above` is what the buckets over it hold. All threads of the block (256 or more) must call it together,
-// the first 256 with the content of bucket threadIdx.x. Not all of the contents may be zero, nor their sum below k.
+// Finds the bucket that contains the k-th largest element (k from 1), given the content of each bucket; `above` is the sum
+// of the contents of all higher buckets. All threads of the block (256 or more) must call it together, the first 256 with
+// the content of bucket threadIdx.x. The sum of the contents must be at least k and not zero.
 template <class T>
 struct Bucket {
   int digit;
@@ -20,14 +20,14 @@ __device__ __forceinline__ Bucket<T> find_bucket(T content, T k) {
   __shared__ T warp_total[kWarps];
   __shared__ Bucket<T> found;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  // Contents of this bucket and of those above, within the warp.
+  // Sum of the contents of this bucket and of higher ones in the warp.
   T sum = content;
 #pragma unroll
   for (int lanes = 1; lanes < kWarp; lanes *= 2) {
     const T other = __shfl_down_sync(kAllLanes, sum, lanes);
     if (lane + lanes < kWarp) sum += other;
   }
-  __syncthreads();  // the result of the call before has been read
+  __syncthreads();  // the result of the previous call has been read
   if (lane == 0 && warp < kWarps) warp_total[warp] = sum;
   __syncthreads();
   T above = sum - content;
@@ -37,9 +37,9 @@ __device__ __forceinline__ Bucket<T> find_bucket(T content, T k) {
   return found;
 }
 
-// A bound that exactly k of the n keys reach, 1 <= k <= n, all keys different from each other (but for zeros, of which
-// there may be any number beyond the k). All threads of the block, which has 256, must call it together; the same result
-// in every one. `keys[i]` is a uint64_t: an array, or something that makes them when they are asked for.
+// Returns a bound that exactly k of the n keys reach, 1 <= k <= n; the same in all threads. Keys must be distinct, except
+// for any number of zeros that are not among the k largest. All threads of the block, which has 256, must call it together.
+// `keys[i]` is a uint64_t: an array, or an object that computes keys on request.
 template <class Keys>
 __device__ __forceinline__ uint64_t kth_largest(const Keys& keys, int n, int k) {
   __shared__ int histogram[kBuckets];

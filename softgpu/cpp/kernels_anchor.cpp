@@ -1,4 +1,4 @@
-// Linked into the library of kernels: lets the device find the thread-local block that holds all its __shared__ arrays.
+// Part of the library of kernels: lets the emulator find the thread-local block that holds all its __shared__ arrays.
 #include "softgpu.h"
 
 static void* shared_anchor() {

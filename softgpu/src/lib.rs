@@ -1,5 +1,5 @@
-//! A CUDA device in software, for tests: a driver and a cuBLASLt that run kernels on the host, loaded in place of the
-//! real ones. See the README for what it checks and what it cannot show.
+//! CUDA emulator for tests: a driver and a cuBLASLt that run kernels on the host, loaded in place of the real ones. The
+//! README lists the checks that it makes and its limits.
 //!
 //! ```no_run
 //! use softgpu::Opt;
@@ -10,54 +10,52 @@
 //! assert_eq!(softgpu::report(), "");
 //! ```
 
-/// Whether this target has the device: Linux on x86-64. Elsewhere [`install`] panics and [`active`] is false.
+/// Whether the emulator supports this target: Linux on x86-64. Elsewhere [`install`] panics and [`active`] is false.
 pub const SUPPORTED: bool = cfg!(softgpu_supported);
 
-/// What can be set or read with [`set`] and [`get`].
+/// Options and counters, for [`set`] and [`get`].
 ///
-/// Options of a thread hold for the calls that this thread makes, so that tests in parallel do not disturb each other.
-/// Options of the process are best left to test files that have the process to themselves.
+/// Options of a thread hold for the calls of that thread, so that parallel tests do not disturb each other. Options of the
+/// process belong in test files whose tests share them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
 pub enum Opt {
-    /// Thread. The order in which blocks, warps and lanes take turns; 0 is the natural order. Every thread starts with
-    /// `SOFTGPU_SEED`, or 0.
+    /// Thread. Seed of the order of blocks, warps and lanes; 0 is the natural order. Initially `SOFTGPU_SEED`, or 0.
     Seed = 0,
-    /// Thread. How many allocations succeed before one fails with out-of-memory; it counts down, and negative means
-    /// that none fails.
+    /// Thread. Number of allocations that succeed before one fails with out-of-memory; counts down. Negative: none fails.
     FailAlloc = 1,
-    /// Thread. 1: fresh memory, and shared memory at the start of each block, is filled with 0xff bytes (NaN, -1).
+    /// Thread. 1: fresh memory, and shared memory at the start of each block, is filled with bytes 0xff (NaN, -1).
     Poison = 2,
-    /// Thread. Alignment of device memory in bytes; 16 at the start. The smaller, the closer the page that faults.
+    /// Thread. Alignment of device memory in bytes, initially 16. A smaller one puts allocations closer to the guard page.
     Align = 3,
-    /// Thread. 1: an allocation ends where a page that faults begins. 0: it begins at the beginning of a page.
+    /// Thread. 1: an allocation ends at a guard page. 0: it starts at the start of a page.
     Guard = 4,
-    /// Thread. 1: what goes into the report is not printed as well.
+    /// Thread. 1: lines of the report are not printed to stderr.
     Quiet = 5,
-    /// Thread, a counter. Kernels run, those of graphs included. In lazy mode they count for the thread that waits.
+    /// Thread, counter. Kernels run, including those of graphs. In lazy mode they count for the thread that waits.
     Launches = 6,
-    /// Thread, a counter. Calls in which the host waits for the device: synchronisation, copies without a stream,
-    /// downloads into memory that is not pinned, `cuMemFree`.
+    /// Thread, counter. Calls in which the host waits for the device: synchronisation, copies without a stream, downloads to
+    /// memory that is not pinned, `cuMemFree`.
     BlockingCalls = 7,
-    /// Process. 1: work on streams is put off until somebody waits for it. From `SOFTGPU_LAZY`, or 0.
+    /// Process. 1: work on streams is deferred until the host waits for it. Initially `SOFTGPU_LAZY`, or 0.
     Lazy = 8,
-    /// Process. Compute capability, 90 for 9.0. From `SOFTGPU_CC` (written `9.0`), or 90.
+    /// Process. Compute capability, 90 for 9.0. Initially `SOFTGPU_CC` (written `9.0`), or 90.
     ComputeCapability = 9,
-    /// Process. Memory of the device in bytes; 8 GiB at the start.
+    /// Process. Memory of the device in bytes, initially 8 GiB.
     TotalMemory = 10,
-    /// Process. Newest PTX version that the driver takes, 90 for 9.0.
+    /// Process. Newest PTX version that the driver accepts, 90 for 9.0.
     MaxPtx = 11,
-    /// Process, a counter. Bytes of device memory in use.
+    /// Process, counter. Bytes of device memory in use.
     UsedMemory = 12,
-    /// Process, a counter. Allocations of device memory that were not freed.
+    /// Process, counter. Allocations of device memory that were not freed.
     LiveAllocations = 13,
-    /// Thread. How many kernels run before one fails with an illegal address, those of graphs included; it counts down, and
-    /// negative means that none fails. In lazy mode the thread that waits counts.
+    /// Thread. Number of kernels, including those of graphs, that run before one fails with an illegal address; counts down.
+    /// Negative: none fails. In lazy mode kernels count for the thread that waits.
     FailKernel = 14,
-    /// Thread, a counter. Calls that launch a kernel, those that are recorded included, those of graphs not.
+    /// Thread, counter. Calls that launch a kernel, including captured ones, without replays of graphs.
     LaunchCalls = 15,
-    /// Process. How many multiprocessors the device says it has; 132 at the start. Attention is cut into fewer parts, which takes
-    /// less time here, where there are few.
+    /// Process. Number of multiprocessors that the device reports, initially 132. With fewer, attention uses fewer splits and
+    /// takes less time here.
     Multiprocessors = 16,
 }
 
@@ -67,7 +65,7 @@ use std::process::Command;
 #[cfg(softgpu_supported)]
 mod loaded;
 
-/// Makes the software device the one of this process. Must run before the first CUDA call; later calls do nothing.
+/// Makes the CUDA emulator the device of this process. Must run before the first CUDA call; later calls do nothing.
 ///
 /// # Panics
 ///
@@ -76,10 +74,10 @@ pub fn install() {
     #[cfg(softgpu_supported)]
     loaded::device();
     #[cfg(not(softgpu_supported))]
-    panic!("the software device needs Linux on x86-64");
+    panic!("the CUDA emulator needs Linux on x86-64");
 }
 
-/// Whether the software device is the one of this process, that is, whether [`install`] was called.
+/// Whether the CUDA emulator is the device of this process, that is, whether [`install`] was called.
 pub fn active() -> bool {
     #[cfg(softgpu_supported)]
     return loaded::is_installed();
@@ -87,23 +85,23 @@ pub fn active() -> bool {
     return false;
 }
 
-/// Sets an option, or sets a counter to a value to count on from. Installs the device if it is not yet.
+/// Sets an option, or the current value of a counter. Installs the emulator if necessary.
 pub fn set(option: Opt, value: i64) {
     #[cfg(softgpu_supported)]
     loaded::device().set(option, value);
     #[cfg(not(softgpu_supported))]
-    panic!("there is no software device to set {option:?} to {value}");
+    panic!("cannot set {option:?} to {value}: the CUDA emulator needs Linux on x86-64");
 }
 
-/// The value of an option or a counter. Installs the device if it is not yet.
+/// Returns the value of an option or a counter. Installs the emulator if necessary.
 pub fn get(option: Opt) -> i64 {
     #[cfg(softgpu_supported)]
     return loaded::device().get(option);
     #[cfg(not(softgpu_supported))]
-    panic!("there is no software device to ask for {option:?}");
+    panic!("cannot read {option:?}: the CUDA emulator needs Linux on x86-64");
 }
 
-/// Takes what the device found wrong in the calls of this thread since the last time: one line each, or nothing.
+/// Takes the report of this thread: one line per problem found in its calls since the last report; empty if there is none.
 pub fn report() -> String {
     #[cfg(softgpu_supported)]
     return loaded::device().report();
@@ -111,10 +109,11 @@ pub fn report() -> String {
     return String::new();
 }
 
-/// The folder of the three libraries. A process that the loader sends there, as through `LD_LIBRARY_PATH`, has the software
-/// device without any code of its own: the driver loads the kernels at `cuInit`.
+/// Returns the folder of the three libraries. A process whose loader searches it, for example through `LD_LIBRARY_PATH`, uses
+/// the emulator without any code of its own: the driver loads the kernels at `cuInit`.
 ///
-/// With the feature `embed` the libraries are written to a new folder below the temporary one, once a process, and stay there.
+/// With the feature `embed` the libraries are written, once per process, to a new folder in the temporary folder. They are not
+/// deleted.
 ///
 /// # Panics
 ///
@@ -123,13 +122,14 @@ pub fn library_dir() -> PathBuf {
     #[cfg(softgpu_supported)]
     return loaded::library_dir();
     #[cfg(not(softgpu_supported))]
-    panic!("the software device needs Linux on x86-64");
+    panic!("the CUDA emulator needs Linux on x86-64");
 }
 
-/// Makes the software device that of the process which `command` starts: puts [`library_dir`] before what the child's
-/// `LD_LIBRARY_PATH` would be, and has the device write what it finds wrong, in calls of any thread, to the file `report`,
-/// a line each. What is not quiet goes to the child's stderr as well. The file is there, and empty at first, once the device
-/// has started: where there is none, the child did not use it.
+/// Makes the CUDA emulator the device of the process that `command` starts.
+///
+/// Prepends [`library_dir`] to the child's `LD_LIBRARY_PATH`. The emulator writes the reports of all threads to the file
+/// `report`, and, unless [`Opt::Quiet`] is set, to the child's stderr. It creates the file, empty, when it starts: if there is
+/// no file, the child did not use it.
 ///
 /// # Panics
 ///
@@ -144,7 +144,7 @@ pub fn lend(command: &mut Command, report: &Path) {
     command.env("LD_LIBRARY_PATH", joined).env("SOFTGPU_REPORT", report);
 }
 
-/// Names of all kernels that were built for the host, sorted.
+/// Returns the names of all kernels built for the host, sorted.
 pub fn kernel_names() -> Vec<String> {
     #[cfg(softgpu_supported)]
     return loaded::device().kernel_names();

@@ -1,4 +1,4 @@
-//! The three libraries, and their functions.
+//! Loading of the three libraries, and their functions.
 
 use crate::Opt;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
@@ -28,7 +28,7 @@ fn open_file(path: &str) -> Library {
     unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }.unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// The kernels of this build, or those that `SOFTGPU_KERNELS` names.
+/// Opens the kernels of this build, or the library that `SOFTGPU_KERNELS` names.
 fn open_kernels() -> Library {
     std::env::var("SOFTGPU_KERNELS").map_or_else(|_| open("kernels"), |path| open_file(&path))
 }
@@ -43,7 +43,7 @@ pub fn library_dir() -> PathBuf {
     env!("OUT_DIR").into()
 }
 
-/// The libraries, in the order in which they need each other.
+/// Contents of the libraries, in the order of their dependencies.
 #[cfg(feature = "embed")]
 const IMAGES: [(&str, &[u8]); 3] = [
     ("cuda", include_bytes!(concat!(env!("OUT_DIR"), "/libcuda.so"))),
@@ -62,14 +62,14 @@ fn open(name: &str) -> Library {
     }
 
     let (_, image) = IMAGES.iter().find(|(known, _)| *known == name).expect("one of the three");
-    // SAFETY: the name is a C string; the result is a new descriptor that nobody else owns, or negative.
+    // SAFETY: the name is a C string; the result is a new descriptor without another owner, or negative.
     let descriptor = unsafe { memfd_create(c"softgpu".as_ptr(), 0) };
     assert!(descriptor >= 0, "memfd_create failed");
     // SAFETY: see above.
     let mut file = unsafe { std::fs::File::from_raw_fd(descriptor) };
     file.write_all(image).expect("an anonymous file takes the library");
     let library = open_file(&format!("/proc/self/fd/{}", file.as_raw_fd()));
-    // The loader takes a path that it saw before for the same library: keep the descriptor, so that none comes twice.
+    // The loader treats a known path as the same library. Keeping the descriptor open makes every path unique.
     std::mem::forget(file);
     library
 }
@@ -79,10 +79,10 @@ pub fn library_dir() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let unpack = || {
         let of_this_process = std::env::temp_dir().join(format!("softgpu-{}", std::process::id()));
-        // One of that name may be left of an earlier process.
+        // An earlier process may have left a folder of that name.
         let mut names = (0..1000).map(|n| of_this_process.with_extension(n.to_string()));
         let folder = names.find(|folder| std::fs::create_dir(folder).is_ok());
-        let folder = folder.unwrap_or_else(|| panic!("{}: no folder can be made", of_this_process.display()));
+        let folder = folder.unwrap_or_else(|| panic!("{}: cannot create a folder", of_this_process.display()));
         for (name, image) in IMAGES {
             let file = folder.join(format!("lib{name}.so"));
             std::fs::write(&file, image).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
@@ -92,17 +92,17 @@ pub fn library_dir() -> PathBuf {
     FOLDER.get_or_init(unpack).clone()
 }
 
-/// Loads the libraries in the order in which they need each other. From then on, whoever asks the system for
-/// `libcuda.so` or `libcublasLt.so` by name gets these, because a library that is loaded is found by its name first.
+/// Loads the libraries in the order of their dependencies. A later search for `libcuda.so` or `libcublasLt.so` by name then
+/// finds these, because the loader checks loaded libraries first.
 fn load() -> Device {
     let cuda = open("cuda");
     let others = [open("cublasLt"), open_kernels()];
 
     // SAFETY: if this is not our library, it is one that the process has loaded already.
     let by_name = unsafe { Library::open(Some("libcuda.so"), RTLD_NOW) }.expect("libcuda.so is loaded");
-    // SAFETY: only the presence of the symbol is asked for.
+    // SAFETY: the symbol is only looked up, not used.
     let is_ours = unsafe { by_name.get::<*const ()>(b"softgpu_start") }.is_ok();
-    assert!(is_ours, "another libcuda.so was loaded before the software device");
+    assert!(is_ours, "another libcuda.so was loaded before the CUDA emulator");
 
     // SAFETY: the types are those of the functions in cpp/driver/options.cpp and modules.cpp. The library is never
     // unloaded (see below), so the pointers stay valid.

@@ -1,4 +1,4 @@
-//! cp.async: what lands when, and what is forgotten.
+//! cp.async: when copies land, and each kind of mistake.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
@@ -8,7 +8,7 @@ use softgpu::Opt;
 
 const THREADS: usize = 64;
 
-/// What `copy_two_groups` writes, or nothing if the device refused it.
+/// Returns the output of `copy_two_groups`, or `None` if the launch failed.
 fn copy_two_groups(gpu: &Gpu, mistake: i32, x: &[f32]) -> Option<Vec<f32>> {
     let function = gpu.function(entry("copy_two_groups", &[4, 8, 8]));
     let x = gpu.stream.clone_htod(x).unwrap();
@@ -32,7 +32,7 @@ fn copies_land_when_they_are_waited_for() {
         softgpu::set(Opt::Seed, seed);
         assert_eq!(copy_two_groups(&gpu, 0, &x).unwrap(), expected);
         let (no_wait, no_commit) = (copy_two_groups(&gpu, 1, &x).unwrap(), copy_two_groups(&gpu, 2, &x).unwrap());
-        assert!(no_wait.iter().all(|v| v.is_nan()), "nothing was waited for");
+        assert!(no_wait.iter().all(|v| v.is_nan()), "no copy was waited for");
         for half_landed in [no_commit, copy_two_groups(&gpu, 3, &x).unwrap()] {
             assert_eq!(half_landed[..4 * THREADS], expected[..4 * THREADS]);
             assert!(half_landed[4 * THREADS..].iter().all(|v| v.is_nan()), "the second group was not waited for");
@@ -95,5 +95,5 @@ fn source_that_changes_in_flight() {
     };
     assert_eq!(seen(0), [2f32; 32], "without a seed the source is read late");
     let mixed = seen(1);
-    assert!(mixed.contains(&1.0) && mixed.contains(&2.0), "with a seed, late or at once");
+    assert!(mixed.contains(&1.0) && mixed.contains(&2.0), "with a seed, the source is read late or at once");
 }

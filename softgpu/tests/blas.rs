@@ -1,4 +1,4 @@
-//! cuBLASLt through cudarc, against plain products.
+//! cuBLASLt through cudarc, compared with plain products.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
@@ -120,7 +120,7 @@ fn buffers_that_are_too_small() {
     let (m, n, k) = (4, 8, 16);
     let (x, w) = (gpu.stream.alloc_zeros::<bf16>(m * k).unwrap(), gpu.stream.alloc_zeros::<bf16>(n * k).unwrap());
     let mut y = gpu.stream.alloc_zeros::<bf16>(m * n).unwrap();
-    // SAFETY: the device checks.
+    // SAFETY: the emulator checks all accesses.
     let mut run = |config: MatmulConfig| unsafe { blas.matmul(config, &w, &x, &mut y, None, None) };
     run(config(m, n, k, None)).unwrap();
     assert_eq!(softgpu::report(), "");

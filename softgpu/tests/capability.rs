@@ -1,4 +1,4 @@
-//! Other devices than the usual one. In a file, and so a process, of its own: they are settings of the process.
+//! Devices other than the default one. In a file of its own, because these options hold for the whole process.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;

@@ -1,4 +1,4 @@
-//! What a caller sees of a device that works: properties, copies, launches, graphs, events.
+//! Correct use of the device: properties, copies, launches, graphs, events.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
@@ -131,7 +131,7 @@ fn graphs_and_events() {
     assert!(before.elapsed_ms(&after).unwrap() > 0.0);
     assert_eq!(softgpu::get(Opt::Launches) - launches, 6);
 
-    // A graph that holds freed memory
+    // A graph that refers to freed memory.
     drop(y);
     assert!(graph.launch().is_err());
     common::assert_reported("was freed");
@@ -180,7 +180,7 @@ fn what_a_capture_forbids() {
     assert_eq!(code(gpu.stream.synchronize()) as u32, 900);
     assert_eq!(code(gpu.stream.end_capture(NO_FLAGS)), CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
 
-    // A stream that is forked and never joined
+    // A stream that is forked and never joined.
     let saxpy = gpu.function(entry("saxpy", SAXPY));
     let (x, y) = (gpu.stream.alloc_zeros::<f32>(64).unwrap(), gpu.stream.alloc_zeros::<f32>(64).unwrap());
     let side = common::Gpu { context: gpu.context.clone(), stream: gpu.context.new_stream().unwrap() };

@@ -1,4 +1,4 @@
-//! With the feature `embed`, the libraries come out of the test binary and not from the build directory.
+//! With the feature `embed`, the libraries are loaded from the test binary, not from the build directory.
 #![cfg(all(target_os = "linux", target_arch = "x86_64", feature = "embed"))]
 
 mod common;

@@ -1,4 +1,4 @@
-//! Work that is put off until somebody waits for it. In a file, and so a process, of its own: the mode is for all streams.
+//! Lazy mode: work is deferred until the host waits for it. In a file of its own, because the mode holds for the whole process.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
@@ -20,25 +20,25 @@ fn missing_waits_show() {
     let mut x = unsafe { upload.alloc::<f32>(64) }.unwrap();
     let mut y = gpu.stream.alloc_zeros::<f32>(64).unwrap();
 
-    // Upload on one stream, kernel on another, no wait between: the kernel reads poison.
+    // Upload on one stream, kernel on another, without a wait between them: the kernel reads poison.
     upload.memcpy_htod(&pinned, &mut x).unwrap();
     launch!(gpu, saxpy, shape(1, 64), &64i32, &1f32, &x, &y).unwrap();
     assert!(gpu.stream.clone_dtoh(&y).unwrap()[0].is_nan());
 
-    // With the wait
+    // The same with the wait.
     gpu.stream.memset_zeros(&mut y).unwrap();
     gpu.stream.join(&upload).unwrap();
     launch!(gpu, saxpy, shape(1, 64), &64i32, &1f32, &x, &y).unwrap();
     assert_eq!(gpu.stream.clone_dtoh(&y).unwrap()[0], 1.0);
 
-    // A pinned buffer that is filled again before its upload has run
+    // A pinned buffer that is overwritten before its upload has run.
     let buffer = pinned.as_mut_ptr().unwrap();
     upload.memcpy_htod(&pinned, &mut x).unwrap();
     // SAFETY: 64 floats that this test owns.
     unsafe { std::slice::from_raw_parts_mut(buffer, 64).fill(5.0) };
     assert_eq!(upload.clone_dtoh(&x).unwrap()[0], 5.0);
 
-    // A download that is read before anybody waited
+    // A download that is read before any wait.
     // SAFETY: as above.
     unsafe { *buffer = -1.0 };
     gpu.stream.memcpy_dtoh(&y, &mut pinned).unwrap();
@@ -48,13 +48,13 @@ fn missing_waits_show() {
     // SAFETY: as above.
     assert_eq!(unsafe { *buffer }, 1.0);
 
-    // Polling comes to an end.
+    // Polling terminates.
     launch!(gpu, saxpy, shape(1, 64), &64i32, &1f32, &x, &y).unwrap();
     let event = gpu.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).unwrap();
     let polls = (0..).take_while(|_| !event.is_complete()).count();
     assert_eq!(polls, 2);
 
-    // An error of late work comes with the next wait, once.
+    // The next wait returns an error of deferred work, once.
     let freed = gpu.address(&x);
     launch!(gpu, saxpy, shape(1, 64), &64i32, &1f32, &freed, &y).unwrap();
     drop(x);

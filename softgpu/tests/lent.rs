@@ -1,4 +1,4 @@
-//! A process of its own that has the device without a word of it in its code: this test program, started again.
+//! Child processes that use the emulator without any code of their own: this test program, started again.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
@@ -8,10 +8,10 @@ use cudarc::driver::{CudaContext, DriverError};
 use std::path::Path;
 use std::process::{Command, Output};
 
-/// What the child is told to do, in the environment.
+/// Environment variable with the task of the child.
 const TASK: &str = "SOFTGPU_TEST_TASK";
 
-/// Not a test by itself: what the children run. It knows cudarc only.
+/// Not a test itself: the code that the children run. It uses cudarc only.
 #[test]
 fn child() {
     let Ok(task) = std::env::var(TASK) else { return };
@@ -37,7 +37,7 @@ fn child() {
     let y = gpu.stream.clone_htod(&[2.0f32; 64]).unwrap();
     let threads = if task == "misuse" { 65i32 } else { 64 };
     let work = || common::code(launch!(gpu, saxpy, common::shape(1, 128), &threads, &3f32, &x, &y));
-    // The report of a thread that has ended is not lost either.
+    // The report of a thread that has ended is kept too.
     let code = std::thread::scope(|scope| {
         let in_thread = scope.spawn(|| {
             gpu.context.bind_to_thread().unwrap();
@@ -65,7 +65,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// A path for a report, where no file is.
+/// Returns a path for a report; no file exists there.
 fn report(name: &str) -> std::path::PathBuf {
     let path = std::env::temp_dir().join(format!("softgpu-{name}-{}", std::process::id()));
     let _ = std::fs::remove_file(&path);

@@ -1,4 +1,4 @@
-//! What the driver reads in a PTX text, and what it refuses.
+//! Modules: the driver's reading of PTX texts, and the texts that it refuses.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
@@ -45,7 +45,7 @@ fn functions_of_a_module() {
     assert!(softgpu::kernel_names().contains(&"saxpy".to_owned()));
 }
 
-/// The forms in which compilers write parameters.
+/// Reads parameters in every form that compilers write.
 #[test]
 fn parameter_declarations() {
     let gpu = gpu();

@@ -1,4 +1,4 @@
-//! ldmatrix and mma against plain products.
+//! ldmatrix and mma compared with plain products.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
@@ -18,7 +18,7 @@ fn tile(gpu: &Gpu, name: &str, a: &[u16], b: &[u16]) -> Vec<f32> {
     gpu.stream.clone_dtoh(&d).unwrap()
 }
 
-/// a is [16, K]; element (k, n) of b is at `b_index`.
+/// Compares a 16 x 8 tile with the product of `a`, which is [16, K], and `b`, whose element (k, n) is at `b_index(k, n)`.
 fn check(got: &[f32], a: &[f64], b: &[f64], b_index: fn(usize, usize) -> usize) {
     for row in 0..16 {
         for column in 0..8 {
@@ -73,14 +73,12 @@ fn wrong_participation_and_addresses() {
 #[test]
 fn forms_of_loads() {
     let gpu = gpu();
-    let function = gpu.function(entry("load_forms", &[8, 8, 8, 8]));
+    let function = gpu.function(entry("load_forms", &[8, 8, 8]));
     let host: Vec<u16> = (0..256).collect();
     let x = gpu.stream.clone_htod(&host).unwrap();
     let out = gpu.stream.alloc_zeros::<u32>(32 * 6).unwrap();
-    let copies = gpu.stream.alloc_zeros::<u16>(256).unwrap();
     let powers = gpu.stream.alloc_zeros::<f32>(32).unwrap();
-    launch!(gpu, function, shape(1, 32), &x, &out, &copies, &powers).unwrap();
-    assert_eq!(gpu.stream.clone_dtoh(&copies).unwrap(), host);
+    launch!(gpu, function, shape(1, 32), &x, &out, &powers).unwrap();
     assert_eq!(gpu.stream.clone_dtoh(&powers).unwrap(), (0..32).map(|i| (i as f32 - 16.0).exp2()).collect::<Vec<_>>());
 
     let pair = |low: usize, high: usize| low as u32 | (high as u32) << 16;

@@ -1,4 +1,4 @@
-//! Each check of the device, by a caller or a kernel that does the wrong thing.
+//! Every check of the emulator, each with a caller or a kernel that makes the mistake.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
@@ -22,7 +22,7 @@ fn store_past_the_end() {
     let result = launch!(gpu, bad, shape(4, 256), &n, &2f32, &x, &y);
     assert_eq!(code(result), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
     assert_reported("saxpy_unbounded: block (3,0,0) thread (232,0,0): touched");
-    // The device lives on.
+    // The device remains usable.
     assert_eq!(code(launch!(gpu, good, shape(4, 256), &n, &2f32, &x, &y)), CUresult::CUDA_SUCCESS);
     assert_eq!(softgpu::report(), "");
 }
@@ -32,9 +32,9 @@ fn store_into_the_slack_behind_an_allocation() {
     let gpu = gpu();
     let saxpy = gpu.function(entry("saxpy", SAXPY));
     let x = gpu.stream.clone_htod(&[1f32; 4]).unwrap();
-    // SAFETY: freed once, below. 12 bytes, aligned to 16: the 4 behind belong to nobody and do not fault.
+    // SAFETY: freed once, below. 12 bytes, aligned to 16: the 4 bytes after them belong to no allocation and do not fault.
     let y = unsafe { result::malloc_async(gpu.stream.cu_stream(), 12) }.unwrap();
-    // SAFETY: the device checks.
+    // SAFETY: the emulator checks all accesses.
     unsafe { result::memset_d8_async(y, 0, 12, gpu.stream.cu_stream()) }.unwrap();
     launch!(gpu, saxpy, shape(1, 32), &3i32, &1f32, &x, &y).unwrap();
     let good = gpu.function(entry("misaligned_load", TWO_POINTERS)); // writes out[thread], without a bound
@@ -58,7 +58,7 @@ fn pointers_that_dangle() {
     assert_reported("no device memory");
 
     let stream = gpu.stream.cu_stream();
-    // SAFETY: the device refuses what is wrong.
+    // SAFETY: the emulator refuses wrong arguments.
     unsafe {
         let p = result::malloc_async(stream, 100).unwrap();
         assert!(result::memcpy_dtod_async(p + 8, p, 50, stream).is_err());
@@ -139,7 +139,7 @@ fn shared_memory() {
     unwritten.shared_bytes = 256;
     let unwritten = gpu.function(unwritten);
     for dynamic in [0i32, 1] {
-        // Each block finds it fresh, whatever the block before left there.
+        // Shared memory is fresh for each block, whatever the block before stored.
         for _ in 0..2 {
             launch!(gpu, unwritten, shape_with_shared(2, 64, 256), &dynamic, &out).unwrap();
             assert!(gpu.stream.clone_dtoh(&out).unwrap().iter().all(|v| v.is_nan()));
@@ -179,7 +179,7 @@ fn launch_limits() {
     assert_eq!(launch(shape_with_shared(1, 1, 48 * 1024 + 1)), CUresult::CUDA_ERROR_INVALID_VALUE);
     softgpu::report();
 
-    // Static and dynamic shared memory together are held to 48 KiB.
+    // Static and dynamic shared memory together are limited to 48 KiB.
     let mut with_static = entry("saxpy", SAXPY);
     with_static.shared_bytes = 1024;
     let with_static = gpu.function(with_static);

@@ -1,4 +1,4 @@
-//! cudarc's own tracking of events, which the other tests switch off, and what it does to a capture.
+//! cudarc's event tracking, which the other tests disable, and its effect on a capture.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;

@@ -1,4 +1,4 @@
-//! Warp operations and barriers, right and wrong.
+//! Warp operations and barriers, correct and with mistakes.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
@@ -75,7 +75,7 @@ fn threads_that_exit_early() {
     assert_reported("the mask 0xffffffff of a shuffle names lanes that have exited: 0xfff00000");
 }
 
-/// The last warp of a block may be short: its missing lanes are not waited for, but have no values.
+/// The last warp of a block may be short. Operations do not wait for its missing lanes, which have no values.
 #[test]
 fn short_warps() {
     let gpu = gpu();

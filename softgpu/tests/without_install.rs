@@ -1,4 +1,4 @@
-//! A process that does not ask for the software device does not get it.
+//! A process that does not install the CUDA emulator does not use it.
 
 #[test]
 fn nothing_is_installed_unasked() {

@@ -1,45 +1,51 @@
-//! Made-up weights, for benchmarks without a checkpoint.
+//! Random weights, for benchmarks without a checkpoint.
 
 use super::config::Config;
 use super::names::Names;
 use super::weights::Weights;
-use crate::backend::cpu::ensure_memory;
 use crate::error::Result;
+use crate::host_memory::ensure_host_memory;
 use half::bf16;
 use rayon::prelude::*;
 use std::path::PathBuf;
 
-/// See [`Weights::random`].
-pub(super) fn weights(config: &Config, seed: u64) -> Result<Weights> {
-    let mut at = 0;
-    let mut list = Vec::new();
-    for (name, shape) in config.tensors() {
-        let len = shape.iter().product::<usize>() * 2;
-        list.push((name, at..at + len, shape));
-        at += len;
-    }
-    ensure_memory("random weights of this shape", at)?;
-    let mut bytes = vec![0u8; at];
-    let mut rest = &mut bytes[..];
-    let head = if config.tied_head { Names::of(config.family).embedding } else { Names::of(config.family).head };
-    for (i, (name, range, shape)) in list.iter().enumerate() {
-        let (tensor, tail) = rest.split_at_mut(range.len());
-        rest = tail;
-        if name.contains("norm") || name.contains("ln_f") {
-            tensor.as_chunks_mut().0.fill(bf16::ONE.to_le_bytes());
-        } else {
-            fill(tensor, seed ^ (i as u64) << 32);
+impl Weights {
+    /// Creates random bf16 weights in memory for the shapes of `config`: uniform with the variance of `0.02 N(0, 1)`, norms 1,
+    /// the head row of the mask token 0.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`] when the machine does not have enough free memory.
+    pub fn random(config: &Config, seed: u64) -> Result<Weights> {
+        let mut at = 0;
+        let mut list = Vec::new();
+        for (name, shape) in config.tensors() {
+            let len = shape.iter().product::<usize>() * 2;
+            list.push((name, at..at + len, shape));
+            at += len;
         }
-        if name == head {
-            let row = shape[1] * 2;
-            let mask = config.mask_token_id as usize * row;
-            tensor[mask..mask + row].fill(0);
+        ensure_host_memory("random weights of this shape", at)?;
+        let mut bytes = vec![0u8; at];
+        let mut rest = &mut bytes[..];
+        let head = if config.tied_head { Names::of(config.family).embedding } else { Names::of(config.family).head };
+        for (i, (name, range, shape)) in list.iter().enumerate() {
+            let (tensor, tail) = rest.split_at_mut(range.len());
+            rest = tail;
+            if name.contains("norm") || name.contains("ln_f") {
+                tensor.as_chunks_mut().0.fill(bf16::ONE.to_le_bytes());
+            } else {
+                fill(tensor, seed ^ (i as u64) << 32);
+            }
+            if name == head {
+                let row = shape[1] * 2;
+                let mask = config.mask_token_id as usize * row;
+                tensor[mask..mask + row].fill(0);
+            }
         }
+        Ok(Weights::from_owned(PathBuf::from("random weights"), bytes, list))
     }
-    Ok(Weights::from_owned(PathBuf::from("random weights"), bytes, list))
 }
 
-/// Uniform in +-0.02 sqrt(3), by splitmix64 on the element's index.
+/// Fills a tensor with uniform numbers within +-0.02 sqrt(3), by splitmix64 of the element's index.
 fn fill(tensor: &mut [u8], seed: u64) {
     const CHUNK: usize = 1 << 16;
     tensor.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, bytes)| {

@@ -1,7 +1,6 @@
 //! Tensors of a checkpoint, mapped from its safetensors files and read in place.
 
 use crate::error::{Error, Result};
-use crate::model::config::Config;
 use crate::tensor::Storage;
 pub use crate::tensor::{Dtype, Tensor};
 use memmap2::Mmap;
@@ -70,15 +69,6 @@ impl Weights {
             }
         }
         Ok(Weights { source: dir.to_path_buf(), tensors })
-    }
-
-    /// Random bf16 weights in memory for the shapes of `config`: uniform with the variance of `0.02 N(0, 1)`, norms 1,
-    /// the head row of the mask token 0.
-    ///
-    /// # Errors
-    /// [`Error::Unavailable`] when the machine has not that much free memory.
-    pub fn random(config: &Config, seed: u64) -> Result<Weights> {
-        super::random::weights(config, seed)
     }
 
     pub(super) fn from_owned(source: PathBuf, bytes: Vec<u8>, list: Vec<(String, Range<usize>, Vec<usize>)>) -> Self {

@@ -27,7 +27,7 @@ pub fn attention(qkv: &[f32], heads: Heads, spans: &[SequenceRows], cache: Optio
     let (width, kv_width) = (heads.qkv_width(), num_kv_heads * head_dim);
     let mut first = 0;
     for span in spans {
-        let visible = if cache.is_some() { 0..span.len } else { span.start..span.end };
+        let visible = if cache.is_some() { 0..span.num_keys } else { span.start..span.end };
         for row in first..first + span.rows() {
             for head in 0..num_heads {
                 let kv = head / (num_heads / num_kv_heads) * head_dim;

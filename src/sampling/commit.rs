@@ -3,67 +3,68 @@
 use super::params::SamplingParams;
 use super::philox::{Purpose, gumbel};
 
-/// Which of a sequence's candidates to commit.
+/// Rule by which a step commits candidates of one sequence.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum CommitRule {
-    /// The best this many.
+    /// The most confident candidates, this many.
     Quota(usize),
-    /// The best, and all others with at least this confidence.
+    /// Every candidate with at least this confidence, and always the most confident one.
     Threshold(f64),
-    /// As `Threshold`, among the best `top_n` only (none when that is 0).
+    /// [`CommitRule::Threshold`] applied to the `top_n` most confident candidates. Commits nothing when `top_n` is 0.
     ThresholdTopN {
         /// Least confidence.
         threshold: f64,
-        /// How many candidates are looked at.
+        /// Number of candidates that are considered.
         top_n: usize,
     },
-    /// Fast-dLLM's factor f: the best n as long as (n + 1) (1 - c_n) < f.
+    /// Fast-dLLM's factor f: the n most confident candidates while `(n + 1) (1 - c_n) < f`, where `c_n` is the confidence of the
+    /// n-th.
     Factor(f64),
 }
 
-/// The candidates of one sequence: masked positions, ascending, and what to do with them.
+/// The candidates of one sequence: masked positions that a step may commit.
 #[derive(Clone, Debug)]
 pub struct Candidates {
     /// Index of the sequence in the batch.
     pub sequence: usize,
-    /// Forwards that this sequence has taken part in; keys the random numbers.
+    /// Forward passes in which this sequence was active. Random numbers are keyed by it.
     pub step: usize,
-    /// Masked positions, ascending. Logits stand in this order, group after group.
+    /// Masked positions, ascending. Logits are in this order, sequence after sequence.
     pub positions: Vec<usize>,
-    /// Positions from here on are scored for an observer but not committed.
+    /// Positions from this one on are scored, for observers, but not committed.
     pub commit_before: usize,
-    /// How many of them to commit.
-    pub selection: CommitRule,
+    /// Rule that picks the candidates to commit.
+    pub commit_rule: CommitRule,
 }
 
-/// What became of one candidate.
+/// Result of one candidate.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Prediction {
-    /// The row's token.
+    /// Predicted token.
     pub token: u32,
-    /// Its confidence.
+    /// Confidence of the prediction.
     pub confidence: f64,
-    /// Whether it is to be committed.
+    /// Whether the step commits the token.
     pub commit: bool,
 }
 
-/// What the candidates are ordered by: their confidences, or with `alg_temp` Gumbel-perturbed ones.
-pub(super) fn ranks(confidences: &[f64], positions: &[usize], unmask: &SamplingParams, step: usize) -> Vec<f64> {
-    if unmask.alg_temp <= 0.0 {
+/// Returns the numbers that rank the candidates: their confidences, or with `alg_temp` Gumbel-perturbed confidences.
+pub(super) fn ranks(confidences: &[f64], positions: &[usize], params: &SamplingParams, step: usize) -> Vec<f64> {
+    if params.alg_temp <= 0.0 {
         return confidences.to_vec();
     }
-    let noise = |position: &usize| gumbel(unmask.seed, Purpose::Rank, step, *position, 0);
-    confidences.iter().zip(positions).map(|(c, p)| c / unmask.alg_temp + noise(p)).collect()
+    let noise = |position: &usize| gumbel(params.seed, Purpose::Rank, step, *position, 0);
+    confidences.iter().zip(positions).map(|(c, p)| c / params.alg_temp + noise(p)).collect()
 }
 
-/// Indices of the candidates to commit, best rank first. Ties go to the lower index.
-pub fn select(confidences: &[f64], ranks: &[f64], selection: CommitRule) -> Vec<usize> {
+/// Returns the indices of the candidates that `rule` commits, highest rank first. Ties go to the lower index.
+pub fn select(confidences: &[f64], ranks: &[f64], rule: CommitRule) -> Vec<usize> {
     let mut order: Vec<usize> = (0..confidences.len()).collect();
     order.sort_by(|a, b| ranks[*b].total_cmp(&ranks[*a])); // stable: positions stay ascending
     let confident = |order: &[usize], threshold: f64| {
         order.iter().enumerate().filter(|(n, i)| *n == 0 || confidences[**i] >= threshold).map(|(_, i)| *i).collect()
     };
-    match selection {
+    match rule {
         CommitRule::Quota(count) => {
             order.truncate(count);
             order
@@ -74,7 +75,7 @@ pub fn select(confidences: &[f64], ranks: &[f64], selection: CommitRule) -> Vec<
             confident(&order, threshold)
         }
         CommitRule::Factor(factor) => {
-            // The scan of the original, quirk included: when only the last one fails, it is taken all the same.
+            // The scan of the reference implementation: when only the last candidate fails, it is committed too.
             let last = order.len().saturating_sub(1);
             let fails = |n: &usize| *n > 0 && confidences[order[*n]] < 1.0 - factor / (*n as f64 + 2.0);
             let mut count = (0..order.len()).find(fails).unwrap_or(last);

@@ -1,18 +1,18 @@
-//! How tokens are drawn and ranked.
+//! Parameters of sampling: how a token is drawn, and what ranks the candidates.
 
 use crate::error::Error;
 use std::str::FromStr;
 
-/// What ranks a masked row.
+/// Confidence that ranks the candidates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Confidence {
-    /// Probability of the chosen token.
+    /// Probability of the predicted token.
     Probability,
-    /// Difference of the two largest probabilities.
+    /// Difference between the two largest probabilities.
     Margin,
-    /// Negative entropy, the sum of p ln(p + 1e-10).
+    /// Negative entropy: the sum of `p ln(p + 1e-10)`.
     Entropy,
-    /// A random number.
+    /// A uniform random number.
     Random,
 }
 
@@ -48,33 +48,34 @@ impl FromStr for Confidence {
     }
 }
 
-/// How a row's token and confidence come about.
+/// Parameters that determine the token and the confidence of each candidate.
 #[derive(Clone, Debug)]
 pub struct SamplingParams {
-    /// What ranks the rows.
+    /// Confidence that ranks the candidates.
     pub confidence: Confidence,
-    /// 0 takes the argmax; above, tokens are drawn from softmax(logits / temperature) by the Gumbel-max rule.
+    /// 0 predicts the argmax. Above 0, tokens are drawn from `softmax(logits / temperature)` by the Gumbel-max rule.
     pub temperature: f64,
-    /// Whether confidences are taken after the temperature (Dream) or from the plain logits (LLaDA).
+    /// Whether confidences are computed from `logits / temperature` (Dream) or from the logits (LLaDA).
     pub tempered_confidence: bool,
-    /// Whether confidences are rounded to f32, as where the original computes its softmax in the model's type.
+    /// Whether confidences are rounded to f32, as in reference implementations that compute softmax in f32.
     pub f32_confidence: bool,
-    /// Keep the shortest run of most probable tokens whose probabilities sum to more than this.
+    /// Nucleus sampling: keeps the fewest most probable tokens whose probabilities sum to more than this.
     pub top_p: Option<f64>,
-    /// Keep the k largest logits (and those equal to the k-th).
+    /// Keeps the k largest logits, and all that equal the k-th.
     pub top_k: Option<usize>,
-    /// Classifier-free guidance w: logits become u + (w + 1) (c - u). 0 is none.
+    /// Classifier-free guidance w: logits become `u + (w + 1) (c - u)`, with conditional logits c and unconditional logits u. 0
+    /// turns guidance off.
     pub cfg_scale: f32,
-    /// Above 0, a fixed quota is drawn from softmax(confidence / alg_temp) instead of taking the best.
+    /// Above 0, a fixed quota is drawn from `softmax(confidence / alg_temp)`. 0 commits the most confident candidates.
     pub alg_temp: f64,
-    /// Seed of every random number.
+    /// Seed of all random numbers.
     pub seed: u64,
-    /// A token that is never chosen: a mask that stayed a mask would be no progress. Where it has the largest logit it
-    /// counts as minus infinity, elsewhere it keeps its share of the probabilities.
+    /// A token that is never predicted, since a mask must not stay a mask. Where it has the largest logit, it counts as minus
+    /// infinity; elsewhere it keeps its probability.
     pub mask_token: Option<u32>,
 }
 
-/// The argmax, ranked by its probability of the plain logits; any token.
+/// The argmax, ranked by its probability. Any token can be predicted.
 impl Default for SamplingParams {
     fn default() -> Self {
         SamplingParams {

@@ -1,8 +1,8 @@
-//! From logits to committed tokens: what one denoising step does after the forward pass.
+//! The CPU sampler: from logits to committed tokens.
 //!
-//! Per masked row: a token (argmax, or a sample), and a confidence. Per sequence: which rows to commit. Sources:
-//! LLaDA (remasking by low confidence), Fast-dLLM sections 3.2-3.3 (threshold, factor), Dream (top-p, top-k, margin,
-//! entropy). NaN logits count as minus infinity, plus infinity as the largest finite value.
+//! Each candidate gets a token (argmax, or a sample) and a confidence; then each sequence commits some of its candidates. Sources:
+//! LLaDA (low-confidence remasking), Fast-dLLM sections 3.2 and 3.3 (threshold, factor), Dream (top-p, top-k, margin, entropy). NaN
+//! logits count as minus infinity, plus infinity as the largest finite value.
 
 use super::commit::{Candidates, Prediction, ranks, select};
 use super::params::{Confidence, SamplingParams};
@@ -10,86 +10,89 @@ use super::philox::{Purpose, gumbel, uniform};
 use crate::error::{Error, Result};
 use rayon::prelude::*;
 
-/// Scores every candidate and selects in every group. `logits` is `[n, vocab_size]`, n candidates in all; with guidance
-/// `[2 n, vocab_size]`, the unconditional rows last. It is overwritten.
+/// Predicts a token for each candidate, and applies the commit rule of each sequence. Returns one prediction per candidate, in
+/// order.
+///
+/// `logits` is `[n, vocab_size]` for n candidates; with guidance `[2 n, vocab_size]`, unconditional rows last. It is overwritten.
 ///
 /// # Errors
 /// [`Error::NoFiniteLogit`] names the first candidate whose row has no finite logit.
 pub fn sample(
     logits: &mut [f32],
     vocab_size: usize,
-    groups: &[Candidates],
-    unmask: &SamplingParams,
+    candidates: &[Candidates],
+    params: &SamplingParams,
 ) -> Result<Vec<Prediction>> {
-    let candidates: Vec<(&Candidates, usize)> =
-        groups.iter().flat_map(|g| g.positions.iter().map(move |p| (g, *p))).collect();
-    let (rows, rest) = logits.split_at_mut(candidates.len() * vocab_size);
+    let positions: Vec<(&Candidates, usize)> =
+        candidates.iter().flat_map(|g| g.positions.iter().map(move |p| (g, *p))).collect();
+    let (rows, rest) = logits.split_at_mut(positions.len() * vocab_size);
     let score = |(i, (row, (group, position))): (usize, (&mut [f32], &(&Candidates, usize)))| {
-        if unmask.cfg_scale > 0.0 {
-            guide(row, &rest[i * vocab_size..], unmask.cfg_scale);
+        if params.cfg_scale > 0.0 {
+            guide(row, &rest[i * vocab_size..], params.cfg_scale);
         }
-        let (token, confidence) = score_row(row, unmask, group.step, *position)?;
+        let (token, confidence) = score_row(row, params, group.step, *position)?;
         Some(Prediction { token, confidence, commit: false })
     };
-    let rows = rows.par_chunks_exact_mut(vocab_size).zip(&candidates).enumerate();
+    let rows = rows.par_chunks_exact_mut(vocab_size).zip(&positions).enumerate();
     let scored: Vec<Option<Prediction>> = rows.map(score).collect();
-    // Not collected into a Result in parallel: of several failures that would name any, not the first.
-    let verdict = |(verdict, (group, position)): (Option<Prediction>, &(&Candidates, usize))| {
-        verdict.ok_or(Error::NoFiniteLogit { sequence: group.sequence, position: *position, step: group.step })
+    // Collecting into a Result in parallel would name any of several failures, not the first.
+    let prediction = |(prediction, (group, position)): (Option<Prediction>, &(&Candidates, usize))| {
+        prediction.ok_or(Error::NoFiniteLogit { sequence: group.sequence, position: *position, step: group.step })
     };
-    let mut verdicts = scored.into_iter().zip(&candidates).map(verdict).collect::<Result<Vec<_>>>()?;
+    let mut predictions = scored.into_iter().zip(&positions).map(prediction).collect::<Result<Vec<_>>>()?;
     let mut first = 0;
-    for group in groups {
+    for group in candidates {
         let eligible = group.positions.partition_point(|p| *p < group.commit_before);
-        let slice = &mut verdicts[first..first + eligible];
+        let slice = &mut predictions[first..first + eligible];
         let confidences: Vec<f64> = slice.iter().map(|v| v.confidence).collect();
-        let ranks = ranks(&confidences, &group.positions, unmask, group.step);
-        for i in select(&confidences, &ranks, group.selection) {
+        let ranks = ranks(&confidences, &group.positions, params, group.step);
+        for i in select(&confidences, &ranks, group.commit_rule) {
             slice[i].commit = true;
         }
         first += group.positions.len();
     }
-    Ok(verdicts)
+    Ok(predictions)
 }
 
-/// `c = u + (scale + 1) (c - u)`
+/// Applies guidance: `c = u + (scale + 1) (c - u)`.
 fn guide(conditional: &mut [f32], unconditional: &[f32], scale: f32) {
     for (c, u) in conditional.iter_mut().zip(unconditional) {
         *c = u + (scale + 1.0) * (*c - u);
     }
 }
 
-/// Token and confidence of one row, or None when no logit is finite (but the mask token's). The row is overwritten.
-pub fn score_row(row: &mut [f32], unmask: &SamplingParams, step: usize, position: usize) -> Option<(u32, f64)> {
+/// Returns the token and the confidence of one row; `None` when only the mask token has a finite logit, or none has. The row is
+/// overwritten.
+pub fn score_row(row: &mut [f32], params: &SamplingParams, step: usize, position: usize) -> Option<(u32, f64)> {
     for l in row.iter_mut() {
         *l = if l.is_nan() { f32::NEG_INFINITY } else { l.min(f32::MAX) };
     }
     let largest = |row: &[f32]| argmax(row.iter().map(|l| *l as f64));
-    let is_mask = |token: usize| unmask.mask_token.is_some_and(|mask| mask as usize == token);
+    let is_mask = |token: usize| params.mask_token.is_some_and(|mask| mask as usize == token);
     let (mut best, mut max) = largest(row)?;
     if is_mask(best) {
         row[best] = f32::NEG_INFINITY;
         (best, max) = largest(row)?;
     }
-    let tempered = if unmask.temperature > 0.0 { unmask.temperature } else { 1.0 };
-    if unmask.top_p.is_some() || unmask.top_k.is_some() {
-        let cut = min_kept_logit(row, tempered, unmask.top_p, unmask.top_k);
+    let tempered = if params.temperature > 0.0 { params.temperature } else { 1.0 };
+    if params.top_p.is_some() || params.top_k.is_some() {
+        let cut = min_kept_logit(row, tempered, params.top_p, params.top_k);
         row.iter_mut().filter(|l| **l < cut).for_each(|l| *l = f32::NEG_INFINITY);
     }
-    let token = if unmask.temperature > 0.0 {
-        // A logit of minus infinity stays there whatever the noise: filtered tokens are never drawn, and need no number.
+    let token = if params.temperature > 0.0 {
+        // Noise does not change minus infinity: dropped tokens are never drawn, and need no random number.
         let noised = row.iter().enumerate().map(|(token, l)| match is_mask(token) || *l == f32::NEG_INFINITY {
             true => f64::NEG_INFINITY,
-            false => *l as f64 + unmask.temperature * gumbel(unmask.seed, Purpose::Token, step, position, token),
+            false => *l as f64 + params.temperature * gumbel(params.seed, Purpose::Token, step, position, token),
         });
         argmax(noised)?.0
     } else {
         best
     };
-    let scale = if unmask.tempered_confidence { tempered } else { 1.0 };
+    let scale = if params.tempered_confidence { tempered } else { 1.0 };
     let weight = |l: f32| ((l as f64 - max) / scale).exp();
-    let confidence = match unmask.confidence {
-        Confidence::Random => uniform(unmask.seed, Purpose::Confidence, step, position, 0),
+    let confidence = match params.confidence {
+        Confidence::Random => uniform(params.seed, Purpose::Confidence, step, position, 0),
         Confidence::Probability => weight(row[token]) / total(row, max, scale),
         Confidence::Margin => {
             let others = row.iter().enumerate().filter(|(i, _)| *i != best);
@@ -101,21 +104,21 @@ pub fn score_row(row: &mut [f32], unmask: &SamplingParams, step: usize, position
             row.iter().map(|l| weight(*l) / total).map(|p| p * (p + 1e-10).ln()).sum()
         }
     };
-    let confidence = if unmask.f32_confidence { confidence as f32 as f64 } else { confidence };
+    let confidence = if params.f32_confidence { confidence as f32 as f64 } else { confidence };
     Some((token as u32, confidence))
 }
 
-/// How far below the largest logit, in temperatures, others still count: e^-60 times 2^24 terms is below the rounding of a
-/// sum that holds e^0.
+/// Logits further than this below the largest, in units of the temperature, are ignored: 2^24 terms of e^-60 are below the
+/// rounding of a sum that holds e^0.
 const REACH: f64 = 60.0;
 
-/// The sum of e^((l - max) / scale), in f64 with the exponentials of the terms that can change its last bit.
+/// Returns the sum of `e^((l - max) / scale)` in f64, over the terms that can change its last bit.
 fn total(row: &[f32], max: f64, scale: f64) -> f64 {
     let floor = (max - REACH * scale) as f32;
     row.iter().filter(|l| **l >= floor).map(|l| ((*l as f64 - max) / scale).exp()).sum()
 }
 
-/// Index and value of the largest; the lowest index on ties; None when all are minus infinity.
+/// Returns index and value of the largest element, the lowest index on ties; `None` when all are minus infinity.
 fn argmax(values: impl Iterator<Item = f64>) -> Option<(usize, f64)> {
     let mut best = None;
     let mut max = f64::NEG_INFINITY;
@@ -127,21 +130,22 @@ fn argmax(values: impl Iterator<Item = f64>) -> Option<(usize, f64)> {
     best.map(|i| (i, max))
 }
 
-/// The least logit that top-p, then top-k, keep, for probabilities softmax(row / temperature); minus infinity keeps all.
+/// Returns the least logit that top-p, and then top-k, keep, for probabilities `softmax(row / temperature)`. Minus infinity keeps
+/// all logits.
 pub fn min_kept_logit(row: &[f32], temperature: f64, top_p: Option<f64>, top_k: Option<usize>) -> f32 {
     let descending = |a: &f32, b: &f32| b.total_cmp(a);
     let mut cut = f32::NEG_INFINITY;
     if let Some(top_p) = top_p.filter(|p| *p < 1.0) {
         let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
         let total = total(row, max, temperature);
-        // The others' probabilities are too small to change the sum.
+        // Smaller probabilities do not change the sum.
         let floor = (max - REACH * temperature) as f32;
         let mut sorted: Vec<f32> = row.iter().copied().filter(|l| *l >= floor).collect();
         sorted.sort_unstable_by(descending);
         let mut sum = 0.0;
         for l in sorted {
             sum += ((l as f64 - max) / temperature).exp() / total;
-            // A token goes when those before it already sum to more than top_p.
+            // A token is dropped when the tokens before it sum to more than top_p already.
             if sum > top_p {
                 cut = l;
                 break;
@@ -197,7 +201,7 @@ mod tests {
             step: 2,
             positions: vec![8, 9],
             commit_before: 10,
-            selection: CommitRule::Quota(1),
+            commit_rule: CommitRule::Quota(1),
         };
         let error = sample(&mut [1.0, 2.0, f32::NAN, f32::NAN], 2, &[group], &plain()).unwrap_err();
         assert!(matches!(error, Error::NoFiniteLogit { sequence: 3, position: 9, step: 2 }), "{error}");

@@ -2,29 +2,29 @@
 
 use std::ops::Range;
 
-/// Where a sequence stands when passes begin. Positions count from the start of its prompt.
+/// The state of one sequence at the start of a run. Positions count from the start of the prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SequenceState {
     /// First generated position.
     pub generated: usize,
-    /// Forwards that it has taken part in.
+    /// Forward passes in which the sequence was active so far.
     pub forwards: usize,
-    /// It takes part as long as there is a mask in here.
+    /// The sequence is active while a position of this range is masked.
     pub active_range: Range<usize>,
-    /// Masks in here count for [`QuotaSchedule::Dream`] and [`QuotaSchedule::CarryOver`].
+    /// [`super::QuotaSchedule::Dream`] and [`super::QuotaSchedule::CarryOver`] count the masks of this range.
     pub quota_range: Range<usize>,
-    /// Masks in `active_range` at the beginning.
+    /// Masks of `active_range` at the start of the block.
     pub initial_masks: usize,
-    /// Of [`QuotaSchedule::CarryOver`].
+    /// [`super::QuotaSchedule::CarryOver`]: positions that each pass considers.
     pub per_step: usize,
-    /// Of [`QuotaSchedule::CarryOver`].
+    /// [`super::QuotaSchedule::CarryOver`]: positions that earlier passes considered and rejected.
     pub deficit: usize,
-    /// Passes at most.
+    /// Largest number of passes.
     pub max_passes: usize,
-    /// Whether it takes part in the first pass; if not, it takes part in none.
+    /// Whether the sequence is active in the first pass. An inactive sequence stays inactive.
     pub active: bool,
     /// Quota of the first pass.
     pub first_quota: usize,
-    /// Candidates from here on are only looked at in the first pass.
+    /// In the first pass, positions from this one on are scored but not committed.
     pub first_commit_before: usize,
 }

@@ -10,13 +10,13 @@
 
 #define BLAS_API extern "C" __attribute__((visibility("default")))
 
-// From the driver's library
+// Functions of the driver's library
 extern "C" int softgpu_submit(void* stream, int (*run)(void*), void* job, void (*drop)(void*));
 extern "C" int softgpu_check_range(uint64_t address, size_t bytes, const char* what);
 
 using namespace softgpu;
 
-// Rust reads these as an enum: return nothing but listed values.
+// Rust reads these as an enum: return only listed values.
 enum Status : int { kOk = 0, kInvalid = 7, kExecutionFailed = 13, kUnsupported = 15 };
 
 struct Preference {
@@ -119,7 +119,7 @@ BLAS_API Status cublasLtMatmulDescSetAttribute(void* handle, int attribute, cons
 
 BLAS_API Status cublasLtMatmulPreferenceSetAttribute(void* handle, int attribute, const void* value, size_t bytes) {
     if (attribute == 1) return assign(static_cast<Preference*>(handle)->max_workspace_bytes, value, bytes);
-    return kOk;  // the others narrow the choice of an algorithm, and there is one
+    return kOk;  // the others restrict the choice of an algorithm; there is only one
 }
 
 BLAS_API Status cublasLtMatmulAlgoGetHeuristic(void*, void* descriptor, void* a, void* b, void* c, void* d, void*,
@@ -151,7 +151,7 @@ static bool operands_are_in_memory(const Job& job) {
     return softgpu_check_range(op.descriptor.bias, elements * element_bytes(op.bias_type()), "matmul bias") == 0;
 }
 
-// Also looked at when the work runs: in a graph that is later, and the memory may be gone.
+// Checked again when the work runs: in a graph that is later, and the memory may have been freed.
 static int run_job(void* user) {
     const Job& job = *static_cast<const Job*>(user);
     if (!operands_are_in_memory(job)) return 1;  // CUDA_ERROR_INVALID_VALUE

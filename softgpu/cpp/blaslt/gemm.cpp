@@ -70,8 +70,8 @@ static void pack(std::vector<float>& packed, const Layout& layout, const void* d
     }
 }
 
-// 32 partial sums, which the compiler keeps in vector registers. Their order is fixed and nothing is fused, so wider
-// registers give the same result sooner.
+// 32 partial sums, which the compiler keeps in vector registers. Their order is fixed and no operation is fused, so the
+// result does not depend on the register width.
 __attribute__((target_clones("avx2", "default"))) static float dot(const float* x, const float* y, size_t count) {
     constexpr size_t kLanes = 32;
     float sums[kLanes] = {};
@@ -87,7 +87,7 @@ __attribute__((target_clones("avx2", "default"))) static float dot(const float* 
 
 static float activate(float x, int epilogue) {
     if (epilogue & kEpilogueRelu) return x > 0 ? x : 0;
-    // The tanh form, as cuBLASLt has it.
+    // The tanh form, as in cuBLASLt.
     if (epilogue & kEpilogueGelu) return 0.5f * x * (1 + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
     return x;
 }

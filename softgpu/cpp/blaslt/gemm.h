@@ -1,4 +1,4 @@
-// Matrix products on the host, as cublasLtMatmul describes them.
+// Matrix products on the host, with the parameters of cublasLtMatmul.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -27,7 +27,7 @@ struct Layout {
         return order == kRowMajor ? row * size_t(leading) + column : column * size_t(leading) + row;
     }
     bool is_valid() const;
-    // From the first element of the first batch to behind the last of the last.
+    // Elements from the first of the first batch to the end of the last batch.
     size_t span_bytes() const;
 };
 

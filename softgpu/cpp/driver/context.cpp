@@ -10,7 +10,7 @@
 namespace softgpu {
 
 static std::atomic<bool> initialized{false};
-static int primary_context;  // its address is the handle
+static int primary_context;  // its address serves as the handle
 static thread_local std::vector<void*> context_stack;
 
 static void* current_context() { return context_stack.empty() ? nullptr : context_stack.back(); }
@@ -40,7 +40,7 @@ int shared_memory_opt_in_limit() {
     }
 }
 
-// Attributes that do not depend on an option. The numbers are CUdevice_attribute.
+// Attributes that do not depend on an option, by CUdevice_attribute.
 static const std::map<int, int> kFixedAttributes = {
     {1, 1024},        // MAX_THREADS_PER_BLOCK
     {2, 1024},        // MAX_BLOCK_DIM_X
@@ -126,7 +126,7 @@ DRIVER_API Result cuDeviceGetAttribute(int* value, int attribute, int device) {
         case 97: *value = shared_memory_opt_in_limit(); return kSuccess;
     }
     auto found = kFixedAttributes.find(attribute);
-    if (found == kFixedAttributes.end()) return fail(kInvalidValue, "device attribute %d is not known here", attribute);
+    if (found == kFixedAttributes.end()) return fail(kInvalidValue, "device attribute %d is not implemented", attribute);
     *value = found->second;
     return kSuccess;
 }

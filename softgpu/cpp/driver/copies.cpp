@@ -1,4 +1,4 @@
-// Allocation, copies and fills, as the driver's calls.
+// Driver calls: allocation, copies and fills.
 #include <algorithm>
 #include <cstring>
 
@@ -9,8 +9,8 @@ namespace softgpu {
 
 namespace {
 
-// Ranges are looked at when a call is made and again when it runs: in a graph or in lazy mode that is later, and the
-// memory may be gone.
+// Ranges are checked at the call and again when the work runs. In a graph or in lazy mode that is later, and the memory may
+// have been freed.
 Result copy_to_device(DevicePtr destination, const void* source, size_t bytes) {
     if (Result error = check_range(destination, bytes, "copy to the device")) return error;
     memcpy(reinterpret_cast<void*>(destination), source, bytes);
@@ -53,7 +53,7 @@ bool is_captured(void* stream_handle) {
     return stream != nullptr && stream->capture != nullptr;
 }
 
-// Copies without a stream wait for everything before them and for themselves.
+// Copies without a stream wait for all earlier work and for themselves.
 Result catch_up_for_blocking_copy(const char* what) {
     if (Result error = refuse_in_capture(what)) return error;
     count_blocking_call();
@@ -75,7 +75,7 @@ DRIVER_API Result cuMemAlloc_v2(DevicePtr* address, size_t bytes) {
 
 DRIVER_API Result cuMemAllocAsync(DevicePtr* address, size_t bytes, void* stream) {
     if (Result error = require_context()) return error;
-    // Stricter than a driver, which would make it a node of the graph: memory of a graph has rules of its own.
+    // Stricter than a real driver, which would add an allocation node to the graph.
     if (is_captured(stream)) return fail(kCaptureUnsupported, "allocation during a capture");
     return allocate(address, bytes, MemoryKind::Device);
 }
@@ -125,7 +125,7 @@ DRIVER_API Result cuMemcpyHtoDAsync_v2(DevicePtr destination, const void* source
     if (Result error = check_range(destination, bytes, "copy to the device")) return error;
     if (Result error = check_host_pointer(source, "copy to the device")) return error;
     if (is_lazy() && !is_captured(stream) && !is_pinned_host(source)) {
-        // The driver takes pageable memory at the call; only pinned memory is read when the copy runs.
+        // Pageable memory is read at the call; only pinned memory is read when the copy runs.
         const char* first = static_cast<const char*>(source);
         auto staged = std::make_shared<std::vector<char>>(first, first + bytes);
         return submit(stream, NodeType::Copy, [=] { return copy_to_device(destination, staged->data(), bytes); });
@@ -139,7 +139,7 @@ DRIVER_API Result cuMemcpyDtoHAsync_v2(void* destination, DevicePtr source, size
     const Result result =
         submit(stream, NodeType::Copy, [=] { return copy_to_host(destination, source, bytes); });
     if (result != kSuccess || is_captured(stream) || is_pinned_host(destination)) return result;
-    count_blocking_call();  // into pageable memory the driver waits for the copy
+    count_blocking_call();  // for pageable memory the driver waits for the copy
     return catch_up(*find_stream(stream));
 }
 

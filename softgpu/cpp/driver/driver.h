@@ -1,4 +1,4 @@
-// What all parts of the driver use: result codes, options, reports.
+// Common declarations of the driver: result codes, options, reports.
 //
 // No header of NVIDIA is used: a device pointer is a uint64_t, a handle a void*, a result an int.
 #pragma once
@@ -12,7 +12,7 @@ namespace softgpu {
 
 using DevicePtr = uint64_t;
 
-// Rust reads results as an enum, for which any other number is undefined behaviour: return nothing but these.
+// Rust reads results as an enum, for which any other number is undefined behaviour. Return only these.
 enum Result : int {
     kSuccess = 0,
     kInvalidValue = 1,
@@ -42,10 +42,10 @@ enum Result : int {
 
 // Adds a line to the calling thread's report, prints it unless the thread is quiet, and returns `code`.
 Result fail(Result code, const char* format, ...) __attribute__((format(printf, 2, 3)));
-// The line that the thread's last `fail` added.
+// Line that the thread's last `fail` added.
 const char* last_failure();
 
-// The numbers are those of `Opt` in src/lib.rs.
+// Same numbers as `Opt` in src/lib.rs.
 enum class Option : int {
     Seed = 0,
     FailAlloc = 1,
@@ -68,14 +68,14 @@ enum class Option : int {
 
 struct ThreadOptions {
     int64_t seed;
-    int64_t fail_alloc = -1;  // allocations to go before the one that fails; negative: none fails
+    int64_t fail_alloc = -1;  // number of allocations that succeed before one fails; negative: none fails
     int64_t poison = 1;
     int64_t align = 16;
     int64_t guard = 1;
     int64_t quiet = 0;
     int64_t launches = 0;
     int64_t launch_calls = 0;
-    int64_t fail_kernel = -1;  // kernels to go before the one that fails; negative: none fails
+    int64_t fail_kernel = -1;  // number of kernels that run before one fails; negative: none fails
     int64_t blocking_calls = 0;
     ThreadOptions();
 };
@@ -89,7 +89,7 @@ struct ProcessOptions {
     std::atomic<int64_t> live_allocations{0};
     std::atomic<int64_t> multiprocessors{132};
     std::atomic<int64_t> default_seed{0};
-    std::atomic<int> cuda_version{13000};  // that the driver knows
+    std::atomic<int> cuda_version{13000};  // of the driver
 };
 
 ThreadOptions& thread_options();
@@ -100,7 +100,7 @@ inline void count_blocking_call() { thread_options().blocking_calls++; }
 
 Result require_context();
 
-// Largest amount of dynamic shared memory that a block may ask for.
+// Maximum dynamic shared memory that a block may request, in bytes.
 int shared_memory_opt_in_limit();
 constexpr int kDefaultSharedLimit = 48 << 10;
 

@@ -1,4 +1,4 @@
-// Events: marks in a stream, and what makes streams wait for one another.
+// Events: marks in a stream, and waits between streams.
 #include <chrono>
 
 #include "streams.h"
@@ -13,8 +13,8 @@ struct Event {
     bool keeps_time;
     bool recorded = false;
     Clock::time_point time;
-    std::shared_ptr<Stream> stream;     // recorded there,
-    uint64_t position = 0;              // behind this many pieces of work (lazy mode)
+    std::shared_ptr<Stream> stream;     // stream where it was recorded
+    uint64_t position = 0;              // number of work items before it (lazy mode)
     std::shared_ptr<Capture> capture;   // set if recorded during a capture
 };
 
@@ -31,7 +31,7 @@ std::shared_ptr<Event> find_event(void* handle) {
     return event;
 }
 
-// A stream outside waits for work of a capture: it becomes part of the capture.
+// A stream outside a capture that waits for work of the capture becomes part of it.
 void fork_into(std::shared_ptr<Capture> capture, Stream& stream) {
     std::lock_guard<std::mutex> guard(capture->lock);
     capture->forked[&stream] = false;

@@ -1,4 +1,4 @@
-// Signals, and the calls that the compiler's undefined-behaviour checks make from the kernels.
+// Signal handlers, and the functions that the compiler's undefined-behaviour checks in kernels call.
 #include "faults.h"
 
 #include <csignal>
@@ -40,7 +40,7 @@ void install_fault_handlers() {
     sigaction(SIGFPE, &action, &previous_fpe);
 }
 
-// Every record of the compiler's checks begins with the place in the source.
+// Every record of the compiler's checks begins with the source location.
 struct SourceLocation {
     const char* file;
     uint32_t line, column;

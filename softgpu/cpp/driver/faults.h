@@ -1,4 +1,4 @@
-// A kernel that touches memory it may not: an error of the launch, not the end of the process.
+// Turns an invalid memory access of a kernel into an error of the launch instead of the end of the process.
 #pragma once
 
 namespace softgpu {

@@ -91,7 +91,7 @@ DRIVER_API Result cuStreamIsCapturing(void* handle, int* status) {
     return kSuccess;
 }
 
-// Without an array: the number of nodes. With one: the nodes themselves, as many as fit.
+// Without an array: returns the number of nodes. With one: fills it with as many nodes as fit.
 DRIVER_API Result cuGraphGetNodes(void* handle, void** nodes, size_t* count) {
     auto graph = find_graph(handle);
     if (graph == nullptr) return kInvalidHandle;

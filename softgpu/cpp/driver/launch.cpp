@@ -1,4 +1,4 @@
-// Launches: limits, arguments, and what a kernel's end means.
+// Launches: limits, arguments, and errors of kernels.
 #include <algorithm>
 #include <csignal>
 #include <cstdio>
@@ -13,7 +13,7 @@ namespace softgpu {
 
 namespace {
 
-// The arguments of one launch, copied when it is made: a captured graph owns its own.
+// Arguments of one launch, copied at the call: a captured graph owns its own copy.
 class Arguments {
   public:
     Arguments(const Kernel& kernel, void** parameters) : kernel_(kernel) {
@@ -24,7 +24,7 @@ class Arguments {
         }
     }
 
-    // Every word that looks like a device address must point into memory that lives.
+    // Every word that looks like a device address must point into live memory.
     Result check_pointers() const {
         for (size_t i = 0; i < values_.size(); i++) {
             const unsigned words = kernel_.parameter_sizes[i] / 8;
@@ -133,7 +133,7 @@ struct LaunchConfig {
 
 enum { kCooperative = 2, kClusterDimension = 4, kProgrammaticEvent = 7, kCompletionEvent = 12 };
 
-// Most attributes are about speed or order. Those that ask for something that is not here are refused.
+// Most attributes concern speed or order and are ignored. Requests for unsupported features are refused.
 Result check_attribute(const char* name, const LaunchAttribute& attribute) {
     const auto& cluster = attribute.value.cluster;
     switch (attribute.id) {
@@ -179,7 +179,7 @@ DRIVER_API Result cuLaunchCooperativeKernel(void* function, unsigned, unsigned, 
                 static_cast<const Function*>(function)->ptx.name.c_str());
 }
 
-// From threads and shared memory; registers are not known here.
+// From threads and shared memory; registers are unknown here.
 DRIVER_API Result cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, void* handle, int block_size,
                                                                        size_t dynamic_shared_bytes, unsigned) {
     const auto& function = *static_cast<const Function*>(handle);

@@ -1,6 +1,5 @@
-// One reserved range of addresses, none of them used twice. Each allocation has pages of its own and ends at a page
-// that faults; freeing it takes the pages away. So most wrong accesses fault, and an address names its allocation for
-// ever.
+// One reserved range of addresses, each used at most once. Every allocation has its own pages and ends at a guard page;
+// freeing it unmaps the pages. So most wrong accesses fault, and an address always identifies its allocation.
 #include "memory.h"
 
 #include <sys/mman.h>
@@ -44,7 +43,7 @@ struct Arena {
 
 Arena arena;
 
-// Address space costs nothing until it is used; where a limit forbids 4 TiB, less will do.
+// Unused address space is free. If a limit forbids 4 TiB, a smaller range suffices.
 bool Arena::reserve_addresses() {
     for (size_t bytes = size_t(4) << 40; bytes >= size_t(1) << 33; bytes >>= 1) {
         void* range = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -56,7 +55,7 @@ bool Arena::reserve_addresses() {
     return false;
 }
 
-// Readable and writable pages with one behind that is neither.
+// Returns readable and writable pages, followed by a guard page.
 char* Arena::take_pages(size_t page_bytes) {
     if (begin == nullptr && !reserve_addresses()) return nullptr;
     if (size_t(end - next) < page_bytes + kPage) return nullptr;
@@ -66,7 +65,7 @@ char* Arena::take_pages(size_t page_bytes) {
     return pages;
 }
 
-// The last allocation that starts at or before the address, dead or alive.
+// Returns the last allocation, live or freed, that starts at or before the address.
 Allocation* Arena::allocation_before(DevicePtr address, DevicePtr* start) {
     auto found = allocations.upper_bound(address);
     if (found == allocations.begin()) return nullptr;
@@ -75,7 +74,7 @@ Allocation* Arena::allocation_before(DevicePtr address, DevicePtr* start) {
     return &found->second;
 }
 
-// The end of an allocation still counts as part of it: an empty range may lie there.
+// Returns the allocation of an address. The end of an allocation counts as a part of it, for empty ranges.
 Allocation* Arena::allocation_at(DevicePtr address, DevicePtr* start) {
     Allocation* found = allocation_before(address, start);
     return found != nullptr && address <= *start + found->bytes ? found : nullptr;
@@ -87,7 +86,7 @@ bool must_fail_on_request() {
     return to_go-- == 0;
 }
 
-// The bytes of its pages around an allocation belong to nobody. Looked at when it is freed.
+// Checks, when an allocation is freed, the bytes of its pages that are outside the allocation.
 Result check_slack(const Allocation& allocation, const char* data) {
     const char* const pages_end = allocation.first_page + allocation.page_bytes;
     for (const char* byte = allocation.first_page; byte < pages_end; byte++) {
@@ -123,7 +122,7 @@ Result allocate(DevicePtr* out, size_t bytes, MemoryKind kind) {
     char* pages = arena.take_pages(page_bytes);
     if (pages == nullptr) return fail(kOutOfMemory, "no addresses left for an allocation of %zu bytes", bytes);
 
-    // As close to the faulting page as the alignment allows.
+    // As close to the guard page as the alignment allows.
     char* data = pages;
     if (options.guard) data = reinterpret_cast<char*>(uintptr_t(pages + page_bytes - bytes) & ~uintptr_t(align - 1));
     if (options.poison) memset(pages, kPoison, page_bytes);
@@ -190,7 +189,7 @@ bool is_pinned_host(const void* address) {
 bool is_dangling(DevicePtr word, std::string* what) {
     std::lock_guard<std::mutex> guard(arena.lock);
     const char* address = reinterpret_cast<const char*>(word);
-    // Addresses not handed out yet are no evidence: they are more likely to be padding that holds stale bytes.
+    // Addresses that were never allocated are ignored: they are more likely stale bytes in padding.
     if (address < arena.begin || address >= arena.next) return false;
     DevicePtr start;
     const Allocation* allocation = arena.allocation_at(word, &start);

@@ -17,9 +17,9 @@ Result check_range(DevicePtr address, size_t bytes, const char* what);
 Result check_host_pointer(const void* address, const char* what);
 
 bool is_pinned_host(const void* address);
-// Whether a word of a kernel's arguments looks like a device address and yet points into nothing that lives.
+// Whether a word of a kernel's arguments looks like a device address but points into no live allocation.
 bool is_dangling(DevicePtr word, std::string* what);
-// For reports: which allocation an address belongs to, or comes after.
+// For reports: names the allocation that an address belongs to, or that precedes it.
 std::string describe_address(const void* address);
 
 }  // namespace softgpu

@@ -1,4 +1,4 @@
-// Modules: the PTX text says which kernels there are and what they take; the table of host kernels has their code.
+// Modules: the PTX text lists kernels and parameters; the table of host kernels has their code.
 #include "modules.h"
 
 #include <cstdio>
@@ -76,7 +76,7 @@ Result load_module(void** out, const char* image) {
     return kSuccess;
 }
 
-// A PTX file that was not built again after a change of its source, or a struct that two compilers lay out differently.
+// Detects a stale PTX file, and a struct whose layout differs between two compilers.
 Result check_parameters(const Function& function) {
     const Kernel& kernel = *function.host_kernel;
     const std::vector<unsigned>& in_ptx = function.ptx.parameter_bytes;
@@ -91,7 +91,7 @@ Result check_parameters(const Function& function) {
                 list(in_ptx).c_str(), list(on_host).c_str());
 }
 
-// Writes the report's reason into the caller's error log, as the PTX compiler of a driver would.
+// Writes the reason to the caller's error log, as the PTX compiler of a driver would.
 struct JitLog {
     char* errors = nullptr;
     size_t errors_bytes = 0;
@@ -127,7 +127,7 @@ extern "C" __attribute__((visibility("default"))) void softgpu::softgpu_register
     abort();
 }
 
-// The names of all host kernels, one a line. For tests that compare them with what a PTX text has.
+// Names of all host kernels, one per line, for tests that compare them with PTX.
 DRIVER_API const char* softgpu_kernel_names() {
     static thread_local std::string names;
     names.clear();
@@ -173,7 +173,7 @@ DRIVER_API Result cuModuleGetFunction(void** out, void* handle, const char* name
     return kSuccess;
 }
 
-// The numbers are CUfunction_attribute.
+// `attribute` is a CUfunction_attribute.
 DRIVER_API Result cuFuncGetAttribute(int* value, int attribute, void* handle) {
     const auto& function = *static_cast<const Function*>(handle);
     switch (attribute) {
@@ -185,7 +185,7 @@ DRIVER_API Result cuFuncGetAttribute(int* value, int attribute, void* handle) {
         case 5: *value = int(process_options.max_ptx); return kSuccess;           // PTX_VERSION
         case 6: *value = int(process_options.compute_capability); return kSuccess;  // BINARY_VERSION
         case 8: *value = function.max_dynamic_shared; return kSuccess;            // MAX_DYNAMIC_SHARED_SIZE_BYTES
-        default: return fail(kInvalidValue, "function attribute %d is not known here", attribute);
+        default: return fail(kInvalidValue, "function attribute %d is not implemented", attribute);
     }
 }
 

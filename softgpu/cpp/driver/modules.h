@@ -1,4 +1,4 @@
-// Kernels as the driver knows them.
+// Kernels of loaded modules.
 #pragma once
 #include <memory>
 #include <string>
@@ -10,14 +10,14 @@
 
 namespace softgpu {
 
-// What a function handle points to. Belongs to its module.
+// Target of a function handle. Its module owns it.
 struct Function {
     PtxKernel ptx;
     const Kernel* host_kernel = nullptr;  // null if the kernel was not built for the host
-    int max_dynamic_shared = kDefaultSharedLimit;  // at the start, what the static arrays leave of it
+    int max_dynamic_shared = kDefaultSharedLimit;  // initially the limit minus the static arrays
 };
 
-// Whether a library of kernels was loaded.
+// Whether a library of kernels is loaded.
 bool has_host_kernels();
 
 }  // namespace softgpu

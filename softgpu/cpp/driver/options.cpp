@@ -1,4 +1,4 @@
-// Options, reports, and what the environment says of both.
+// Options, reports, and their environment variables.
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -28,7 +28,7 @@ Result fail(Result code, const char* format, ...) {
     va_start(arguments, format);
     vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
-    // Printed at once as well: an error in a destructor reaches the caller only with some later, unrelated call.
+    // Also printed at once: an error in a destructor reaches the caller only with a later, unrelated call.
     if (!thread_options().quiet) fprintf(stderr, "softgpu: %s\n", line);
     write_report(line);
     last_line = line;
@@ -67,7 +67,7 @@ static std::atomic<int64_t>* process_option(Option option) {
     }
 }
 
-// A variable of the form 9.0, weighed; 0 where it is not set.
+// Reads a variable of the form 9.0, with weights for both parts; 0 if it is not set.
 static int version_in(const char* variable, int major_weight, int minor_weight) {
     const char* text = getenv(variable);
     if (text == nullptr) return 0;
@@ -108,7 +108,7 @@ DRIVER_API int64_t softgpu_get(int option) {
     return -1;
 }
 
-// Takes the calling thread's report. Valid until the thread's next call.
+// Takes the calling thread's report. The text is valid until the thread's next call.
 DRIVER_API const char* softgpu_report() {
     static thread_local std::string taken;
     taken.swap(pending_report);

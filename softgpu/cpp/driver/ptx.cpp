@@ -9,21 +9,21 @@ namespace softgpu {
 
 static constexpr size_t kNone = std::string::npos;
 
-// Comments may contain anything, names of kernels among it.
+// Comments may contain any text, also names of kernels.
 static void blank_comments(std::string& text) {
     for (size_t at = 0; (at = text.find("//", at)) != kNone;) {
         while (at < text.size() && text[at] != '\n') text[at++] = ' ';
     }
 }
 
-// The size in bits at the end of a type such as .b8 or .u64; 0 if the word is no type.
+// Returns the size in bits at the end of a type such as .b8 or .u64; 0 if the word is no type.
 static unsigned type_bits(const std::string& word) {
     static const std::string kKinds = "bufs";
     if (word.size() < 3 || word[0] != '.' || kKinds.find(word[1]) == kNone || !isdigit(word[2])) return 0;
     return unsigned(atoi(word.c_str() + 2));
 }
 
-// The bytes of a declaration such as "u64 name" or "align 8 .b8 name[112]", each word with its dot.
+// Returns the bytes of a declaration such as "u64 name" or "align 8 .b8 name[112]", each word with its dot.
 static unsigned declared_bytes(const std::string& declaration) {
     std::istringstream words(declaration);
     unsigned bits = 0;
@@ -42,7 +42,7 @@ static void read_parameters(const std::string& text, size_t begin, size_t end, P
     }
 }
 
-// Between the parameters and the body.
+// Directives between the parameters and the body.
 static void read_directives(const std::string& text, size_t begin, size_t end, PtxKernel* kernel) {
     for (const char* directive : {".maxntid", ".reqntid"}) {
         const size_t at = text.find(directive, begin);
@@ -55,7 +55,7 @@ static void read_directives(const std::string& text, size_t begin, size_t end, P
 
 static void read_shared_arrays(const std::string& text, size_t begin, size_t end, PtxKernel* kernel) {
     for (size_t at = text.find(".shared", begin); at < end; at = text.find(".shared", at + 1)) {
-        // A declaration, and not an instruction such as ld.shared.f32: there a dot or a letter stands around the word.
+        // A declaration. In an instruction such as ld.shared.f32, a dot or a letter is adjacent to the word.
         if (!isspace(text[at + 7]) || !isspace(text[at - 1])) continue;
         const size_t stop = text.find(';', at);
         kernel->static_shared_bytes += declared_bytes(text.substr(at + 7, stop - at - 7));

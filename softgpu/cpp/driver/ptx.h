@@ -1,4 +1,4 @@
-// What the driver reads in a PTX text: its version, its target, and the outside of its kernels.
+// Parsed part of a PTX text: version, target, and the declarations of its kernels.
 #pragma once
 #include <string>
 #include <vector>

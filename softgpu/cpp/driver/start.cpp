@@ -1,4 +1,4 @@
-// Start of the device, and the report that outlives the process.
+// Start of the emulator, and the report file that outlives the process.
 #include "start.h"
 
 #include <dlfcn.h>
@@ -17,7 +17,7 @@ namespace softgpu {
 
 static int report_file = -1;
 
-// The file is made at the start, empty: where there is none, no device has started.
+// The file is created at the start, empty. So a missing file means that the emulator did not start.
 static void open_report() {
     const char* path = getenv("SOFTGPU_REPORT");
     if (path == nullptr || *path == '\0') return;
@@ -30,7 +30,7 @@ static void open_report() {
 
 void write_report(const char* line) {
     if (report_file < 0) return;
-    // In one piece, so that threads do not mix theirs.
+    // In one write, so that lines of several threads do not mix.
     const std::string whole = std::string(line) + '\n';
     if (write(report_file, whole.data(), whole.size()) != ssize_t(whole.size())) {
         fprintf(stderr, "softgpu: SOFTGPU_REPORT cannot be written to\n");
@@ -47,7 +47,7 @@ static void start() {
     });
 }
 
-// The library of kernels that the environment names, or the one beside this library.
+// Path of the kernel library: from the environment, or next to this library.
 static std::string kernels_path() {
     if (const char* path = getenv("SOFTGPU_KERNELS")) return path;
     Dl_info here;

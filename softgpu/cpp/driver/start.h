@@ -1,14 +1,13 @@
-// How the device of a process begins: by softgpu::install, or by itself.
+// Start of the emulator in a process: by softgpu::install, or at cuInit.
 #pragma once
 #include "driver.h"
 
 namespace softgpu {
 
-// For cuInit: a process whose loader found this library without softgpu::install, as one that softgpu::lend was for, gets
-// its kernels here.
+// Loads the kernels at cuInit, in a process whose loader found this library without softgpu::install (see softgpu::lend).
 Result start_alone();
 
-// Options that the environment sets.
+// Reads the options from the environment.
 void read_environment();
 
 // Adds a line to the file that SOFTGPU_REPORT names, if there is one.

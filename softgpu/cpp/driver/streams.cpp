@@ -17,7 +17,7 @@ std::recursive_mutex& lazy_lock() {
     return *lock;
 }
 
-// 0, 1 and 2 are the default stream by its three names.
+// 0, 1 and 2 are the three handles of the default stream.
 static bool is_default_handle(void* handle) { return uintptr_t(handle) <= 2; }
 
 std::shared_ptr<Stream> find_stream(void* handle) {
@@ -37,7 +37,7 @@ static Result add_to_capture(Stream& stream, NodeType type, Work work) {
     Capture& capture = *stream.capture;
     std::lock_guard<std::mutex> guard(capture.lock);
     capture.nodes.push_back({type, std::move(work)});
-    // Whoever waited for this stream did not wait for this.
+    // Earlier waits for this stream do not cover the new node.
     auto forked = capture.forked.find(&stream);
     if (forked != capture.forked.end()) forked->second = false;
     return kSuccess;
@@ -84,7 +84,7 @@ Result catch_up_all() {
     return first_error;
 }
 
-static thread_local int captures_of_thread = 0;  // relaxed ones not counted
+static thread_local int captures_of_thread = 0;  // without relaxed ones
 static std::atomic<int> global_captures{0};
 
 void capture_began(const Capture& capture) {
@@ -138,7 +138,7 @@ DRIVER_API Result cuStreamSynchronize(void* handle) {
     return catch_up(*stream);
 }
 
-// In lazy mode a query that answers "not ready" lets one piece of work pass, so that polling comes to an end.
+// In lazy mode a query that answers "not ready" runs one work item, so that polling terminates.
 DRIVER_API Result cuStreamQuery(void* handle) {
     auto stream = find_stream(handle);
     if (stream == nullptr) return kInvalidHandle;
@@ -165,7 +165,7 @@ DRIVER_API Result cuLaunchHostFunc(void* stream, void (*function)(void*), void* 
     });
 }
 
-// For the cuBLASLt stand-in: `drop` is called once nothing can run the work again.
+// For the cuBLASLt stand-in. Calls `drop` when nothing can run the work again.
 DRIVER_API int softgpu_submit(void* stream, int (*run)(void*), void* job, void (*drop)(void*)) {
     auto owned = std::shared_ptr<void>(job, drop);
     return submit(stream, NodeType::Kernel, [=] { return Result(run(owned.get())); });

@@ -1,4 +1,4 @@
-// Streams, and the work that is put on them.
+// Streams and their work.
 #pragma once
 #include <deque>
 #include <functional>
@@ -15,7 +15,7 @@ namespace softgpu {
 
 using Work = std::function<Result()>;
 
-// The numbers are CUgraphNodeType.
+// Same numbers as CUgraphNodeType.
 enum class NodeType : int { Kernel = 0, Copy = 1, Set = 2, Host = 3, Free = 11 };
 
 struct Node {
@@ -25,7 +25,7 @@ struct Node {
 
 struct Stream;
 
-// A capture in progress: what its streams would have done.
+// A capture in progress: the captured work of its streams.
 struct Capture {
     enum Mode : int { Global = 0, ThreadLocal = 1, Relaxed = 2 };
     std::mutex lock;
@@ -34,16 +34,16 @@ struct Capture {
     std::thread::id thread;
     Stream* origin;
     bool invalid = false;
-    std::map<Stream*, bool> forked;  // streams that joined the capture later: whether the origin waits for them
+    std::map<Stream*, bool> forked;  // streams that joined the capture later, and whether the origin waits for them
 };
 
 struct Stream {
-    std::recursive_mutex running;  // one piece of work at a time
-    // Lazy mode: what waits, and how many pieces were ever submitted and completed.
+    std::recursive_mutex running;  // one work item at a time
+    // Lazy mode: deferred work, and the numbers of work items submitted and completed so far.
     std::deque<Work> queue;
     uint64_t submitted = 0;
     uint64_t completed = 0;
-    Result error = kSuccess;  // of work that ran late; returned by the next synchronisation
+    Result error = kSuccess;  // of deferred work; returned by the next synchronisation
     std::shared_ptr<Capture> capture;
 };
 
@@ -84,18 +84,18 @@ template <class T> class HandleTable {
 std::shared_ptr<Stream> find_stream(void* handle);
 std::vector<std::shared_ptr<Stream>> all_streams();
 
-// Runs the work now, or adds it to a capture, or in lazy mode puts it off until somebody waits for it.
+// Runs the work now, or adds it to a capture, or in lazy mode defers it until the host waits for it.
 Result submit(void* stream, NodeType type, Work work);
 
 inline bool is_lazy() { return process_options.lazy != 0; }
-// Lazy mode runs all late work under this lock: streams may be destroyed while another thread synchronises.
+// Lock of all deferred work: streams may be destroyed while another thread synchronises.
 std::recursive_mutex& lazy_lock();
 
-// Do what was put off, of one stream (up to a number of pieces ever submitted) or of all of them.
+// Run the deferred work of one stream (up to a number of submitted work items) or of all streams.
 Result catch_up(Stream& stream, uint64_t up_to = UINT64_MAX);
 Result catch_up_all();
 
-// Calls that a driver refuses while a capture that forbids them is going on.
+// Refuses calls that a driver forbids during a capture.
 Result refuse_in_capture(const char* what);
 void capture_began(const Capture& capture);
 void capture_ended(const Capture& capture);

@@ -1,4 +1,4 @@
-// bfloat16 on the host: the upper half of a float. Only what kernels use; the names and their rounding are CUDA's.
+// bfloat16 on the host: the upper half of a float. Only the functions that kernels use, with CUDA's names and rounding.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -14,7 +14,7 @@ inline float bf16_to_float(uint16_t bits) {
     return value;
 }
 
-// Round to nearest, ties to even. Every NaN becomes the one that CUDA returns.
+// Rounds to nearest, ties to even. Every NaN becomes the one that CUDA returns.
 inline uint16_t float_to_bf16(float value) {
     if (value != value) return 0x7fff;
     uint32_t bits;

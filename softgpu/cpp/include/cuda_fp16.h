@@ -1,5 +1,4 @@
-// IEEE half precision on the host, in integer arithmetic: the same on every host, whatever its compiler knows of
-// halves.
+// IEEE half precision on the host, in integer arithmetic: the same result on every host and compiler.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -28,7 +27,7 @@ inline float half_to_float(uint16_t bits) {
     return value;
 }
 
-// Round to nearest, ties to even. Every NaN becomes the one that CUDA returns.
+// Rounds to nearest, ties to even. Every NaN becomes the one that CUDA returns.
 inline uint16_t float_to_half(float value) {
     if (value != value) return 0x7fff;
     uint32_t bits;

@@ -1,7 +1,7 @@
-// What a CUDA source file needs in order to compile for the host and run on the software device.
+// Declarations with which a CUDA source file compiles for the host and runs on the CUDA emulator.
 //
-// The build passes this file to the compiler ahead of every kernel file, with SOFTGPU defined. Kernels may rely on what
-// is declared here and in the headers below, and on nothing else: an intrinsic that is missing is a compile error.
+// The build includes this file before every kernel file, with SOFTGPU defined. Kernels may use only the declarations here and
+// in the headers below: a missing intrinsic is a compile error.
 #pragma once
 
 // The standard library comes first: some of its headers use names that are macros further down.
@@ -22,9 +22,8 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 
-// All threads of a block run on one host thread, and each host thread that launches runs blocks of its own. Thread-
-// local storage is therefore exactly what a block shares; the device finds it all in one place and refills it for
-// every block.
+// All threads of a block run on one host thread, and each launching host thread runs its own blocks. So thread-local storage
+// is shared by exactly one block. The emulator finds all of it in one place and refills it for every block.
 #define __shared__ static __thread
 
 #include "vector_types.h"
@@ -46,15 +45,15 @@
 #define gridDim (::softgpu::block->grid_dim)
 constexpr int warpSize = softgpu::kWarpSize;
 
-// Dynamic shared memory, as bytes aligned to 128. The page behind it faults.
+// Dynamic shared memory, as bytes aligned to 128. A guard page follows it.
 #define DYNAMIC_SHARED(name) unsigned char* const name = ::softgpu::block->dynamic_shared
 
-// Makes a kernel known under its name. Count and sizes of its parameters are taken from its signature.
+// Registers a kernel under its name. The number and sizes of its parameters come from its signature.
 #define SOFTGPU_KERNEL(name) static const ::softgpu::Registered<&name> softgpu_registered_##name(#name);
 
 inline void __syncthreads() { softgpu::wait_for_block(); }
 
-// Blocks run one after another and the threads of a block take turns: every store is seen at once, so a missing fence
+// Blocks run one after another and the threads of a block take turns. Every store is visible at once, so a missing fence
 // cannot show here.
 inline void __threadfence() {}
 inline void __threadfence_block() {}

@@ -1,4 +1,4 @@
-// The built-in vector types, with the sizes and alignments that CUDA gives them.
+// Built-in vector types, with CUDA's sizes and alignments.
 #pragma once
 #include <stdint.h>
 

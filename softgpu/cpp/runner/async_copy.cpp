@@ -1,4 +1,4 @@
-// cp.async: each thread has a list of copies in flight, which land when it waits for their group.
+// cp.async: each thread has a list of copies in flight. A copy lands when the thread waits for its group.
 #include "../include/softgpu/async_copy.h"
 
 #include <cstring>
@@ -38,7 +38,7 @@ void cp_async(void* destination, const void* source, int bytes, int source_bytes
     AsyncCopies& copies = copies_of_current();
     const unsigned group = copies.open_group;
     copies.pending.push_back({destination, source, uint8_t(bytes), uint8_t(source_bytes), false, group, {}});
-    // A GPU may read the source at once or late. Without a seed: late.
+    // A GPU may read the source at once or late. Without a seed it is read late.
     if (state.seed != 0 && (state.random() & 1)) read_source(copies.pending.back());
     if (state.poison) memset(destination, 0xff, size_t(bytes));
 }
@@ -50,7 +50,7 @@ static void land(AsyncCopy& copy) {
     memcpy(copy.destination, copy.data, copy.bytes);
 }
 
-// Copies are in the order of their groups.
+// Copies are sorted by group.
 static void land_groups_before(AsyncCopies& copies, unsigned end_group) {
     size_t landed = 0;
     while (landed < copies.pending.size() && copies.pending[landed].group < end_group) land(copies.pending[landed++]);

@@ -8,7 +8,7 @@
 namespace softgpu {
 
 // Returns by popping the address and jumping: a `ret` would be mispredicted every time, because the call that the
-// return predictor remembers is never the one that is returned to. That halves the time of a switch.
+// return predictor remembers is never the right one. This halves the time of a switch.
 asm(R"(
 .text
 .globl softgpu_switch

@@ -1,4 +1,4 @@
-// ldmatrix and mma: all 32 lanes of a warp together.
+// ldmatrix and mma: operations of all 32 lanes of a warp.
 #include "../include/softgpu/matrix.h"
 
 #include <cstring>
@@ -25,8 +25,8 @@ static uint16_t element(int matrix, int row, int column) {
     return value;
 }
 
-// Each lane reads its own row when it arrives. The hardware may read as early as that, so what another lane of the warp
-// stores without a __syncwarp in between may be missed, and what is stored later is never seen.
+// Each lane reads its own row when it arrives, as early as the hardware may read it. So a store of another lane without a
+// __syncwarp in between may be missed, and a later store is never seen.
 void ldmatrix(uint32_t* registers, int count, bool transposed, const void* row) {
     require_full_warp("ldmatrix");
     Fiber& self = *block->current;
@@ -45,7 +45,7 @@ void ldmatrix(uint32_t* registers, int count, bool transposed, const void* row) 
     }
 }
 
-// ---- mma.m16n8k16: one lane's part of the operands, and the product that is computed once for the whole warp
+// ---- mma.m16n8k16: a lane's part of the operands, and the product, computed once for the whole warp
 
 constexpr int kM = 16, kN = 8, kK = 16;
 

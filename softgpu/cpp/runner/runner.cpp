@@ -13,8 +13,8 @@ namespace softgpu {
 __thread Block* block __attribute__((tls_model("initial-exec")));
 __thread RunnerState* runner_state __attribute__((tls_model("initial-exec")));
 
-// Behind a pointer: with the two variables above, all thread-local data of this library is in the initial-exec model,
-// of which a library that is opened late gets a few hundred bytes.
+// Held by pointer. With the two variables above, all thread-local data of this library uses the initial-exec model, and a
+// library that is opened late gets only a few hundred bytes of it.
 static RunnerState& thread_state() {
     static thread_local std::unique_ptr<RunnerState> state;
     if (state == nullptr) {
@@ -31,7 +31,7 @@ RunnerState::~RunnerState() {
     softgpu::block = nullptr;
 }
 
-// xorshift64: quick, and good enough to shuffle with.
+// xorshift64: fast, and random enough for shuffles.
 uint64_t RunnerState::random() {
     random_state ^= random_state << 13;
     random_state ^= random_state >> 7;
@@ -64,7 +64,7 @@ static void prepare_launch(RunnerState& state, const LaunchShape& shape, const R
 
     state.seed = options.seed;
     state.poison = options.poison;
-    state.random_state = options.seed * 0x9e3779b97f4a7c15ull + 1;  // never 0, where xorshift would stay
+    state.random_state = options.seed * 0x9e3779b97f4a7c15ull + 1;  // never 0, a fixed point of xorshift
     if (options.seed != 0) shuffle(state, state.block_order, state.block_order.size());
 
     state.shared.prepare(shape.dynamic_shared_bytes);
@@ -113,7 +113,7 @@ static void prepare_threads(RunnerState& state, dim3 size) {
     }
 }
 
-// Barrier after barrier, until every thread has exited. Threads that have exited count as arrived.
+// Runs a block from barrier to barrier until every thread has exited. Exited threads count as arrived.
 static void run_block(RunnerState& state) {
     bool any_alive = true;
     while (any_alive) {
@@ -144,7 +144,7 @@ void run_kernel(const Kernel& kernel, void** arguments, const LaunchShape& shape
     state.arguments = arguments;
     state.outcome = outcome;
     prepare_launch(state, shape, options);
-    // A kernel that goes wrong jumps back here, from any fiber. Nothing below may own anything with a destructor.
+    // A failing kernel jumps back here from any fiber, so no local variable below may have a destructor.
     if (sigsetjmp(state.leave, 0) == 0) {
         state.active = true;
         run_grid(state, shape, options);

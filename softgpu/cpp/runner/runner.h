@@ -1,4 +1,4 @@
-// Runs one kernel over its grid on the calling thread. The threads of a block are fibers that take turns.
+// Runs one kernel over its grid on the calling host thread. The threads of a block are fibers that take turns.
 #pragma once
 #include <csignal>
 #include <cstdint>
@@ -20,7 +20,7 @@ struct RunOptions {
     bool uses_static_shared;
 };
 
-// How a kernel ended. After a problem, the block and the thread that met it.
+// Outcome of a kernel. After a problem: the block and the thread that caused it.
 struct Outcome {
     Problem problem = Problem::None;
     char message[512] = "";     // Misaligned, Other
@@ -32,12 +32,12 @@ struct Outcome {
 void run_kernel(const Kernel& kernel, void** arguments, const LaunchShape& shape, const RunOptions& options,
                 Outcome* outcome);
 
-// For signal handlers: whether this thread is inside a kernel, and how to leave it.
+// For signal handlers: whether this host thread is inside a kernel, and a way to leave it.
 bool in_kernel();
 [[noreturn]] void stop_kernel_at(void* address, int signal_number);
 [[noreturn]] void stop_kernel(Problem problem, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
-// For reports: "the page behind dynamic shared memory" and such, or null if the address is none of the runner's.
+// For reports: describes an address of the runner, such as the page after dynamic shared memory. Null for other addresses.
 const char* describe_runner_address(const void* address);
 
 }  // namespace softgpu

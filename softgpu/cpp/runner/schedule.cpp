@@ -1,5 +1,5 @@
-// The turns of the lanes of a warp. A lane runs until it has to wait and hands over to the next one; when no lane can
-// go on, the scheduler looks which warp operations are complete.
+// Scheduler of the lanes of a warp. A lane runs until it has to wait and then switches to the next one. When no lane can run,
+// the scheduler completes the warp operations whose lanes have all arrived.
 #include <cstdio>
 
 #include "fiber.h"
@@ -13,7 +13,7 @@ static Fiber& take_next_lane(RunnerState& state, Warp& warp) {
     return warp.lanes[state.lane_of_rank[rank]];
 }
 
-// From the lane that runs to the next that can, without a detour through the scheduler.
+// Switches from the running lane directly to the next ready one, without the scheduler.
 static void hand_over(RunnerState& state, Fiber& from) {
     Warp& warp = *state.warp;
     if (warp.ready == 0) {
@@ -66,7 +66,7 @@ static const char* operation_name(WarpOp operation) {
 
 static unsigned lanes_waiting_with(const Warp& warp, unsigned mask) {
     if (warp.at_warp == mask && mask == kFullMask) {
-        // The common case first, without branches: all 32 lanes are here, most likely with the same mask.
+        // The common case first, without branches: all 32 lanes have arrived, most likely with the same mask.
         unsigned different = 0;
         for (int lane = 0; lane < kWarpSize; lane++) different |= warp.lanes[lane].mask ^ mask;
         if (different == 0) return mask;
@@ -79,8 +79,7 @@ static unsigned lanes_waiting_with(const Warp& warp, unsigned mask) {
     return lanes;
 }
 
-// A lane that has exited takes part in nothing. __syncwarp does not wait for it; an operation that exchanges values
-// with it is undefined on a GPU.
+// Reports operations that exchange values with an exited lane, which are undefined on a GPU. __syncwarp ignores exited lanes.
 static void check_exited(RunnerState& state, const Warp& warp, Fiber& waiting) {
     const unsigned exited = waiting.mask & warp.exited;
     if (exited == 0 || waiting.operation == WarpOp::Sync) return;

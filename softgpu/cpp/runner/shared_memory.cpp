@@ -22,7 +22,7 @@ extern "C" __attribute__((visibility("default"))) void softgpu_register_shared(v
     shared_anchor = anchor;
 }
 
-// The thread-local block of the library that holds `anchor`: all its __shared__ arrays, as this thread sees them.
+// Thread-local block of the library that holds `anchor`: this host thread's instance of all its __shared__ arrays.
 struct ThreadLocalBlock {
     const void* anchor;
     unsigned char* begin;

@@ -1,4 +1,4 @@
-// The memory that the threads of a block share, static and dynamic, of the calling host thread.
+// Shared memory of a block, static and dynamic, of the calling host thread.
 #pragma once
 #include <cstddef>
 
@@ -7,7 +7,7 @@ namespace softgpu {
 class SharedMemory {
   public:
     ~SharedMemory();
-    // Makes room for a launch. The dynamic part ends, up to its alignment, at a page that faults.
+    // Allocates the memory for a launch. The dynamic part ends, up to its alignment, at a guard page.
     void prepare(size_t dynamic_bytes);
     void poison(bool include_static);
 
@@ -17,7 +17,7 @@ class SharedMemory {
 
   private:
     unsigned char* mapping_ = nullptr;
-    size_t mapping_bytes_ = 0;  // without the page that faults
+    size_t mapping_bytes_ = 0;  // without the guard page
     unsigned char* dynamic_ = nullptr;
     size_t dynamic_bytes_ = 0;
     unsigned char* static_ = nullptr;

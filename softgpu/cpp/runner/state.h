@@ -1,4 +1,4 @@
-// What the parts of the runner share: everything about the kernel that runs on the calling host thread.
+// State shared by the parts of the runner: everything about the kernel that runs on the calling host thread.
 #pragma once
 #include <csetjmp>
 #include <cstdint>
@@ -10,10 +10,10 @@
 
 namespace softgpu {
 
-// Which lanes of a warp are where. A lane that runs or may run is in none of the masks.
+// State of the lanes of a warp, as masks. A lane that runs or may run is in none of at_block, at_warp and exited.
 struct Warp {
     Fiber* lanes;
-    unsigned exists;     // lanes the block has; the last warp may have fewer than 32
+    unsigned exists;     // lanes that the block has; the last warp may have fewer than 32
     unsigned exited;
     unsigned at_block;   // in __syncthreads
     unsigned at_warp;    // in a warp operation
@@ -24,12 +24,12 @@ struct AsyncCopy {
     void* destination;
     const void* source;
     uint8_t bytes, source_bytes;
-    bool is_read;                         // at issue already; otherwise the source is read when the copy lands
+    bool is_read;                         // true: the source was read at issue; false: it is read when the copy lands
     unsigned group;
     alignas(16) unsigned char data[16];
 };
 
-// The copies in flight of one thread.
+// Copies in flight of one thread.
 struct AsyncCopies {
     std::vector<AsyncCopy> pending;
     unsigned open_group = 0;
@@ -50,14 +50,14 @@ struct RunnerState {
     uint64_t seed = 0;
     bool poison = true;
 
-    // The order in which blocks, warps and lanes take turns.
+    // Order of blocks, warps and lanes.
     uint64_t random_state = 0;
     std::vector<uint32_t> block_order;
     std::vector<int> warp_order;
     uint8_t lane_of_rank[kWarpSize];
     uint8_t rank_of_lane[kWarpSize];
 
-    // The warp whose lanes run, and the stack to return to when none of them can go on.
+    // The warp whose lanes run, and the stack to return to when none of them can run.
     Warp* warp = nullptr;
     void* scheduler = nullptr;
 
@@ -68,7 +68,7 @@ struct RunnerState {
 // Null on a thread that never ran a kernel; readable from a signal handler.
 extern __thread RunnerState* runner_state __attribute__((tls_model("initial-exec")));
 
-// Runs the lanes of a warp until all that live are in __syncthreads.
+// Runs the lanes of a warp until all that have not exited are in __syncthreads.
 void run_warp(RunnerState& state, Warp& warp);
 void release_from_block_barrier(RunnerState& state, Warp& warp);
 void fiber_main();

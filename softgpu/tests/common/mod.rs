@@ -1,4 +1,4 @@
-//! What the tests share: a device, PTX texts, launches.
+//! Helpers of the tests: a device, PTX texts, launches.
 #![allow(dead_code)] // each test file uses a part of it
 
 use cudarc::driver::sys::CUresult;
@@ -12,7 +12,7 @@ pub struct Gpu {
     pub stream: Arc<CudaStream>,
 }
 
-/// The software device with a stream of the test's own, and quiet: errors on purpose are not printed.
+/// The CUDA emulator with a stream for this test. Quiet: expected errors are not printed.
 pub fn gpu() -> Gpu {
     softgpu::install();
     softgpu::set(Opt::Quiet, 1);
@@ -23,11 +23,11 @@ pub fn gpu() -> Gpu {
     Gpu { context, stream }
 }
 
-/// The outside of a kernel in PTX. The device reads no more of it than this: its code comes from the host build.
+/// Declaration of a kernel in PTX. The emulator reads nothing else: the code comes from the host build.
 #[derive(Clone)]
 pub struct Entry<'a> {
     pub name: &'a str,
-    /// Sizes of the parameters in bytes
+    /// Sizes of the parameters in bytes.
     pub params: &'a [u32],
     pub max_threads: Option<u32>,
     pub shared_bytes: u32,
@@ -79,15 +79,15 @@ pub fn shape_with_shared(blocks: u32, threads: u32, shared_bytes: u32) -> Launch
     LaunchConfig { shared_mem_bytes: shared_bytes, ..shape(blocks, threads) }
 }
 
-/// Launches a kernel with the given arguments; evaluates to the result.
+/// Launches a kernel with the given arguments and returns the result.
 #[macro_export]
 macro_rules! launch {
     ($gpu:expr, $function:expr, $shape:expr $(, $argument:expr)*) => {{
         use cudarc::driver::PushKernelArg;
         let mut builder = $gpu.stream.launch_builder(&$function);
-        // The arguments are places of the tests, and some tests are inside an unsafe block already.
+        // Arguments are place expressions of the tests; some tests are already inside an unsafe block.
         #[allow(unused_unsafe, clippy::macro_metavars_in_unsafe)]
-        // SAFETY: the software device checks arguments and memory.
+        // SAFETY: the CUDA emulator checks arguments and memory.
         let launched = unsafe { builder$(.arg($argument))*.launch($shape) };
         launched.map(|_| ())
     }};
@@ -100,14 +100,14 @@ pub fn code<T>(result: Result<T, DriverError>) -> CUresult {
     }
 }
 
-/// Takes the report and checks that it has this text in it.
+/// Takes the report and checks that it contains `text`.
 #[track_caller]
 pub fn assert_reported(text: &str) {
     let report = softgpu::report();
     assert!(report.contains(text), "expected {text:?} in the report, which is {report:?}");
 }
 
-/// Numbers that look random, the same every time.
+/// Pseudo-random numbers, the same for a seed.
 pub fn noise(count: usize, seed: u32) -> Vec<f32> {
     let mut state = seed;
     let next = |_| {

@@ -11,7 +11,7 @@ struct Counters {
 
 extern "C" __global__ void atomics(Counters* c) {
     const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
-    c->order_sum += 0;  // a plain access beside the atomics
+    c->order_sum += 0;  // a plain access next to the atomics
     atomicAdd(&c->sum, i);
     atomicMax(&c->maximum, i);
     atomicMin(&c->minimum, i);
@@ -25,7 +25,7 @@ extern "C" __global__ void atomics(Counters* c) {
 }
 SOFTGPU_KERNEL(atomics)
 
-// All 65536 values of 16 bits to float, and floats to 16 bits
+// Converts all 65536 values of 16 bits to float, and floats to 16 bits.
 extern "C" __global__ void widen(float* from_bf16, float* from_half) {
     const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
     from_bf16[i] = __bfloat162float(__ushort_as_bfloat16((unsigned short)i));

@@ -1,4 +1,4 @@
-// cp.async, with every way to forget something.
+// cp.async, correct and with each kind of mistake.
 #include "ptx.cuh"
 
 enum Mistake {
@@ -11,7 +11,7 @@ enum Mistake {
     kMisaligned = 6,
 };
 
-// Each thread copies 16 bytes of x twice, in two groups, and writes what its neighbour copied.
+// Each thread copies 16 bytes of x twice, in two groups, and writes the values that its neighbour copied.
 extern "C" __global__ void copy_two_groups(int mistake, const float* x, float* out) {
     DYNAMIC_SHARED(bytes);
     const int thread = threadIdx.x, threads = blockDim.x;
@@ -37,7 +37,7 @@ extern "C" __global__ void copy_two_groups(int mistake, const float* x, float* o
 }
 SOFTGPU_KERNEL(copy_two_groups)
 
-// Two rounds through one buffer. Without the barrier between them, the second overwrites what others still read.
+// Two rounds through one buffer. Without the barrier between them, the second overwrites values that others still read.
 extern "C" __global__ void reuse_buffer(int with_barrier, const float* x, float* out) {
     __shared__ __align__(16) float buffer[4 * 64];
     const int thread = threadIdx.x, threads = blockDim.x;
@@ -52,12 +52,12 @@ extern "C" __global__ void reuse_buffer(int with_barrier, const float* x, float*
 }
 SOFTGPU_KERNEL(reuse_buffer)
 
-// The three sizes, each with a part of the source and zeros behind
+// The three sizes, each with a part of the source, then zeros. Kernels of cuda/ use 16 bytes only.
 extern "C" __global__ void copy_with_zeros(int source_bytes, const unsigned* x, unsigned* out) {
     __shared__ __align__(16) unsigned values[8];
     if (threadIdx.x == 0) {
-        cp_async_4(values, x, min(source_bytes, 4));
-        cp_async_8(values + 2, x, min(source_bytes, 8));
+        softgpu::cp_async(values, x, 4, min(source_bytes, 4));
+        softgpu::cp_async(values + 2, x, 8, min(source_bytes, 8));
         cp_async_16(values + 4, x, source_bytes);
         cp_async_wait_all();
     }
@@ -70,7 +70,7 @@ SOFTGPU_KERNEL(copy_with_zeros)
 extern "C" __global__ void change_source(float* x, float* out) {
     __shared__ float values[32];
     const int thread = threadIdx.x;
-    cp_async_4(values + thread, x + thread);
+    softgpu::cp_async(values + thread, x + thread, 4, 4);
     x[thread] = 2.0f;
     cp_async_wait_all();
     out[thread] = values[thread];

@@ -16,11 +16,8 @@ __device__ __forceinline__ void tile_product(int k, const uint16_t* a, const uin
         __syncwarp();
         uint32_t a_part[4], b_part[2];
         ldmatrix_x4(a_part, &a_tile[lane % 16][lane / 16 * 8]);
-        if (kTransposed) {
-            ldmatrix_x2_trans(b_part, &b_tile[lane % 16 * 8]);
-        } else {
-            ldmatrix_x2(b_part, &b_tile[lane % 8 * 16 + lane / 8 % 2 * 8]);
-        }
+        const uint16_t* b_row = &b_tile[kTransposed ? lane % 16 * 8 : lane % 8 * 16 + lane / 8 % 2 * 8];
+        softgpu::ldmatrix(b_part, 2, kTransposed, b_row);
         if (kHalf) {
             mma_m16n8k16_f16(sum, a_part, b_part);
         } else {
@@ -45,7 +42,7 @@ extern "C" __global__ void tile_f16(int k, const uint16_t* a, const uint16_t* b,
 }
 SOFTGPU_KERNEL(tile_f16)
 
-// 0: a part of the warp at mma; 1: rows that are not aligned; 2: rows in global memory; 3: no mistake, and in a loop
+// 0: only a part of the warp calls mma; 1: misaligned rows; 2: rows in global memory; 3: correct, in a loop
 extern "C" __global__ void mma_participation(int kind, const uint16_t* x, float* out) {
     __shared__ __align__(16) uint16_t rows[8 * 16];
     const int lane = threadIdx.x;
@@ -53,8 +50,8 @@ extern "C" __global__ void mma_participation(int kind, const uint16_t* x, float*
     __syncwarp();
     uint32_t a[4] = {}, b[2] = {}, loaded[1];
     float d[4] = {};
-    if (kind == 1) ldmatrix_x1(loaded, rows + 1);
-    if (kind == 2) ldmatrix_x1(loaded, x);
+    if (kind == 1) softgpu::ldmatrix(loaded, 1, false, rows + 1);
+    if (kind == 2) softgpu::ldmatrix(loaded, 1, false, x);
     if (kind != 0 || lane < 16) mma_m16n8k16_bf16(d, a, b);
     for (int i = 0; kind == 3 && i < 1000; i++) mma_m16n8k16_bf16(d, a, b);
     __syncwarp();
@@ -62,20 +59,19 @@ extern "C" __global__ void mma_participation(int kind, const uint16_t* x, float*
 }
 SOFTGPU_KERNEL(mma_participation)
 
-// ldmatrix.x1, .x4.trans, and the loads and stores of 16 bytes
-extern "C" __global__ void load_forms(const uint16_t* x, uint32_t* out, uint4* copies, float* powers) {
+// ldmatrix.x1, .x1.trans and .x4.trans, and ex2.approx
+extern "C" __global__ void load_forms(const uint16_t* x, uint32_t* out, float* powers) {
     __shared__ __align__(16) uint16_t tiles[4][8][8];
     const int lane = threadIdx.x;
     for (int i = lane; i < 256; i += 32) (&tiles[0][0][0])[i] = x[i];
     __syncwarp();
     uint32_t one[1], one_trans[1], four_trans[4];
-    ldmatrix_x1(one, tiles[0][lane % 8]);
-    ldmatrix_x1_trans(one_trans, tiles[0][lane % 8]);
+    softgpu::ldmatrix(one, 1, false, tiles[0][lane % 8]);
+    softgpu::ldmatrix(one_trans, 1, true, tiles[0][lane % 8]);
     ldmatrix_x4_trans(four_trans, tiles[lane / 8][lane % 8]);
     out[lane] = one[0];
     out[32 + lane] = one_trans[0];
     for (int m = 0; m < 4; m++) out[64 + 32 * m + lane] = four_trans[m];
-    st_global_cs_16(copies + lane, lane % 2 ? ld_global_nc_16(x + 8 * lane) : ld_global_cs_16(x + 8 * lane));
     powers[lane] = ex2_approx(float(lane - 16));
 }
 SOFTGPU_KERNEL(load_forms)

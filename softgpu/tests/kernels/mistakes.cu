@@ -1,14 +1,14 @@
-// Kernels that do one wrong thing each.
+// Kernels with one mistake each.
 #include "softgpu.h"
 
-// A 16-byte load from an address that is a multiple of 4
+// A 16-byte load from an address that is a multiple of 4 only.
 extern "C" __global__ void misaligned_load(const float* x, float* out) {
     const float4 v = *reinterpret_cast<const float4*>(x + threadIdx.x);
     out[threadIdx.x] = v.x + v.w;
 }
 SOFTGPU_KERNEL(misaligned_load)
 
-// 64 threads, 32 slots
+// 64 threads write to 32 elements.
 extern "C" __global__ void array_overrun(const float* x, float* out) {
     __shared__ float slots[32];
     slots[threadIdx.x] = x[threadIdx.x];
@@ -17,7 +17,7 @@ extern "C" __global__ void array_overrun(const float* x, float* out) {
 }
 SOFTGPU_KERNEL(array_overrun)
 
-// Half of the warp at one barrier, half at another
+// Half of the warp waits at one barrier, half at another.
 extern "C" __global__ void split_barriers(const float* x, float* out) {
     if (threadIdx.x < 16) {
         __syncthreads();
@@ -31,7 +31,7 @@ SOFTGPU_KERNEL(split_barriers)
 extern "C" __global__ void divide_by_zero(const int* x, int* out) { out[threadIdx.x] = 1 / x[threadIdx.x]; }
 SOFTGPU_KERNEL(divide_by_zero)
 
-// One element more of dynamic shared memory than there is
+// Accesses one element past the end of dynamic shared memory.
 extern "C" __global__ void dynamic_shared_overrun(int elements, float* out) {
     DYNAMIC_SHARED(bytes);
     float* values = reinterpret_cast<float*>(bytes);
@@ -41,7 +41,7 @@ extern "C" __global__ void dynamic_shared_overrun(int elements, float* out) {
 }
 SOFTGPU_KERNEL(dynamic_shared_overrun)
 
-// Reads shared memory that nobody wrote
+// Reads shared memory that no thread wrote.
 extern "C" __global__ void unwritten_shared(int dynamic, float* out) {
     DYNAMIC_SHARED(bytes);
     __shared__ float fixed[64];

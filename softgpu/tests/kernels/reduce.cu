@@ -6,7 +6,7 @@ struct SumParams {
     int n, padding;
 };
 
-// out[b] = sum(x[b * n .. b * n + n]), one block per output
+// out[b] = sum(x[b * n .. b * n + n]), one block per output.
 template <bool kBarrier> __device__ __forceinline__ void block_sum_body(const SumParams& p) {
     const float* x = p.x + size_t(blockIdx.x) * p.n;
     float sum = 0.0f;
@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(256) block_sum(const __grid_constan
 }
 SOFTGPU_KERNEL(block_sum)
 
-// The same with the barrier forgotten
+// The same without the barrier.
 extern "C" __global__ void __launch_bounds__(256) block_sum_racy(const __grid_constant__ SumParams p) {
     block_sum_body<false>(p);
 }
@@ -39,7 +39,7 @@ SOFTGPU_KERNEL(block_sum_racy)
 struct ArgmaxParams {
     const __nv_bfloat16* x;
     int* index;
-    float* share;  // of the largest element in the sum of exponentials
+    float* share;  // softmax of the largest element
     int n, padding;
 };
 
@@ -67,7 +67,7 @@ __device__ __forceinline__ Best merge_warp(Best best) {
     return best;
 }
 
-// One block per row of n (a multiple of 8): where the largest element is, and its softmax
+// Index and softmax of the largest element of each row of n elements (a multiple of 8); one block per row.
 extern "C" __global__ void __launch_bounds__(512) argmax_share(const __grid_constant__ ArgmaxParams p) {
     const __nv_bfloat16* row = p.x + size_t(blockIdx.x) * p.n;
     Best best{-1e30f, 0.0f, 0x7fffffff};

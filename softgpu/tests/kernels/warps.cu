@@ -1,9 +1,9 @@
-// Warp operations, right and wrong.
+// Warp operations, correct and with mistakes.
 #include "softgpu.h"
 
 constexpr unsigned kAll = 0xffffffffu;
 
-// One line of 32 results per operation
+// One line of 32 results per operation.
 extern "C" __global__ void warp_operations(int* out) {
     const int lane = threadIdx.x;
     int line = 0;
@@ -24,7 +24,7 @@ extern "C" __global__ void warp_operations(int* out) {
 }
 SOFTGPU_KERNEL(warp_operations)
 
-// The two halves of the warp work on their own, and not the same number of times
+// The two halves of the warp work independently, with different numbers of iterations.
 extern "C" __global__ void half_warps(int* out) {
     const int lane = threadIdx.x;
     const bool lower = lane < 16;
@@ -36,7 +36,7 @@ extern "C" __global__ void half_warps(int* out) {
 }
 SOFTGPU_KERNEL(half_warps)
 
-// Some threads return before the barrier that the others go through
+// Some threads return before the barrier that the others reach.
 extern "C" __global__ void early_exit(const int* x, int* out, int live_threads) {
     __shared__ int values[128];
     if (int(threadIdx.x) >= live_threads) return;
@@ -46,14 +46,14 @@ extern "C" __global__ void early_exit(const int* x, int* out, int live_threads) 
 }
 SOFTGPU_KERNEL(early_exit)
 
-// A shuffle among 32 lanes of which some have returned
+// A shuffle of 32 lanes, some of which have returned.
 extern "C" __global__ void shuffle_after_exit(int* out) {
     if (threadIdx.x >= 20) return;
     out[threadIdx.x] = __shfl_xor_sync(kAll, int(threadIdx.x), 1);
 }
 SOFTGPU_KERNEL(shuffle_after_exit)
 
-// The same with the lanes that are there; __syncwarp does not wait for the others
+// The same with the remaining lanes; __syncwarp does not wait for the others.
 extern "C" __global__ void shuffle_among_live(int* out) {
     if (threadIdx.x >= 20) return;
     __syncwarp();
@@ -61,19 +61,19 @@ extern "C" __global__ void shuffle_among_live(int* out) {
 }
 SOFTGPU_KERNEL(shuffle_among_live)
 
-// Kinds of wrong masks
+// Wrong masks, by kind.
 extern "C" __global__ void wrong_mask(int kind, int* out) {
     const int lane = threadIdx.x;
     int value = lane;
-    if (kind == 0) value = __shfl_sync(0x0000ffffu, lane, 0);                          // does not name the caller
-    if (kind == 1) value = __shfl_xor_sync(lane < 16 ? kAll : 0xffff8000u, lane, 1);   // differs among its lanes
-    if (kind == 2) value = lane < 16 ? __shfl_xor_sync(0x0000ffffu, lane, 16) : lane;  // reads outside of it
+    if (kind == 0) value = __shfl_sync(0x0000ffffu, lane, 0);                          // lacks the caller
+    if (kind == 1) value = __shfl_xor_sync(lane < 16 ? kAll : 0xffff8000u, lane, 1);   // differs between its lanes
+    if (kind == 2) value = lane < 16 ? __shfl_xor_sync(0x0000ffffu, lane, 16) : lane;  // reads a lane outside the mask
     if (kind == 3) value = lane < 16 ? __shfl_xor_sync(kAll, lane, 1) : int(__ballot_sync(kAll, 1));
     out[lane] = value;
 }
 SOFTGPU_KERNEL(wrong_mask)
 
-// Writes of one lane that another reads, with and without __syncwarp between
+// One lane stores, another loads, with and without __syncwarp between them.
 extern "C" __global__ void warp_exchange(int with_sync, int* out) {
     __shared__ int values[32];
     values[threadIdx.x] = int(threadIdx.x);

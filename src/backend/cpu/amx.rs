@@ -11,7 +11,7 @@
 //! volume 2 (TILELOADD, TDPBF16PS); Linux Documentation/arch/x86/xstate.rst (permission).
 
 use super::linear::{Matrix, Out, SCRATCH, SCRATCH_BYTES, SUMS, SWEEP, from_cache_line, packed_len};
-use super::simd::Limit;
+use super::simd::IsaCap;
 use super::transpose::transpose;
 use rayon::prelude::*;
 use std::arch::asm;
@@ -40,7 +40,7 @@ pub fn available() -> bool {
         const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
         /// The tiles' contents.
         const XTILEDATA: libc::c_long = 18;
-        if Limit::of_process() < Limit::Amx {
+        if IsaCap::of_process() < IsaCap::Amx {
             return false;
         }
         let leaf = std::arch::x86_64::__cpuid_count(7, 0);

@@ -80,8 +80,8 @@ fn attention_on(
     assert!(qkv.len() >= total * width && out.len() >= total * q_width, "buffer too short");
     assert!(head_dim <= MAX_HEAD_DIM && num_kv_heads > 0 && num_heads.is_multiple_of(num_kv_heads), "{heads:?}");
     for span in spans {
-        let cached = (span.cache_base + span.len) * kv_width;
-        assert!(span.start <= span.end && span.end <= span.len, "{span:?}");
+        let cached = (span.cache_base + span.num_keys) * kv_width;
+        assert!(span.start <= span.end && span.end <= span.num_keys, "{span:?}");
         assert!(cache.is_none_or(|(k, v)| cached <= k.len() && cached <= v.len()), "cache too short for {span:?}");
     }
     let mut tasks = Vec::new();
@@ -98,7 +98,7 @@ fn attention_on(
             };
             let live = first * width + q_width + kv;
             let live = Segment { k: &qkv[live..], v: &qkv[live + kv_width..], stride: width, len: span.rows() };
-            let segments = [segment(0, span.start), live, segment(span.end, span.len)];
+            let segments = [segment(0, span.start), live, segment(span.end, span.num_keys)];
             for row in (0..span.rows()).step_by(ROWS) {
                 tasks.push(Task {
                     q: &qkv[(first + row) * width + head * head_dim..],
@@ -141,11 +141,11 @@ pub fn attention_cached(
     let mut tasks = Vec::new();
     let mut first = 0;
     for (span, count) in spans.iter().zip(counts) {
-        let cached = (span.cache_base + span.len) * kv_width;
-        assert!(span.len > 0 && cached <= k.len() && cached <= v.len(), "cache too short for {span:?}");
+        let cached = (span.cache_base + span.num_keys) * kv_width;
+        assert!(span.num_keys > 0 && cached <= k.len() && cached <= v.len(), "cache too short for {span:?}");
         for head in 0..num_heads {
             let at = span.cache_base * kv_width + head / (num_heads / num_kv_heads) * head_dim;
-            let all = Segment { k: &k[at..], v: &v[at..], stride: kv_width, len: span.len };
+            let all = Segment { k: &k[at..], v: &v[at..], stride: kv_width, len: span.num_keys };
             for row in (0..*count).step_by(ROWS) {
                 tasks.push(Task {
                     q: &queries[(first + row) * stride + head * head_dim..],
@@ -293,10 +293,10 @@ mod tests {
         for (num_heads, num_kv_heads, head_dim) in [(2, 2, 32), (7, 1, 64), (4, 2, 128)] {
             let heads = Heads { num_heads, num_kv_heads, head_dim };
             let spans = [
-                SequenceRows { sequence: 0, start: 0, end: 5, len: 5, cache_base: 0 },
-                SequenceRows { sequence: 1, start: 0, end: 70, len: 200, cache_base: 5 },
-                SequenceRows { sequence: 2, start: 30, end: 63, len: 63, cache_base: 205 },
-                SequenceRows { sequence: 3, start: 9, end: 10, len: 90, cache_base: 268 },
+                SequenceRows { sequence: 0, start: 0, end: 5, num_keys: 5, cache_base: 0 },
+                SequenceRows { sequence: 1, start: 0, end: 70, num_keys: 200, cache_base: 5 },
+                SequenceRows { sequence: 2, start: 30, end: 63, num_keys: 63, cache_base: 205 },
+                SequenceRows { sequence: 3, start: 9, end: 10, num_keys: 90, cache_base: 268 },
             ];
             let rows: usize = spans.iter().map(SequenceRows::rows).sum();
             let kv_width = num_kv_heads * head_dim;
@@ -325,7 +325,7 @@ mod tests {
             sequence: 0,
             start: 0,
             end: len,
-            len,
+            num_keys: len,
             cache_base: base,
         });
         let qkv = noise(117 * width, 1);
@@ -351,7 +351,7 @@ mod tests {
     fn spans_do_not_depend_on_their_company() {
         let heads = Heads { num_heads: 2, num_kv_heads: 1, head_dim: 32 };
         let spans: Vec<_> =
-            [37, 3, 70].map(|end| SequenceRows { sequence: 0, start: 0, end, len: end, cache_base: 0 }).into();
+            [37, 3, 70].map(|end| SequenceRows { sequence: 0, start: 0, end, num_keys: end, cache_base: 0 }).into();
         let qkv = noise(110 * heads.qkv_width(), 5);
         let mut all = vec![0.0; 110 * 64];
         attention(&qkv, heads, &spans, None, &mut all);
@@ -364,7 +364,7 @@ mod tests {
     #[test]
     fn nan_comes_through() {
         let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 32 };
-        let span = SequenceRows { sequence: 0, start: 0, end: 20, len: 20, cache_base: 0 };
+        let span = SequenceRows { sequence: 0, start: 0, end: 20, num_keys: 20, cache_base: 0 };
         let mut qkv = noise(40 * heads.qkv_width(), 5);
         qkv[7 * heads.qkv_width() + 40] = f32::NAN;
         let mut out = vec![0.0; 40 * 32];

@@ -5,6 +5,8 @@
 mod amx;
 pub mod attention;
 pub mod linear;
+mod norm;
+mod rope;
 mod simd;
 mod swiglu;
 mod tile;
@@ -15,10 +17,11 @@ pub use simd::Isa;
 #[doc(hidden)]
 pub use simd::fma_roof;
 
-use super::{Backend, BatchMetadata, Heads, HostUnmask, RowSet, SequenceRows, SessionLimits, UpdateRanges};
+use super::{
+    Backend, BatchMetadata, BufferKind, Heads, HostLogits, QkvRows, Residual, RowSet, SequenceRows, SessionLimits,
+    UpdateRanges,
+};
 use crate::error::{Error, Result};
-use crate::reference::{norm, rope};
-use crate::sampling::{self, Candidates, Prediction, SamplingParams};
 use crate::tensor::Tensor;
 use linear::{Matrix, packed_len};
 use rayon::prelude::*;
@@ -32,36 +35,36 @@ pub struct Cpu {
     tokens: Vec<u32>,
 }
 
-/// Where the rows of a pass stand.
+/// Metadata of a pass, and the rows that were selected last.
 #[derive(Debug, Default)]
-pub struct Rows {
-    spans: Vec<SequenceRows>,
+pub struct CpuBatch {
+    sequences: Vec<SequenceRows>,
     positions: Vec<usize>,
     tokens: Vec<usize>,
     logit_rows: Vec<usize>,
-    parts: Vec<UpdateRanges>,
-    /// Of each span, which of the others run, counted among them.
+    updates: Vec<UpdateRanges>,
+    /// For each sequence the selected rows, as indices of [`UpdateRanges::other`].
     selected: Vec<Vec<usize>>,
 }
 
-impl Rows {
-    /// The rows chosen last: index among the rows of the pass, and place in the cache.
+impl CpuBatch {
+    /// The rows that were selected last: index among the rows of the pass, and place in the cache.
     fn selected(&self) -> impl Iterator<Item = (usize, usize)> {
-        let firsts = self.spans.iter().scan(0, |next, span| {
+        let firsts = self.sequences.iter().scan(0, |next, sequence| {
             let first = *next;
-            *next += span.rows();
+            *next += sequence.rows();
             Some(first)
         });
-        let spans = self.spans.iter().zip(firsts).zip(self.parts.iter().zip(&self.selected));
-        spans.flat_map(|((span, first), (parts, selected))| {
-            let places = parts.always.clone().chain(selected.iter().map(|number| parts.other(*number)));
-            places.map(move |key| (first + key - span.start, span.cache_base + key))
+        let sequences = self.sequences.iter().zip(firsts).zip(self.updates.iter().zip(&self.selected));
+        sequences.flat_map(|((sequence, first), (update, selected))| {
+            let keys = update.always.clone().chain(selected.iter().map(|index| update.other(*index)));
+            keys.map(move |key| (first + key - sequence.start, sequence.cache_base + key))
         })
     }
 
-    /// All rows of the pass, as places in the cache.
+    /// The place in the cache of each row of the pass.
     fn places(&self) -> impl Iterator<Item = usize> {
-        self.spans.iter().flat_map(|span| (span.start..span.end).map(move |p| span.cache_base + p))
+        self.sequences.iter().flat_map(|rows| (rows.start..rows.end).map(move |key| rows.cache_base + key))
     }
 }
 
@@ -84,37 +87,29 @@ impl KvCache {
 
 /// A zeroed vector of `rows * width` floats, or an error when there is no memory for it.
 fn zeroed(what: &str, sizes: &[usize]) -> Result<Vec<f32>> {
-    let fail = || Error::Unavailable(format!("no memory for {what} of {sizes:?} f32"));
-    let len = sizes.iter().try_fold(1usize, |a, b| a.checked_mul(*b)).ok_or_else(fail)?;
+    let no_memory = |len: Option<usize>| Error::OutOfMemory {
+        what: format!("{what} of {sizes:?} f32"),
+        memory: "memory",
+        needed_bytes: len.map(|len| (len as u64).saturating_mul(4)),
+        free_bytes: None,
+        cause: String::new(),
+    };
+    let len = sizes.iter().try_fold(1usize, |a, b| a.checked_mul(*b)).ok_or_else(|| no_memory(None))?;
     // Pages that are never written never take memory.
-    bytemuck::allocation::try_zeroed_vec(len).map_err(|()| fail())
+    bytemuck::allocation::try_zeroed_vec(len).map_err(|()| no_memory(Some(len)))
 }
 
-/// Errs when the system says that it could not hand out `bytes` more. Allocating would tell later, or not at all: a
-/// system that overcommits ends the process instead.
-pub(crate) fn ensure_memory(what: &str, bytes: usize) -> Result<()> {
-    match free_memory() {
-        Some(free) if bytes > free => {
-            let (need, free) = (bytes >> 20, free >> 20);
-            Err(Error::Unavailable(format!("{what} need {need} MiB of memory; {free} MiB are free")))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Bytes the system could still hand out, where it says so.
-fn free_memory() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    line.trim().trim_end_matches("kB").trim().parse::<usize>().ok().map(|kib| kib << 10)
+/// Elements of a row `[q | k | v]`, or `[q | k]` without values.
+fn qkv_width(heads: Heads, has_values: bool) -> usize {
+    heads.q_width() + heads.kv_width() * if has_values { 2 } else { 1 }
 }
 
 impl Backend for Cpu {
     type Buffer = Vec<f32>;
     type Matrix = Matrix;
     type Vector = Vec<f32>;
-    type Cache = KvCache;
-    type Rows = Rows;
+    type KvCache = KvCache;
+    type Batch = CpuBatch;
 
     fn matrix(&self, parts: Vec<Tensor>, biases: Vec<Tensor>) -> Result<Matrix> {
         Ok(Matrix::new(parts, biases.iter().flat_map(Tensor::to_f32).collect()))
@@ -124,27 +119,27 @@ impl Backend for Cpu {
         Ok(tensor.to_f32())
     }
 
-    fn prepare(&mut self, needs: &SessionLimits, theta: f32) -> Result<()> {
-        self.angles.extend(theta, needs.heads.head_dim, needs.longest);
+    fn prepare(&mut self, limits: &SessionLimits, rope_theta: f32) -> Result<()> {
+        self.angles.extend(rope_theta, limits.heads.head_dim, limits.longest);
         Ok(())
     }
 
-    fn buffer(&self, rows: usize, width: usize) -> Result<Vec<f32>> {
-        zeroed("activations", &[rows, width])
+    fn buffer(&self, kind: BufferKind, rows: usize, width: usize) -> Result<Vec<f32>> {
+        let what = match kind {
+            BufferKind::Activations => "activations",
+            BufferKind::Logits => "logits",
+        };
+        zeroed(what, &[rows, width])
     }
 
-    fn logits(&self, rows: usize, vocab_size: usize) -> Result<Vec<f32>> {
-        zeroed("logits", &[rows, vocab_size])
-    }
-
-    fn cache(&self, layers: usize, positions: usize, width: usize) -> Result<KvCache> {
+    fn kv_cache(&self, layers: usize, positions: usize, width: usize) -> Result<KvCache> {
         let k = zeroed("cached keys", &[layers, positions, width])?;
         let v = zeroed("cached values", &[layers, positions, width])?;
         Ok(KvCache { k, v, positions, width })
     }
 
-    fn rows(&self, _needs: &SessionLimits) -> Result<Rows> {
-        Ok(Rows::default())
+    fn batch(&self, _limits: &SessionLimits) -> Result<CpuBatch> {
+        Ok(CpuBatch::default())
     }
 
     fn write_tokens(&mut self, tokens: &[u32]) -> Result<()> {
@@ -153,21 +148,21 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn set_batch(&mut self, rows: &mut Rows, placement: &BatchMetadata) -> Result<()> {
-        let BatchMetadata { spans, positions, tokens, logit_rows, parts, .. } = *placement;
-        *rows = Rows {
-            spans: spans.to_vec(),
+    fn set_batch(&mut self, batch: &mut CpuBatch, metadata: &BatchMetadata) -> Result<()> {
+        let BatchMetadata { sequences, positions, tokens, logit_rows, updates, .. } = *metadata;
+        *batch = CpuBatch {
+            sequences: sequences.to_vec(),
             positions: positions.to_vec(),
             tokens: tokens.to_vec(),
             logit_rows: logit_rows.to_vec(),
-            parts: parts.to_vec(),
+            updates: updates.to_vec(),
             selected: vec![],
         };
         Ok(())
     }
 
-    fn embed(&mut self, table: &Matrix, rows: &Rows, out: &mut Vec<f32>) -> Result<()> {
-        for (index, row) in rows.tokens.iter().zip(out.chunks_exact_mut(table.cols())) {
+    fn embed(&mut self, table: &Matrix, batch: &CpuBatch, out: &mut Vec<f32>) -> Result<()> {
+        for (index, row) in batch.tokens.iter().zip(out.chunks_exact_mut(table.cols())) {
             table.row_into(self.tokens[*index] as usize, row);
         }
         Ok(())
@@ -176,199 +171,96 @@ impl Backend for Cpu {
     fn residual_norm(
         &mut self,
         x: &mut Vec<f32>,
-        delta: Option<&Vec<f32>>,
-        weight: &Vec<f32>,
-        eps: f32,
+        residual: Residual<Cpu>,
+        batch: &CpuBatch,
+        (weight, eps): (&Vec<f32>, f32),
         out: &mut Vec<f32>,
         rows: usize,
     ) -> Result<()> {
         let width = weight.len();
-        let rows = rows * width;
-        let pairs = x[..rows].par_chunks_exact_mut(width).zip(out[..rows].par_chunks_exact_mut(width));
-        match delta {
-            Some(delta) => pairs.zip(delta[..rows].par_chunks_exact(width)).for_each(|((x, out), delta)| {
-                norm::add(x, delta);
-                norm::rms_norm(x, weight, eps, out);
-            }),
-            None => pairs.for_each(|(x, out)| norm::rms_norm(x, weight, eps, out)),
+        let len = rows * width;
+        let pairs = x[..len].par_chunks_exact_mut(width).zip(out[..len].par_chunks_exact_mut(width));
+        let add_and_norm = |x: &mut [f32], delta: &[f32], out: &mut [f32]| {
+            norm::add(x, delta);
+            norm::rms_norm(x, weight, eps, out);
+        };
+        match residual {
+            Residual::None => pairs.for_each(|(x, out)| norm::rms_norm(x, weight, eps, out)),
+            Residual::Rows(delta) => {
+                let deltas = delta[..len].par_chunks_exact(width);
+                pairs.zip(deltas).for_each(|((x, out), delta)| add_and_norm(x, delta, out));
+            }
+            Residual::Features(features, first_row) => {
+                let places: Vec<usize> = batch.places().collect();
+                let deltas = places.par_iter().map(|place| &features[(first_row + place) * width..][..width]);
+                pairs.zip(deltas).for_each(|((x, out), delta)| add_and_norm(x, delta, out));
+            }
         }
         Ok(())
     }
 
-    fn linear(&mut self, x: &Vec<f32>, w: &Matrix, out: &mut Vec<f32>, rows: usize) -> Result<()> {
+    fn linear(
+        &mut self,
+        x: &Vec<f32>,
+        w: &Matrix,
+        outputs: Option<Range<usize>>,
+        out: &mut Vec<f32>,
+        rows: usize,
+    ) -> Result<()> {
         let needed = packed_len(rows, w.cols());
         if self.packed.len() < needed {
             self.packed.resize(needed, 0.0);
         }
-        linear::linear(x, w, out, rows, &mut self.packed);
-        Ok(())
-    }
-
-    fn linear_part(
-        &mut self,
-        x: &Vec<f32>,
-        w: &Matrix,
-        outputs: Range<usize>,
-        out: &mut Vec<f32>,
-        rows: usize,
-    ) -> Result<()> {
-        self.linear(x, &w.part(outputs), out, rows)
-    }
-
-    fn select_rows(
-        &mut self,
-        values: Option<&Vec<f32>>,
-        heads: Heads,
-        rows: &mut Rows,
-        (cache, layer): (&mut KvCache, usize),
-    ) -> Result<()> {
-        let width = heads.num_kv_heads * heads.head_dim;
-        rows.selected.clear();
-        let mut first = 0;
-        for (span, parts) in rows.spans.iter().zip(&rows.parts) {
-            let mut selected = vec![];
-            if let Some(values) = values {
-                let cached = |places: &Range<usize>| {
-                    let at = |key: usize| (layer * cache.positions + span.cache_base + key) * width;
-                    at(places.start)..at(places.end)
-                };
-                let fresh = |places: &Range<usize>| {
-                    let at = |key: usize| (first + key - span.start) * width;
-                    at(places.start)..at(places.end)
-                };
-                selected = match parts.count() == parts.num_others() {
-                    true => (0..parts.count()).collect(),
-                    false => {
-                        let pairs = parts.others.each_ref().map(|p| (&values[fresh(p)], &cache.v[cached(p)]));
-                        vverify::vverify(pairs, width, parts.count())
-                    }
-                };
-                let [before, after] = &parts.others;
-                for places in [&parts.always, before, after] {
-                    cache.v[cached(places)].copy_from_slice(&values[fresh(places)]);
-                }
-            }
-            rows.selected.push(selected);
-            first += span.rows();
+        match outputs {
+            Some(outputs) => linear::linear(x, &w.part(outputs), out, rows, &mut self.packed),
+            None => linear::linear(x, w, out, rows, &mut self.packed),
         }
-        Ok(())
-    }
-
-    fn selected(&self, rows: &Rows) -> Result<Vec<Vec<usize>>> {
-        Ok(rows.selected.clone())
-    }
-
-    fn gather_selected(&mut self, x: &Vec<f32>, rows: &Rows, width: usize, out: &mut Vec<f32>) -> Result<()> {
-        for ((row, _), to) in rows.selected().zip(out.chunks_exact_mut(width)) {
-            to.copy_from_slice(&x[row * width..(row + 1) * width]);
-        }
-        Ok(())
-    }
-
-    fn rope_selected(
-        &mut self,
-        qkv: &mut Vec<f32>,
-        heads: Heads,
-        rows: &Rows,
-        (cache, layer): (&mut KvCache, usize),
-        values: bool,
-    ) -> Result<()> {
-        let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
-        let width = q + if values { 2 * kv } else { kv };
-        for ((of_pass, key), row) in rows.selected().zip(qkv.chunks_exact_mut(width)) {
-            rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(rows.positions[of_pass]));
-            let at = (layer * cache.positions + key) * kv;
-            cache.k[at..at + kv].copy_from_slice(&row[q..q + kv]);
-            if values {
-                cache.v[at..at + kv].copy_from_slice(&row[q + kv..]);
-            }
-        }
-        Ok(())
-    }
-
-    fn attention_selected(
-        &mut self,
-        qkv: &Vec<f32>,
-        heads: Heads,
-        rows: &Rows,
-        (cache, layer): (&KvCache, usize),
-        values: bool,
-        out: &mut Vec<f32>,
-    ) -> Result<()> {
-        let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
-        let stride = q + if values { 2 * kv } else { kv };
-        let counts: Vec<usize> = rows.parts.iter().map(UpdateRanges::rows).collect();
-        attention::attention_cached(qkv, stride, heads, &rows.spans, &counts, cache.layer(layer), out);
-        Ok(())
-    }
-
-    fn store_features(
-        &mut self,
-        delta: &Vec<f32>,
-        part: RowSet,
-        width: usize,
-        rows: &Rows,
-        (feature_cache, first_row): (&mut Vec<f32>, usize),
-    ) -> Result<()> {
-        let copy = |(key, row): (usize, &[f32])| {
-            feature_cache[(first_row + key) * width..(first_row + key + 1) * width].copy_from_slice(row);
-        };
-        let delta = delta.chunks_exact(width);
-        match part {
-            RowSet::All => rows.places().zip(delta).for_each(copy),
-            RowSet::Selected => rows.selected().map(|(_, key)| key).zip(delta).for_each(copy),
-        }
-        Ok(())
-    }
-
-    fn residual_norm_features(
-        &mut self,
-        x: &mut Vec<f32>,
-        (feature_cache, first_row): (&Vec<f32>, usize),
-        rows: &Rows,
-        weight: &Vec<f32>,
-        eps: f32,
-        out: &mut Vec<f32>,
-    ) -> Result<()> {
-        let width = weight.len();
-        let places: Vec<usize> = rows.places().collect();
-        let pairs = x.par_chunks_exact_mut(width).zip(out.par_chunks_exact_mut(width));
-        places.par_iter().zip(pairs).for_each(|(key, (x, out))| {
-            norm::add(x, &feature_cache[(first_row + key) * width..][..width]);
-            norm::rms_norm(x, weight, eps, out);
-        });
         Ok(())
     }
 
     fn rope(
         &mut self,
-        qkv: &mut Vec<f32>,
+        (qkv, QkvRows { rows, has_values }): (&mut Vec<f32>, QkvRows),
         heads: Heads,
-        rows: &Rows,
+        batch: &CpuBatch,
         mut store: Option<(&mut KvCache, usize)>,
     ) -> Result<()> {
-        let (q, kv) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
-        let places = rows.positions.iter().zip(rows.places());
-        for ((position, key), row) in places.zip(qkv.chunks_exact_mut(heads.qkv_width())) {
-            rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(*position));
-            if let Some((cache, layer)) = &mut store {
-                let at = (*layer * cache.positions + key) * kv;
-                cache.k[at..at + kv].copy_from_slice(&row[q..q + kv]);
-                cache.v[at..at + kv].copy_from_slice(&row[q + kv..]);
+        let (q, kv) = (heads.q_width(), heads.kv_width());
+        let rotate_and_store = |((row_of_pass, place), row): ((usize, usize), &mut [f32])| {
+            rope::rotate(&mut row[..q + kv], heads.head_dim, self.angles.at(batch.positions[row_of_pass]));
+            let Some((cache, layer)) = &mut store else { return };
+            let first = (*layer * cache.positions + place) * kv;
+            cache.k[first..first + kv].copy_from_slice(&row[q..q + kv]);
+            if has_values {
+                cache.v[first..first + kv].copy_from_slice(&row[q + kv..]);
             }
+        };
+        let buffer = qkv.chunks_exact_mut(qkv_width(heads, has_values));
+        if rows == RowSet::Selected {
+            batch.selected().zip(buffer).for_each(rotate_and_store);
+        } else {
+            batch.places().enumerate().zip(buffer).for_each(rotate_and_store);
         }
         Ok(())
     }
 
     fn attention(
         &mut self,
-        qkv: &Vec<f32>,
+        (qkv, QkvRows { rows, has_values }): (&Vec<f32>, QkvRows),
         heads: Heads,
-        rows: &Rows,
-        reuse: Option<(&KvCache, usize)>,
+        batch: &CpuBatch,
+        cache: Option<(&KvCache, usize)>,
         out: &mut Vec<f32>,
     ) -> Result<()> {
-        attention::attention(qkv, heads, &rows.spans, reuse.map(|(cache, layer)| cache.layer(layer)), out);
+        let cached = cache.map(|(cache, layer)| cache.layer(layer));
+        match (rows, cached) {
+            (RowSet::Selected, Some(cached)) => {
+                let counts: Vec<usize> = batch.updates.iter().map(UpdateRanges::rows).collect();
+                let stride = qkv_width(heads, has_values);
+                attention::attention_cached(qkv, stride, heads, &batch.sequences, &counts, cached, out);
+            }
+            (_, cached) => attention::attention(qkv, heads, &batch.sequences, cached, out),
+        }
         Ok(())
     }
 
@@ -377,9 +269,73 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn gather(&mut self, x: &Vec<f32>, rows: &Rows, width: usize, out: &mut Vec<f32>) -> Result<()> {
-        for (from, row) in rows.logit_rows.iter().zip(out.chunks_exact_mut(width)) {
-            row.copy_from_slice(&x[from * width..(from + 1) * width]);
+    fn gather(&mut self, x: &Vec<f32>, batch: &CpuBatch, set: RowSet, width: usize, out: &mut Vec<f32>) -> Result<()> {
+        let copy = |(row, to): (usize, &mut [f32])| to.copy_from_slice(&x[row * width..(row + 1) * width]);
+        let out = out.chunks_exact_mut(width);
+        match set {
+            RowSet::All => (0..batch.positions.len()).zip(out).for_each(copy),
+            RowSet::Logits => batch.logit_rows.iter().copied().zip(out).for_each(copy),
+            RowSet::Selected => batch.selected().map(|(row, _)| row).zip(out).for_each(copy),
+        }
+        Ok(())
+    }
+
+    fn select_rows(
+        &mut self,
+        values: Option<&Vec<f32>>,
+        heads: Heads,
+        batch: &mut CpuBatch,
+        (cache, layer): (&mut KvCache, usize),
+    ) -> Result<()> {
+        let width = heads.kv_width();
+        batch.selected.clear();
+        let mut first = 0;
+        for (sequence, update) in batch.sequences.iter().zip(&batch.updates) {
+            let mut selected = vec![];
+            if let Some(values) = values {
+                let cached = |keys: &Range<usize>| {
+                    let first = layer * cache.positions + sequence.cache_base;
+                    (first + keys.start) * width..(first + keys.end) * width
+                };
+                let fresh = |keys: &Range<usize>| {
+                    (first + keys.start - sequence.start) * width..(first + keys.end - sequence.start) * width
+                };
+                selected = if update.num_selected() == update.num_others() {
+                    (0..update.num_selected()).collect()
+                } else {
+                    let pairs = update.others.each_ref().map(|keys| (&values[fresh(keys)], &cache.v[cached(keys)]));
+                    vverify::vverify(pairs, width, update.num_selected())
+                };
+                let [before, after] = &update.others;
+                for keys in [&update.always, before, after] {
+                    cache.v[cached(keys)].copy_from_slice(&values[fresh(keys)]);
+                }
+            }
+            batch.selected.push(selected);
+            first += sequence.rows();
+        }
+        Ok(())
+    }
+
+    fn selected_rows(&self, batch: &CpuBatch) -> Result<Vec<Vec<usize>>> {
+        Ok(batch.selected.clone())
+    }
+
+    fn store_features(
+        &mut self,
+        (delta, set): (&Vec<f32>, RowSet),
+        width: usize,
+        batch: &CpuBatch,
+        (features, first_row): (&mut Vec<f32>, usize),
+    ) -> Result<()> {
+        let store = |(place, row): (usize, &[f32])| {
+            features[(first_row + place) * width..(first_row + place + 1) * width].copy_from_slice(row);
+        };
+        let delta = delta.chunks_exact(width);
+        if set == RowSet::Selected {
+            batch.selected().map(|(_, place)| place).zip(delta).for_each(store);
+        } else {
+            batch.places().zip(delta).for_each(store);
         }
         Ok(())
     }
@@ -389,14 +345,8 @@ impl Backend for Cpu {
     }
 }
 
-impl HostUnmask for Cpu {
-    fn unmask(
-        &mut self,
-        logits: &mut Vec<f32>,
-        vocab_size: usize,
-        groups: &[Candidates],
-        unmask: &SamplingParams,
-    ) -> Result<Vec<Prediction>> {
-        sampling::sample(logits, vocab_size, groups, unmask)
+impl HostLogits for Cpu {
+    fn host_logits(buffer: &mut Vec<f32>) -> &mut [f32] {
+        buffer
     }
 }

@@ -14,7 +14,7 @@ pub enum Isa {
     /// 8 lanes, AVX2 with FMA and F16C.
     Avx2,
     /// 8 lanes of ordinary Rust.
-    Plain,
+    Portable,
 }
 
 impl Isa {
@@ -22,13 +22,13 @@ impl Isa {
     pub fn detect() -> Isa {
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| {
-            let limit = Limit::of_process();
+            let limit = IsaCap::of_process();
             let allowed = |isa: &Isa| match isa {
-                Isa::Avx512 => limit >= Limit::Avx512,
-                Isa::Avx2 => limit >= Limit::Avx2,
-                Isa::Plain => true,
+                Isa::Avx512 => limit >= IsaCap::Avx512,
+                Isa::Avx2 => limit >= IsaCap::Avx2,
+                Isa::Portable => true,
             };
-            Isa::available().into_iter().find(allowed).unwrap_or(Isa::Plain)
+            Isa::available().into_iter().find(allowed).unwrap_or(Isa::Portable)
         })
     }
 
@@ -44,7 +44,7 @@ impl Isa {
                 sets.push(Isa::Avx2);
             }
         }
-        sets.push(Isa::Plain);
+        sets.push(Isa::Portable);
         sets
     }
 }
@@ -52,22 +52,22 @@ impl Isa {
 /// The best that `DLLM_CPU` allows: `plain`, `avx2`, `avx512` or (the default) `amx`. To reproduce on one machine what
 /// another computes, and to keep a host process from being granted the matrix unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Limit {
-    Plain,
+pub enum IsaCap {
+    Portable,
     Avx2,
     Avx512,
     Amx,
 }
 
-impl Limit {
+impl IsaCap {
     /// Read once. A word that is none of the four allows everything.
-    pub fn of_process() -> Limit {
-        static LIMIT: OnceLock<Limit> = OnceLock::new();
+    pub fn of_process() -> IsaCap {
+        static LIMIT: OnceLock<IsaCap> = OnceLock::new();
         *LIMIT.get_or_init(|| match std::env::var("DLLM_CPU").as_deref() {
-            Ok("plain") => Limit::Plain,
-            Ok("avx2") => Limit::Avx2,
-            Ok("avx512") => Limit::Avx512,
-            _ => Limit::Amx,
+            Ok("plain") => IsaCap::Portable,
+            Ok("avx2") => IsaCap::Avx2,
+            Ok("avx512") => IsaCap::Avx512,
+            _ => IsaCap::Amx,
         })
     }
 }
@@ -122,7 +122,7 @@ pub trait Simd: Copy {
 
 /// Ordinary Rust; the compiler makes of it what the target's baseline allows.
 #[derive(Clone, Copy)]
-pub struct Plain;
+pub struct Portable;
 
 const PLAIN_LANES: usize = 8;
 
@@ -132,7 +132,7 @@ fn plain(f: impl Fn(usize) -> f32) -> [f32; PLAIN_LANES] {
 }
 
 // SAFETY of the blocks in this impl: the caller vouches for LANES elements behind each pointer.
-impl Simd for Plain {
+impl Simd for Portable {
     type V = [f32; PLAIN_LANES];
     const LANES: usize = PLAIN_LANES;
     #[inline(always)]
@@ -292,7 +292,7 @@ macro_rules! dispatch {
             $crate::backend::cpu::simd::Isa::Avx512 => avx512($($arg),*),
             #[cfg(target_arch = "x86_64")]
             $crate::backend::cpu::simd::Isa::Avx2 => avx2($($arg),*),
-            _ => $kernel::<$crate::backend::cpu::simd::Plain>($($arg),*),
+            _ => $kernel::<$crate::backend::cpu::simd::Portable>($($arg),*),
         }
     }};
 }
@@ -309,7 +309,7 @@ pub fn fma_roof(chains: u64) -> u64 {
     std::hint::black_box(sum);
     let lanes = match isa {
         Isa::Avx512 => 16,
-        Isa::Avx2 | Isa::Plain => 8,
+        Isa::Avx2 | Isa::Portable => 8,
     };
     chains * 24 * 2 * lanes
 }

@@ -1,6 +1,5 @@
-//! V-verify: the oracle's choice, with sums that a CPU forms side by side.
+//! V-verify: cosine similarity with several partial sums per row, and the rows with the lowest.
 
-use crate::reference::vverify::lowest_of;
 use rayon::prelude::*;
 
 /// Guards the division for zero vectors.
@@ -8,8 +7,8 @@ const EPS: f64 = 1e-8;
 /// Partial sums of a dot product.
 const LANES: usize = 8;
 
-/// The `count` rows whose cosine with the cached row is lowest, as [`crate::reference::vverify::vverify`] has them; of two runs of
-/// (fresh, cached) rows, counted one after the other. Rows are `width` floats.
+/// Returns the `count` rows whose cosine similarity with the cached row is lowest, ascending. Ties go to the lower row; NaN counts
+/// as the lowest. `runs` holds two ranges of (fresh, cached) rows of `width` floats, numbered one after the other.
 pub fn vverify(runs: [(&[f32], &[f32]); 2], width: usize, count: usize) -> Vec<usize> {
     if count == 0 {
         return vec![];
@@ -22,7 +21,8 @@ pub fn vverify(runs: [(&[f32], &[f32]); 2], width: usize, count: usize) -> Vec<u
     lowest_of(&similarity, count)
 }
 
-/// Exactly 1 for equal vectors: the three sums are formed in one order, and the root is one of their product.
+/// Returns the cosine similarity. It is exactly 1 for equal vectors: all three sums are formed in the same order, and one root is
+/// taken of their product.
 fn cosine(a: &[f32], b: &[f32]) -> f64 {
     let mut sums = [[0.0f64; LANES]; 3];
     let mut add = |a: &[f32], b: &[f32]| {
@@ -38,6 +38,17 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
     add(rest_a, rest_b);
     let [dot, aa, bb] = sums.map(|lanes| lanes.iter().sum::<f64>());
     dot / (aa.max(EPS * EPS) * bb.max(EPS * EPS)).sqrt()
+}
+
+/// Returns the `count` lowest of the similarities, in position order.
+fn lowest_of(similarity: &[f64], count: usize) -> Vec<usize> {
+    // Adding 0 makes -0 equal to 0.
+    let rank = |i: usize| if similarity[i].is_nan() { f64::NEG_INFINITY } else { similarity[i] + 0.0 };
+    let mut order: Vec<usize> = (0..similarity.len()).collect();
+    order.sort_by(|a, b| rank(*a).total_cmp(&rank(*b)));
+    order.truncate(count);
+    order.sort_unstable();
+    order
 }
 
 #[cfg(test)]

@@ -1,16 +1,23 @@
-//! The CUDA backend: weights and activations in bf16 on the device, logits in f32; the crate's kernels, and products by
-//! cuBLASLt.
+//! The CUDA backend: weights and activations in bf16 on the device, logits in f32. It runs the crate's kernels, and cuBLASLt
+//! for matrix products.
 //!
-//! Where the rows of a pass stand lies in device memory too ([`Rows`]), so that a graph of launches can be replayed for
-//! other rows of the same [`LaunchBucket`]. Nothing here waits for the device but [`Backend::read`].
+//! Metadata of a pass is in device memory too ([`CudaBatch`]), so that a captured graph can be replayed for other rows of the
+//! same [`LaunchBucket`]. Only [`Backend::read`] and [`Backend::selected_rows`] synchronise.
 
-mod rows;
+mod batch;
+mod decode_state;
+mod launches;
+mod sampler;
 mod staging;
 
-pub use rows::Rows;
-pub(crate) use staging::Staging;
+pub use batch::CudaBatch;
+pub(crate) use decode_state::{DecodeSizes, DecodeState, RowTable, RunStart, TableRow};
+pub(crate) use sampler::{SamplingInputs, SamplingKey};
+use staging::{Staging, Uploader};
 
-use super::{Backend, BatchMetadata, Heads, LaunchBucket, RowSet, SessionLimits, UpdateRanges};
+use super::{
+    Backend, BatchMetadata, BufferKind, Heads, LaunchBucket, QkvRows, Residual, RowSet, SessionLimits, UpdateRanges,
+};
 use crate::abi;
 use crate::error::{Error, Result};
 use crate::gpu::blas::{Blas, Shape};
@@ -19,31 +26,30 @@ use crate::ops;
 use crate::ops::gather_scatter::Copy;
 use crate::tensor::Tensor;
 use half::bf16;
-use staging::Uploader;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-/// A stream of a device, and what passes need there. One per decode.
+/// A CUDA stream with the memory that passes need. One per decode.
 pub struct Cuda {
     stream: Stream,
     multiprocessors: usize,
-    /// Until weights have been loaded with it, or a session was made of it.
+    /// Staging memory for weights; made at the first upload.
     uploader: Mutex<Option<Uploader>>,
-    session: Option<Prepared>,
+    session: Option<SessionState>,
 }
 
-/// What a session adds.
-struct Prepared {
+/// State of a session.
+struct SessionState {
     blas: Blas,
     tokens: Buffer<i32>,
     token_staging: Staging<i32>,
     angles: Buffer<[f32; 2]>,
     num_positions: usize,
-    /// For the splits of attention.
+    /// Partial results of split attention.
     workspace: Buffer<f32>,
-    /// For V-verify, where choices are made.
+    /// Workspace of V-verify, when layers select rows.
     vverify: Option<Buffer<u8>>,
-    /// Rows of all sequences, as caches have them.
+    /// Positions of all sequences: rows of a cache.
     rows: usize,
 }
 
@@ -55,7 +61,7 @@ pub struct Matrix {
     cols: usize,
 }
 
-/// Activations, or logits.
+/// A buffer of the CUDA backend.
 pub enum Activations {
     /// Activations.
     Bf16(Buffer<bf16>),
@@ -81,28 +87,28 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// Where the keys and the values of a layer begin.
+    /// Device addresses of the keys and values of a layer.
     fn layer(&self, layer: usize) -> [u64; 2] {
         let bytes = bytes(layer * self.positions * self.width);
         [self.k.address() + bytes, self.v.address() + bytes]
     }
 
-    /// Part of a layer, by tables of starts and lengths for each span.
+    /// A segment for attention, by tables of starts and lengths per sequence.
     fn segment(&self, layer: usize, [start, len]: [u64; 2]) -> Result<abi::dllm_segment> {
         let [k, v] = self.layer(layer);
-        let (stride, num_rows) = (self.width as i64, count("positions", self.positions)?);
+        let (stride, num_rows) = (self.width as i64, checked_i32("positions", self.positions)?);
         Ok(abi::dllm_segment { k, v, start, len, k_stride: stride, v_stride: stride, num_rows, ..Default::default() })
     }
 }
 
 impl Cuda {
-    /// A new stream of the device.
+    /// Creates a backend on a new stream of the device.
     pub fn new(device: &Device) -> Result<Cuda> {
         let (stream, multiprocessors) = (device.stream()?, device.multiprocessors()?);
         Ok(Cuda { stream, multiprocessors, uploader: Mutex::new(None), session: None })
     }
 
-    /// The same, for loading weights; `progress` is told of the bytes that are on the device.
+    /// Creates a backend for loading weights. `progress` receives the number of bytes uploaded so far.
     pub fn for_weights(device: &Device, progress: impl FnMut(u64) + Send + 'static) -> Result<Cuda> {
         let cuda = Cuda::new(device)?;
         let uploader = Uploader::new(&cuda.stream, Box::new(progress))?;
@@ -110,17 +116,17 @@ impl Cuda {
         Ok(cuda)
     }
 
-    /// The stream that everything is put into.
+    /// The stream that all work is enqueued on.
     pub fn stream(&self) -> &Stream {
         &self.stream
     }
 
-    /// The tokens that rows are embedded of, on the device.
+    /// Tokens of all sequences, on the device.
     pub(crate) fn tokens(&self) -> Result<&Buffer<i32>> {
         self.session.as_ref().map(|session| &session.tokens).ok_or_else(unprepared)
     }
 
-    fn prepared(&mut self) -> Result<&mut Prepared> {
+    fn session_mut(&mut self) -> Result<&mut SessionState> {
         self.session.as_mut().ok_or_else(unprepared)
     }
 
@@ -140,154 +146,56 @@ impl Cuda {
         Ok(buffer)
     }
 
-    /// Device bytes that [`Backend::prepare`] and so many [`Backend::rows`] take.
-    pub(crate) fn session_bytes(needs: &SessionLimits, slots: usize, multiprocessors: usize) -> usize {
-        let angles = needs.longest * needs.heads.head_dim / 2 * size_of::<[f32; 2]>();
-        let workspace = attention_workspace(needs, multiprocessors) * size_of::<f32>();
-        let ints = needs.tokens + slots * Rows::len(needs);
-        let vverify = if needs.selects { vverify_workspace(needs) } else { 0 };
+    /// Device bytes that [`Backend::prepare`] and `batches` calls of [`Backend::batch`] allocate.
+    pub(crate) fn session_bytes(limits: &SessionLimits, batches: usize, multiprocessors: usize) -> usize {
+        let angles = limits.longest * limits.heads.head_dim / 2 * size_of::<[f32; 2]>();
+        let workspace = attention_workspace(limits, multiprocessors) * size_of::<f32>();
+        let ints = limits.tokens + batches * CudaBatch::len(limits);
+        let vverify = if limits.selects_rows { vverify_workspace(limits) } else { 0 };
         Blas::memory_bytes() + angles + workspace + vverify + ints * size_of::<i32>()
     }
 }
 
-/// What the ops of a pass have in common with those of chosen rows.
-impl Cuda {
-    /// Copies rows of `width` elements, of which an index is given for so many: [source, target], the indexed one with
-    /// `num_indexed` rows.
-    fn copy(
-        &self,
-        copy: Copy,
-        [source, target]: [u64; 2],
-        width: usize,
-        (index, max_rows): (u64, usize),
-        num_indexed: usize,
-    ) -> Result<()> {
-        let row_bytes = bytes(width) as i64;
-        let params = abi::dllm_gather_scatter_params {
-            size: size_of::<abi::dllm_gather_scatter_params>() as u64,
-            source,
-            target,
-            index,
-            source_stride_bytes: row_bytes,
-            target_stride_bytes: row_bytes,
-            row_bytes,
-            max_rows: count("rows", max_rows)?,
-            num_indexed_rows: count("rows", num_indexed)?,
-            ..Default::default()
-        };
-        // SAFETY: buffers of the session, of these sizes; indices are checked on the device, and a placement gives no row of
-        // a cache twice.
-        unsafe { ops::gather_scatter::launch_raw(self.stream.device(), self.stream.raw(), &params, copy) }
-    }
-
-    /// Fills in what all norms have in common, and launches.
-    fn norm(&self, params: abi::dllm_norm_params, weight: &Buffer<bf16>, rows: usize) -> Result<()> {
-        let width = weight.len() as i64;
-        let params = abi::dllm_norm_params {
-            size: size_of::<abi::dllm_norm_params>() as u64,
-            weight: weight.address(),
-            x_stride: width,
-            delta_stride: width,
-            out_stride: width,
-            max_rows: count("rows", rows)?,
-            width: count("width", weight.len())?,
-            dtype: BF16,
-            ..params
-        };
-        // SAFETY: buffers of the session, of these sizes and distinct; weights of the model, which outlives it; rows of what
-        // is added are checked on the device.
-        unsafe { ops::norm::launch_raw(self.stream.device(), self.stream.raw(), &params) }
-    }
-
-    /// The same of rotations; values go to the cache where rows have room for them.
-    fn rotate(&self, params: abi::dllm_rope_params, heads: Heads, store: Option<(&mut KvCache, usize)>) -> Result<()> {
-        let Some(session) = &self.session else { return Err(unprepared()) };
-        let mut params = abi::dllm_rope_params {
-            size: size_of::<abi::dllm_rope_params>() as u64,
-            angles: session.angles.address(),
-            num_positions: count("positions", session.num_positions)?,
-            num_heads: count("num_heads", heads.num_heads)?,
-            num_kv_heads: count("num_kv_heads", heads.num_kv_heads)?,
-            head_dim: count("head_dim", heads.head_dim)?,
-            dtype: BF16,
-            ..params
-        };
-        if let Some((cache, layer)) = store {
-            let [k, v] = cache.layer(layer);
-            params.k_cache = k;
-            params.v_cache = if params.qkv_stride == heads.qkv_width() as i64 { v } else { 0 };
-            params.cache_stride = cache.width as i64;
-            params.num_cache_rows = count("positions", cache.positions)?;
-        }
-        // SAFETY: as above; positions and cache rows are checked on the device, and the placement gives no cache row twice.
-        unsafe { ops::rope::launch_raw(self.stream.device(), self.stream.raw(), &params) }
-    }
-
-    /// The same of attention: launches of so many rows, and so many of one span at most.
-    fn attend(&self, params: abi::dllm_attention_params, heads: Heads, max_rows: usize, longest: usize) -> Result<()> {
-        let Some(session) = &self.session else { return Err(unprepared()) };
-        let Heads { num_heads, num_kv_heads, head_dim } = heads;
-        let splits = ops::attention::splits(longest, op_heads(heads), self.multiprocessors);
-        let params = abi::dllm_attention_params {
-            size: size_of::<abi::dllm_attention_params>() as u64,
-            workspace: session.workspace.address(),
-            workspace_bytes: (session.workspace.len() * size_of::<f32>()) as u64,
-            out_stride: (num_heads * head_dim) as i64,
-            scale: 1.0 / (head_dim as f32).sqrt(),
-            max_rows: count("rows", max_rows)?,
-            max_sequence_rows: count("rows", longest)?,
-            num_heads: count("num_heads", num_heads)?,
-            num_kv_heads: count("num_kv_heads", num_kv_heads)?,
-            head_dim: count("head_dim", head_dim)?,
-            dtype: BF16,
-            max_splits: count("splits", splits)?,
-            ..params
-        };
-        // SAFETY: as above; starts and lengths are checked on the device, and no span is longer than that.
-        unsafe { ops::attention::launch_raw(self.stream.device(), self.stream.raw(), &params) }
-    }
-}
-
-/// Of so many elements.
+/// Bytes of `elements` bf16 elements.
 fn bytes(elements: usize) -> u64 {
     (elements * size_of::<bf16>()) as u64
 }
 
-/// Elements of a chosen row, with values or without.
-fn selected_width(heads: Heads, values: bool) -> usize {
-    heads.qkv_width() - if values { 0 } else { heads.num_kv_heads * heads.head_dim }
+/// Elements of a row `[q | k | v]`, or `[q | k]` without values.
+fn qkv_width(heads: Heads, has_values: bool) -> usize {
+    heads.qkv_width() - if has_values { 0 } else { heads.kv_width() }
 }
 
 fn unprepared() -> Error {
     Error::Unavailable("the CUDA backend was not prepared for a session".into())
 }
 
-/// As the op calls them.
-pub(crate) fn op_heads(heads: Heads) -> ops::attention::Heads {
-    let Heads { num_heads, num_kv_heads, head_dim } = heads;
-    ops::attention::Heads { num_heads, num_kv_heads, head_dim }
-}
-
-/// Floats of workspace that attention needs in any pass of a session.
-pub(crate) fn attention_workspace(needs: &SessionLimits, multiprocessors: usize) -> usize {
-    let heads = op_heads(needs.heads);
-    let of = |longest: usize| {
-        let splits = ops::attention::splits(longest, heads, multiprocessors);
-        ops::attention::workspace_len((needs.spans * longest).min(needs.rows), heads, splits)
+/// Floats of workspace that attention needs in any pass within `limits`.
+pub(crate) fn attention_workspace(limits: &SessionLimits, multiprocessors: usize) -> usize {
+    let workspace_len = |longest: usize| {
+        let rows = (limits.sequences * longest).min(limits.rows);
+        attention_workspace_of(limits.heads, rows, longest, multiprocessors)
     };
-    // Longer spans are not split.
-    (1..=needs.longest.min(256)).map(of).max().unwrap_or(0)
+    // Sequences of more rows are not split.
+    (1..=limits.longest.min(256)).map(workspace_len).max().unwrap_or(0)
 }
 
-/// Bytes of workspace that V-verify needs in any pass of a session.
-fn vverify_workspace(needs: &SessionLimits) -> usize {
-    let most = |value: usize| i32::try_from(value).unwrap_or(i32::MAX);
-    let (max_rows, num_sequences) = (most(needs.rows), most(needs.spans));
+/// Floats of workspace that attention needs for `rows` query rows, at most `longest` of one sequence.
+pub(crate) fn attention_workspace_of(heads: Heads, rows: usize, longest: usize, multiprocessors: usize) -> usize {
+    let splits = ops::attention::splits(longest, heads, multiprocessors);
+    ops::attention::workspace_len(rows, heads, splits)
+}
+
+/// Bytes of workspace that V-verify needs in any pass within `limits`.
+fn vverify_workspace(limits: &SessionLimits) -> usize {
+    let saturating_i32 = |value: usize| i32::try_from(value).unwrap_or(i32::MAX);
+    let (max_rows, num_sequences) = (saturating_i32(limits.rows), saturating_i32(limits.sequences));
     let params = abi::dllm_vverify_params { max_rows, num_sequences, ..Default::default() };
     ops::vverify::plan(&params).workspace_bytes as usize
 }
 
-fn count(name: &'static str, value: usize) -> Result<i32> {
+/// Converts a size to the ABI's type; the error names it.
+fn checked_i32(name: &'static str, value: usize) -> Result<i32> {
     i32::try_from(value).map_err(|_| Error::argument(name, format!("at most {}", i32::MAX), value))
 }
 
@@ -297,8 +205,8 @@ impl Backend for Cuda {
     type Buffer = Activations;
     type Matrix = Matrix;
     type Vector = Buffer<bf16>;
-    type Cache = KvCache;
-    type Rows = Rows;
+    type KvCache = KvCache;
+    type Batch = CudaBatch;
 
     fn matrix(&self, parts: Vec<Tensor>, biases: Vec<Tensor>) -> Result<Matrix> {
         let cols = parts.first().and_then(|part| part.shape().get(1).copied()).unwrap_or(0);
@@ -312,127 +220,129 @@ impl Backend for Cuda {
         self.upload(&[tensor])
     }
 
-    fn prepare(&mut self, needs: &SessionLimits, theta: f32) -> Result<()> {
+    fn prepare(&mut self, limits: &SessionLimits, rope_theta: f32) -> Result<()> {
         let stream = &self.stream;
-        let vverify = match needs.selects {
-            true => Some(stream.zeros(vverify_workspace(needs))?),
-            false => None,
-        };
-        self.session = Some(Prepared {
+        let vverify = if limits.selects_rows { Some(stream.zeros(vverify_workspace(limits))?) } else { None };
+        self.session = Some(SessionState {
             blas: Blas::new(stream)?,
-            tokens: stream.alloc(needs.tokens)?,
-            token_staging: Staging::new(stream, needs.tokens)?,
-            angles: ops::rope::angles(stream, theta, needs.heads.head_dim, needs.longest)?,
-            num_positions: needs.longest,
-            workspace: stream.alloc(attention_workspace(needs, self.multiprocessors))?,
+            tokens: stream.alloc(limits.tokens)?,
+            token_staging: Staging::new(stream, limits.tokens)?,
+            angles: ops::rope::angles(stream, rope_theta, limits.heads.head_dim, limits.longest)?,
+            num_positions: limits.longest,
+            workspace: stream.alloc(attention_workspace(limits, self.multiprocessors))?,
             vverify,
-            rows: needs.rows,
+            rows: limits.rows,
         });
         Ok(())
     }
 
-    fn buffer(&self, rows: usize, width: usize) -> Result<Activations> {
-        Ok(Activations::Bf16(self.stream.alloc(rows * width)?))
+    fn buffer(&self, kind: BufferKind, rows: usize, width: usize) -> Result<Activations> {
+        Ok(match kind {
+            BufferKind::Activations => Activations::Bf16(self.stream.alloc(rows * width)?),
+            BufferKind::Logits => Activations::F32(self.stream.alloc(rows * width)?),
+        })
     }
 
-    fn logits(&self, rows: usize, vocab_size: usize) -> Result<Activations> {
-        Ok(Activations::F32(self.stream.alloc(rows * vocab_size)?))
-    }
-
-    fn cache(&self, layers: usize, positions: usize, width: usize) -> Result<KvCache> {
+    fn kv_cache(&self, layers: usize, positions: usize, width: usize) -> Result<KvCache> {
         let elements = || self.stream.alloc(layers * positions * width);
         Ok(KvCache { k: elements()?, v: elements()?, positions, width })
     }
 
-    fn rows(&self, needs: &SessionLimits) -> Result<Rows> {
-        Rows::new(&self.stream, needs)
+    fn batch(&self, limits: &SessionLimits) -> Result<CudaBatch> {
+        CudaBatch::new(&self.stream, limits)
     }
 
     fn write_tokens(&mut self, tokens: &[u32]) -> Result<()> {
         let tokens: Vec<i32> = tokens.iter().map(|token| *token as i32).collect();
-        let session = self.prepared()?;
+        let session = self.session_mut()?;
         session.token_staging.write(&mut session.tokens, &tokens)
     }
 
-    fn set_batch(&mut self, rows: &mut Rows, placement: &BatchMetadata) -> Result<()> {
-        let mask_slot = self.tokens()?.len() - 1;
-        rows.write(placement, mask_slot)
+    fn set_batch(&mut self, batch: &mut CudaBatch, metadata: &BatchMetadata) -> Result<()> {
+        let mask_index = self.tokens()?.len() - 1;
+        batch.write(metadata, mask_index)
     }
 
-    fn embed(&mut self, table: &Matrix, rows: &Rows, out: &mut Activations) -> Result<()> {
+    fn embed(&mut self, table: &Matrix, batch: &CudaBatch, out: &mut Activations) -> Result<()> {
         let tokens = self.tokens()?;
-        let row_bytes = (table.cols * size_of::<bf16>()) as i64;
+        let row_bytes = bytes(table.cols) as i64;
         let params = abi::dllm_embed_params {
             size: size_of::<abi::dllm_embed_params>() as u64,
             table: table.weights.address(),
             tokens: tokens.address(),
-            index: rows.tokens(),
+            index: batch.tokens(),
             out: out.address(),
             table_stride_bytes: row_bytes,
             out_stride_bytes: row_bytes,
             row_bytes,
-            max_rows: count("rows", rows.room().rows)?,
-            num_tokens: count("tokens", tokens.len())?,
-            vocab_size: count("vocab_size", table.rows)?,
+            max_rows: checked_i32("rows", batch.bucket().rows)?,
+            num_tokens: checked_i32("tokens", tokens.len())?,
+            vocab_size: checked_i32("vocab_size", table.rows)?,
             ..Default::default()
         };
-        // SAFETY: buffers of the session, of these sizes; tokens and indices are checked on the device.
+        // SAFETY: buffers of the session, of these sizes. Tokens and indices are checked on the device.
         unsafe { ops::embed::launch_raw(self.stream.device(), self.stream.raw(), &params) }
     }
 
     fn residual_norm(
         &mut self,
         x: &mut Activations,
-        delta: Option<&Activations>,
-        weight: &Buffer<bf16>,
-        eps: f32,
+        residual: Residual<Cuda>,
+        batch: &CudaBatch,
+        (weight, eps): (&Buffer<bf16>, f32),
         out: &mut Activations,
         rows: usize,
     ) -> Result<()> {
-        let params = abi::dllm_norm_params {
-            x: x.address(),
-            delta: delta.map_or(0, Activations::address),
-            out: out.address(),
-            eps,
-            ..Default::default()
-        };
+        let mut params = abi::dllm_norm_params { x: x.address(), out: out.address(), eps, ..Default::default() };
+        match residual {
+            Residual::None => (),
+            Residual::Rows(delta) => params.delta = delta.address(),
+            Residual::Features(features, first_row) => {
+                params.delta = features.address() + bytes(first_row * weight.len());
+                params.delta_row = batch.cache_rows();
+                params.num_delta_rows = checked_i32("positions", self.session_mut()?.rows)?;
+            }
+        }
         self.norm(params, weight, rows)
     }
 
-    fn linear(&mut self, x: &Activations, w: &Matrix, out: &mut Activations, rows: usize) -> Result<()> {
-        self.linear_part(x, w, 0..w.rows, out, rows)
-    }
-
-    fn linear_part(
+    fn linear(
         &mut self,
         x: &Activations,
         w: &Matrix,
-        outputs: Range<usize>,
+        outputs: Option<Range<usize>>,
         out: &mut Activations,
         rows: usize,
     ) -> Result<()> {
+        let outputs = outputs.unwrap_or(0..w.rows);
         let f32_out = matches!(out, Activations::F32(_));
         let shape = Shape { rows, out: outputs.len(), inner: w.cols, f32_out, biased: w.bias.is_some() };
         let weights = w.weights.address() + bytes(outputs.start * w.cols);
         let bias = w.bias.as_ref().map_or(0, |bias| bias.address() + bytes(outputs.start));
         let (x, out) = (x.address(), out.address());
-        // SAFETY: as above; the outputs lie within the matrix.
-        unsafe { self.prepared()?.blas.launch(shape, x, weights, bias, out) }
+        // SAFETY: buffers of the session, of these sizes; the outputs are outputs of the matrix.
+        unsafe { self.session_mut()?.blas.launch(shape, x, weights, bias, out) }
     }
 
     fn rope(
         &mut self,
-        qkv: &mut Activations,
+        (qkv, QkvRows { rows, has_values }): (&mut Activations, QkvRows),
         heads: Heads,
-        rows: &Rows,
+        batch: &CudaBatch,
         store: Option<(&mut KvCache, usize)>,
     ) -> Result<()> {
+        let (positions, cache_row, max_rows) = if rows == RowSet::Selected {
+            let [_, positions, cache_row] = batch.update_tables().ok_or_else(unprepared)?.selected;
+            (positions, cache_row, batch.bucket().selected)
+        } else {
+            (batch.positions(), batch.cache_rows(), batch.bucket().rows)
+        };
         let params = abi::dllm_rope_params {
             qkv: qkv.address(),
-            positions: rows.positions(),
-            cache_row: if store.is_some() { rows.cache_rows() } else { 0 },
-            qkv_stride: heads.qkv_width() as i64,
-            max_rows: count("rows", rows.room().rows)?,
+            positions,
+            cache_row: if store.is_some() { cache_row } else { 0 },
+            qkv_stride: qkv_width(heads, has_values) as i64,
+            max_rows: checked_i32("rows", max_rows)?,
             ..Default::default()
         };
         self.rotate(params, heads, store)
@@ -440,39 +350,49 @@ impl Backend for Cuda {
 
     fn attention(
         &mut self,
-        qkv: &Activations,
+        (qkv, QkvRows { rows, has_values }): (&Activations, QkvRows),
         heads: Heads,
-        rows: &Rows,
-        reuse: Option<(&KvCache, usize)>,
+        batch: &CudaBatch,
+        cache: Option<(&KvCache, usize)>,
         out: &mut Activations,
     ) -> Result<()> {
-        let Heads { num_heads, num_kv_heads, head_dim } = heads;
-        let room = rows.room();
-        let (q, kv) = (num_heads * head_dim, num_kv_heads * head_dim);
-        let live = abi::dllm_segment {
-            k: qkv.address() + bytes(q),
-            v: qkv.address() + bytes(q + kv),
-            start: rows.cu_rows(),
-            len: rows.live_lens(),
-            k_stride: heads.qkv_width() as i64,
-            v_stride: heads.qkv_width() as i64,
-            num_rows: count("rows", room.rows)?,
-            ..Default::default()
+        let bucket = batch.bucket();
+        let stride = qkv_width(heads, has_values) as i64;
+        let none = abi::dllm_segment::default();
+        let (cu_rows, segments, max_rows, longest) = if rows == RowSet::Selected {
+            let tables = batch.update_tables().ok_or_else(unprepared)?;
+            let (cache, layer) = cache.ok_or_else(unprepared)?;
+            let cached = cache.segment(layer, tables.cached)?;
+            (tables.cu_selected_rows, [cached, none, none], bucket.selected, bucket.longest_selected)
+        } else {
+            let live = abi::dllm_segment {
+                k: qkv.address() + bytes(heads.q_width()),
+                v: qkv.address() + bytes(heads.q_width() + heads.kv_width()),
+                start: batch.cu_rows(),
+                len: batch.live_lens(),
+                k_stride: stride,
+                v_stride: stride,
+                num_rows: checked_i32("rows", bucket.rows)?,
+                ..Default::default()
+            };
+            let segments = match cache {
+                Some((cache, layer)) => {
+                    [cache.segment(layer, batch.prefix())?, live, cache.segment(layer, batch.suffix())?]
+                }
+                None => [none, live, none],
+            };
+            (batch.cu_rows(), segments, bucket.rows, bucket.longest)
         };
-        let mut segments = [abi::dllm_segment::default(), live, abi::dllm_segment::default()];
-        if let Some((cache, layer)) = reuse {
-            segments = [cache.segment(layer, rows.prefix())?, live, cache.segment(layer, rows.suffix())?];
-        }
         let params = abi::dllm_attention_params {
             q: qkv.address(),
             out: out.address(),
-            cu_rows: rows.cu_rows(),
+            cu_rows,
             segments,
-            q_stride: heads.qkv_width() as i64,
-            num_sequences: count("sequences", rows.spans())?,
+            q_stride: stride,
+            num_sequences: checked_i32("sequences", batch.max_sequences())?,
             ..Default::default()
         };
-        self.attend(params, heads, room.rows, room.longest)
+        self.attend(params, heads, max_rows, longest)
     }
 
     fn swiglu(&mut self, gate_up: &Activations, width: usize, out: &mut Activations, rows: usize) -> Result<()> {
@@ -482,34 +402,46 @@ impl Backend for Cuda {
             out: out.address(),
             gate_up_stride: 2 * width as i64,
             out_stride: width as i64,
-            max_rows: count("rows", rows)?,
-            width: count("width", width)?,
+            max_rows: checked_i32("rows", rows)?,
+            width: checked_i32("width", width)?,
             dtype: BF16,
             ..Default::default()
         };
-        // SAFETY: as above.
+        // SAFETY: distinct buffers of the session, of these sizes.
         unsafe { ops::swiglu::launch_raw(self.stream.device(), self.stream.raw(), &params) }
     }
 
-    fn gather(&mut self, x: &Activations, rows: &Rows, width: usize, out: &mut Activations) -> Result<()> {
-        let LaunchBucket { rows: all, logit_rows, .. } = rows.room();
-        self.copy(Copy::Gather, [x.address(), out.address()], width, (rows.logit_rows(), logit_rows), all)
+    fn gather(
+        &mut self,
+        x: &Activations,
+        batch: &CudaBatch,
+        set: RowSet,
+        width: usize,
+        out: &mut Activations,
+    ) -> Result<()> {
+        let LaunchBucket { rows, logit_rows, selected, .. } = batch.bucket();
+        let index = match set {
+            RowSet::Selected => (batch.update_tables().ok_or_else(unprepared)?.selected[0], selected),
+            RowSet::Logits => (batch.logit_rows(), logit_rows),
+            RowSet::All => return Err(Error::argument("set", "a part of the rows", "all rows")),
+        };
+        self.copy(Copy::Gather, [x.address(), out.address()], width, index, rows)
     }
 
     fn select_rows(
         &mut self,
         values: Option<&Activations>,
         _heads: Heads,
-        rows: &mut Rows,
+        batch: &mut CudaBatch,
         (cache, layer): (&mut KvCache, usize),
     ) -> Result<()> {
-        let (Some(tables), Some(values)) = (rows.choice(), values) else { return Ok(()) };
+        let (Some(tables), Some(values)) = (batch.update_tables(), values) else { return Ok(()) };
         let ([_, cached], width) = (cache.layer(layer), cache.width);
-        let LaunchBucket { rows: all, selected, .. } = rows.room();
-        let compared = |parts: &&UpdateRanges| parts.count() < parts.num_others();
-        let compared = rows.parts().iter().find(compared).and_then(|parts| parts.share);
-        if let Some(share) = compared {
-            let workspace = self.prepared()?.vverify.as_ref().ok_or_else(unprepared)?;
+        let LaunchBucket { rows, selected, .. } = batch.bucket();
+        let compares = |update: &&UpdateRanges| update.num_selected() < update.num_others();
+        let compared_ratio = batch.updates().iter().find(compares).and_then(|update| update.ratio);
+        if let Some(ratio) = compared_ratio {
+            let workspace = self.session_mut()?.vverify.as_ref().ok_or_else(unprepared)?;
             let params = abi::dllm_vverify_params {
                 size: size_of::<abi::dllm_vverify_params>() as u64,
                 fresh: values.address(),
@@ -517,7 +449,7 @@ impl Backend for Cuda {
                 cached,
                 cached_row: tables.others[2],
                 cu_rows: tables.cu_others,
-                indices: tables.numbers,
+                indices: tables.indices,
                 tables: tables.others,
                 selected: tables.selected,
                 first_selected: tables.first_other,
@@ -526,117 +458,47 @@ impl Backend for Cuda {
                 workspace_bytes: workspace.len() as u64,
                 fresh_stride: width as i64,
                 cached_stride: width as i64,
-                ratio: share.get(),
-                max_rows: count("rows", all)?,
-                num_sequences: count("sequences", rows.spans())?,
-                num_fresh_rows: count("rows", all)?,
-                num_cached_rows: count("positions", cache.positions)?,
-                num_listed: count("rows", selected)?,
-                width: count("width", width)?,
+                ratio: ratio.get(),
+                max_rows: checked_i32("rows", rows)?,
+                num_sequences: checked_i32("sequences", batch.max_sequences())?,
+                num_fresh_rows: checked_i32("rows", rows)?,
+                num_cached_rows: checked_i32("positions", cache.positions)?,
+                num_listed: checked_i32("rows", selected)?,
+                width: checked_i32("width", width)?,
                 dtype: BF16,
                 update_cached: 1,
                 ..Default::default()
             };
-            // SAFETY: as above; rows are checked on the device, and the placement gives no cache row twice. The workspace was
-            // zeroed, and is V-verify's alone.
+            // SAFETY: buffers of the session, of these sizes. Rows are checked on the device, and the metadata names no cache row
+            // twice. The workspace was zeroed, and only V-verify uses it.
             unsafe { ops::vverify::launch_raw(self.stream.device(), self.stream.raw(), &params) }?;
         }
-        // V-verify has renewed the others.
-        if compared.is_some() && rows.parts().iter().all(|parts| parts.always.is_empty()) {
+        // V-verify has replaced the values of the other rows already.
+        if compared_ratio.is_some() && batch.updates().iter().all(|update| update.always.is_empty()) {
             return Ok(());
         }
-        self.copy(Copy::Scatter, [values.address(), cached], width, (tables.stored, all), cache.positions)
+        self.copy(Copy::Scatter, [values.address(), cached], width, (tables.value_rows, rows), cache.positions)
     }
 
-    fn selected(&self, rows: &Rows) -> Result<Vec<Vec<usize>>> {
-        rows.numbers()
-    }
-
-    fn gather_selected(&mut self, x: &Activations, rows: &Rows, width: usize, out: &mut Activations) -> Result<()> {
-        let LaunchBucket { rows: all, selected, .. } = rows.room();
-        let index = rows.choice().ok_or_else(unprepared)?.selected[0];
-        self.copy(Copy::Gather, [x.address(), out.address()], width, (index, selected), all)
-    }
-
-    fn rope_selected(
-        &mut self,
-        qkv: &mut Activations,
-        heads: Heads,
-        rows: &Rows,
-        cache: (&mut KvCache, usize),
-        values: bool,
-    ) -> Result<()> {
-        let [_, positions, cache_row] = rows.choice().ok_or_else(unprepared)?.selected;
-        let params = abi::dllm_rope_params {
-            qkv: qkv.address(),
-            positions,
-            cache_row,
-            qkv_stride: selected_width(heads, values) as i64,
-            max_rows: count("rows", rows.room().selected)?,
-            ..Default::default()
-        };
-        self.rotate(params, heads, Some(cache))
-    }
-
-    fn attention_selected(
-        &mut self,
-        qkv: &Activations,
-        heads: Heads,
-        rows: &Rows,
-        (cache, layer): (&KvCache, usize),
-        values: bool,
-        out: &mut Activations,
-    ) -> Result<()> {
-        let tables = rows.choice().ok_or_else(unprepared)?;
-        let none = abi::dllm_segment::default();
-        let params = abi::dllm_attention_params {
-            q: qkv.address(),
-            out: out.address(),
-            cu_rows: tables.cu_selected_rows,
-            segments: [cache.segment(layer, tables.cached)?, none, none],
-            q_stride: selected_width(heads, values) as i64,
-            num_sequences: count("sequences", rows.spans())?,
-            ..Default::default()
-        };
-        self.attend(params, heads, rows.room().selected, rows.room().longest_selected)
+    fn selected_rows(&self, batch: &CudaBatch) -> Result<Vec<Vec<usize>>> {
+        batch.read_selected()
     }
 
     fn store_features(
         &mut self,
-        delta: &Activations,
-        part: RowSet,
+        (delta, set): (&Activations, RowSet),
         width: usize,
-        rows: &Rows,
-        (feature_cache, first_row): (&mut Activations, usize),
+        batch: &CudaBatch,
+        (features, first_row): (&mut Activations, usize),
     ) -> Result<()> {
-        let (index, max_rows) = match part {
-            RowSet::All => (rows.cache_rows(), rows.room().rows),
-            RowSet::Selected => (rows.choice().ok_or_else(unprepared)?.selected[2], rows.room().selected),
+        let index = if set == RowSet::Selected {
+            (batch.update_tables().ok_or_else(unprepared)?.selected[2], batch.bucket().selected)
+        } else {
+            (batch.cache_rows(), batch.bucket().rows)
         };
-        let feature_cache = feature_cache.address() + bytes(first_row * width);
-        let positions = self.prepared()?.rows;
-        self.copy(Copy::Scatter, [delta.address(), feature_cache], width, (index, max_rows), positions)
-    }
-
-    fn residual_norm_features(
-        &mut self,
-        x: &mut Activations,
-        (feature_cache, first_row): (&Activations, usize),
-        rows: &Rows,
-        weight: &Buffer<bf16>,
-        eps: f32,
-        out: &mut Activations,
-    ) -> Result<()> {
-        let params = abi::dllm_norm_params {
-            x: x.address(),
-            delta: feature_cache.address() + bytes(first_row * weight.len()),
-            delta_row: rows.cache_rows(),
-            num_delta_rows: count("positions", self.prepared()?.rows)?,
-            out: out.address(),
-            eps,
-            ..Default::default()
-        };
-        self.norm(params, weight, rows.room().rows)
+        let features = features.address() + bytes(first_row * width);
+        let positions = self.session_mut()?.rows;
+        self.copy(Copy::Scatter, [delta.address(), features], width, index, positions)
     }
 
     fn read(&self, buffer: &Activations, rows: usize, width: usize) -> Result<Vec<f32>> {

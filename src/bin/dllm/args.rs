@@ -44,6 +44,7 @@ pub fn cache() -> impl TypedValueParser<Value = CacheMode> {
             CacheMode::Adaptive => {
                 "dLLM-Cache: also cache attention and MLP outputs of all positions, refreshed in part"
             }
+            _ => "",
         })
     }))
 }
@@ -194,6 +195,7 @@ impl Decoding {
                 Policy::Fixed => Policy::Fixed,
                 Policy::Threshold(default) => Policy::Threshold(self.threshold.unwrap_or(default)),
                 Policy::Factor(default) => Policy::Factor(self.factor.unwrap_or(default)),
+                other => other,
             },
             confidence: self.confidence.or(default.confidence),
             temperature: self.temperature.unwrap_or(default.temperature),

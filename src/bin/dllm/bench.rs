@@ -13,7 +13,8 @@ use clap::ValueEnum;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind};
 use dllm_kernels::decode::decode;
-use dllm_kernels::model::{Config, DecodeEngine, KernelCounts, Model, QueryRows, Session, Weights};
+use dllm_kernels::engine::{DecodeEngine, KernelCounts, Model};
+use dllm_kernels::model::{Config, QueryRows, Session, Weights};
 use dllm_kernels::{CacheMode, Error, Family, Options, Policy, Result};
 use originals::{Answer, Originals};
 use std::path::{Path, PathBuf};
@@ -340,7 +341,7 @@ fn our_round(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>], runs: &mut 
     let mut results = Vec::new();
     for run in &*runs {
         let options = run.mode.options(setup);
-        let engine = subject.model.network(options.sizes(&setup.config, prompts))?;
+        let engine = subject.model.engine(options.sizes(&setup.config, prompts))?;
         let mut engine = Timed { engine, options: &options, timings: vec![] };
         if setup.device != Device::Cpu {
             // A pass is captured in a graph the second time it runs, and some passes run once per decode.
@@ -355,7 +356,7 @@ fn our_round(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>], runs: &mut 
             return Ok(false);
         }
         let seconds = start.elapsed().as_secs_f64();
-        let launches = engine.launches()?;
+        let launches = engine.kernel_counts()?;
         results.push((seconds, decoded.nfe, launches, engine.timings));
     }
     for (run, (seconds, nfe, launches, timings)) in runs.iter_mut().zip(results) {

@@ -3,8 +3,9 @@
 use crate::args::{argument, cache, length, threads};
 use crate::output::{print, print_json};
 use crate::report::{bytes, count, shape, shape_config, table};
+use dllm_kernels::engine::Model;
 use dllm_kernels::model::weights::Dtype;
-use dllm_kernels::model::{Config, Model, Weights};
+use dllm_kernels::model::{Config, Weights};
 use dllm_kernels::{CacheMode, Options, Result};
 use serde::Serialize;
 use std::collections::BTreeSet;
@@ -120,10 +121,10 @@ const MULTIPROCESSORS: usize = 132;
 
 #[cfg(feature = "cuda")]
 fn device_bytes(config: &Config, sizes: &dllm_kernels::model::SessionConfig) -> Result<Option<DeviceBytes>> {
-    if dllm_kernels::model::supports_cuda(config).is_err() {
+    if dllm_kernels::engine::check_cuda_model(config).is_err() {
         return Ok(None);
     }
-    let memory = sizes.device_memory(config, MULTIPROCESSORS)?;
+    let memory = dllm_kernels::engine::MemoryEstimate::cuda(sizes, config, MULTIPROCESSORS)?;
     let weights = config.tensors().iter().map(|(_, shape)| 2 * shape.iter().product::<usize>()).sum();
     Ok(Some(DeviceBytes { weights, cache: memory.cache, workspace: memory.workspace }))
 }
@@ -191,9 +192,9 @@ fn answer(args: &Inspect, source: String, config: Config, tensors: Vec<TensorLin
     let batch = args.batch as usize;
     let mut sizes = options.sizes(&config, &prompts);
     sizes.prompt_lens = vec![args.prompt_length; batch];
-    sizes.candidates *= batch;
+    sizes.max_candidates *= batch;
     let threads = args.threads.unwrap_or_else(rayon::current_num_threads);
-    let memory = sizes.memory(&config, threads);
+    let memory = dllm_kernels::engine::MemoryEstimate::cpu(&sizes, &config, threads);
     let dtypes: BTreeSet<_> = tensors.iter().map(|t| t.dtype).collect();
     let device_bytes = device_bytes(&config, &sizes)?;
     Ok(Answer {

@@ -85,7 +85,7 @@ impl Place {
             return Ok(Place { name: "cpu".into(), device: None });
         };
         let device = gpu::Device::open(ordinal).map_err(|error| {
-            Error::Unavailable(format!("--device cuda:{ordinal}: {error}; run `dllm doctor` for details"))
+            Error::NoDevice(format!("--device cuda:{ordinal}: {error}; run `dllm doctor` for details"))
         })?;
         note(format_args!(
             "note: --device cuda is experimental: it has been tested on a CUDA emulator, not yet on a GPU"
@@ -98,7 +98,7 @@ impl Place {
     pub fn open(device: Device) -> Result<Place> {
         match device {
             Device::Cpu => Ok(Place { name: "cpu".into() }),
-            Device::Cuda(n) => Err(Error::Unavailable(format!(
+            Device::Cuda(n) => Err(Error::NoDevice(format!(
                 "--device cuda:{n}: this build has no CUDA; build dllm with the feature cuda"
             ))),
         }
@@ -110,7 +110,7 @@ impl Place {
         let Some(device) = &self.device else { return Ok(None) };
         // Drivers older than 570 report no times, and those of the CUDA emulator have no meaning.
         let is_emulator = self.name.contains("software device"); // words: allow
-        if !gpu::Device::tells_times()? || is_emulator {
+        if !gpu::Device::supports_timing()? || is_emulator {
             return Ok(None);
         }
         let bytes_per_second = dllm_kernels::ops::read_bandwidth::read_rate(&device.stream()?, 2 << 30, 30)?;

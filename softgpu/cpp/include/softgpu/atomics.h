@@ -1,4 +1,5 @@
-// Atomics. Host atomics, because launches of several host threads may share memory. Return the old value, as on a GPU.
+// Atomics, which return the old value, as on a GPU. They are host atomics, because launches of several host threads may share
+// memory.
 #pragma once
 #include <string.h>
 

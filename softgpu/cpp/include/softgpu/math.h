@@ -45,7 +45,7 @@ inline unsigned __brev(unsigned x) {
     return __builtin_bswap32(x);
 }
 
-// Correctly rounded arithmetic. The build forbids fused operations, so these are what they say.
+// Correctly rounded arithmetic; the build forbids fused operations.
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -60,7 +60,7 @@ inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __ddiv_rn(double a, double b) { return a / b; }
 inline double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
 
-// Conversions that name their rounding
+// Conversions with explicit rounding
 inline int __float2int_rn(float x) { return int(nearbyintf(x)); }
 inline int __float2int_rd(float x) { return int(floorf(x)); }
 inline float __int2float_rn(int x) { return float(x); }
@@ -97,7 +97,7 @@ inline unsigned long long max(unsigned long long a, unsigned long long b) { retu
 inline float max(float a, float b) { return fmaxf(a, b); }
 inline double max(double a, double b) { return fmax(a, b); }
 
-// Loads and stores with a cache hint: plain ones here
+// Loads and stores with a cache hint: plain ones here.
 template <class T> inline T __ldg(const T* address) { return *address; }
 template <class T> inline T __ldcs(const T* address) { return *address; }
 template <class T> inline T __ldcg(const T* address) { return *address; }

@@ -1,4 +1,4 @@
-// What the kernels and the runner share: the state of the block that runs, the ways a thread can wait, registration.
+// Interface between kernels and runner: the state of the running block, the waits of a thread, registration.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -14,13 +14,13 @@ namespace softgpu {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 
-// What a lane shows to its warp in a warp operation.
+// Value that a lane publishes to its warp in a warp operation.
 struct Exchange { alignas(16) unsigned char bytes[64]; };
 
 enum class WarpOp : uint8_t { Sync, Shuffle, Vote, Reduce, LoadMatrix, MultiplyMatrices };
 
 struct Fiber;
-// Runs once, when all lanes of the operation have arrived; `lanes` are the fibers of the warp by lane.
+// Runs once, when all lanes of the operation have arrived. `lanes`: fibers of the warp by lane.
 using Combine = void (*)(Fiber* lanes);
 
 // One thread of a block.
@@ -31,44 +31,44 @@ struct Fiber {
     int lane;
     int warp;
 
-    // The warp operation this lane waits in.
+    // Warp operation in which this lane waits.
     unsigned mask;
     WarpOp operation;
     Combine combine;
 
-    // Two of them, because a lane may reach its next operation before a slower one has read the results of this one.
+    // Two exchanges, because a lane may reach its next operation before a slower lane has read the results of this one.
     Exchange exchange[2];
-    int outgoing;  // index of the one to fill for the next operation; the other holds the last completed one
+    int outgoing;  // index of the exchange for the next operation; the other one holds the last completed operation
 
     void* to_publish() { return exchange[outgoing].bytes; }
     void* completed() { return exchange[outgoing ^ 1].bytes; }
 };
 
-// Everything a kernel asks about itself sits behind one pointer, which the driver's library owns. The kernels' library
-// then has nothing thread-local but its __shared__ arrays.
+// State of the running block, behind one pointer that the driver's library owns. So the only thread-local data of the
+// kernels' library are its __shared__ arrays.
 struct Block {
     Fiber* current;
     Fiber* fibers;
     uint3 block_index;
     dim3 block_dim, grid_dim;
     unsigned char* dynamic_shared;
-    unsigned existing_lanes;  // of the warp that runs
+    unsigned existing_lanes;  // of the running warp
 };
 
-// Small enough for the static thread-local reserve of a library that is opened late; the __shared__ arrays are not, and
-// must stay in the general model.
+// Small enough for the static thread-local storage of a library that is opened late. The __shared__ arrays are not, so they
+// must use the general model.
 extern __thread Block* block __attribute__((tls_model("initial-exec")));
 
 void wait_for_block();
-// Returns when every lane in `mask` is in the same operation. What the lanes published is then in completed().
+// Returns when every lane in `mask` is in the same operation. completed() then holds the published values.
 void wait_for_warp(WarpOp operation, unsigned mask, Combine combine = nullptr);
 // Ends the launch with an error and this report.
 [[noreturn]] void kernel_error(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// The lanes that the warp of the calling thread has.
+// Mask of the lanes that exist in the warp of the calling thread.
 inline unsigned existing_lanes() { return block->existing_lanes; }
 
-// The value that another lane published in the operation that just completed.
+// Value that another lane published in the operation that has just completed.
 template <class T> inline T published_by(int lane) {
     T value;
     memcpy(&value, block->fibers[block->current->warp * kWarpSize + lane].completed(), sizeof value);

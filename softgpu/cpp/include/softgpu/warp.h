@@ -13,7 +13,7 @@ template <class T> inline void exchange(WarpOp operation, unsigned mask, T value
     wait_for_warp(operation, mask);
 }
 
-// The result of reading from a lane outside the mask is undefined on a GPU; here it is an error.
+// Reading from a lane outside the mask is undefined on a GPU; here it is an error.
 template <class T> inline T read_lane(unsigned mask, int source) {
     if (!(mask >> source & 1)) kernel_error("shuffle reads lane %d, which is not in the mask %#x", source, mask);
     if (!(existing_lanes() >> source & 1)) kernel_error("shuffle reads lane %d, which the block does not have", source);
@@ -27,7 +27,7 @@ template <class T> inline T shuffle(unsigned mask, T value, int source) {
 
 inline int segment_start(int width) { return lane_id() & ~(width - 1); }
 
-// Lanes of the mask that the block has: its last warp may be short.
+// Lanes of the mask that exist: the last warp of a block may be short.
 inline unsigned present(unsigned mask) { return mask & existing_lanes(); }
 
 inline unsigned ballot(unsigned mask, bool predicate) {
@@ -41,7 +41,7 @@ inline unsigned ballot(unsigned mask, bool predicate) {
 
 template <class T, class Function> inline T reduce(unsigned mask, T value, Function function) {
     exchange(WarpOp::Reduce, mask, value);
-    const int first = __builtin_ctz(mask);  // it exists: the calling lane is in the mask, and missing ones come last
+    const int first = __builtin_ctz(mask);  // exists: the calling lane is in the mask, and missing lanes come last
     T result = published_by<T>(first);
     for (int lane = first + 1; lane < kWarpSize; lane++) {
         if (present(mask) >> lane & 1) result = function(result, published_by<T>(lane));
@@ -57,7 +57,7 @@ template <class T> inline T __shfl_sync(unsigned mask, T value, int source, int 
     return softgpu::shuffle(mask, value, softgpu::segment_start(width) + (source & (width - 1)));
 }
 
-// The three below return the lane's own value where the source would lie outside its segment.
+// The three functions below return the lane's own value if the source is outside its segment.
 template <class T> inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = softgpu::kWarpSize) {
     const int source = softgpu::lane_id() ^ lane_mask;
     const bool inside = source < softgpu::segment_start(width) + width;

@@ -5,7 +5,7 @@ use super::timed::{Forward, Timing, adaptive_macs};
 use super::{Run, Setup, Source, Subject, median};
 use crate::machine::Roofs;
 use crate::report::{bytes, count, table};
-use dllm_kernels::model::KernelCounts;
+use dllm_kernels::engine::KernelCounts;
 use serde::Serialize;
 use std::collections::BTreeMap;
 

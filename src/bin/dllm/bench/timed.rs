@@ -4,10 +4,8 @@ use super::Setup;
 use dllm_kernels::Options;
 use dllm_kernels::backend::{Ratio, RowUpdate, UpdateAlways};
 use dllm_kernels::cache::{CacheMode, PassKind};
-use dllm_kernels::model::{
-    CachePlan, Config, DecodeEngine, DecodeRun, DeviceLoop, KernelCounts, LayerPlan, Pass, QueryRows, RunOutcome,
-    SelectedRows, Weights,
-};
+use dllm_kernels::engine::{DecodeEngine, DecodeRun, DeviceLoop, KernelCounts, Pass, RunOutcome};
+use dllm_kernels::model::{CachePlan, Config, LayerPlan, QueryRows, SelectedRows, Weights};
 use dllm_kernels::sampling::Prediction;
 use dllm_kernels::{Error, Result};
 use std::time::Instant;
@@ -116,7 +114,7 @@ impl DecodeEngine for Timed<'_> {
         let predictions = self.engine.step(tokens, pass)?;
         let seconds = start.elapsed().as_secs_f64();
         let macs = self.engine.macs() - before;
-        self.record(pass.plan, pass.windows, macs, seconds);
+        self.record(pass.plan, pass.query_rows, macs, seconds);
         Ok(predictions)
     }
 
@@ -128,24 +126,24 @@ impl DecodeEngine for Timed<'_> {
         self.engine.macs()
     }
 
-    fn autonomous(&mut self) -> Option<&mut dyn DeviceLoop> {
-        self.engine.autonomous().is_some().then_some(self as &mut dyn DeviceLoop)
+    fn device_loop(&mut self) -> Option<&mut dyn DeviceLoop> {
+        self.engine.device_loop().is_some().then_some(self as &mut dyn DeviceLoop)
     }
 
-    fn launches(&self) -> Result<Option<KernelCounts>> {
-        self.engine.launches()
+    fn kernel_counts(&self) -> Result<Option<KernelCounts>> {
+        self.engine.kernel_counts()
     }
 }
 
 impl DeviceLoop for Timed<'_> {
     fn run(&mut self, tokens: &mut [Vec<u32>], course: &DecodeRun, go_on: &dyn Fn() -> bool) -> Result<RunOutcome> {
-        let Some(engine) = self.engine.autonomous() else {
+        let Some(engine) = self.engine.device_loop() else {
             return Err(Error::Unavailable("this engine has no device loop".into()));
         };
         let ran = engine.run(tokens, course, go_on)?;
         for (i, (seconds, macs)) in ran.seconds.iter().zip(&ran.macs).enumerate() {
-            let Some(Some(stage)) = course.stages.get((course.stage)(i)) else { continue };
-            self.record(stage.plan, stage.windows, *macs, *seconds);
+            let Some(Some(stage)) = course.templates.get((course.template_of)(i)) else { continue };
+            self.record(stage.plan, stage.query_rows, *macs, *seconds);
         }
         Ok(ran)
     }

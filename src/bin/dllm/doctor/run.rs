@@ -98,12 +98,12 @@ pub fn run(args: &Doctor) -> Result<()> {
 fn examine(args: &Doctor, report: &mut Report) -> Result<()> {
     let show = |text: &str| if args.json { Ok(()) } else { print(text) };
     show(&report.build.text())?;
-    let machine = Machine::this().map_err(|error| Error::Unavailable(format!("{error}; {NEEDED}")))?;
+    let machine = Machine::this().map_err(|error| Error::NoDevice(format!("{error}; {NEEDED}")))?;
     show(&machine.text())?;
     let (devices, is_software) = (machine.count(), machine.is_software(args.device));
     report.machine = Some(machine);
     if devices == 0 {
-        return Err(Error::Unavailable(format!("expected a CUDA device, found none; {NEEDED}")));
+        return Err(Error::NoDevice(format!("expected a CUDA device, found none; {NEEDED}")));
     }
     if args.device >= devices {
         let expected = format!("a device from 0 to {}", devices - 1);
@@ -118,7 +118,7 @@ fn examine(args: &Doctor, report: &mut Report) -> Result<()> {
     }
 
     let mut bench = Bench::new(&device, is_software)?;
-    if Device::tells_times()? {
+    if Device::supports_timing()? {
         bench.measure_roofs(&device, report);
     } else {
         show("times    not measured: they need a driver of 570 or later\n")?;
@@ -161,7 +161,7 @@ impl Bench {
         let stream = device.stream()?;
         let evicting = stream.zeros(if is_software { 1 << 16 } else { EVICTING_BYTES })?;
         let sink = stream.zeros(1)?;
-        let is_timed = !is_software && Device::tells_times()?;
+        let is_timed = !is_software && Device::supports_timing()?;
         Ok(Bench { stream, is_software, is_timed, evicting, sink, read_gb_per_s: f64::NAN })
     }
 
