@@ -5,8 +5,10 @@
 mod amx;
 pub mod attention;
 pub mod linear;
+mod matrix;
 mod norm;
 mod rope;
+mod scratch;
 mod simd;
 mod swiglu;
 mod tile;
