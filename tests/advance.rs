@@ -21,7 +21,7 @@ use dllm_kernels::{CacheMode, Config, Family, Options, Policy, Result};
 use std::ops::Range;
 
 on_device! {
-    equals_the_oracle,
+    equals_the_reference,
     masks_and_ends_at_every_position,
     schedules_are_those_of_the_loops,
     failures,
@@ -281,7 +281,7 @@ fn any_state(random: &mut Random) -> (State, Vec<i32>) {
 }
 
 /// Several launches one after the other, between which tokens are committed at random.
-fn equals_the_oracle() {
+fn equals_the_reference() {
     let random = &mut Random(1);
     for case in 0..400 {
         let (mut state, mut tokens) = any_state(random);

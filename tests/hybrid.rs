@@ -467,7 +467,7 @@ fn of_one_layer_nothing_is_stale() {
 
 /// A session whose refreshes, those of a plain decode, keep at first and then run the block and this share of the other
 /// rows, if one is given; and every confidence that it gave.
-struct Kept<'m> {
+struct CachePlanOverride<'m> {
     session: HostEngine<'m, Cpu>,
     mode: CacheMode,
     first_block: usize,
@@ -476,7 +476,7 @@ struct Kept<'m> {
     refreshes: usize,
 }
 
-impl DecodeEngine for Kept<'_> {
+impl DecodeEngine for CachePlanOverride<'_> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
         let LayerPlan::Full { reuse, store, .. } = pass.plan.layer(1) else { panic!("not plain") };
         self.refreshes += usize::from(store);
@@ -508,7 +508,7 @@ fn all_rows_chosen_are_all_rows() {
                 let run = |share: Option<f64>| {
                     let session = HostEngine::new(model.transformer(), Cpu::default(), sizes.clone()).unwrap();
                     let (first_block, confidence) = (prompt.len(), vec![]);
-                    let mut kept = Kept { session, mode, first_block, share, confidence, refreshes: 0 };
+                    let mut kept = CachePlanOverride { session, mode, first_block, share, confidence, refreshes: 0 };
                     let decoded = decode(&mut kept, model.config(), &prompts, &options, None, &mut ()).unwrap();
                     assert_eq!(kept.refreshes, BLOCKS);
                     (decoded.tokens, kept.confidence)

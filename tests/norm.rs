@@ -15,7 +15,7 @@ use dllm_kernels::reference::norm::{add_rounded, rms_norm_rounded, rms_scale};
 use half::{bf16, f16};
 
 on_device! {
-    equals_the_oracle,
+    equals_the_reference,
     counts_on_the_device,
     adds_rows_by_a_map,
     same_bits_whatever_else_runs,
@@ -130,7 +130,7 @@ impl<T: Float> Case<T> {
 }
 
 /// One vector, widths that fill no round of the block's 256 threads, and those of the models.
-fn equals_the_oracle() {
+fn equals_the_reference() {
     fn check<T: Float>() {
         let random = &mut Random(1);
         for width in [16 / size_of::<T>(), 8, 24, 1024, 3584, 4096, 8184, 8192] {

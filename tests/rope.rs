@@ -12,7 +12,7 @@ use dllm_kernels::reference::rope::{Angles, rotate_rounded};
 use half::{bf16, f16};
 
 on_device! {
-    equals_the_oracle,
+    equals_the_reference,
     counts_on_the_device,
     leaves_out_rows_out_of_range,
     rows_may_stay_out_of_the_cache,
@@ -162,7 +162,7 @@ impl<T: Float> Case<T> {
 }
 
 /// All widths of a head; one head, groups, and the shapes of the models.
-fn equals_the_oracle() {
+fn equals_the_reference() {
     fn check<T: Float>() {
         let random = &mut Random(1);
         for (num_heads, num_kv_heads, head_dim) in
