@@ -45,7 +45,7 @@ declare -A small=(
   [gather_scatter]="copies_elements_of_every_type copies_rows counts_on_the_device leaves_them_out_without_a_failure_word leaves_out_rows_out_of_range replays"
   [tiles]="lists_change_under_a_graph lists_of_the_caller"
   [swiglu]="counts_on_the_device equals_the_reference passes_on_what_is_not_finite replays same_bits_whatever_else_runs"
-  [unmask]="a_graph_unmasks_everything cuts dreams_shift_is_a_row_map golden::llada guidance indices_out_of_range
+  [unmask]="a_graph_unmasks_everything dreams_shift_is_a_row_map golden::llada guidance indices_out_of_range min_logits
     nan_and_infinities positions_past_the_window_are_scored_and_left rows_drawn_by_alg_temp rows_without_a_finite_logit
     sequences_without_rows_or_masks the_mask_token_is_never_chosen the_same_bits_in_every_order"
   [vverify]="a_captured_launch_follows_its_maps a_captured_launch_follows_the_device cached_rows_by_a_map
@@ -351,7 +351,7 @@ stage_rivals() {
   if [[ -z ${DLLM_ORIGINALS-} ]]; then
     not_run "rivals: originals" "DLLM_ORIGINALS is not set"
   elif [[ $device == soft ]]; then
-    not_run "rivals: originals" "they know no device in software"
+    not_run "rivals: originals" "Fast-dLLM does not run on the CUDA emulator"
   else
     export DLLM_PYTHON=$python
     bench "rivals: originals" --shape llada-8b --random-weights --prompt-length 1024 --gen-length 256 --repeat 1 \

@@ -955,7 +955,7 @@ fn a_graph_unmasks_everything() {
     }
 }
 
-/// A table that points outside the tokens or logits: told, and nothing is read there.
+/// A table that points outside the tokens or logits is reported, and nothing is read there.
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
@@ -1082,7 +1082,7 @@ mod golden {
         }
     }
 
-    /// Outside every recorded vocabulary: what is masked there is told by a mask of its own.
+    /// A mask token outside every recorded vocabulary marks the masked rows.
     const OUTSIDE: i32 = 1 << 20;
 
     #[test]

@@ -79,8 +79,8 @@ impl Cuda {
             let [k, v] = cache.layer(layer);
             params.k_cache = k;
             params.v_cache = if params.qkv_stride == heads.qkv_width() as i64 { v } else { 0 };
-            params.cache_stride = cache.width as i64;
-            params.num_cache_rows = checked_i32("positions", cache.positions)?;
+            params.cache_stride = cache.width() as i64;
+            params.num_cache_rows = checked_i32("positions", cache.positions())?;
         }
         // SAFETY: buffers of the session, of these sizes. Positions and cache rows are checked on the device, and the metadata
         // names no cache row twice.

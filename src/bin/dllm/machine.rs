@@ -8,6 +8,10 @@ use clap::Args;
 use dllm_kernels::gpu;
 use dllm_kernels::{Error, Model, Result};
 
+/// Part of the device name that the CUDA emulator reports.
+#[cfg(feature = "cuda")]
+const EMULATOR_NAME: &str = "software device"; // words: allow
+
 /// Value of `--device`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
@@ -109,8 +113,7 @@ impl Place {
     pub fn roofs(&self) -> Result<Option<Roofs>> {
         let Some(device) = &self.device else { return Ok(None) };
         // Drivers older than 570 report no times, and those of the CUDA emulator have no meaning.
-        let is_emulator = self.name.contains("software device"); // words: allow
-        if !gpu::Device::supports_timing()? || is_emulator {
+        if !gpu::Device::supports_timing()? || self.name.contains(EMULATOR_NAME) {
             return Ok(None);
         }
         let bytes_per_second = dllm_kernels::ops::read_bandwidth::read_rate(&device.stream()?, 2 << 30, 30)?;

@@ -211,7 +211,7 @@ impl<'m> CudaEngine<'m> {
 
 impl Drop for CudaEngine<'_> {
     fn drop(&mut self) {
-        // The weights may be freed next, and the stream does not own them. An error here belongs to work whose result nobody reads.
+        // The weights may be freed next, and the stream does not own them. The error would belong to discarded work.
         let _ = self.stream().synchronize();
     }
 }

@@ -4,7 +4,6 @@ use super::Doctor;
 use super::case::{Case, Entry, ErrorBound};
 use super::machine::{Build, Loads, Machine, NEEDED, modules, modules_text};
 use super::ops;
-use crate::args::argument;
 use crate::output::{print, print_json};
 use crate::report::count;
 use dllm_kernels::gpu::{Buffer, Device, Stream, blas};
@@ -107,7 +106,7 @@ fn examine(args: &Doctor, report: &mut Report) -> Result<()> {
     }
     if args.device >= devices {
         let expected = format!("a device from 0 to {}", devices - 1);
-        return Err(argument("device", expected, args.device));
+        return Err(Error::argument("device", expected, args.device));
     }
     (report.device, report.software) = (Some(args.device), is_software);
     let device = Device::open(args.device)?;
