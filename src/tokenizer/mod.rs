@@ -118,8 +118,8 @@ impl Tokenizer {
         shielded(&self.file, || self.tokenizer.decode(ids, true))
     }
 
-    /// One token as text for display, special tokens included; `None` for an id without a token. A token that holds
-    /// part of a character shows U+FFFD.
+    /// Returns the text of one token for display, also of a special token; `None` for an id without a token. A part of a
+    /// character is shown as U+FFFD.
     pub fn token(&self, id: u32) -> Option<String> {
         if let Some(added) = self.tokenizer.get_added_vocabulary().get_added_tokens_decoder().get(&id) {
             return Some(added.content.clone());

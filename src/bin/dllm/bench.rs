@@ -6,7 +6,7 @@ mod summary;
 mod timed;
 
 use crate::args::{length, model_dir, threads};
-use crate::machine::{Device, Place, Roofs, device};
+use crate::machine::{ComputeDevice, Device, Roofs, device};
 use crate::output::{INTERRUPT, catch_interrupts, interrupted, note, print, print_json};
 use crate::report::{shape, shape_config};
 use clap::ValueEnum;
@@ -200,15 +200,15 @@ pub fn run(args: &Bench) -> Result<()> {
     }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(setup.threads).build();
     let pool = pool.map_err(|e| Error::Unavailable(format!("{} threads: {e}", setup.threads)))?;
-    let place = Place::open(setup.device)?;
+    let device = ComputeDevice::open(setup.device)?;
     let weights = match &setup.source {
         Source::Checkpoint(dir) => Weights::open(dir)?,
         Source::Random(_) => Weights::random(&setup.config, args.seed)?,
     };
     let subject = Subject {
-        model: place.bring(Model::new(setup.config.clone(), weights.clone())?)?,
-        device: place.name.clone(),
-        roofs: place.roofs()?,
+        model: device.load(Model::new(setup.config.clone(), weights.clone())?)?,
+        device: device.name.clone(),
+        roofs: device.roofs()?,
         parameters: setup.config.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum(),
         bytes_per_forward: match setup.device {
             Device::Cpu => weight_bytes_per_forward(&setup.config, &weights)?,

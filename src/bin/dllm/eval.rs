@@ -137,8 +137,8 @@ impl Score {
 pub fn run(args: &Eval) -> Result<()> {
     let settings = settings(args)?;
     let plot_file = args.plot.as_deref().map(OutputFile::new).transpose()?;
-    let place = args.machine.start()?;
-    let checkpoint = Checkpoint::open(args.model.as_deref(), &place)?;
+    let device = args.machine.start()?;
+    let checkpoint = Checkpoint::open(args.model.as_deref(), &device)?;
     let Some(tokenizer) = &checkpoint.tokenizer else {
         let message = "expected tokenizer.json or vocab.json, found neither; eval needs a tokenizer".into();
         return Err(Error::Tokenizer { path: checkpoint.dir, message });

@@ -1,7 +1,7 @@
 //! `dllm generate`: generates answers to prompts.
 
 use crate::args::{Decoding, model_dir};
-use crate::machine::{Machine, Place};
+use crate::machine::{ComputeDevice, Machine};
 use crate::output::{self, INTERRUPT, OutputFile, io_error};
 use crate::watch::Watch;
 use clap::{ArgGroup, Args};
@@ -126,7 +126,7 @@ pub struct Checkpoint {
 
 impl Checkpoint {
     /// Opens `dir`, by default the sample model, and moves its weights to the device.
-    pub fn open(dir: Option<&Path>, place: &Place) -> Result<Checkpoint> {
+    pub fn open(dir: Option<&Path>, device: &ComputeDevice) -> Result<Checkpoint> {
         let dir = model_dir(dir)?;
         // Draws nothing unless stderr is a terminal.
         let spinner = ProgressBar::new_spinner().with_message(format!("opening {}", dir.display()));
@@ -134,7 +134,7 @@ impl Checkpoint {
         let model = Model::open(&dir);
         let tokenizer = model.as_ref().ok().map(|model| Tokenizer::open(&dir, model.config().vocab_size));
         spinner.finish_and_clear();
-        let (model, tokenizer) = (place.bring(model?)?, tokenizer.transpose()?.flatten());
+        let (model, tokenizer) = (device.load(model?)?, tokenizer.transpose()?.flatten());
         let tokenizer_ends = tokenizer.as_ref().map(Tokenizer::end_tokens).unwrap_or_default();
         let end_tokens = [&model.config().eos_token_ids[..], &tokenizer_ends].concat();
         Ok(Checkpoint { dir, model, tokenizer, end_tokens })
@@ -145,11 +145,11 @@ impl Checkpoint {
 pub fn run(args: &Generate) -> Result<()> {
     let mut options = args.decoding.options();
     let trace_file = args.trace.as_deref().map(OutputFile::new).transpose()?;
-    let place = args.machine.start()?;
+    let device = args.machine.start()?;
     for flag in args.decoding.idle_flags() {
         output::note(format_args!("note: {flag} has no effect here"));
     }
-    let checkpoint = Checkpoint::open(args.model.as_deref(), &place)?;
+    let checkpoint = Checkpoint::open(args.model.as_deref(), &device)?;
     let Checkpoint { model, tokenizer, end_tokens, .. } = &checkpoint;
     let tokenizer = tokenizer.as_ref();
     let config = model.config();
@@ -176,12 +176,12 @@ pub fn run(args: &Generate) -> Result<()> {
 
     // The answer comes first, so that a full disk does not lose it.
     let printed = if args.json {
-        print_json(&generation, config, tokenizer, &place.name)
+        print_json(&generation, config, tokenizer, &device.name)
     } else {
         print_answers(answer, &generation, config, tokenizer)
     };
     if printed.is_ok() {
-        summary(&generation, config, &place.name);
+        summary(&generation, config, &device.name);
     }
     let mut written = Ok(());
     if let (Some(trace), Some(file)) = (trace, trace_file) {

@@ -48,8 +48,8 @@ impl Machine {
     /// Starts the CPU threads and opens the device.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] for an unknown `DLLM_CPU`, or when threads or device are not available.
-    pub fn start(&self) -> Result<Place> {
+    /// [`Error::Unavailable`] for an unknown `DLLM_CPU`, or without the threads; [`Error::NoDevice`] without the device.
+    pub fn start(&self) -> Result<ComputeDevice> {
         if let Some(limit) = std::env::var_os("DLLM_CPU")
             && !["amx", "avx512", "avx2", "plain"].iter().any(|known| limit == *known)
         {
@@ -60,7 +60,7 @@ impl Machine {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
             pool.map_err(|e| Error::Unavailable(format!("--threads {threads}: {e}")))?;
         }
-        Place::open(self.device.unwrap_or_default())
+        ComputeDevice::open(self.device.unwrap_or_default())
     }
 }
 
@@ -74,19 +74,19 @@ pub struct Roofs {
 }
 
 /// Opened device.
-pub struct Place {
+pub struct ComputeDevice {
     /// Name in results: `cpu`, or ordinal and name of a CUDA device.
     pub name: String,
     #[cfg(feature = "cuda")]
     device: Option<gpu::Device>,
 }
 
-impl Place {
+impl ComputeDevice {
     /// Opens a device.
     #[cfg(feature = "cuda")]
-    pub fn open(device: Device) -> Result<Place> {
+    pub fn open(device: Device) -> Result<ComputeDevice> {
         let Device::Cuda(ordinal) = device else {
-            return Ok(Place { name: "cpu".into(), device: None });
+            return Ok(ComputeDevice { name: "cpu".into(), device: None });
         };
         let device = gpu::Device::open(ordinal).map_err(|error| {
             Error::NoDevice(format!("--device cuda:{ordinal}: {error}; run `dllm doctor` for details"))
@@ -94,14 +94,14 @@ impl Place {
         note(format_args!(
             "note: --device cuda is experimental: it has been tested on a CUDA emulator, not yet on a GPU"
         ));
-        Ok(Place { name: format!("cuda:{ordinal} {}", device.name()?), device: Some(device) })
+        Ok(ComputeDevice { name: format!("cuda:{ordinal} {}", device.name()?), device: Some(device) })
     }
 
     /// Opens a device.
     #[cfg(not(feature = "cuda"))]
-    pub fn open(device: Device) -> Result<Place> {
+    pub fn open(device: Device) -> Result<ComputeDevice> {
         match device {
-            Device::Cpu => Ok(Place { name: "cpu".into() }),
+            Device::Cpu => Ok(ComputeDevice { name: "cpu".into() }),
             Device::Cuda(n) => Err(Error::NoDevice(format!(
                 "--device cuda:{n}: this build has no CUDA; build dllm with the feature cuda"
             ))),
@@ -127,7 +127,7 @@ impl Place {
     }
 
     /// Moves the weights to the device.
-    pub fn bring(&self, model: Model) -> Result<Model> {
+    pub fn load(&self, model: Model) -> Result<Model> {
         #[cfg(feature = "cuda")]
         if let Some(device) = &self.device {
             // Draws nothing unless stderr is a terminal.
