@@ -2,7 +2,7 @@
 //! shown by `tests/golden.rs`.
 
 use dllm_kernels::backend::cpu::Cpu;
-use dllm_kernels::cache::adaptive::Adaptive;
+use dllm_kernels::cache::{AdaptiveCache, SequenceLayout};
 use dllm_kernels::decode::decode;
 use dllm_kernels::engine::{CfgBranch, DecodeEngine, HostEngine, Pass};
 use dllm_kernels::model::{QueryRows, SelectedRows, SessionConfig};
@@ -215,7 +215,11 @@ fn unmask() -> SamplingParams {
 }
 
 /// Passes over sequences of 8 + 8 tokens by a plan each, everything observed: what they chose, and multiply-adds.
-fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u32>)) -> Vec<(Vec<SelectedRows>, u64)> {
+fn passes(
+    model: &Model,
+    adaptive: AdaptiveCache,
+    changes: impl Fn(usize, &mut Vec<u32>),
+) -> Vec<(Vec<SelectedRows>, u64)> {
     let sizes = SessionConfig {
         prompt_lens: vec![8],
         gen_length: 8,
@@ -241,7 +245,7 @@ fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u3
             commit_before: 16,
             commit_rule: selection,
         }];
-        let windows = [QueryRows::new(0, plan.window(8, 16), 16)];
+        let windows = [plan.query_rows(&LAYOUT)];
         let pass = Pass {
             plan: &plan,
             query_rows: &windows,
@@ -257,8 +261,10 @@ fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u3
     (0..10).map(pass).collect()
 }
 
-const EIGHT: Adaptive =
-    Adaptive { prompt_interval: 100, response_interval: 100, refresh_ratio: 0.25, guidance_interval: 1 };
+const LAYOUT: SequenceLayout = SequenceLayout { index: 0, prompt_len: 8, len: 16, first_active_row: 8, logit_shift: 0 };
+
+const EIGHT: AdaptiveCache =
+    AdaptiveCache { prompt_interval: 100, response_interval: 100, refresh_ratio: 0.25, cfg_interval: 1 };
 
 /// A step in which nothing changed chooses by position, in every layer.
 #[test]
@@ -306,21 +312,22 @@ fn work_is_what_the_page_says() {
     let (prompt, response, all, later) = (8, 8, 16, 3);
     let row = d * (q + 2 * kv) + 2 * all * q + q * d + 3 * d * mlp;
     let head = response * d * vocab;
-    let of =
-        |adaptive: Adaptive| -> Vec<u64> { passes(&model, adaptive, |_, _| ()).into_iter().map(|p| p.1).collect() };
+    let of = |adaptive: AdaptiveCache| -> Vec<u64> {
+        passes(&model, adaptive, |_, _| ()).into_iter().map(|p| p.1).collect()
+    };
 
     let full = 4 * all * row + head;
     let first_layer = response * row;
     let verify = later * (response * d * kv + 2 * (row - d * kv));
-    let got = of(Adaptive { prompt_interval: 6, response_interval: 3, ..EIGHT });
+    let got = of(AdaptiveCache { prompt_interval: 6, response_interval: 3, ..EIGHT });
     assert_eq!(got[0], full);
     assert_eq!(got[1], first_layer + verify + head);
     assert_eq!(got[3], first_layer + later * response * row + head);
     assert_eq!(got[6], full);
     // The prompt alone: V-verify beside it has all values fresh.
-    let got = of(Adaptive { prompt_interval: 4, ..EIGHT });
+    let got = of(AdaptiveCache { prompt_interval: 4, ..EIGHT });
     assert_eq!(got[4], all * row + later * (all * d * kv + (prompt + 2) * (row - d * kv)) + head);
-    let got = of(Adaptive { prompt_interval: 4, refresh_ratio: 0.0, ..EIGHT });
+    let got = of(AdaptiveCache { prompt_interval: 4, refresh_ratio: 0.0, ..EIGHT });
     assert_eq!(got[1], first_layer + head);
     assert_eq!(got[4], all * row + later * prompt * row + head);
 }

@@ -483,7 +483,7 @@ impl DecodeEngine for Kept<'_> {
         let verdicts = match self.share {
             Some(share) if store => {
                 let first = pass.query_rows[0].block.end == self.first_block + BLOCK;
-                let refresh = if first { Refresh::Keep } else { Refresh::Some(Ratio::new(share)) };
+                let refresh = if first { Refresh::FullWithFeatures } else { Refresh::Partial(Ratio::new(share)) };
                 let kind = if reuse { PassKind::Response } else { PassKind::Full };
                 let plan = BlockPlan { refresh, ..BlockPlan::new(self.mode, kind) };
                 self.session.step(tokens, &Pass { plan: &plan, ..*pass })?

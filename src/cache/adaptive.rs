@@ -68,11 +68,7 @@ impl AdaptiveCache {
             return CfgPlan::Batched;
         }
         let runs = |t: usize| t < FIRST_CFG_FORWARDS || t.is_multiple_of(interval);
-        if runs(t) {
-            CfgPlan::Separate(self.plan((0..t).filter(|t| runs(*t)).count()))
-        } else {
-            CfgPlan::Reused
-        }
+        if runs(t) { CfgPlan::Separate(self.plan((0..t).filter(|t| runs(*t)).count())) } else { CfgPlan::Reused }
     }
 }
 

@@ -59,11 +59,8 @@ impl Decoder<'_> {
             Policy::Fixed => self.dream_schedule(self.steps_per_block().max(1)),
             _ => QuotaSchedule::Unlimited,
         };
-        let spec = |kind, first_position_only| PassSpec {
-            kind,
-            candidates_from: CandidateStart::Block,
-            first_position_only,
-        };
+        let spec =
+            |kind, first_position_only| PassSpec { kind, candidates_from: CandidateStart::Block, first_position_only };
         for block in 0..self.state.num_blocks() {
             let cache = &self.state.cache;
             let passes = [spec(cache.first_pass(block), true), spec(cache.block_pass(), false)];

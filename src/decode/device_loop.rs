@@ -156,7 +156,8 @@ impl RunPasses<'_> {
     /// Returns a number of passes among which every kind of the run occurs. Each pass commits a token or is a step of the
     /// schedule, which bounds the passes of the run; kinds repeat after the cache's period.
     fn max_distinct_passes(&self, passes: &[SequencePass]) -> usize {
-        let masks = |pass: &SequencePass| self.state.num_masks(pass.sequence, &(0..self.state.tokens[pass.sequence].len()));
+        let masks =
+            |pass: &SequencePass| self.state.num_masks(pass.sequence, &(0..self.state.tokens[pass.sequence].len()));
         let masks: usize = passes.iter().map(masks).sum();
         let max_passes = masks.saturating_add(self.state.options.steps());
         self.state.cache.period().min(max_passes).saturating_add(2)

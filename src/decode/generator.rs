@@ -1,43 +1,46 @@
-//! The library's front door: a model, options, and prompts in; tokens out.
+//! Generator: the entry point of the library. Takes a model, options and prompts, and returns tokens.
 
-use super::generate::{decode, end_tokens};
+use super::decoder::decode;
 use super::observer::Observer;
 use super::options::{Options, Policy};
+use super::state::end_tokens;
 use crate::cache::CacheMode;
 use crate::engine::Model;
 use crate::error::Result;
 use crate::sampling::Confidence;
+use std::fmt;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-/// What [`Generator::generate`] gives.
+/// Result of [`Generator::generate`].
 #[derive(Clone, Debug)]
 pub struct Generation {
-    /// Generated tokens per prompt: `gen_length` of them, or fewer where `early_stop` ended the sequence.
+    /// Generated tokens per prompt: `gen_length`, or fewer when `early_stop` ended the sequence.
     pub tokens: Vec<Vec<u32>>,
-    /// Forward passes over the batch.
+    /// Number of forward passes over the batch.
     pub nfe: usize,
-    /// Time spent decoding, without loading.
+    /// Time of the decode, without loading the model and allocating buffers.
     pub elapsed: Duration,
-    /// Whether it was interrupted; mask tokens are then left.
+    /// Whether the decode was interrupted. The tokens then contain masks.
     pub interrupted: bool,
-    /// Multiply-adds of the matrix products and of attention in these passes (on a CUDA device a first layer in vain now and then
-    /// among them).
+    /// Multiply-accumulates (MACs) of matrix products and attention. On a CUDA device this includes padded rows, and first
+    /// layers of passes that were enqueued in advance and discarded.
     pub macs: u64,
     end_tokens: Vec<u32>,
 }
 
 impl Generation {
-    /// Tokens of a sequence up to its first end-of-text token, which is not included.
+    /// Returns the tokens of a sequence before its first end-of-text token.
     ///
     /// # Panics
-    /// When there is no such sequence.
+    /// When `sequence` is not the index of a prompt.
     pub fn text_tokens(&self, sequence: usize) -> &[u32] {
         let tokens = &self.tokens[sequence];
         &tokens[..tokens.iter().position(|t| self.end_tokens.contains(t)).unwrap_or(tokens.len())]
     }
 
-    /// Tokens up to and with the first end-of-text token, all sequences together, per second.
+    /// Returns the tokens per second of all sequences together. Each sequence counts up to and including its first
+    /// end-of-text token.
     pub fn tokens_per_second(&self) -> f64 {
         let counted = |s: usize| (self.text_tokens(s).len() + 1).min(self.tokens[s].len());
         let tokens: usize = (0..self.tokens.len()).map(counted).sum();
@@ -45,13 +48,13 @@ impl Generation {
     }
 }
 
-/// Generates text with a model.
+/// Generates tokens with a model. A generator can be used for many calls, also from several threads at once.
 ///
 /// ```
 /// # fn main() -> dllm_kernels::Result<()> {
 /// use dllm_kernels::{CacheMode, Generator, Model, Policy};
 /// let model = Model::open("models/tiny-math")?;
-/// let prompt = vec![905, 908, 17, 4]; // token ids
+/// let prompt = [905u32, 908, 17, 4]; // token ids
 /// let output = Generator::new(&model)
 ///     .gen_length(32)
 ///     .cache(CacheMode::Dual)
@@ -61,15 +64,22 @@ impl Generation {
 /// # Ok(())
 /// # }
 /// ```
+#[must_use]
 pub struct Generator<'m> {
     model: &'m Model,
     options: Options,
     interrupt: Option<&'m AtomicBool>,
 }
 
+impl fmt::Debug for Generator<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Generator").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
 macro_rules! setters {
-    ($($(#[$doc:meta])* $name:ident: $ty:ty;)*) => {
-        $($(#[$doc])*
+    ($($name:ident: $ty:ty;)*) => {
+        $(#[doc = concat!("Sets [`Options::", stringify!($name), "`].")]
         pub fn $name(mut self, value: $ty) -> Self {
             self.options.$name = value.into();
             self
@@ -78,90 +88,75 @@ macro_rules! setters {
 }
 
 impl<'m> Generator<'m> {
-    /// A generator with the default [`Options`].
+    /// Creates a generator with the default [`Options`].
     pub fn new(model: &'m Model) -> Self {
         Generator { model, options: Options::default(), interrupt: None }
     }
 
-    /// Replaces all options, those set before included.
+    /// Replaces all options, including those that were set before.
     pub fn options(mut self, options: Options) -> Self {
         self.options = options;
         self
     }
 
-    /// Ends the decode before the next forward once the flag is set.
+    /// Sets a flag that interrupts decodes: a decode ends before its next forward when the flag is true. Any thread may set
+    /// the flag.
     pub fn interrupt(mut self, flag: &'m AtomicBool) -> Self {
         self.interrupt = Some(flag);
         self
     }
 
     setters! {
-        /// See [`Options::gen_length`].
         gen_length: usize;
-        /// See [`Options::block_length`].
-        block_length: usize;
-        /// See [`Options::steps`].
-        steps: usize;
-        /// See [`Options::cache`].
+        block_length: impl Into<Option<usize>>;
+        steps: impl Into<Option<usize>>;
         cache: CacheMode;
-        /// See [`Options::prompt_interval`].
         prompt_interval: usize;
-        /// See [`Options::response_interval`].
         response_interval: usize;
-        /// See [`Options::refresh_ratio`].
-        refresh_ratio: f64;
-        /// See [`Options::refresh_prompt_every`].
+        refresh_ratio: impl Into<Option<f64>>;
         refresh_prompt_every: usize;
-        /// See [`Options::vicinity`].
         vicinity: usize;
-        /// See [`Options::suffix_window`].
-        suffix_window: usize;
-        /// See [`Options::policy`].
+        suffix_window: impl Into<Option<usize>>;
         policy: Policy;
-        /// See [`Options::confidence`].
-        confidence: Confidence;
-        /// See [`Options::temperature`].
+        confidence: impl Into<Option<Confidence>>;
         temperature: f64;
-        /// See [`Options::alg_temp`].
         alg_temp: f64;
-        /// See [`Options::top_p`].
-        top_p: f64;
-        /// See [`Options::top_k`].
-        top_k: usize;
-        /// See [`Options::cfg_scale`].
+        top_p: impl Into<Option<f64>>;
+        top_k: impl Into<Option<usize>>;
         cfg_scale: f64;
-        /// See [`Options::cfg_interval`].
         cfg_interval: usize;
-        /// See [`Options::seed`].
+        eps: f64;
         seed: u64;
-        /// See [`Options::early_stop`].
         early_stop: bool;
-        /// See [`Options::end_tokens`].
         end_tokens: Vec<u32>;
     }
 
-    /// Answers every prompt (token ids); they are decoded together and may differ in length.
+    /// Generates an answer to every prompt. Prompts are token ids; they may differ in length and are decoded as one batch.
     ///
     /// # Errors
-    /// [`crate::Error::Argument`] before any work, when options or prompts do not fit the model;
-    /// [`crate::Error::Unavailable`] when there is no memory for them;
-    /// [`crate::Error::NoFiniteLogit`] when the model's numbers break down.
-    pub fn generate(&self, prompts: &[Vec<u32>]) -> Result<Generation> {
+    /// - [`crate::Error::Argument`], before any work, when options or prompts do not fit the model.
+    /// - [`crate::Error::Unavailable`] when there is not enough memory for the buffers.
+    /// - [`crate::Error::NoFiniteLogit`] when a candidate has no finite logit.
+    /// - On a CUDA device, the driver's errors.
+    pub fn generate(&self, prompts: &[impl AsRef<[u32]>]) -> Result<Generation> {
         self.generate_observed(prompts, &mut ())
     }
 
-    /// [`Generator::generate`], with an observer that is called after each step.
-    pub fn generate_observed(&self, prompts: &[Vec<u32>], observer: &mut dyn Observer) -> Result<Generation> {
+    /// As [`Generator::generate`], with an observer that follows the decode.
+    ///
+    /// # Errors
+    /// Those of [`Generator::generate`].
+    pub fn generate_observed(&self, prompts: &[impl AsRef<[u32]>], observer: &mut dyn Observer) -> Result<Generation> {
         let config = self.model.config();
-        self.options.validate(config, prompts)?;
+        let prompts: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.as_ref().to_vec()).collect();
+        self.options.validate(config, &prompts)?;
         #[cfg(feature = "cuda")]
         if self.model.device().is_some() {
-            self.options.validate_on_device()?;
+            self.options.requirements().check_cuda()?;
         }
-        let sizes = self.options.sizes(config, prompts);
-        let mut engine = self.model.engine(sizes)?;
+        let mut engine = self.model.engine(self.options.sizes(config, &prompts))?;
         let start = Instant::now();
-        let decoded = decode(&mut *engine, config, prompts, &self.options, self.interrupt, observer)?;
+        let decoded = decode(&mut *engine, config, &prompts, &self.options, self.interrupt, observer)?;
         Ok(Generation {
             tokens: decoded.tokens,
             nfe: decoded.nfe,

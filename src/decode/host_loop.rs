@@ -38,10 +38,8 @@ impl Decoder<'_> {
             return Ok(false);
         }
         let inputs = self.state.inputs(kind, passes);
-        let mut results = PassResults {
-            predictions: vec![vec![]; passes.len()],
-            selected_rows: vec![vec![]; passes.len()],
-        };
+        let mut results =
+            PassResults { predictions: vec![vec![]; passes.len()], selected_rows: vec![vec![]; passes.len()] };
         // An engine runs one plan at a time. Plans differ between sequences of the adaptive cache when one of them was not
         // active in some pass.
         let mut remaining: Vec<usize> = (0..passes.len()).collect();

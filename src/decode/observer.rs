@@ -1,57 +1,61 @@
-//! Following a decode from outside.
+//! Observers: callbacks that follow a decode.
 
 use crate::cache::PassKind;
 use crate::cache::adaptive::AdaptivePlan;
 use std::ops::Range;
 
-/// What one forward pass did, for observers.
+/// Description of one forward pass, for observers.
 #[derive(Clone, Debug)]
 pub struct Step<'a> {
-    /// Forward passes before this one.
+    /// Number of forward passes before this one.
     pub index: usize,
-    /// Which part of the sequences ran.
+    /// Part of the sequences that the pass computed.
     pub kind: PassKind,
     /// One entry per sequence of the batch.
     pub sequences: Vec<SequenceStep<'a>>,
 }
 
-/// One sequence's part in a [`Step`]. Positions count from the start of the prompt.
+/// One sequence's share in a [`Step`]. Positions count from the start of the prompt.
 #[derive(Clone, Debug)]
 pub struct SequenceStep<'a> {
-    /// Whether the sequence took part; when not, it had nothing to decide.
+    /// Whether the sequence was active. An inactive sequence had no token to commit in this pass.
     pub active: bool,
-    /// From the first position that ran to the last; what is between and not in view did not.
+    /// Query rows of the pass. With the adaptive cache all positions.
     pub window: Range<usize>,
-    /// The block being decoded.
+    /// Positions of the current block.
     pub block: Range<usize>,
     /// Masked positions that were scored, ascending.
     pub candidates: Vec<usize>,
-    /// Their confidences.
+    /// Confidence of each candidate.
     pub confidence: Vec<f64>,
-    /// Positions that went from mask to token, ascending.
+    /// Positions at which a token was committed, ascending.
     pub transferred: Vec<usize>,
-    /// What the adaptive cache renewed, if it is the cache and the sequence took part.
+    /// With the adaptive cache, for an active sequence: the parts that were refreshed.
     pub refreshed: Option<AdaptivePlan>,
-    /// What V-verify chose between two refreshes of the response: layers, and the positions in the generated region.
+    /// Between two refreshes of the response: the rows that V-verify selected, by layer, as indices into the generated
+    /// region.
     pub selected_rows: Vec<(usize, Vec<usize>)>,
     /// The generated region after the step.
     pub tokens: &'a [u32],
 }
 
-/// Follows a decode. Every method does nothing by default.
+/// Follows a decode. The default methods do nothing.
 pub trait Observer {
-    /// Whether [`Observer::step`] is to be called. Costs the confidences of candidates that could not be committed
-    /// (a row among them without a finite logit ends the decode with an error too), and on a GPU a read-back every step.
+    /// Whether [`Observer::step`] is called.
+    ///
+    /// Steps cost time: candidates that cannot be committed are scored too, and a GPU reads back every step. A candidate
+    /// without a finite logit then ends the decode with an error, even when the pass could not commit it.
     fn wants_steps(&self) -> bool {
         false
     }
 
-    /// After every forward pass.
+    /// Receives each forward pass.
     fn step(&mut self, _step: &Step) {}
 
-    /// `tokens` of the generated region of `sequence` are final. Called as blocks are completed, and at the end.
+    /// Receives the tokens of `sequence` that are final, from the first generated one on. Called after each block and at
+    /// the end.
     fn finalized(&mut self, _sequence: usize, _tokens: &[u32]) {}
 }
 
-/// No observer.
+/// Ignores every call.
 impl Observer for () {}

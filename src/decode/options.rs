@@ -393,11 +393,7 @@ impl Options {
             feature_cache: self.cache_config().stores_features(),
             reuses_guidance,
             guided: self.cfg_scale > 0.0,
-            num_end_tokens: if self.early_stop {
-                config.eos_token_ids.len() + self.end_tokens.len()
-            } else {
-                0
-            },
+            num_end_tokens: if self.early_stop { config.eos_token_ids.len() + self.end_tokens.len() } else { 0 },
             max_ratios: match (algorithm, self.policy) {
                 (Algorithm::Dream, _) => self.steps(),
                 (Algorithm::DreamBlock, Policy::Fixed) => {

@@ -1,6 +1,6 @@
-//! A decode written down step by step, in the format of the golden trajectories (`tests/golden/README.md` section 4).
+//! Trace of a decode, step by step, in the format of the golden trajectories (`tests/golden/README.md`, section 4).
 
-use super::generate::Decoded;
+use super::decoder::Decoded;
 use super::observer::{Observer, SequenceStep, Step};
 use super::options::{Algorithm, Options, Policy};
 use crate::cache::{CacheMode, PassKind};
@@ -10,14 +10,14 @@ use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-/// Collects the steps of a decode.
+/// Observer that collects the steps of a decode.
 #[derive(Debug, Default)]
 pub struct Trace {
     steps: Vec<Value>,
 }
 
 impl Trace {
-    /// The whole trajectory, once the decode is over.
+    /// Returns the trajectory, as a JSON object, after the decode.
     pub fn finish(
         &self,
         model: &str,
@@ -30,9 +30,10 @@ impl Trace {
         let algorithm = algorithm(options.algorithm(config.family), options.cache);
         json!({
             "name": "",
-            "algorithm": match joined(options).next() {
-                None => algorithm.to_string(),
-                Some(_) => format!("{algorithm}, joined"),
+            "algorithm": if hybrid_params(options).is_empty() {
+                algorithm.to_string()
+            } else {
+                format!("{algorithm}, joined")
             },
             "model": model,
             "params": params(config, options, prompts.len()),
@@ -76,18 +77,18 @@ impl Observer for Trace {
             entry["refresh_gen"] = one_or_all(&refreshed.iter().map(|plan| plan.response).collect::<Vec<_>>());
             let layers: BTreeSet<usize> =
                 step.sequences.iter().flat_map(|s| &s.selected_rows).map(|(l, _)| *l).collect();
-            let of = |layer: usize| {
+            let selection = |layer: usize| {
                 let rows =
                     |s: &SequenceStep| s.selected_rows.iter().find(|(l, _)| *l == layer).map(|(_, rows)| rows.clone());
                 json!({ "layer": layer, "indices": each(&|s| json!(rows(s).unwrap_or_default())) })
             };
-            entry["vverify"] = layers.into_iter().map(of).collect();
+            entry["vverify"] = layers.into_iter().map(selection).collect();
         }
         self.steps.push(entry);
     }
 }
 
-/// The one value that all sequences share, or the list of them (ragged batches).
+/// Returns one value when all sequences have the same, otherwise the list (ragged batches).
 fn one_or_all<T: PartialEq + serde::Serialize>(values: &[T]) -> Value {
     match values {
         [first, rest @ ..] if rest.iter().all(|v| v == first) => json!(first),
@@ -95,12 +96,12 @@ fn one_or_all<T: PartialEq + serde::Serialize>(values: &[T]) -> Value {
     }
 }
 
-/// The function of the original that computes the same.
-fn algorithm(rule: Algorithm, cache: CacheMode) -> &'static str {
-    match (rule, cache) {
+/// Returns the name of the corresponding function of the reference implementations.
+fn algorithm(algorithm: Algorithm, cache: CacheMode) -> &'static str {
+    match (algorithm, cache) {
         (Algorithm::Llada, CacheMode::Adaptive) => "dllm_cache.llada",
         (Algorithm::Dream, CacheMode::Adaptive) => "dllm_cache.dream",
-        // dLLM-Cache's features around loops of Fast-dLLM, which no original has.
+        // The adaptive cache with algorithms of Fast-dLLM. No reference implementation has this.
         (Algorithm::FastLlada, CacheMode::Adaptive) => "fast_dllm.generate, dllm_cache",
         (Algorithm::DreamThreshold, CacheMode::Adaptive) => "dream.generate, dllm_cache",
         (Algorithm::DreamBlock, CacheMode::Adaptive) => "fast_dllm.dream_block, dllm_cache",
@@ -113,20 +114,22 @@ fn algorithm(rule: Algorithm, cache: CacheMode) -> &'static str {
     }
 }
 
-/// What no original has, and is not as by default.
-fn joined(options: &Options) -> impl Iterator<Item = (&'static str, Value)> {
+/// Returns the options of the block caches that differ from PrefixCache and DualCache as published.
+fn hybrid_params(options: &Options) -> Vec<(&'static str, Value)> {
     let list = |options: &Options| {
+        let block_cache = matches!(options.cache, CacheMode::Prefix | CacheMode::Dual);
         [
             ("refresh_prompt_every", json!(options.refresh_prompt_every)),
-            ("refresh_rows", json!(if options.refreshes_blocks() { options.effective_refresh_ratio() } else { 1.0 })),
+            ("refresh_rows", json!(if block_cache { options.effective_refresh_ratio() } else { 1.0 })),
             ("vicinity", json!(options.vicinity)),
             ("suffix_window", json!(options.suffix_window)),
         ]
     };
     let pairs = list(options).into_iter().zip(list(&Options::default()));
-    pairs.filter(|(own, usual)| own != usual).map(|(own, _)| own)
+    pairs.filter(|(value, default)| value != default).map(|(value, _)| value).collect()
 }
 
+/// Returns the `params` object of a trajectory.
 fn params(config: &Config, options: &Options, batch: usize) -> Value {
     let (threshold, factor) = match options.policy {
         Policy::Fixed => (None, None),
@@ -158,13 +161,13 @@ fn params(config: &Config, options: &Options, batch: usize) -> Value {
         "mask_id": config.mask_token_id,
         "batch": batch,
     });
-    for (name, value) in joined(options) {
+    for (name, value) in hybrid_params(options) {
         params[name] = value;
     }
     if let Some(adaptive) = options.adaptive() {
         params["prompt_interval_steps"] = json!(adaptive.prompt_interval);
         params["gen_interval_steps"] = json!(adaptive.response_interval);
-        params["cfg_interval_steps"] = json!(adaptive.guidance_interval);
+        params["cfg_interval_steps"] = json!(adaptive.cfg_interval);
         params["transfer_ratio"] = json!(adaptive.refresh_ratio);
     }
     params

@@ -6,6 +6,7 @@ use std::path::Path;
 
 /// Which of the two architectures, and so which family of decoding rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Family {
     /// LLaDA: MHA without biases; the logits at a position predict that position.
     Llada,

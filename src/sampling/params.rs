@@ -2,6 +2,7 @@
 
 /// Confidence that ranks the candidates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Confidence {
     /// Probability of the predicted token.
     Probability,

@@ -65,11 +65,7 @@ impl DreamSchedule {
         let (start, end) = (1.0f32, eps as f32);
         let step = (end - start) / steps as f32;
         let timestep = |i: usize| {
-            if i < steps.div_ceil(2) {
-                step.mul_add(i as f32, start)
-            } else {
-                step.mul_add(-((steps - i) as f32), end)
-            }
+            if i < steps.div_ceil(2) { step.mul_add(i as f32, start) } else { step.mul_add(-((steps - i) as f32), end) }
         };
         DreamSchedule { timesteps: (0..=steps).map(timestep).collect() }
     }
