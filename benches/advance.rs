@@ -1,4 +1,4 @@
-//! Between two passes: 32 sequences in blocks of 32, and one of 2,048 positions under Dream's schedule; early stop in both.
+//! advance, between two forwards: 32 sequences in blocks of 32, and one of 2,048 positions with Dream's schedule; both with early stop.
 
 mod gpu;
 
@@ -29,7 +29,7 @@ struct Passes {
 }
 
 impl Passes {
-    /// The last `block` positions of each sequence are masked, and stay so: the block has no end.
+    /// The last `block` positions of each sequence are masked and stay masked, so the block never ends.
     fn new(stream: &Stream, n: usize, positions: usize, block: usize, schedule: dllm_schedule) -> Result<Passes> {
         let token = |i: usize| if i % positions >= positions - block { MASK } else { 1 };
         let active_start = (positions - block) as i32;
@@ -72,7 +72,8 @@ impl Passes {
 }
 
 impl Case for Passes {
-    /// Sequences are read and written, as are five words of unmask's; of the tokens the second half and the block.
+    /// State and five words of unmask's outcome are read and written per sequence; the second half of the tokens and the block are
+    /// read.
     fn bytes(&self) -> usize {
         let words = 2 * size_of::<dllm_advance_sequence>() / 4 + 5 + self.positions / 2;
         bytes_of::<i32>(self.sequences.len(), words)
@@ -100,7 +101,7 @@ impl Case for Passes {
             max_ratios: self.ratios.len() as i32,
             reserved: 0,
         };
-        // SAFETY: the buffers are as large as the struct says, and the bench waits for its stream before it drops them.
+        // SAFETY: the buffers have the sizes of the struct, and the bench synchronises the stream before it drops them.
         unsafe { advance::launch_raw(self.stream.device(), self.stream.raw(), &params) }
     }
 
@@ -108,7 +109,7 @@ impl Case for Passes {
         let [.., quota, commit_before, steps] = &self.of_unmask;
         let n = self.sequences.len();
         let dream = self.control.read()?[0].schedule == DLLM_SCHEDULE_DREAM as i32;
-        // The second pass: the last step of Dream's two, and one of as many steps as the block has positions.
+        // After the second pass: the last of Dream's two steps, or the second of one step per position of the block.
         assert_eq!(quota.read()?, vec![if dream { self.block as i32 } else { 1 }; n]);
         assert_eq!((commit_before.read()?, steps.read()?), (vec![i32::MAX; n], vec![1; n]));
         assert_eq!(self.progress.get(offset_of!(dllm_progress, active) / 4), n as i32);

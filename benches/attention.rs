@@ -1,5 +1,5 @@
-//! attention: streaming (32 rows against a cache in three segments), full (all rows against all keys), lists that keep a
-//! quarter of the tiles; and both forms of blocks around the number of rows where the plan goes from one to the other.
+//! attention: streaming (32 rows over a cache in three segments), full (all rows over all keys), lists with a quarter of the tiles;
+//! and both forms for numbers of rows around the plan's switch from one to the other.
 
 mod gpu;
 
@@ -10,18 +10,18 @@ use dllm_kernels::reference::attention::attend;
 use gpu::{Bench, Case, Float, L2, Random, assert_close, bytes_of, few};
 use half::bf16;
 
-/// Sequences of one shape.
+/// A batch of sequences of one shape.
 #[derive(Clone, Copy)]
 struct Shape {
     heads: Heads,
     sequences: usize,
-    /// Query rows of a sequence.
+    /// Query rows per sequence.
     rows: usize,
-    /// Keys of a sequence in each segment.
+    /// Keys per sequence in each segment.
     keys: [usize; 3],
-    /// Every so many tiles one is visited.
+    /// One of `every` key tiles is visited.
     every: usize,
-    /// The plan's, if not given.
+    /// Form of the kernel; `None` is the plan's choice.
     form: Option<Form>,
 }
 
@@ -30,7 +30,7 @@ impl Shape {
         (key / KEY_TILE).is_multiple_of(self.every)
     }
 
-    /// Keys of a sequence that are visited.
+    /// Number of visited keys per sequence.
     fn visited(&self) -> usize {
         (0..self.keys.iter().sum()).filter(|key| self.visits(*key)).count()
     }
@@ -44,7 +44,7 @@ impl Shape {
     }
 }
 
-/// A segment.
+/// Keys and values of a segment.
 struct Keys {
     k: Buffer<bf16>,
     v: Buffer<bf16>,
@@ -184,9 +184,9 @@ fn main() {
     ];
     for (name, heads, sequences, keys, every) in streaming {
         let (sequences, rows, keys) = (bench.size(sequences, 1), bench.size(32, 8), bench.size(keys, 512));
-        // A quarter of what is not the block lies behind it.
-        let behind = (keys - rows) / 4;
-        let shape = Shape { heads, sequences, rows, keys: [keys - rows - behind, rows, behind], every, form: None };
+        // A quarter of the keys outside the block are in the suffix.
+        let suffix = (keys - rows) / 4;
+        let shape = Shape { heads, sequences, rows, keys: [keys - rows - suffix, rows, suffix], every, form: None };
         bench.case::<bf16, _>(name, &[L2::Cold], |stream| Sequences::new(stream, shape));
     }
     let boundary = [

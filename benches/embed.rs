@@ -1,4 +1,4 @@
-//! The embedding of a block: 32 tokens, rows of 4,096.
+//! embed of a block: 32 tokens, rows of 4,096 elements.
 
 mod gpu;
 

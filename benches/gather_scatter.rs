@@ -1,4 +1,4 @@
-//! Gather of rows of 4,096: 32 of them, and 8,192.
+//! gather of 32 and of 8,192 rows of 4,096 elements.
 
 mod gpu;
 
@@ -17,7 +17,7 @@ struct Gather {
 }
 
 impl Gather {
-    /// From a matrix of twice as many rows, in random order.
+    /// Gathers `rows` rows in random order from a matrix of twice as many.
     fn new(stream: &Stream, rows: usize, width: usize) -> Result<Gather> {
         let mut random = Random(2);
         let index: Vec<i32> = (0..rows).map(|_| random.below(2 * rows) as i32).collect();
@@ -53,7 +53,7 @@ impl Case for Gather {
 }
 
 fn main() {
-    let Some(mut bench) = Bench::open("rows") else { return };
+    let Some(mut bench) = Bench::open("gather_scatter") else { return };
     let width = bench.size(4096, 256);
     for rows in [32, 8192] {
         let real = bench.size(rows, 4);

@@ -1,52 +1,51 @@
 #!/usr/bin/env bash
-# One round on a machine with a GPU and without Rust. docs/benchmarks.md tells more.
+# One measurement round on a machine with a GPU and without Rust; see docs/benchmarks.md.
 #
-#   benches/gpu_round.sh pack         where cargo is: puts all that a round needs into target/gpu_round, below 64 MiB
-#   benches/gpu_round.sh [stage ...]  where the GPU is, with that folder carried there: all stages, or these
+#   benches/gpu_round.sh pack         where cargo is: packs everything for a round into target/gpu_round, below 64 MiB
+#   benches/gpu_round.sh [stage ...]  where the GPU is, in a copy of that folder: runs all stages, or these
 #
-# stages  doctor    dllm doctor: the machine, and every op against its oracle
+# stages  doctor    dllm doctor: the machine, and every op compared with its reference
 #         tests     every test of the kernels, on the device
-#         sanitize  their small cases under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
+#         sanitize  small cases of these tests under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
 #         kernels   the benches of the ops
 #         e2e       dllm bench: whole decodes on the shapes of LLaDA-8B and Dream-7B
-#         rivals    PyTorch beside the benches' numbers; Fast-dLLM beside dllm bench, where DLLM_ORIGINALS is its folder
+#         rivals    PyTorch next to the benches; Fast-dLLM next to dllm bench, if DLLM_ORIGINALS is its folder
 # A stage is a function stage_<name>, and a name in `stages` below.
 #
-# OUT                 where the record goes: record.md, record.csv, and what the programs printed [target/gpu_round/out]
+# OUT                 folder of the record: record.md, record.csv, and the output of the programs [target/gpu_round/out]
 # PYTHON              an interpreter with torch, for the rivals [python3]
-# DLLM_ROUND_DEVICE   gpu, or soft: tries the round itself on the software device, and records no number [gpu]
+# DLLM_ROUND_DEVICE   gpu, or soft: tests this script on the CUDA emulator, without recording numbers [gpu]
 # exit status         0: all ran and passed. 1: a stage failed. 2: nothing to run. 3: none failed, but something did not run
 set -uo pipefail
 
 stages=(doctor tests sanitize kernels e2e rivals)
 stage_seconds=600
-most_bytes=$((64 << 20))
+max_bytes=$((64 << 20))
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# pack puts a copy of this script into the folder, which is then enough by itself.
+# pack copies this script into the folder, which is then complete.
 if [[ -e $here/commit ]]; then folder=$here; else folder=$(dirname "$here")/target/gpu_round; fi
 device=${DLLM_ROUND_DEVICE:-gpu}
 python=${PYTHON:-python3}
 
-# Names that the tests really have: a wrong one fails the stage. Left out are long cases, and those whose point is an error
-# of the driver.
+# Small cases of the tests; a name that does not exist fails the stage. Long cases and those that provoke driver errors are left out.
 declare -A small=(
   [advance]="failures lies_do_no_harm masks_and_ends_at_every_position numbers_that_cannot_be replays unmasks_by_itself"
-  [attention]="hostile::on_device::a_graph_follows_the_device hostile::on_device::absent_segments
-    hostile::on_device::in_place_from_a_projection hostile::on_device::without_lse reference::on_device::equals_pytorch
+  [attention]="invalid_device_data::on_device::a_graph_follows_the_device invalid_device_data::on_device::absent_segments
+    invalid_device_data::on_device::in_place_from_a_projection invalid_device_data::on_device::without_lse reference::on_device::equals_pytorch
     the_same_bits_in_every_order"
-  [device]="every_module_has_its_kernels threads_have_streams_of_their_own"
+  [device]="each_thread_has_its_own_stream every_module_has_its_kernels"
   [blas]="blas_multiplies pinned_memory_goes_to_the_device"
-  [cuda]="element_types kept_masks_in_the_prompt logits_are_within_the_margin tied_head"
+  [cuda]="element_types feature_cache_masks_in_the_prompt logits_are_within_the_margin tied_head"
   [embed]="counts_on_the_device embeds_every_token_of_every_type embeds_rows leaves_out_rows_out_of_range replays"
-  [merge]="counts_on_the_device equals_the_oracle overwrites_either_side replays sides_without_keys"
-  [norm]="adds_rows_by_a_map counts_on_the_device equals_the_oracle passes_on_what_is_not_finite replays same_bits_whatever_else_runs"
-  [roof]="reads_to_the_last_byte_and_no_further"
-  [rope]="caches_keys_alone counts_on_the_device equals_the_oracle leaves_out_rows_out_of_range replays rotates_without_caches"
-  [rows]="copies_elements_of_every_type copies_rows counts_on_the_device leaves_them_out_in_silence leaves_out_rows_out_of_range replays"
+  [merge_state]="counts_on_the_device equals_the_reference overwrites_either_side replays sides_without_keys"
+  [norm]="adds_rows_by_a_map counts_on_the_device equals_the_reference passes_on_what_is_not_finite replays same_bits_whatever_else_runs"
+  [read_bandwidth]="reads_to_the_last_byte_and_no_further"
+  [rope]="caches_keys_alone counts_on_the_device equals_the_reference leaves_out_rows_out_of_range replays rotates_without_caches"
+  [gather_scatter]="copies_elements_of_every_type copies_rows counts_on_the_device leaves_them_out_without_a_failure_word leaves_out_rows_out_of_range replays"
   [tiles]="lists_change_under_a_graph lists_of_the_caller"
-  [swiglu]="counts_on_the_device equals_the_oracle passes_on_what_is_not_finite replays same_bits_whatever_else_runs"
-  [unmask]="a_graph_unmasks_everything cuts dreams_shift_is_a_row_map golden::llada guidance indices_out_of_range
+  [swiglu]="counts_on_the_device equals_the_reference passes_on_what_is_not_finite replays same_bits_whatever_else_runs"
+  [unmask]="a_graph_unmasks_everything dreams_shift_is_a_row_map golden::llada guidance indices_out_of_range min_logits
     nan_and_infinities positions_past_the_window_are_scored_and_left rows_drawn_by_alg_temp rows_without_a_finite_logit
     sequences_without_rows_or_masks the_mask_token_is_never_chosen the_same_bits_in_every_order"
   [vverify]="a_captured_launch_follows_its_maps a_captured_launch_follows_the_device cached_rows_by_a_map
@@ -60,7 +59,7 @@ die() {
 
 # ---- where cargo is
 
-# Lines "name path" of the programs of one kind, bin, test or bench, that cargo builds.
+# Builds the programs of one kind (bin, test or bench) and prints lines "name path".
 programs() {
   local kind=$1
   shift
@@ -90,7 +89,7 @@ pack() {
     rm "$folder/built.$kind"
   done
 
-  # Nothing by a path of this machine.
+  # Without paths of this machine.
   for path in "$content"/tests/*; do
     name=$(basename "$path")
     if grep -rn CARGO_MANIFEST_DIR "tests/$name.rs" $(ls -d "tests/$name" 2>/dev/null); then
@@ -99,7 +98,7 @@ pack() {
     fi
   done
   cp -r tests/golden models "$content" || return 1
-  # The programs have most of their code in common, further apart than the usual dictionary reaches.
+  # The programs share most of their code, at distances beyond xz's default dictionary.
   tar -c -C "$content" . | xz -T0 -6 --lzma2=dict=192MiB >"$folder/round.tar.xz" || return 1
   cp benches/rivals.py benches/gpu_round.sh "$folder/" || return 1
   git describe --always --dirty >"$folder/commit" || return 1
@@ -108,8 +107,8 @@ pack() {
   echo "$folder: $((bytes >> 20)) MiB, $(find "$content"/{bin,tests,benches} -type f | wc -l) programs, $(cat "$folder/commit")," \
     "runs where glibc has $(printf '%s\n' "${glibc[@]}" | sort -V | tail -1)"
   rm -rf "$content"
-  if ((bytes > most_bytes)); then
-    echo "that is more than $((most_bytes >> 20)) MiB" >&2
+  if ((bytes > max_bytes)); then
+    echo "that is more than $((max_bytes >> 20)) MiB" >&2
     return 1
   fi
 }
@@ -119,27 +118,27 @@ pack() {
 did_not_run=()
 deadline=0
 
-# One line on the screen and in the record.
-tell() {
+# Prints a line and appends it to the record.
+report() {
   echo "$1: $2"
   echo "| ${1/: / | } | $2 |" >>"$OUT/record.md"
 }
 
 not_run() {
   did_not_run+=("$1")
-  tell "$1" "not run: $2"
+  report "$1" "not run: $2"
 }
 
-# Runs a command for at most so many seconds, and no longer than its stage may take.
+# Runs a command for at most $1 seconds, and not beyond the end of its stage.
 bounded() {
-  local most=$1 left=$((deadline - SECONDS))
+  local limit=$1 left=$((deadline - SECONDS))
   shift
-  ((left < most)) && most=$left
-  ((most > 0)) || return 124
-  timeout -k 5 "$most" "$@"
+  ((left < limit)) && limit=$left
+  ((limit > 0)) || return 124
+  timeout -k 5 "$limit" "$@"
 }
 
-# The program of this name, unpacked.
+# Path of an unpacked program.
 program() {
   echo "$unpacked/$1"
 }
@@ -159,15 +158,15 @@ stage_doctor() {
   local log=$OUT/doctor.txt status
   dllm 300 doctor >"$log" 2>&1
   status=$?
-  # It says itself what it ran on: a round that is told of a GPU counts nothing else.
-  if [[ $device == gpu ]] && grep -q 'device in software' "$log"; then
-    tell "doctor: dllm" "FAILED: it ran on a device in software; see $log"
+  # A round on a GPU accepts no other device; the doctor prints which one it used.
+  if [[ $device == gpu ]] && grep -qE 'device in software|CUDA emulator' "$log"; then
+    report "doctor: dllm" "FAILED: it ran on the CUDA emulator; see $log"
     return 1
   elif ((status != 0)) || ! grep -q '^all ok: ' "$log"; then
-    tell "doctor: dllm" "FAILED: $(why $status); $(tail -1 "$log"); see $log"
+    report "doctor: dllm" "FAILED: $(why $status); $(tail -1 "$log"); see $log"
     return 1
   fi
-  tell "doctor: dllm" "$(sed -n 's/^all //p' "$log"); $(sed -n 's/^roofs  *//p' "$log")"
+  report "doctor: dllm" "$(sed -n 's/^all //p' "$log"); $(sed -n 's/^roofs  *//p' "$log")"
 }
 
 stage_tests() {
@@ -180,10 +179,10 @@ stage_tests() {
     result=$(sed -n 's/^test result: [a-zA-Z]*\. \(.*\); [0-9]* measured.*/\1/p' "$log")
     if ((status == 0)) && [[ $result =~ ^[1-9][0-9]*\ passed\;\ 0\ failed\;\ ([0-9]+)\ ignored ]]; then
       [[ ${BASH_REMATCH[1]} == 0 ]] || did_not_run+=("tests: $name: ${BASH_REMATCH[1]} ignored")
-      tell "tests: $name" "$result"
+      report "tests: $name" "$result"
     else
       failed=1
-      tell "tests: $name" "FAILED: $(why $status); ${result:-no result}; see $log"
+      report "tests: $name" "FAILED: $(why $status); ${result:-no result}; see $log"
     fi
   done
   return $failed
@@ -199,7 +198,7 @@ stage_sanitize() {
       continue
     fi
     passed=0 errors=()
-    # A quarter of the stage for each tool.
+    # Each tool gets a quarter of the stage's time.
     local tool_deadline=$((SECONDS + stage_seconds / 4))
     for name in $(names tests); do
       log=$OUT/sanitize/$tool-$name.txt
@@ -207,7 +206,7 @@ stage_sanitize() {
         not_run "sanitize: $tool $name" "no small cases are named in this script"
         continue
       fi
-      # Those in a module of their own are listed as on_device::name.
+      # Tests made by on_device! are listed as on_device::name.
       wanted=$("$(program "tests/$name")" --list --format terse 2>/dev/null | sed 's/: test$//' |
         grep -xF "$(for test in ${small[$name]}; do printf '%s\non_device::%s\n' "$test" "$test"; done)")
       if (($(wc -w <<<"$wanted") != $(wc -w <<<"${small[$name]}"))); then
@@ -219,7 +218,7 @@ stage_sanitize() {
         "$(program "tests/$name")" --exact --test-threads=1 $wanted >"$log" 2>&1
       status=$?
       ran=$(sed -n 's/^test result: ok\. \([0-9]*\) passed.*/\1/p' "$log")
-      # Nothing passes without the tool's own word for it.
+      # A pass needs the tool's own summary.
       if ((status == 0)) && [[ $ran == "$(wc -w <<<"$wanted")" ]] &&
         grep -qE '(ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards displayed \(0 errors, 0 warnings\))' "$log"; then
         passed=$((passed + ran))
@@ -229,9 +228,9 @@ stage_sanitize() {
     done
     if ((${#errors[@]})); then
       failed=1
-      tell "sanitize: $tool" "FAILED in ${#errors[@]} programs: $(printf '%s; ' "${errors[@]:0:2}")see $OUT/sanitize"
+      report "sanitize: $tool" "FAILED in ${#errors[@]} programs: $(printf '%s; ' "${errors[@]:0:2}")see $OUT/sanitize"
     else
-      tell "sanitize: $tool" "0 errors in $passed tests"
+      report "sanitize: $tool" "0 errors in $passed tests"
     fi
   done
   return $failed
@@ -243,28 +242,28 @@ stage_kernels() {
   rm -f "$OUT/kernels/ours.csv"
   for name in $(names benches); do
     log=$OUT/kernels/$name.txt
-    # criterion leaves files of its own, which nobody compares across machines.
+    # criterion writes files too; they are not part of the record.
     DLLM_BENCH_CSV=$OUT/kernels/ours.csv CRITERION_HOME=$unpacked/criterion \
       bounded 180 "$(program "benches/$name")" --bench >"$log" 2>&1
     status=$?
     cases=$(grep -c "^$name .* of the roof" "$log")
     if ((status != 0)); then
       failed=1
-      tell "kernels: $name" "FAILED: $(why $status) after $cases cases; see $log"
+      report "kernels: $name" "FAILED: $(why $status) after $cases cases; see $log"
     elif grep -q 'not measured' "$log"; then
       not_run "kernels: $name" "$(grep -m1 'not measured' "$log")"
     elif ((cases == 0)); then
       failed=1
-      tell "kernels: $name" "FAILED: no case; see $log"
+      report "kernels: $name" "FAILED: no case; see $log"
     else
-      tell "kernels: $name" "$cases cases"
+      report "kernels: $name" "$cases cases"
     fi
   done
   record_csv
   return $failed
 }
 
-# The machine in lines with #, our numbers, those of rivals beside them.
+# Writes the machine in comment lines, the numbers of the benches and those of the rivals.
 record_csv() {
   {
     sed 's/^/# /' "$OUT/machine.txt"
@@ -273,7 +272,7 @@ record_csv() {
   } >"$OUT/record.csv"
 }
 
-# Runs `dllm` on the device that the round is for.
+# Runs `dllm` on the device of the round.
 dllm() {
   local path=${LD_LIBRARY_PATH-} library
   if [[ $device == soft ]]; then
@@ -283,36 +282,36 @@ dllm() {
   LD_LIBRARY_PATH=$path bounded "$1" "$(program bin/dllm)" "${@:2}"
 }
 
-# One call of `dllm bench`; its tables go into the record.
+# Runs `dllm bench` and adds its tables to the record.
 bench() {
   local what=$1 log=$OUT/e2e/${1/: /-}.txt status
   shift
   dllm 280 bench --device cuda "$@" >"$log" 2>"$log.err"
   status=$?
   if ((status != 0)) || ! grep -q '^Every forward reads' "$log"; then
-    tell "$what" "FAILED: $(why $status); $(tail -1 "$log.err"); see $log.err"
+    report "$what" "FAILED: $(why $status); $(tail -1 "$log.err"); see $log.err"
     return 1
   fi
-  tell "$what" "$(sed -n 's/  */ /g; s/^\(full\|suffix\|block\) \([0-9]*\) \([0-9.]*\) .*/\1: \3 ms of \2 rows/p' "$log" | paste -sd, )"
+  report "$what" "$(sed -n 's/  */ /g; s/^\(full\|suffix\|block\) \([0-9]*\) \([0-9.]*\) .*/\1: \3 ms of \2 rows/p' "$log" | paste -sd, )"
 }
 
 stage_e2e() {
   local failed=0 shape
   mkdir -p "$OUT/e2e"
   rm -f "$OUT"/e2e/e2e-*
-  if [[ $device == soft ]]; then # the round itself; no shape of 8 billion runs on it
+  if [[ $device == soft ]]; then # tests the script; shapes of 8 billion parameters are too slow here
     bench "e2e: tiny" --model "$unpacked/golden/tiny-llada" --prompt-length 8 --gen-length 16 --block-length 8
     return
   fi
-  # Each call makes its weights up and decodes three times for each mode: a stage has time for about so many.
+  # Each call generates its weights and decodes three times per mode, so a stage has time for about this many calls.
   local modes
   for shape in llada-8b dream-7b; do
     modes=prefix-fixed,dual-fixed,dual-threshold
     [[ $shape == llada-8b ]] && modes=vanilla,$modes
     bench "e2e: $shape" --shape $shape --random-weights --prompt-length 1024 --gen-length 256 --repeat 1 --modes $modes || failed=1
   done
-  # The bars: a verify forward three times as fast as a full one, a joined refresh twice as fast as a full one.
-  bench "e2e: llada-8b, kept features" --shape llada-8b --random-weights --prompt-length 2048 --gen-length 256 --repeat 1 \
+  # Goals: a verify forward is three times as fast as a full one, and a refresh of the hybrid cache twice as fast.
+  bench "e2e: llada-8b, feature cache" --shape llada-8b --random-weights --prompt-length 2048 --gen-length 256 --repeat 1 \
     --modes dual-threshold,dual-joined,adaptive --prompt-interval 100 || failed=1
   bench "e2e: llada-8b, 8 sequences" --shape llada-8b --random-weights --prompt-length 1024 --gen-length 256 --repeat 1 \
     --batch 8 --modes dual-fixed,dual-threshold || failed=1
@@ -324,7 +323,7 @@ stage_e2e() {
   return $failed
 }
 
-# Others on this machine, in this round: PyTorch's kernels beside ours, and the original decoding code beside `dllm bench`.
+# Runs the rivals on the same machine: PyTorch's kernels next to the benches, and Fast-dLLM's code next to `dllm bench`.
 stage_rivals() {
   local log status cases failed=0
   mkdir -p "$OUT/kernels" "$OUT/e2e"
@@ -339,12 +338,12 @@ stage_rivals() {
     cases=$(tail -n +2 "$OUT/kernels/rivals.csv" | wc -l)
     if ((status != 0)); then
       failed=1
-      tell "rivals: torch" "FAILED: $(why $status) after $cases rows; see $OUT/kernels/rivals.txt"
+      report "rivals: torch" "FAILED: $(why $status) after $cases rows; see $OUT/kernels/rivals.txt"
     elif ((cases == 0)); then
       not_run "rivals: torch" "$(tail -1 "$OUT/kernels/rivals.txt")"
     else
-      tell "rivals: torch" "$cases rows"
-      # Single rivals, such as torch.compile where no compiler is.
+      report "rivals: torch" "$cases rows"
+      # Some rivals failed, for example torch.compile without a compiler.
       while IFS= read -r line; do not_run "rivals: torch" "$line"; done < <(grep 'not measured' "$OUT/kernels/rivals.txt")
     fi
   fi
@@ -352,7 +351,7 @@ stage_rivals() {
   if [[ -z ${DLLM_ORIGINALS-} ]]; then
     not_run "rivals: originals" "DLLM_ORIGINALS is not set"
   elif [[ $device == soft ]]; then
-    not_run "rivals: originals" "they know no device in software"
+    not_run "rivals: originals" "Fast-dLLM does not run on the CUDA emulator"
   else
     export DLLM_PYTHON=$python
     bench "rivals: originals" --shape llada-8b --random-weights --prompt-length 1024 --gen-length 256 --repeat 1 \
@@ -391,11 +390,11 @@ round() {
   mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 1
   unpacked=$(mktemp -d) || exit 1
   trap 'rm -rf "$unpacked"' EXIT
-  # Python can too, where there is no xz.
+  # Without xz, Python unpacks.
   tar -xJf "$folder/round.tar.xz" -C "$unpacked" 2>/dev/null ||
     "$python" -m tarfile -e "$folder/round.tar.xz" "$unpacked" || die "neither tar nor $python can unpack $folder/round.tar.xz"
   export DLLM_TEST_DEVICE=$device DLLM_GOLDEN_DIR=$unpacked/golden DLLM_MODELS_DIR=$unpacked/models
-  rm -f "$OUT/record.csv" # of an earlier round
+  rm -f "$OUT/record.csv" # from an earlier round
   machine >"$OUT/machine.txt" 2>&1
   { echo "# GPU round"; echo; sed 's/^/    /' "$OUT/machine.txt"; echo; echo "| stage | what | result |"; echo "|---|---|---|"; } \
     >"$OUT/record.md"

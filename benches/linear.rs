@@ -1,9 +1,9 @@
-//! The CPU's matrix product, `cargo bench --bench linear`: this crate's kernels on bf16 weights in place, and the `gemm`
-//! crate on weights widened to f32 beforehand (which costs it nothing here, and twice the memory). One thread.
+//! Matrix product of the CPU backend, `cargo bench --bench linear`: this crate's kernels on bf16 weights in place, and the `gemm`
+//! crate on weights that were widened to f32 before (not timed; twice the memory). One thread.
 //! `DLLM_CPU=avx512` (or `avx2`, `plain`) measures the kernels below AMX.
 //!
-//! Criterion's "elem/s" are floating-point operations per second, counted as f32; the first line is the roof of
-//! everything but AMX, multiply-adds on registers.
+//! Criterion's "elem/s" are floating-point operations per second in f32. The first line is the peak rate of MACs on registers, which
+//! bounds all kernels but AMX.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use dllm_kernels::Config;

@@ -1,4 +1,4 @@
-//! merge of two attentions of LLaDA-8B's heads: a block's 32 rows, and 2,048.
+//! merge_state of two attention states with LLaDA-8B's heads: 32 rows, a block, and 2,048.
 
 mod gpu;
 
@@ -69,7 +69,7 @@ impl Case for Sides {
 }
 
 fn main() {
-    let Some(mut bench) = Bench::open("merge") else { return };
+    let Some(mut bench) = Bench::open("merge_state") else { return };
     let heads = bench.size(32, 2);
     for rows in [32, 2048] {
         let real = bench.size(rows, 4);

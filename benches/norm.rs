@@ -1,4 +1,4 @@
-//! norm with a delta: 32 rows, and 2,048.
+//! norm with a residual delta: 32 rows, and 2,048.
 
 mod gpu;
 
@@ -14,7 +14,7 @@ const EPS: f32 = 1e-5;
 struct Rows {
     stream: Stream,
     rows: usize,
-    /// As it was before the first launch: each adds the delta once more.
+    /// Residual stream before the first launch; each launch adds the delta again.
     x_before: Vec<bf16>,
     x: Buffer<bf16>,
     delta: Buffer<bf16>,
@@ -30,7 +30,7 @@ impl Rows {
             stream: stream.clone(),
             rows,
             x: stream.upload(&x_before)?,
-            // Small, so that x stays in range however often it is added.
+            // Small, so that x stays in range after many launches.
             delta: stream.upload(&random.floats::<bf16>(rows * width, 1e-3))?,
             weight: stream.upload(&random.floats::<bf16>(width, 1.0))?,
             out: stream.alloc(rows * width)?,

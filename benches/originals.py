@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times the original Fast-dLLM decoding of LLaDA, for `dllm bench` to set beside ours.
+"""Times the published Fast-dLLM decoding of LLaDA, for `dllm bench` to compare with this crate.
 
 Run as `$DLLM_PYTHON originals.py`; the interpreter needs torch, numpy, transformers 4.46 and
 safetensors. One JSON object comes in on stdin:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times what PyTorch offers for the kernels: the rivals of the benches beside this file.
+"""Times PyTorch's equivalents of the kernels, the rivals of the benches in this folder.
 
     rivals.py [--ours kernels.csv] >rivals.csv
     rivals.py --smoke                  # runs everything once on the CPU with tiny shapes; no numbers
@@ -84,7 +84,7 @@ class Rivals:
         torch.compiler.reset()
 
     def median_us(self, run, reset, warmth):
-        """As the benches: the device is busy evicting while the host puts in what follows, as far as that goes."""
+        """As the benches: the device evicts the L2 cache while the host enqueues the launches."""
         if self.smoke:
             run()
             return None
@@ -116,7 +116,7 @@ def compiled(function):
 
 
 def unmask_original(logits, tokens):
-    """Fast-dLLM's way: probabilities in float64, then one topk for each sequence, asked for from the host."""
+    """As Fast-dLLM: probabilities in float64, then one topk per sequence, each with a synchronisation."""
     candidate = tokens == MASK
     choice = logits.argmax(-1)
     probability = torch.softmax(logits.to(torch.float64), dim=-1)
@@ -134,7 +134,7 @@ def unmask_original(logits, tokens):
 
 
 def unmask_f32(logits, tokens):
-    """Without float64, loops and waiting."""
+    """Without float64, loops and synchronisation."""
     candidate = tokens == MASK
     confidence, choice = torch.softmax(logits, dim=-1, dtype=torch.float32).max(-1)
     confidence = torch.where(candidate, confidence, VERY_LOW)
@@ -151,7 +151,7 @@ def unmask(to):
         number, width = to.size(rows, 8), to.size(vocab, 1000)
         block = min(number, 32)
         logits = to.logits(number, width, dtype).view(number // block, block, width)
-        logits[..., MASK] = -10.0  # the original would take the mask token for a token
+        logits[..., MASK] = -10.0  # Fast-dLLM's code does not exclude the mask token
         tokens = torch.full((number // block, block), MASK, device=to.device)
 
         def check(result, logits=logits):
@@ -195,11 +195,11 @@ def cut(to):
         kept = logits.double() >= got.double().unsqueeze(-1)
         return bool(((torch.softmax(logits.double(), -1) * kept).sum(-1) >= 0.9 - 1e-4).all())
 
-    to.case("cut", "top-p 32x126464", "bf16", [("torch eager sort", top_p)], right_top_p)
+    to.case("top_k_top_p", "top-p 32x126464", "bf16", [("torch eager sort", top_p)], right_top_p)
     k = min(50, width)
     want = logits.double().sort(-1, descending=True).values[:, k - 1]
     top_k = ("torch eager topk", lambda: logits.topk(k, dim=-1).values[:, -1])
-    to.case("cut", "top-k 32x126464", "bf16", [top_k], lambda got: close(got, want, 0.0))
+    to.case("top_k_top_p", "top-k 32x126464", "bf16", [top_k], lambda got: close(got, want, 0.0))
 
 
 # The layers' small ops
@@ -253,7 +253,7 @@ def rows(to):
         out = torch.empty(number, width, dtype=torch.bfloat16, device=to.device)
         select = ("torch.index_select", lambda: torch.index_select(source, 0, index, out=out))
         check = lambda got: torch.equal(got[-1], source[int(index[-1])])
-        to.case("rows", f"gather {rows}x4096", "bf16", [select], check)
+        to.case("gather_scatter", f"gather {rows}x4096", "bf16", [select], check)
 
 
 def embed(to):
@@ -321,25 +321,25 @@ def attention(to):
             sdpa = lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=group > 1)
             for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
                 rivals.append((f"torch SDPA {backend}", with_backend(backend, sdpa)))
-            # A quarter behind the block, the rest before it; keys and values are [sequences, keys, heads, head_dim] there.
+            # A quarter of the cached keys are in the suffix.
             live = rows if rows < keys else keys // 2
-            behind = (keys - live) // 4
-            parts = [[x.contiguous() for x in x.split([keys - live - behind, live, behind], dim=2)] for x in (k, v)]
+            suffix = (keys - live) // 4
+            parts = [[x.contiguous() for x in x.split([keys - live - suffix, live, suffix], dim=2)] for x in (k, v)]
 
-            def joined():
+            def concatenated():
                 k, v = (torch.cat(part, dim=2) for part in parts)
                 if group > 1:
                     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
                 return F.scaled_dot_product_attention(q, k, v)
 
-            rivals.append(("torch SDPA on joined keys as the originals", joined))
+            rivals.append(("torch SDPA on concatenated keys as Fast-dLLM", concatenated))
         rivals.append(("torch.compile FlexAttention", flex(q, k, v, visited, every, tile)))
         to.case("attention", name, "bf16", rivals, check)
         del q, k, v
 
 
 def with_backend(name, run):
-    """One that cannot run these inputs is named as not measured."""
+    """A backend that cannot run these inputs is reported as not measured."""
 
     def only():
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -351,7 +351,7 @@ def with_backend(name, run):
 
 
 def flex(q, k, v, visited, every, tile):
-    """Made at its first call: there may be no FlexAttention, or nothing that compiles it."""
+    """Compiled at its first call: FlexAttention or a compiler may be missing."""
     made = []
 
     def run():

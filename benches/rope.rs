@@ -15,7 +15,7 @@ const THETA: f32 = 500_000.0;
 struct Rows {
     stream: Stream,
     heads: Heads,
-    /// As it was before the first launch: each turns the rows once more.
+    /// Rows before the first launch; each launch rotates them again.
     before: Vec<bf16>,
     qkv: Buffer<bf16>,
     positions: Buffer<i32>,
@@ -26,7 +26,7 @@ struct Rows {
 }
 
 impl Rows {
-    /// Positions ascend, and are the rows of the cache.
+    /// Positions are ascending and equal the cache rows.
     fn new(stream: &Stream, heads: Heads, rows: usize) -> Result<Rows> {
         let Heads { num_heads, num_kv_heads, head_dim } = heads;
         let positions: Vec<i32> = (0..rows as i32).collect();
@@ -46,7 +46,7 @@ impl Rows {
 }
 
 impl Case for Rows {
-    /// Queries and keys in and out, keys into the cache, values in and into the cache.
+    /// Queries and keys are read and written; keys and values are written to the cache; values are read.
     fn bytes(&self) -> usize {
         let Heads { num_heads, num_kv_heads, head_dim } = self.heads;
         bytes_of::<bf16>(self.positions.len(), (2 * (num_heads + num_kv_heads) + 3 * num_kv_heads) * head_dim)

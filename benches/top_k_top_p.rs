@@ -1,4 +1,4 @@
-//! cut: top-p, and top-k, of the 32 rows of a block.
+//! top_k_top_p: top-p, and top-k, for the 32 rows of a block.
 
 mod gpu;
 
@@ -6,7 +6,7 @@ use dllm_kernels::Result;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::top_k_top_p::{self, TopKTopP};
 use dllm_kernels::ops::unmask::{Row, RowTable};
-use dllm_kernels::sampling::min_kept_logit;
+use dllm_kernels::reference::top_k_top_p::min_kept_logit;
 use gpu::{Bench, Case, L2, Random, bytes_of, few};
 use half::bf16;
 
@@ -71,7 +71,7 @@ impl Case for Block {
             if of_row.iter().position(|l| *l == largest) == Some(MASK as usize) {
                 of_row[MASK as usize] = f32::NEG_INFINITY;
             }
-            // Sums in f32 leave in doubt on which side of top-p a token lies that is so near to it.
+            // With sums in f32 a token this close to the bound may be on either side of it.
             let want = |by: f64| min_kept_logit(&of_row, 1.0, self.top_p.map(|p| f64::from(p) + by), self.top_k);
             let (low, high) = (want(-1e-6), want(1e-6));
             assert!(
@@ -85,7 +85,7 @@ impl Case for Block {
 }
 
 fn main() {
-    let Some(mut bench) = Bench::open("cut") else { return };
+    let Some(mut bench) = Bench::open("top_k_top_p") else { return };
     let shape = [bench.size(32, 4), bench.size(126_464, 1000)];
     let cold = &[L2::Cold];
     bench.case::<bf16, _>("top-p 32x126464", cold, |stream| Block::new(stream, shape, Some(0.9), None));

@@ -1,12 +1,13 @@
-//! unmask, selection included, in one launch: the 32 rows of a block, with the L2 cache cold and warm; 256 and 1,024 rows,
-//! 32 a sequence; the general form (drawn tokens, entropies); f32 logits.
+//! unmask in one launch, with the selection: the 32 rows of a block with a cold and a warm L2 cache; 256 and 1,024 rows, 32 per
+//! sequence; the general form (sampled tokens, entropies); f32 logits.
 
 mod gpu;
 
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::Workspace;
 use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, UnmaskConfig};
-use dllm_kernels::sampling::{SamplingParams, score_row};
+use dllm_kernels::reference::unmask::score_row;
+use dllm_kernels::sampling::SamplingParams;
 use dllm_kernels::{Confidence, Result};
 use gpu::{Bench, Case, Float, L2, Random, assert_close, bytes_of, few};
 use half::bf16;
@@ -27,7 +28,7 @@ struct Block<T> {
     workspace: Workspace,
 }
 
-/// LLaDA's argmax and probability; in the general form Dream's drawn tokens and entropies.
+/// LLaDA's argmax and probability; in the general form Dream's sampled tokens and entropies.
 fn rule(general: bool) -> SamplingParams {
     SamplingParams {
         confidence: if general { Confidence::Entropy } else { Confidence::Probability },
@@ -71,7 +72,7 @@ impl<T: Float> Case for Block<T> {
         bytes_of::<T>(self.masks.len(), self.vocab_size)
     }
 
-    /// A committed token is no mask, and its row would not be read again.
+    /// Restores the masks: rows of committed tokens would not be read again.
     fn reset(&mut self) -> Result<()> {
         self.tokens.write(&self.masks)
     }
@@ -103,14 +104,14 @@ impl<T: Float> Case for Block<T> {
         op::launch(&self.stream, args, &rule)
     }
 
-    /// A few rows against the oracle, and all tokens against the confidences that the kernel found.
+    /// Compares a few rows with the reference, and all tokens with a selection by the kernel's confidences.
     fn check(&self) -> Result<()> {
         let (predicted, confidence) = (self.outcome.predicted.read()?, self.outcome.confidence.read()?);
         let (logits, tokens) = (self.logits.read()?, self.tokens.read()?);
         for row in few(self.masks.len()) {
             let at = row * self.vocab_size..(row + 1) * self.vocab_size;
-            let mut of_row: Vec<f32> = logits[at].iter().map(|l| l.f32()).collect();
-            let scored = score_row(&mut of_row, &self.rule, 0, row % self.rows_of_sequence);
+            let of_row: Vec<f32> = logits[at].iter().map(|l| l.f32()).collect();
+            let scored = score_row(&of_row, &self.rule, 0, row % self.rows_of_sequence);
             let (token, want) = scored.expect("finite logits");
             assert_eq!(predicted[row], token as i32, "row {row}");
             assert_close(&format!("confidence {row}"), &[confidence[row].into()], &[want], 1e-5, 2e-5);

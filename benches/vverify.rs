@@ -30,7 +30,7 @@ impl Rows {
     fn new(stream: &Stream, rows: usize, width: usize) -> Result<Rows> {
         let mut random = Random(6);
         let fresh: Vec<bf16> = random.floats(rows * width, 1.0);
-        // Near the fresh ones, each row at a distance of its own.
+        // Close to the fresh rows, at a different distance for each row.
         let turn: Vec<f32> = (0..rows).map(|_| random.normal()).collect();
         let noise: Vec<bf16> = random.floats(rows * width, 0.3);
         let cached: Vec<bf16> =
@@ -75,7 +75,7 @@ impl Case for Rows {
         vverify::launch(&self.stream, args)
     }
 
-    /// A few cosines, and the selection for the cosines that the kernel found.
+    /// Compares a few cosines with the reference, and the selection with that for the kernel's cosines.
     fn check(&self) -> Result<()> {
         let (fresh, cached, got) = (self.fresh.read()?, self.cached.read()?, self.similarity.read()?);
         for row in few(got.len()) {

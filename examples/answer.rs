@@ -1,4 +1,4 @@
-//! `cargo run --release --example answer`: a question through the library, from the root of the repository.
+//! `cargo run --release --example answer`: answers a question with the library. Run it in the root of the repository.
 
 use dllm_kernels::tokenizer::Tokenizer;
 use dllm_kernels::{CacheMode, Generator, Model, Policy};
@@ -9,14 +9,14 @@ const QUESTION: &str =
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let dir = std::path::Path::new("models/tiny-math");
     let model = Model::open(dir)?;
-    let text = Tokenizer::open(dir, model.config().vocab_size)?.ok_or("no tokenizer")?;
-    let prompt = text.encode(&text.chat(QUESTION)?, false)?; // token ids
+    let tokenizer = Tokenizer::open(dir, model.config().vocab_size)?.ok_or("no tokenizer")?;
+    let prompt = tokenizer.encode(&tokenizer.chat(QUESTION)?, false)?; // token ids
     let output = Generator::new(&model)
         .gen_length(64)
         .cache(CacheMode::Dual)
         .policy(Policy::Threshold(0.9))
-        .end_tokens(text.end_tokens())
+        .end_tokens(tokenizer.end_tokens())
         .generate(&[prompt])?; // one list of ids per prompt, one list of tokens per answer
-    println!("{}\n({} forward passes)", text.decode(output.text_tokens(0))?, output.nfe);
+    println!("{}\n({} forward passes)", tokenizer.decode(output.text_tokens(0))?, output.nfe);
     Ok(())
 }

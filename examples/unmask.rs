@@ -1,4 +1,7 @@
-//! One op on its own: logits in, committed tokens out. On a GPU, or with `--software` on the software device of the tests.
+//! The op unmask: turns logits into committed tokens, on CUDA device 0.
+//!
+//! `cargo run --release --example unmask` needs a GPU. In the repository, `cargo run --release -p softgpu --example unmask`
+//! runs it on the CUDA emulator.
 
 use dllm_kernels::Confidence;
 use dllm_kernels::gpu::Device;
@@ -8,21 +11,18 @@ use half::bf16;
 const MASK: i32 = 0;
 const VOCAB_SIZE: usize = 8;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    if std::env::args().any(|argument| argument == "--software") {
-        softgpu::install(); // yours needs no such thing
-    }
+pub fn main() -> Result<(), Box<dyn std::error::Error>> {
     let device = Device::open(0)?;
     let stream = device.stream()?;
     println!("{}", device.name()?);
 
-    // One sequence: two tokens that stand, three that are masked. Row i of the logits predicts token i.
+    // One sequence: two committed tokens and three masked ones. Row i of the logits predicts token i.
     let mut tokens = stream.upload(&[7, 7, MASK, MASK, MASK])?;
     let rows: Vec<Row> = (0..5).map(|i| Row { token: i, logits_row: i, position: i }).collect();
     let rows = RowTable::new(&stream, &[rows])?;
     let mut logits = vec![bf16::ZERO; 5 * VOCAB_SIZE];
-    for (position, sure) in [(2, 9.0), (3, 1.0), (4, 8.0)] {
-        logits[position * VOCAB_SIZE + position] = bf16::from_f32(sure);
+    for (position, logit) in [(2, 9.0), (3, 1.0), (4, 8.0)] {
+        logits[position * VOCAB_SIZE + position] = bf16::from_f32(logit);
     }
     let logits = stream.upload(&logits)?;
 

@@ -1,43 +1,53 @@
-//! Diffusion language models (LLaDA, Dream) decoded fast: Fast-dLLM's block caches and confidence-aware parallel
-//! unmasking, over weights that stay mapped in the checkpoint's files.
+//! Decoding of diffusion language models (LLaDA, Dream): Fast-dLLM's block caches and confidence-aware parallel unmasking, and
+//! dLLM-Cache's adaptive cache, on CPUs and with hand-written CUDA kernels.
 //!
-//! Open a checkpoint with [`Model::open`], decode with a [`Generator`], follow it with an [`Observer`]. Everything works
-//! on token ids; tokenizers and chat templates come with the feature `cli`.
+//! [`Model::open`] opens a checkpoint, whose weights stay mapped. A [`Generator`] decodes prompts with it, and an [`Observer`]
+//! follows every step. Prompts and answers are token ids; `tokenizer::Tokenizer` converts text
+//! (feature `tokenizers`). `Model::to_device` uploads the weights to a CUDA device (feature `cuda`), where the generator then
+//! decodes.
 //!
-//! Calls go down this list only: [`decode`] (rules, policies, the loop), [`cache`] (which rows run), [`model`] (config,
-//! weights, the forward pass), [`backend`] (the ops of a layer on a device), [`reference`] (what each op computes).
-//! The CUDA kernels stand beside them: `ops` (one a file: parameters, checks, launch) over `gpu` (devices, streams, memory);
-//! [`Model::to_device`] brings a model to a device, where the generator then decodes with them.
+//! Host engines call single ops on their own device pointers and stream: `ops` has one module per kernel, `gpu` has devices,
+//! streams and buffers, and `abi` has the parameter structs that C, C++ and Rust share.
 //!
-//! Work is spread over the current rayon pool. A [`Model`] is shared freely between threads; each decode has buffers of
-//! its own.
+//! A [`Model`] can be shared between threads; each decode has its own buffers. CPU work runs on the current rayon pool.
+//!
+//! `docs/architecture.md` in the repository describes the modules, the life of one denoising step, and the terms used here.
+//! Modules that this documentation does not list are not part of the stable interface.
 
 #![warn(missing_docs, unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[cfg(feature = "cuda")]
 pub mod abi;
+#[doc(hidden)]
 pub mod backend;
+#[doc(hidden)]
 pub mod cache;
+#[doc(hidden)]
 pub mod decode;
+#[doc(hidden)]
 pub mod engine;
-#[cfg(feature = "cuda")]
-mod engine_requirements;
+#[doc(hidden)]
 pub mod error;
 #[cfg(feature = "cuda")]
 pub mod gpu;
 mod host_memory;
+#[doc(hidden)]
 pub mod model;
 #[cfg(feature = "cuda")]
 pub mod ops;
+#[doc(hidden)]
 pub mod reference;
+#[doc(hidden)]
 pub mod sampling;
 mod tensor;
-#[cfg(feature = "cli")]
+#[cfg(feature = "tokenizers")]
 pub mod tokenizer;
 
-pub use cache::CacheMode;
-pub use decode::{Generation, Generator, Observer, Options, Policy, Step};
+pub use cache::adaptive::AdaptivePlan;
+pub use cache::{CacheMode, PassKind};
+pub use decode::{Generation, Generator, Observer, Options, Policy, SequenceStep, Step};
 pub use engine::Model;
 pub use error::{Error, Result};
-pub use model::{Config, Family};
+pub use model::{Config, Family, Weights};
 pub use sampling::Confidence;

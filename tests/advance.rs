@@ -1,4 +1,4 @@
-//! advance against the oracle, and against the loops of the host, through the launch code that ships. All numbers are
+//! advance compared with the reference and with the loops of the host, through the launch code of the library. All numbers are
 //! integers but the shares of Dream's schedule, which are one product each: everything must be equal.
 #![cfg(feature = "cuda")]
 
@@ -21,7 +21,7 @@ use dllm_kernels::{CacheMode, Config, Family, Options, Policy, Result};
 use std::ops::Range;
 
 on_device! {
-    equals_the_oracle,
+    equals_the_reference,
     masks_and_ends_at_every_position,
     schedules_are_those_of_the_loops,
     failures,
@@ -41,7 +41,7 @@ fn number(x: usize) -> i32 {
     x.try_into().unwrap_or(i32::MAX)
 }
 
-/// What a launch leaves.
+/// Outputs of a launch.
 #[derive(Clone, Debug, PartialEq)]
 struct Left {
     control: dllm_advance_control,
@@ -52,7 +52,7 @@ struct Left {
     progress: dllm_progress,
 }
 
-/// What advance works on.
+/// Device buffers of advance.
 struct Batch {
     stream: Stream,
     control: Buffer<dllm_advance_control>,
@@ -94,7 +94,7 @@ impl Batch {
         batch
     }
 
-    /// What the host does before the first pass of a block.
+    /// The host's work before the first pass of a block.
     fn begin(&mut self, output: &Left) {
         self.control.write(&[output.control]).unwrap();
         self.sequences.write(&output.sequences).unwrap();
@@ -103,7 +103,7 @@ impl Batch {
         self.steps.write(&output.steps).unwrap();
     }
 
-    /// What unmask would have left.
+    /// Outputs that unmask would have written.
     fn unmasked(&mut self, tokens: &[i32], committed: &[i32], failed: &[i32]) {
         self.tokens.write(tokens).unwrap();
         self.outcome.committed.write(committed).unwrap();
@@ -156,7 +156,7 @@ impl Batch {
     }
 }
 
-/// A state of the oracle as it stands on the device. `commit_before` is that of each sequence while it takes part.
+/// A state of the reference in the device's format. `commit_before` is the one of each sequence while it is active.
 fn left_of(state: &State, commit_before: &[i32]) -> Left {
     let failure = state.failure;
     let [failed_sequence, failed_position, failed_step] = match failure {
@@ -233,7 +233,7 @@ fn any_state(random: &mut Random) -> (State, Vec<i32>) {
     let pass = random.below(6);
     let most = [4, 4, 40][random.below(3)];
     let sequences = (0..1 + random.below(most)).map(|_| {
-        tokens.resize(tokens.len() + random.below(3), MASK); // nobody's
+        tokens.resize(tokens.len() + random.below(3), MASK); // between the sequences
         let start = tokens.len();
         let longest = [7, 40, 300][random.below(3)];
         let length = random.below(longest);
@@ -281,7 +281,7 @@ fn any_state(random: &mut Random) -> (State, Vec<i32>) {
 }
 
 /// Several launches one after the other, between which tokens are committed at random.
-fn equals_the_oracle() {
+fn equals_the_reference() {
     let random = &mut Random(1);
     for case in 0..400 {
         let (mut state, mut tokens) = any_state(random);
@@ -343,7 +343,7 @@ fn masks_and_ends_at_every_position() {
             sequences.push(Sequence { active_range, quota_range, generated, ..sequence(start..start + length) });
         };
         for i in 0..length {
-            // A mask; end-of-text is asked for behind it only.
+            // A mask; end-of-text tokens count after it only.
             for active_range in [0..length, i..i + 1, 0..i, i + 1..length] {
                 add(&[(i, MASK)], active_range, i);
             }
@@ -498,7 +498,7 @@ fn numbers_that_cannot_be() {
     const MAX: i32 = i32::MAX;
     const SHARES: [f32; 6] = [f32::NAN, f32::INFINITY, -1.0, f32::MAX, 0.5, 0.5];
     let tokens = [MASK; 10];
-    // One sequence of ten masks; what stands in quota, committed and failed; the quota of the next pass.
+    // One sequence of ten masks; the values in quota, committed and failed; the quota of the next pass.
     let quota = |change: &dyn Fn(&mut dllm_advance_control, &mut dllm_advance_sequence, &mut [i32; 3])| {
         let mut output = left_of(&state(QuotaSchedule::Unlimited, vec![sequence(0..10)]), &[MAX]);
         let mut unmask = [0, 0, DLLM_NONE_FAILED];
@@ -627,7 +627,7 @@ struct Follower<'a> {
     prompt_lens: Vec<usize>,
     random: Random,
     batch: Batch,
-    /// What the last launch left, or the host at a block's beginning.
+    /// Output of the last launch, or the host's state at the start of a block.
     output: Left,
     block: usize,
     next_block: usize,
@@ -850,7 +850,7 @@ impl DecodeEngine for Table {
     }
 }
 
-/// unmask and advance in one graph, replayed until the host is told that the block is done: the tokens and the passes are
+/// unmask and advance in one graph, replayed until the host reads that the block is done: the tokens and the passes are
 /// those of the host's loop. Replays after the end change nothing, whatever the policy.
 fn unmasks_by_itself() {
     device().preload().unwrap();
@@ -914,6 +914,7 @@ fn unmasks_by_itself() {
                     Policy::Fixed => unmask::Policy::Fixed(quota),
                     Policy::Threshold(t) => unmask::Policy::Threshold { threshold: t as f32, top_n: Some(quota) },
                     Policy::Factor(factor) => unmask::Policy::Factor(factor as f32),
+                    other => panic!("{other:?} has no counterpart"),
                 };
                 let rule = unmask::UnmaskConfig {
                     confidence: Confidence::Probability,

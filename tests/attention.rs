@@ -1,9 +1,9 @@
-//! The attention kernels against the oracle in f64, through the launch code that ships.
+//! Compares the attention kernels, launched by the shipped code, with the reference in f64.
 #![cfg(feature = "cuda")]
 
 mod common;
-#[path = "attention/hostile.rs"]
-mod hostile;
+#[path = "attention/invalid_device_data.rs"]
+mod invalid_device_data;
 #[path = "attention/reference.rs"]
 mod reference;
 
@@ -31,7 +31,7 @@ struct Sequence {
     rows: usize,
     /// Keys in each segment.
     keys: [usize; 3],
-    /// Per query tile (and kv head, if `per_head`) the key tiles that it visits.
+    /// Key tiles that each query tile (and kv head, if `per_head`) visits.
     tiles: Vec<Vec<i32>>,
 }
 
@@ -47,18 +47,18 @@ struct Case<T> {
     per_head: bool,
     splits: usize,
     form: Option<Form>,
-    /// `[rows, q_stride]`, queries from column `first` on.
+    /// `[rows, q_stride]`; queries start at column `first`.
     q: Vec<T>,
     first: usize,
     q_stride: usize,
-    /// Per segment: keys, values, `[rows, stride]`, and where each sequence begins.
+    /// Per segment: keys and values, `[rows, stride]`, and the first row of each sequence.
     segments: [(Vec<T>, Vec<T>, Vec<usize>); 3],
     kv_stride: usize,
     scale: f32,
 }
 
 impl<T: Float> Case<T> {
-    /// Random numbers where something is to be read, poison everywhere else.
+    /// Random case; memory that must not be read holds poison.
     fn new(random: &mut Random, heads: Heads, sequences: Vec<Sequence>, splits: usize) -> Case<T> {
         let (width, kv_width) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
         let (first, q_stride, kv_stride) = (8, width + 24, kv_width + 8);
@@ -74,7 +74,7 @@ impl<T: Float> Case<T> {
         let rows = sequences.iter().map(|s| s.rows).sum();
         let q = fill(rows, q_stride, first, width, &|_| true);
         let segments = [0, 1, 2].map(|i| {
-            // Two rows that nobody owns before each sequence and behind the last.
+            // Two rows of poison before each sequence and after the last.
             let mut next = 0;
             let starts: Vec<usize> = sequences
                 .iter()
@@ -125,7 +125,7 @@ impl<T: Float> Case<T> {
         [starts, self.sequences.iter().map(|s| s.keys[segment] as i32).collect()]
     }
 
-    /// Offsets and indices of the lists of tiles.
+    /// Offsets and indices of the tile lists.
     fn lists(&self) -> [Vec<i32>; 2] {
         let (mut offsets, mut indices) = (vec![0], Vec::new());
         let lists = self.max_rows().div_ceil(QUERY_TILE) * if self.per_head { self.heads.num_kv_heads } else { 1 };
@@ -139,7 +139,7 @@ impl<T: Float> Case<T> {
     }
 }
 
-/// Out as floats, and the log-sum-exps.
+/// Output as floats, and the log-sum-exps.
 #[derive(Clone, Debug, PartialEq)]
 struct Got {
     out: Vec<f32>,
@@ -183,7 +183,7 @@ impl<T: Float> OnDevice<T> {
         self.launch_with(stream, case, |_| {})
     }
 
-    /// With some of it changed.
+    /// Launches with changed parameters.
     fn launch_with<'a>(
         &'a mut self,
         stream: &Stream,
@@ -194,7 +194,7 @@ impl<T: Float> OnDevice<T> {
         let segments: Vec<_> = (0..3)
             .map(|i| {
                 let (k, v, start, len) = &self.segments[i];
-                // A segment that nobody has keys in is left out.
+                // A segment in which no sequence has keys is left out.
                 let any = case.sequences.iter().any(|s| s.keys[i] > 0);
                 any.then_some(Segment { k: kv(k), v: kv(v), start: Some(start), len })
             })
@@ -234,9 +234,9 @@ fn run<T: Float>(case: &Case<T>) -> Got {
     on_device.read()
 }
 
-/// Everything against the oracle: largest error of a row, as a share of its largest element, and of its log-sum-exp.
+/// Compares all results with the reference: each element relative to its row's largest, and each log-sum-exp.
 fn check<T: Float>(case: &Case<T>, got: &Got, name: &str) {
-    // Scores and weights: products of rounded numbers in f32; the weights are rounded once more, to T.
+    // Scores and weights are products of rounded numbers in f32; the weights are then rounded to T.
     let tolerance = if T::NAME == "bf16" { 1e-2 } else { 2e-3 };
     let Heads { num_heads, num_kv_heads, head_dim } = case.heads;
     let wide = |x: &[T]| x.iter().map(|x| x.f64()).collect::<Vec<f64>>();
@@ -281,7 +281,7 @@ fn check<T: Float>(case: &Case<T>, got: &Got, name: &str) {
 
 const MHA: Heads = Heads { num_heads: 2, num_kv_heads: 2, head_dim: 64 };
 
-fn check_both(name: &str, heads: Heads, sequences: &[Sequence], splits: usize) {
+fn check_types(name: &str, heads: Heads, sequences: &[Sequence], splits: usize) {
     let name = format!("{name}, {heads:?}, {splits} splits");
     let case = Case::<bf16>::new(&mut Random(7), heads, sequences.to_vec(), splits);
     check(&case, &run(&case), &name);
@@ -293,13 +293,13 @@ fn every_shape_of_heads() {
     for head_dim in [32, 64, 128] {
         for (num_heads, num_kv_heads) in [(1, 1), (4, 4), (4, 1), (14, 2), (14, 1)] {
             let heads = Heads { num_heads, num_kv_heads, head_dim };
-            check_both("heads", heads, &[dense(5, [70, 5, 30])], 1);
-            check_both("heads", heads, &[dense(33, [100, 33, 0])], 3);
+            check_types("heads", heads, &[dense(5, [70, 5, 30])], 1);
+            check_types("heads", heads, &[dense(33, [100, 33, 0])], 3);
         }
     }
 }
 
-/// Each segment empty in turn, all, and none; off every tile; one key, one query.
+/// Each segment empty, all of them, and none; lengths that fill no tile; one key and one query.
 fn segments() {
     for keys in [
         [1, 0, 0],
@@ -315,7 +315,7 @@ fn segments() {
         [130, 7, 1],
     ] {
         for (rows, splits) in [(1, 1), (32, 1), (32, 4), (17, 64)] {
-            check_both(&format!("{keys:?}"), MHA, &[dense(rows, keys)], splits);
+            check_types(&format!("{keys:?}"), MHA, &[dense(rows, keys)], splits);
         }
     }
 }
@@ -329,16 +329,16 @@ fn ragged_batches() {
         dense(20, [64, 20, 44]),
     ];
     for splits in [1, 2, 5] {
-        check_both("ragged", MHA, &sequences, splits);
-        check_both("ragged", Heads { num_heads: 7, num_kv_heads: 1, head_dim: 32 }, &sequences, splits);
+        check_types("ragged", MHA, &sequences, splits);
+        check_types("ragged", Heads { num_heads: 7, num_kv_heads: 1, head_dim: 32 }, &sequences, splits);
     }
 }
 
-/// More packed rows than short blocks are for.
+/// More packed rows than the streaming form is planned for.
 fn many_rows() {
-    check_both("full", MHA, &[dense(300, [0, 300, 0]), dense(129, [0, 129, 0])], 1);
-    check_both("full", Heads { num_heads: 14, num_kv_heads: 2, head_dim: 128 }, &[dense(70, [20, 70, 3])], 1);
-    check_both("full", MHA, &[dense(257, [40, 257, 9])], 2);
+    check_types("full", MHA, &[dense(300, [0, 300, 0]), dense(129, [0, 129, 0])], 1);
+    check_types("full", Heads { num_heads: 14, num_kv_heads: 2, head_dim: 128 }, &[dense(70, [20, 70, 3])], 1);
+    check_types("full", MHA, &[dense(257, [40, 257, 9])], 2);
 }
 
 fn lists_of_tiles() {
@@ -352,7 +352,7 @@ fn lists_of_tiles() {
             for list in 0..lists {
                 let mut visited: Vec<i32> = (0..tiles).filter(|_| random.below(2) == 0).collect();
                 if list == 0 {
-                    visited = vec![tiles - 1]; // the one with a tail, alone
+                    visited = vec![tiles - 1]; // only the partial tile
                 }
                 if random.below(2) == 0 {
                     visited.reverse();
@@ -364,15 +364,15 @@ fn lists_of_tiles() {
             let mut case = Case::<bf16>::new(&mut random, heads, vec![sequence, empty], splits);
             (case.sparse, case.per_head) = (true, per_head);
             check(&case, &run(&case), &format!("{heads:?} {rows} rows, {splits} splits"));
-            // Tiles that are not there are empty, whatever their number.
+            // Tiles that do not exist are empty, for any tile number.
             case.sequences[0].tiles[0].extend([tiles, tiles + 1000, i32::MAX, -1, i32::MIN]);
-            check(&case, &run(&case), "tiles that are not there");
+            check(&case, &run(&case), "tiles that do not exist");
         }
     }
 }
 
-/// Parts of the keys in any number: the same up to the rounding of f32, before the result is rounded to f16. Of 13 tiles,
-/// and of 43, so that more than 32 parts have keys.
+/// Any number of KV splits gives the same result up to rounding in f32, before the final rounding to f16. With 13 tiles, and with
+/// 43, so that more than 32 splits have keys.
 fn any_number_of_splits() {
     for (sequence, heads) in [
         (dense(32, [500, 32, 300]), MHA),
@@ -395,9 +395,9 @@ fn any_number_of_splits() {
     }
 }
 
-/// Both forms, forced, on shapes that the plan would give to one or the other: right, and the same bits.
+/// Both forms of the kernel, on shapes for which the plan chooses either: correct results with the same bits.
 fn either_form() {
-    fn both<T: Float>(random: &mut Random, heads: Heads, splits: usize) {
+    fn check_forms<T: Float>(random: &mut Random, heads: Heads, splits: usize) {
         let mut sequences = vec![dense(140, [70, 140, 30]), dense(3, [200, 3, 0]), dense(17, [0, 17, 64])];
         sequences[0].tiles = vec![vec![3, 0], vec![1, 2, 0]];
         sequences[1].tiles = vec![vec![2]];
@@ -422,8 +422,8 @@ fn either_form() {
     for head_dim in [32, 64, 128] {
         for (num_heads, num_kv_heads, splits) in [(2, 2, 1), (6, 2, 3)] {
             let heads = Heads { num_heads, num_kv_heads, head_dim };
-            both::<bf16>(&mut random, heads, splits);
-            both::<f16>(&mut random, heads, splits);
+            check_forms::<bf16>(&mut random, heads, splits);
+            check_forms::<f16>(&mut random, heads, splits);
         }
     }
 }
@@ -438,7 +438,7 @@ fn the_same_bits_in_every_order() -> Vec<u32> {
     bits.concat()
 }
 
-/// Large scores, whose exponentials would overflow, and scores that all are equal.
+/// Large scores, whose exponentials would overflow, and equal scores.
 fn scores_of_any_size() {
     for size in [0.0, 30.0, 3e4] {
         let mut case = Case::<bf16>::new(&mut Random(6), MHA, vec![dense(16, [64, 16, 10])], 2);

@@ -1,5 +1,5 @@
-//! What else is in the batch changes no token, under every rule, cache, policy, confidence and way of sampling; every
-//! decode ends in a bounded number of forwards and leaves no mask; seeds and early stops do what they say.
+//! Batches on the CPU: tokens do not depend on the rest of the batch, with every algorithm, cache, policy, confidence and kind of
+//! sampling. Every decode ends in a bounded number of forwards and leaves no mask. Seeds and early stop work as documented.
 
 mod checkpoint;
 
@@ -18,7 +18,7 @@ fn generate(model: &Model, options: &Options, prompts: &[Vec<u32>]) -> Generatio
     output.unwrap_or_else(|e| panic!("{options:?}: {e}"))
 }
 
-/// Every cache and policy, in blocks and without, eight tokens: together they reach every rule.
+/// Every cache and policy, in blocks and without, for eight tokens; together they use every decoding algorithm.
 fn loops() -> Vec<Options> {
     let mut list = Vec::new();
     for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual, CacheMode::Adaptive] {
@@ -52,33 +52,33 @@ fn masks(tokens: &[u32]) -> usize {
     tokens.iter().filter(|t| **t == MASK).count()
 }
 
-/// Decodes the batch, checks that it is complete and took a bounded number of forwards, and that each sequence is what
-/// it is alone.
+/// Decodes the batch, checks that it is complete and took a bounded number of forwards, and that each sequence has the same tokens
+/// when it is decoded alone.
 fn same_alone(model: &Model, options: &Options, prompts: &[Vec<u32>]) {
     let family = model.config().family;
     let batch = generate(model, options, prompts);
     let blocks = options.gen_length / options.block_length();
     let mut longest = 0;
     for (prompt, tokens) in prompts.iter().zip(&batch.tokens) {
-        // LLaDA's fixed rule spends its quota on the masks of the prompt too, and has as many left in the end.
+        // LLaDA's fixed rule spends its quota on masks of the prompt too, and leaves as many at the end.
         let left = if options.algorithm(family) == Algorithm::Llada { masks(prompt) } else { 0 };
         assert_eq!(tokens.len(), options.gen_length);
         assert!(masks(tokens) <= left, "{family} {options:?} {prompt:?}: masks left in {tokens:?}");
         let alone = generate(model, options, std::slice::from_ref(prompt));
         assert_eq!(alone.tokens[0], *tokens, "{family} {options:?} {prompt:?}");
-        // A token a forward at least; a fixed schedule may have empty steps, and each block's first forward may commit
+        // At least one token per forward; but a fixed schedule may have empty steps, and each block's first forward may commit
         // a mask of the prompt instead.
         let schedule = if options.policy == Policy::Fixed { options.steps() } else { 0 };
         assert!(alone.nfe <= options.gen_length + masks(prompt) + blocks + schedule, "{family} {options:?}");
         longest = longest.max(alone.nfe);
     }
-    // Blocks are waited for, so a batch may take more forwards than its slowest sequence, but not without blocks.
+    // A block ends for all sequences at once, so with blocks a batch may take more forwards than its slowest sequence.
     assert!(batch.nfe >= longest);
     assert!(blocks > 1 || batch.nfe == longest, "{family} {options:?}: {} {longest}", batch.nfe);
 }
 
 #[test]
-fn sequences_do_not_depend_on_their_company() {
+fn sequences_do_not_depend_on_the_batch() {
     for family in FAMILIES {
         let model = open(family);
         let mut settings = 0;
@@ -92,9 +92,9 @@ fn sequences_do_not_depend_on_their_company() {
     }
 }
 
-/// The order of the batch, and twins in it, change nothing either.
+/// The order of the batch and duplicates in it do not change tokens.
 #[test]
-fn order_and_twins() {
+fn order_and_duplicates() {
     for family in FAMILIES {
         let model = open(family);
         for base in loops() {
@@ -107,14 +107,14 @@ fn order_and_twins() {
     }
 }
 
-/// Masks in the prompt, some or nothing else, alone and beside prompts without.
+/// Prompts of some masks or of masks only, alone and together with prompts without.
 #[test]
 fn masks_in_the_prompt() {
     let prompts = [vec![3, MASK, 15, MASK], vec![MASK; 5], vec![7, 8, 9], vec![MASK], vec![1; 4]];
     for family in FAMILIES {
         let model = open(family);
         for base in loops() {
-            // The one number of steps that divides the masks of every prompt.
+            // One step: the only number that divides the masks of every prompt.
             let steps = (base.algorithm(family) == Algorithm::DreamThreshold).then_some(1);
             for options in [
                 Options { steps, ..base.clone() },
@@ -138,12 +138,12 @@ fn seeds() {
             assert_eq!(run(1, 1.0), run(1, 1.0), "{family} {base:?}");
             assert_ne!(run(1, 1.0), run(2, 1.0), "{family} {base:?}");
             assert_ne!(run(1, 1.0), run(1 + (1 << 32), 1.0), "{family} {base:?}: the upper half of the seed");
-            assert_eq!(run(1, 0.0), run(2, 0.0), "{family} {base:?}: no seed in an argmax");
+            assert_eq!(run(1, 0.0), run(2, 0.0), "{family} {base:?}: the argmax depends on the seed");
         }
     }
 }
 
-/// With any token of the plain decode as the end, each sequence is the plain one up to its first, and no longer.
+/// With any token of the plain decode as end token, each sequence is the plain one up to the first end token.
 #[test]
 fn early_stop_ends_right_after_the_first_end_token() {
     for family in FAMILIES {
@@ -160,14 +160,14 @@ fn early_stop_ends_right_after_the_first_end_token() {
                     assert_eq!(*stopped_tokens, plain[..length], "{family} {options:?}");
                     assert_eq!(stopped.text_tokens(s), &plain[..first.unwrap_or(plain.len())]);
                 }
-                let kept = generate(&model, &Options { early_stop: false, ..options }, &prompts());
-                assert_eq!(kept.tokens, plain.tokens);
+                let complete = generate(&model, &Options { early_stop: false, ..options }, &prompts());
+                assert_eq!(complete.tokens, plain.tokens);
             }
         }
     }
 }
 
-/// A model that says nothing but end-of-text stops after one token, having run no more than the first block needs.
+/// A model that predicts only end-of-text stops after one token, within the forwards of the first block.
 #[test]
 fn early_stop_at_once() {
     for family in FAMILIES {
@@ -184,7 +184,7 @@ fn early_stop_at_once() {
     }
 }
 
-/// The mask token as an end token ends nothing.
+/// The mask token as an end token has no effect.
 #[test]
 fn the_mask_as_an_end_token() {
     let model = open(Family::Llada);
@@ -194,7 +194,7 @@ fn the_mask_as_an_end_token() {
     }
 }
 
-/// One bad prompt refuses the whole batch before any work, and says which.
+/// An invalid prompt is an error for the whole batch before any work; the error names the prompt.
 #[test]
 fn one_bad_prompt() {
     let model = open(Family::Dream);

@@ -1,4 +1,4 @@
-//! Matrix products by cuBLASLt, and pinned memory.
+//! Matrix products with cuBLASLt, and pinned memory.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -10,7 +10,7 @@ use half::bf16;
 
 on_device!(blas_multiplies, pinned_memory_goes_to_the_device);
 
-/// `y = x w^T + bias` against sums in f64; both types of results.
+/// Compares `y = x w^T + bias` with sums in f64, for both result types.
 fn blas_multiplies() {
     let stream = stream();
     let mut blas = Blas::new(&stream).unwrap();
@@ -22,7 +22,7 @@ fn blas_multiplies() {
         let (y32, y16) = (stream.alloc::<f32>(rows * out).unwrap(), stream.alloc::<bf16>(rows * out).unwrap());
         let shape = Shape { rows, out, inner, f32_out: true, biased: false };
         for _ in 0..2 {
-            // SAFETY: buffers of these sizes.
+            // SAFETY: the buffers have these sizes.
             unsafe {
                 let (x, w) = (device.0.address(), device.1.address());
                 blas.launch(shape, x, w, 0, y32.address()).unwrap();
@@ -41,7 +41,7 @@ fn blas_multiplies() {
             assert!((got16.f64() - biased).abs() <= 1e-5 * size + biased.abs() / 128.0, "{got16}, expected {biased}");
         }
     }
-    // SAFETY: nothing is launched.
+    // SAFETY: the call fails before a launch.
     let error =
         unsafe { blas.launch(Shape { rows: 0, out: 8, inner: 8, f32_out: true, biased: false }, 16, 16, 0, 16) };
     assert!(error.unwrap_err().to_string().contains("rows: expected 1 to 2147483647, found 0"));
@@ -53,11 +53,11 @@ fn pinned_memory_goes_to_the_device() {
     assert_eq!((0..6).map(|i| pinned.get(i)).collect::<Vec<_>>(), [0; 6]);
     pinned.write(2, &[5, 6, 7]);
     let mut buffer = stream.zeros::<i32>(4).unwrap();
-    // SAFETY: read below, before anything is dropped.
+    // SAFETY: the read below synchronises before the buffers are dropped.
     unsafe { buffer.write_pinned(1, &pinned, 2, 3) }.unwrap();
     assert_eq!(buffer.read().unwrap(), [0, 5, 6, 7]);
     assert!(stream.is_done().unwrap());
-    // SAFETY: refused before a copy is made.
+    // SAFETY: the call fails before a copy.
     for (at, first, count) in [(2, 0, 3), (0, 4, 3), (usize::MAX, 0, 1), (0, 0, usize::MAX)] {
         assert!(unsafe { buffer.write_pinned(at, &pinned, first, count) }.is_err());
     }

@@ -1,5 +1,5 @@
-//! What the CUDA backend asks of its device: memory, launches, calls that wait; and what it does when something is refused or
-//! goes wrong. The tests set what the software device is: they have this file's process to themselves, and take turns.
+//! The CUDA engine's use of its device: memory, launches, blocking calls, and errors. Tests that set options of the CUDA emulator run
+//! one at a time and share their process with no other file.
 #![cfg(feature = "cuda")]
 
 mod checkpoint;
@@ -20,21 +20,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 once_on_device!(
     a_failing_kernel_ends_the_decode,
     a_row_without_a_finite_logit,
-    graphs_are_recorded_once,
+    deferred_work,
+    graphs_are_captured_once,
     interrupted_between_passes,
     launches_of_a_layer,
-    models_that_the_kernels_cannot_take,
+    unsupported_models,
     no_blocking_call_inside_a_block,
     out_of_memory_at_any_allocation,
     too_little_memory,
-    work_put_off,
 );
 
 const FAMILIES: [Family; 2] = [Family::Llada, Family::Dream];
 
 static TURN: Mutex<()> = Mutex::new(());
 
-/// Puts the software device's options back, whatever happened.
+/// Restores options of the CUDA emulator on drop.
 struct Restore(Vec<(Opt, i64)>);
 impl Drop for Restore {
     fn drop(&mut self) {
@@ -42,16 +42,16 @@ impl Drop for Restore {
     }
 }
 
-/// One test at a time: in lazy mode, whoever waits runs the work of all.
+/// Runs one test at a time: in lazy mode, a thread that synchronises runs the work of all threads.
 fn in_turn(work: impl FnOnce()) {
     let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
     work();
 }
 
-/// Work that sets options of the software device.
-fn with_soft(work: impl FnOnce()) {
+/// Runs `work`, which sets options of the CUDA emulator; prints a note and does nothing on a GPU.
+fn with_emulator(work: impl FnOnce()) {
     if !softgpu::active() {
-        println!("not run: needs the software device");
+        println!("not run: needs the CUDA emulator");
         return;
     }
     in_turn(|| {
@@ -88,15 +88,15 @@ fn caches() -> Vec<Options> {
     [CacheMode::None, CacheMode::Prefix, CacheMode::Dual].map(cached).to_vec()
 }
 
-/// Of six forwards the first renews everything, the fourth the prompt, the third and the fifth the response: of every kind
-/// one is among any four that follow the first of a block of four.
+/// AdaptiveCache options. Of six forwards the first refreshes everything, the fourth the prompt, the third and the fifth the response.
+/// So any four forwards after the first contain every kind.
 fn adaptive() -> Options {
     let (prompt_interval, response_interval, refresh_ratio) = (3, 2, Some(0.5));
     Options { cache: CacheMode::Adaptive, prompt_interval, response_interval, refresh_ratio, ..Options::default() }
 }
 
-/// PrefixCache and DualCache joined with it.
-fn joined() -> [Options; 2] {
+/// Hybrid caches: DualCache and PrefixCache with refreshes of the adaptive cache.
+fn hybrid() -> [Options; 2] {
     let base = Options { vicinity: 1, refresh_prompt_every: 2, ..Options::default() };
     [
         Options { cache: CacheMode::Dual, refresh_ratio: Some(0.5), ..base.clone() },
@@ -104,12 +104,12 @@ fn joined() -> [Options; 2] {
     ]
 }
 
-/// Of [`generator`].
+/// Sets the lengths of [`generator`].
 fn in_blocks(base: Options, policy: Policy) -> Options {
     Options { gen_length: 16, block_length: Some(4), policy, ..base }
 }
 
-/// Fails one allocation after the other, until none is left to fail. `work` gives back what it made.
+/// Fails each allocation of `work` in turn, until it succeeds. Checks that every failure is a named error and leaks nothing.
 fn fail_each(what: &str, mut work: impl FnMut() -> dllm_kernels::Result<()>, mut then: impl FnMut()) {
     let mut failed = 0;
     loop {
@@ -126,7 +126,7 @@ fn fail_each(what: &str, mut work: impl FnMut() -> dllm_kernels::Result<()>, mut
         );
         match result {
             Ok(()) => {
-                assert!(left >= 0, "{what}: allocation {failed} failed and nobody noticed");
+                assert!(left >= 0, "{what}: the failure of allocation {failed} was ignored");
                 break;
             }
             Err(error) => named(what, &error),
@@ -138,11 +138,12 @@ fn fail_each(what: &str, mut work: impl FnMut() -> dllm_kernels::Result<()>, mut
     assert!(failed > 3, "{what}: {failed}");
 }
 
-/// The device's memory is missed with the numbers; pinned memory of this machine by name, and with the driver's call.
+/// Checks an out-of-memory error: it has the needed sizes for device memory, and the driver's call for pinned memory.
 #[track_caller]
 fn named(what: &str, error: &Error) {
     let fits = match error {
-        Error::Unavailable(message) => {
+        Error::OutOfMemory { .. } => {
+            let message = error.to_string();
             message.contains(" need ")
                 && (message.contains(" MiB of the device's memory")
                     || message.contains("memory of this machine") && message.contains("cuMemHostAlloc"))
@@ -154,14 +155,14 @@ fn named(what: &str, error: &Error) {
 }
 
 fn out_of_memory_at_any_allocation() {
-    with_soft(|| {
-        softgpu::set(Opt::Multiprocessors, 4); // takes less time
+    with_emulator(|| {
+        softgpu::set(Opt::Multiprocessors, 4); // saves time
         for family in FAMILIES {
             let dir = Checkpoint::new(family).write();
             let load = || Model::open(dir.path())?.to_device(&device(), |_, _| ());
             fail_each(&format!("{family}, to_device"), || load().map(|_| ()), || ());
             let model = load().unwrap();
-            // Of the adaptive cache once: what it allocates is the same for both.
+            // The adaptive cache with one family only: both allocate the same.
             let bases =
                 if family == Family::Llada { vec![Options::default(), adaptive()] } else { vec![Options::default()] };
             for base in bases {
@@ -176,16 +177,16 @@ fn out_of_memory_at_any_allocation() {
     });
 }
 
-/// A device that is too small says so before any work, with the numbers.
+/// A device with too little memory is an error before any work, with the needed and the free bytes.
 fn too_little_memory() {
-    with_soft(|| {
+    with_emulator(|| {
         let used = softgpu::get(Opt::UsedMemory);
         let total = softgpu::get(Opt::TotalMemory);
         let state = || [Opt::UsedMemory, Opt::LiveAllocations, Opt::Launches].map(softgpu::get);
         let refused = |error: Error, what: &str| {
             let error = error.to_string();
             assert!(error.starts_with(what) && error.contains("need ") && error.contains(" MiB are free"), "{error}");
-            assert_eq!(softgpu::report(), "", "nothing was tried");
+            assert_eq!(softgpu::report(), "", "an allocation was tried");
         };
         softgpu::set(Opt::TotalMemory, used + 1000);
         let before = state();
@@ -201,7 +202,7 @@ fn too_little_memory() {
         softgpu::set(Opt::TotalMemory, total);
         generate(&model).unwrap();
 
-        // To the byte, with what the adaptive cache keeps.
+        // Exact to the byte, feature cache included.
         let options = in_blocks(adaptive(), Policy::Fixed);
         let sizes = options.sizes(model.config(), &prompts());
         let needed =
@@ -213,13 +214,13 @@ fn too_little_memory() {
         softgpu::set(Opt::TotalMemory, softgpu::get(Opt::UsedMemory) + needed - 1);
         refused(generate().unwrap_err(), "2 sequences of up to 21 positions need");
         assert_eq!(state(), before);
-        // A buffer without elements has 16 bytes all the same.
+        // An empty buffer takes 16 bytes.
         softgpu::set(Opt::TotalMemory, softgpu::get(Opt::UsedMemory) + needed + 64);
         generate().unwrap();
     });
 }
 
-/// Blocking calls between the ends of blocks, and those of the whole decode.
+/// Counts blocking calls between the ends of blocks, and of the whole decode.
 fn blocks(generator: &Generator, prompts: &[Vec<u32>]) -> (Vec<i64>, i64) {
     struct Blocks(Vec<i64>);
     impl Observer for Blocks {
@@ -236,16 +237,16 @@ fn blocks(generator: &Generator, prompts: &[Vec<u32>]) -> (Vec<i64>, i64) {
     (between, softgpu::get(Opt::BlockingCalls) - before)
 }
 
-/// Four calls wait for the device between a block and the next, two for each of what is read back there, the tokens and the
-/// state; however many passes the block takes. None is inside a block.
+/// There are four blocking calls between two blocks, for any number of passes: two to read back the tokens and two for the state.
+/// There is none inside a block.
 ///
-/// With the adaptive cache a pass over a sequence that has ended its block would change what is kept of it. So where the
-/// sequences of a batch end a block apart, the host hears of it each time one does, for four calls, and goes on with the others;
-/// and those that have come apart in the intervals then run one after the other, for four calls each. Where they end together,
-/// as with a fixed number of tokens to a pass, it is as with the other caches.
+/// With the adaptive cache, a pass over a sequence that has finished its block would change its feature cache. So when a sequence
+/// finishes before the others, the device loop returns to the host, for four calls, which continues with the others. Sequences at
+/// different points of their intervals then run one after the other, for four calls each. When all finish together, as with a fixed
+/// quota, the counts are those of the other caches.
 fn no_blocking_call_inside_a_block() {
-    with_soft(|| {
-        softgpu::set(Opt::Multiprocessors, 4); // takes less time
+    with_emulator(|| {
+        softgpu::set(Opt::Multiprocessors, 4); // saves time
         let prompts = [vec![3, 14, 15, 9, 26], vec![5, 6, 7, 8, 9]];
         let policies = [
             (Policy::Fixed, 16),
@@ -258,18 +259,18 @@ fn no_blocking_call_inside_a_block() {
             softgpu::set(Opt::Lazy, lazy);
             for family in FAMILIES {
                 let model = on_device(family);
-                for base in caches().into_iter().chain(joined()).chain([adaptive()]) {
+                for base in caches().into_iter().chain(hybrid()).chain([adaptive()]) {
                     let cache = base.cache;
                     let mut around = vec![];
                     for (policy, steps) in policies {
-                        let apart = cache == CacheMode::Adaptive && policy != Policy::Fixed;
-                        let prompts = if apart { &prompts[..1] } else { &prompts[..] };
+                        let ends_differ = cache == CacheMode::Adaptive && policy != Policy::Fixed;
+                        let prompts = if ends_differ { &prompts[..1] } else { &prompts[..] };
                         let options = Options { steps: Some(steps), ..in_blocks(base.clone(), policy) };
                         let (between, all) = blocks(&Generator::new(&model).options(options.clone()), prompts);
                         assert_eq!(between, [4; 3], "{family} {options:?}");
                         around.push(all - 4 * 4);
                     }
-                    // What begins and ends a decode waits too, no more for many passes than for few.
+                    // Start and end of a decode block too, independently of the number of passes.
                     assert_eq!(around, [3; 5], "{family} {cache:?}");
                 }
                 let apart = |policy| {
@@ -277,29 +278,29 @@ fn no_blocking_call_inside_a_block() {
                     blocks(&generator, &checkpoint::prompts()).0
                 };
                 let apart = [Policy::Threshold(0.3), Policy::Threshold(0.6), Policy::Factor(1.0)].map(apart);
-                println!("{family}: between blocks that sequences end apart: {apart:?}");
+                println!("{family}: between blocks that sequences end in different passes: {apart:?}");
                 assert!(apart.iter().flatten().all(|calls| calls % 4 == 0), "{apart:?}");
-                assert!(apart.iter().flatten().any(|calls| *calls > 4), "{family}: none was ended apart");
+                assert!(apart.iter().flatten().any(|calls| *calls > 4), "{family}: all sequences ended together");
             }
         }
         assert_eq!(softgpu::report(), "");
     });
 }
 
-/// Work that only runs when somebody waits for it: the same tokens, the same forwards.
-fn work_put_off() {
-    with_soft(|| {
-        softgpu::set(Opt::Multiprocessors, 4); // takes less time
+/// Work that the emulator runs only when the host synchronises gives the same tokens and forwards.
+fn deferred_work() {
+    with_emulator(|| {
+        softgpu::set(Opt::Multiprocessors, 4); // saves time
         for family in FAMILIES {
-            let [joined, _] = joined();
-            for base in caches().into_iter().chain([joined, adaptive()]) {
-                let kept = base.refresh_ratio.is_some();
+            let [hybrid, _] = hybrid();
+            for base in caches().into_iter().chain([hybrid, adaptive()]) {
+                let selects = base.refresh_ratio.is_some();
                 let policies = [Policy::Fixed, Policy::Threshold(0.6), Policy::Factor(1.0)];
-                for policy in policies.into_iter().take(if kept { 2 } else { 3 }) {
+                for policy in policies.into_iter().take(if selects { 2 } else { 3 }) {
                     let options = Options { temperature: 0.5, cfg_scale: 0.5, ..in_blocks(base.clone(), policy) };
                     let run = |lazy| {
                         softgpu::set(Opt::Lazy, lazy);
-                        // Loading is put off too.
+                        // Loading is deferred too.
                         let model = on_device(family);
                         let generation = Generator::new(&model).options(options.clone()).generate(&prompts()).unwrap();
                         (generation.tokens, generation.nfe)
@@ -320,60 +321,60 @@ fn launches() {
     for family in FAMILIES {
         let model = on_device(family);
         let layers = model.config().num_layers;
-        let of = |base: Options| {
+        let counts = |base: Options| {
             let options = in_blocks(base, Policy::Fixed);
-            let mut network = model.engine(options.sizes(model.config(), &prompts())).unwrap();
-            assert_eq!(network.kernel_counts().unwrap(), None, "nothing is recorded yet");
-            decode(&mut *network, model.config(), &prompts(), &options, None, &mut ()).unwrap();
-            let launches = network.kernel_counts().unwrap().unwrap();
+            let mut engine = model.engine(options.sizes(model.config(), &prompts())).unwrap();
+            assert_eq!(engine.kernel_counts().unwrap(), None, "nothing is captured yet");
+            decode(&mut *engine, model.config(), &prompts(), &options, None, &mut ()).unwrap();
+            let launches = engine.kernel_counts().unwrap().unwrap();
             println!("{family} {:?}: {launches:?}", options.cache);
             (launches.layer, launches.pass)
         };
-        // add_norm, QKV, rope, attention and its combine, attn_out, add_norm, gate and up, swiglu, down.
-        const WHOLE: usize = 10;
-        for base in caches().into_iter().chain(joined()) {
+        // residual_norm, QKV, rope, attention and its combine, attn_out, residual_norm, gate and up, swiglu, down.
+        const FULL: usize = 10;
+        for base in caches().into_iter().chain(hybrid()) {
             let what = format!("{family} {base:?}");
-            // Embedding; layers, of which the last gathers twice; norm and head; unmask and advance. Of the joined caches the
-            // forwards of a block, which have fewest rows, are the same.
-            assert_eq!(of(base), (WHOLE, 1 + WHOLE * layers + 2 + 2 + 2), "{what}");
+            // Embedding; layers, of which the last gathers twice; norm and head; unmask and advance. The hybrid caches' forwards of a
+            // block, which have the fewest rows, are the same.
+            assert_eq!(counts(base), (FULL, 1 + FULL * layers + 2 + 2 + 2), "{what}");
         }
-        // The adaptive cache, by the kind of all forwards but the first; the first one's graph is never recorded.
+        // The adaptive cache, by the kind of all forwards but the first; the first forward's graph is never captured.
         const NEVER: usize = 1000;
         let kinds = [
-            // add_norm_kept, V, vverify, gather, QK, rope, attention and its combine, attn_out, keep; add_norm_kept,
-            // gather, gate and up, swiglu, down, keep.
+            // Residual norm with features, V, vverify, gather, QK, rope, attention and its combine, attn_out, store features; residual
+            // norm with features, gather, gate and up, swiglu, down, store features.
             (NEVER, NEVER, 0.5, 16),
-            // The response: all of it, no vverify.
+            // The whole response is refreshed: no vverify.
             (NEVER, 1, 0.5, 16),
-            // The prompt, with vverify and what puts the prompt's values into the cache.
+            // The prompt is refreshed: with vverify, and with the kernel that stores the prompt's values in the cache.
             (1, NEVER, 0.5, 17),
-            // Without: nor V, nor vverify, nor the values apart.
+            // The prompt with ratio 0: no V, no vverify, no separate values.
             (1, NEVER, 0.0, 14),
-            // Neither: add_norm_kept twice.
+            // No refresh and ratio 0: two residual norms with features.
             (NEVER, NEVER, 0.0, 2),
-            // Both: all rows, and keep twice.
-            (1, 1, 0.5, WHOLE + 2),
+            // Both are refreshed: all rows, and two stores of features.
+            (1, 1, 0.5, FULL + 2),
         ];
         // The same for both families.
         let kinds = if family == Family::Llada { &kinds[..] } else { &[] };
         for &(prompt_interval, response_interval, refresh_ratio, layer) in kinds {
             let base = Options { prompt_interval, response_interval, refresh_ratio: Some(refresh_ratio), ..adaptive() };
             let what = format!("{family} {base:?}");
-            // Embedding; the first layer, and the others; add_norm_kept, gather and head; unmask and advance.
+            // Embedding; the first layer, and the others; residual norm with features, gather and head; unmask and advance.
             let head = 1 + 1 + 1;
-            assert_eq!(of(base), (WHOLE, 1 + WHOLE + layer * (layers - 1) + head + 2), "{what}");
+            assert_eq!(counts(base), (FULL, 1 + FULL + layer * (layers - 1) + head + 2), "{what}");
         }
-        // Of all kinds V-verify's.
-        assert_eq!(of(adaptive()), (WHOLE, 1 + WHOLE + 16 * (layers - 1) + 3 + 2), "{family}");
+        // With all kinds: the count of the kind with V-verify.
+        assert_eq!(counts(adaptive()), (FULL, 1 + FULL + 16 * (layers - 1) + 3 + 2), "{family}");
     }
 }
 
-/// Graphs are what runs: the calls that launch a kernel stop after the first blocks, the kernels do not.
-fn graphs_are_recorded_once() {
-    with_soft(|| {
+/// Passes are replayed as graphs: after the first blocks the number of kernels grows, but not that of launch calls.
+fn graphs_are_captured_once() {
+    with_emulator(|| {
         for family in FAMILIES {
             let model = on_device(family);
-            for (cache, most_sizes) in [(CacheMode::None, 1), (CacheMode::Dual, 1), (CacheMode::Prefix, 8)] {
+            for (cache, max_sizes) in [(CacheMode::None, 1), (CacheMode::Dual, 1), (CacheMode::Prefix, 8)] {
                 let run = |blocks: usize| {
                     let before = [Opt::LaunchCalls, Opt::Launches].map(softgpu::get);
                     let generator = Generator::new(&model).gen_length(4 * blocks).block_length(4).cache(cache);
@@ -385,17 +386,17 @@ fn graphs_are_recorded_once() {
                 let [few, more, many] = [2, 5, 10].map(run);
                 println!("{family} {cache:?}: launch calls and kernels of 2, 5, 10 blocks: {few:?} {more:?} {many:?}");
                 assert!(few.1 < more.1 && more.1 < many.1);
-                // Each shape is launched twice, to load and to record it; a pass is some 20 kernels.
-                if most_sizes == 1 {
-                    assert!(few.0 == many.0, "{family} {cache:?}: recorded again");
+                // Each shape is launched twice, first to load its modules and then to capture it; a pass has about 20 kernels.
+                if max_sizes == 1 {
+                    assert!(few.0 == many.0, "{family} {cache:?}: captured again");
                 } else {
                     let of_shape = few.0 / 2;
-                    assert!(many.0 <= of_shape * (1 + most_sizes), "{family} {cache:?}: {} {of_shape}", many.0);
+                    assert!(many.0 <= of_shape * (1 + max_sizes), "{family} {cache:?}: {} {of_shape}", many.0);
                 }
             }
-            // Likewise every kind of forward, once a decode, wherever in a block it comes; five blocks have each twice.
-            let [joined, _] = joined();
-            for base in [adaptive(), joined] {
+            // Every kind of forward is captured once per decode, at any point of a block; five blocks have each kind twice.
+            let [hybrid, _] = hybrid();
+            for base in [adaptive(), hybrid] {
                 let run = |blocks: usize| {
                     let before = [Opt::LaunchCalls, Opt::Launches].map(softgpu::get);
                     let options = Options { gen_length: 4 * blocks, ..in_blocks(base.clone(), Policy::Fixed) };
@@ -407,13 +408,13 @@ fn graphs_are_recorded_once() {
                 let all = [5, 9].map(run);
                 println!("{family} {:?}: launch calls and kernels of 5 and 9 blocks: {all:?}", base.cache);
                 assert!(all[0].1 < all[1].1);
-                assert!(all[0].0 == all[1].0, "{family} {base:?}: recorded again: {all:?}");
+                assert!(all[0].0 == all[1].0, "{family} {base:?}: captured again: {all:?}");
             }
         }
     });
 }
 
-fn models_that_the_kernels_cannot_take() {
+fn unsupported_models() {
     in_turn(refused_models);
 }
 
@@ -429,7 +430,7 @@ fn refused_models() {
     ];
     for (config, expected) in cases {
         let error = to_device(config).err().unwrap();
-        assert!(matches!(error, Error::Unavailable(_)), "{error}");
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
         assert!(error.to_string().contains(expected), "{error}");
     }
 }
@@ -438,7 +439,7 @@ fn a_row_without_a_finite_logit() {
     in_turn(no_finite_logit);
 }
 
-/// NaN in the weights: the same sequence, position and forward as on the CPU.
+/// NaN in the weights is an error with the same sequence, position and forward as on the CPU.
 fn no_finite_logit() {
     let errors = |checkpoint: &Checkpoint, options: &Options, prompts: &[Vec<u32>]| {
         let dir = checkpoint.write();
@@ -453,11 +454,11 @@ fn no_finite_logit() {
         assert_eq!(gpu, cpu);
     };
     for family in FAMILIES {
-        let [joined, _] = joined();
-        for base in caches().into_iter().chain([joined, adaptive()]) {
+        let [hybrid, _] = hybrid();
+        for base in caches().into_iter().chain([hybrid, adaptive()]) {
             for policy in [Policy::Fixed, Policy::Threshold(0.9)] {
                 let options = Options { gen_length: 8, ..in_blocks(base.clone(), policy) };
-                // Of every row, at once.
+                // NaN in every row.
                 let mut checkpoint = Checkpoint::new(family);
                 let norm = match family {
                     Family::Llada => "model.transformer.ln_f.weight",
@@ -465,14 +466,14 @@ fn no_finite_logit() {
                 };
                 checkpoint.tensor(norm).values.fill(f32::NAN);
                 errors(&checkpoint, &options, &prompts());
-                // Of the second sequence, whose prompt has a bad token.
+                // NaN in the second sequence, whose prompt contains the token with NaN.
                 let mut checkpoint = Checkpoint::new(family);
                 let embedding = checkpoint.embedding();
                 checkpoint.row(embedding, 20).fill(f32::NAN);
                 checkpoint.want(EOS);
                 checkpoint.row(embedding, 20)[0] = f32::NAN;
                 errors(&checkpoint, &options, &[vec![3, 4], vec![5, 20, 6], vec![7]]);
-                // From the second forward on, once the first has committed a bad token.
+                // NaN from the second forward on, after the first has committed the token with NaN.
                 let mut checkpoint = Checkpoint::new(family);
                 checkpoint.want(EOS);
                 checkpoint.row(embedding, EOS as usize).fill(f32::NAN);
@@ -487,7 +488,7 @@ fn interrupted_between_passes() {
     in_turn(interrupted);
 }
 
-/// A course may be stopped before any pass: what was committed stands, masks are left, and the next course is sound.
+/// A device run may be interrupted before any pass: committed tokens stay, masks are left, and the next run is correct.
 fn interrupted() {
     let model = on_device(Family::Llada);
     let config = model.config();
@@ -507,8 +508,8 @@ fn interrupted() {
         .remove(0);
     let start = [prompt.clone(), vec![MASK; 8]].concat();
     let unmask = SamplingParams { f32_confidence: true, mask_token: Some(MASK), ..SamplingParams::default() };
-    let mut network = model.engine(options.sizes(config, std::slice::from_ref(&prompt))).unwrap();
-    let device = network.device_loop().unwrap();
+    let mut engine = model.engine(options.sizes(config, std::slice::from_ref(&prompt))).unwrap();
+    let device = engine.device_loop().unwrap();
     let plan = vec![LayerPlan::Full { reuse: false, store: false, store_features: false }; config.num_layers];
     let block = 5..13;
     let candidates = [(0, block.clone().collect::<Vec<usize>>())];
@@ -531,7 +532,7 @@ fn interrupted() {
         first_quota: 1,
         first_commit_before: usize::MAX,
     };
-    let course = DecodeRun {
+    let run = DecodeRun {
         templates: &[Some(stage)],
         template_of: &|_| 0,
         first_pass: 0,
@@ -543,15 +544,15 @@ fn interrupted() {
         end_tokens: &[],
     };
     for stop_after in (1..=8).chain([1, 7]) {
-        let asked = Cell::new(0);
+        let calls = Cell::new(0);
         let go_on = || {
-            asked.set(asked.get() + 1);
-            asked.get() < stop_after
+            calls.set(calls.get() + 1);
+            calls.get() < stop_after
         };
         let mut tokens = vec![start.clone()];
-        let ran = device.run(&mut tokens, &course, &go_on).unwrap();
-        assert_eq!((ran.passes, ran.sequences[0].forwards), (stop_after, stop_after));
-        assert_eq!(ran.interrupted, stop_after < 8);
+        let outcome = device.run(&mut tokens, &run, &go_on).unwrap();
+        assert_eq!((outcome.passes, outcome.sequences[0].forwards), (stop_after, stop_after));
+        assert_eq!(outcome.interrupted, stop_after < 8);
         let masks = tokens[0].iter().filter(|t| **t == MASK).count();
         assert_eq!(masks, 8 - stop_after);
         assert!(tokens[0][5..].iter().zip(&whole).all(|(got, want)| *got == MASK || got == want));
@@ -559,22 +560,22 @@ fn interrupted() {
 
     interrupted_adaptive(&model);
 
-    // The generator's flag: set before, nothing runs.
+    // The generator's flag, set before the decode: nothing runs.
     let flag = true.into();
     let stopped = Generator::new(&model).options(options).interrupt(&flag).generate(&[prompt]).unwrap();
     assert!(stopped.interrupted && stopped.nfe == 0 && stopped.tokens[0] == [MASK; 8]);
 }
 
-/// Sets a flag once a decode has asked so often whether to go on, between two passes of a course.
+/// Engine that sets `flag` when a decode has asked `asks` times whether to continue, between two passes of a device run.
 struct Stopping<'m> {
-    network: Box<dyn DecodeEngine + 'm>,
+    engine: Box<dyn DecodeEngine + 'm>,
     flag: &'m AtomicBool,
     asks: usize,
 }
 
 impl DecodeEngine for Stopping<'_> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> dllm_kernels::Result<Vec<Prediction>> {
-        self.network.step(tokens, pass)
+        self.engine.step(tokens, pass)
     }
 
     fn device_loop(&mut self) -> Option<&mut dyn DeviceLoop> {
@@ -586,52 +587,52 @@ impl DeviceLoop for Stopping<'_> {
     fn run(
         &mut self,
         tokens: &mut [Vec<u32>],
-        course: &DecodeRun,
+        run: &DecodeRun,
         go_on: &dyn Fn() -> bool,
     ) -> dllm_kernels::Result<RunOutcome> {
         let asks = Cell::new(self.asks);
-        let asked = || {
+        let count_and_ask = || {
             asks.set(asks.get().saturating_sub(1));
             self.flag.fetch_or(asks.get() == 0, Ordering::Relaxed);
             go_on()
         };
-        let ran = self.network.device_loop().unwrap().run(tokens, course, &asked);
+        let outcome = self.engine.device_loop().unwrap().run(tokens, run, &count_and_ask);
         self.asks = asks.get();
-        ran
+        outcome
     }
 }
 
-/// With the adaptive cache, whose kept features are of tokens as they stood: before every pass of a block but its first, of
-/// whatever kind it is. What was committed stands; the next decode, of the same network too, knows nothing of it.
+/// Interrupts decodes with the adaptive cache, whose features belong to earlier tokens, before every pass of a block but the first.
+/// Committed tokens stay, and the next decode is unaffected, also with the same engine.
 fn interrupted_adaptive(model: &Model) {
     let config = model.config();
     let prompts = [vec![3, 14, 15, 9, 26], vec![5, 6]];
-    // Of one block: one question between each pass and the next.
+    // One block: the decode asks once between two passes.
     let options = Options { gen_length: 8, block_length: Some(8), policy: Policy::Fixed, ..adaptive() };
     let whole = Generator::new(model).options(options.clone()).generate(&prompts).unwrap().tokens;
     for asks in 1..8 {
         let flag = AtomicBool::new(false);
-        let network = model.engine(options.sizes(config, &prompts)).unwrap();
-        let mut network = Stopping { network, flag: &flag, asks };
-        let mut run = |interrupt| decode(&mut network, config, &prompts, &options, interrupt, &mut ()).unwrap();
+        let engine = model.engine(options.sizes(config, &prompts)).unwrap();
+        let mut engine = Stopping { engine, flag: &flag, asks };
+        let mut run = |interrupt| decode(&mut engine, config, &prompts, &options, interrupt, &mut ()).unwrap();
         let stopped = run(Some(&flag));
         assert!(stopped.interrupted && stopped.nfe == asks, "{asks}: {stopped:?}");
         for (got, want) in stopped.tokens.iter().zip(&whole) {
             assert_eq!(got.iter().filter(|token| **token != MASK).count(), asks);
             assert!(got.iter().zip(want).all(|(got, want)| *got == MASK || got == want), "{asks}: {got:?} {want:?}");
         }
-        assert_eq!(run(None).tokens, whole, "after {asks} passes, the same network");
+        assert_eq!(run(None).tokens, whole, "after {asks} passes, with the same engine");
     }
     assert_eq!(Generator::new(model).options(options).generate(&prompts).unwrap().tokens, whole);
 }
 
-/// Whichever kernel fails, in a launch or in a graph, at once or later: an error with the driver's name of it, and no hang.
+/// A failing kernel, in a launch or a graph, immediate or deferred, is an error with the driver's name; the decode does not hang.
 fn a_failing_kernel_ends_the_decode() {
-    with_soft(|| {
+    with_emulator(|| {
         for lazy in [0, 1] {
             softgpu::set(Opt::Lazy, lazy);
             if lazy == 1 {
-                softgpu::set(Opt::Multiprocessors, 4); // takes less time
+                softgpu::set(Opt::Multiprocessors, 4); // saves time
             }
             let model = on_device(Family::Llada);
             let want = generate(&model).unwrap().tokens;
@@ -645,7 +646,7 @@ fn a_failing_kernel_ends_the_decode() {
                 assert!(softgpu::report().contains("failed on request"), "{failing} of {kernels}");
                 match result {
                     Err(Error::Driver { name, .. }) => assert!(name.contains("ILLEGAL_ADDRESS"), "{name}"),
-                    // The software device goes on after a failure, with numbers that are none: they may be noticed first.
+                    // The emulator continues after a failure with NaN, which may be detected first.
                     Err(Error::NoFiniteLogit { .. }) if lazy == 1 => {}
                     other => panic!("{failing} of {kernels}: {other:?}"),
                 }

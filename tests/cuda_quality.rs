@@ -1,4 +1,4 @@
-//! The shipped checkpoint answers as many of its first 100 problems on the device as on the CPU, within one.
+//! The shipped checkpoint solves the same number of its first 100 problems on the device as on the CPU, within one.
 #![cfg(all(feature = "cuda", feature = "cli"))]
 
 mod common;
@@ -16,14 +16,14 @@ fn as_many_answers_as_on_the_cpu() {
     let dir = models_dir().join("tiny-math");
     let cpu = Model::open(&dir).unwrap();
     let gpu = Model::open(&dir).unwrap().to_device(&device(), |_, _| ()).unwrap();
-    let text = Tokenizer::open(&dir, cpu.config().vocab_size).unwrap().unwrap();
+    let tokenizer = Tokenizer::open(&dir, cpu.config().vocab_size).unwrap().unwrap();
     let rows = std::fs::read_to_string(dir.join("eval/problems_0shot.jsonl")).unwrap();
     let problems: Vec<(Vec<u32>, String)> = rows
         .lines()
         .take(PROBLEMS)
         .map(|row| {
             let row: serde_json::Value = serde_json::from_str(row).unwrap();
-            let prompt = text.encode(row["prompt"].as_str().unwrap(), false).unwrap();
+            let prompt = tokenizer.encode(row["prompt"].as_str().unwrap(), false).unwrap();
             (prompt, row["answer"].as_str().unwrap().to_string())
         })
         .collect();
@@ -35,7 +35,7 @@ fn as_many_answers_as_on_the_cpu() {
         let (mut right, mut answers, mut nfe) = (vec![], vec![], 0);
         for (prompt, answer) in &problems {
             let mut generation = generator.generate(std::slice::from_ref(prompt)).unwrap();
-            let completion = text.decode(&generation.tokens[0]).unwrap();
+            let completion = tokenizer.decode(&generation.tokens[0]).unwrap();
             let given = completion.split_once("####").map(|(_, after)| after.lines().next().unwrap_or_default().trim());
             right.push(given == Some(answer.as_str()));
             nfe += generation.nfe;
@@ -48,7 +48,7 @@ fn as_many_answers_as_on_the_cpu() {
     let same = a.1.iter().zip(&b.1).filter(|(a, b)| a == b).count();
     println!("CPU:    {} of {PROBLEMS} right, {} passes, {:.1} s", count(&a.0), a.2, a.3);
     println!(
-        "device: {} of {PROBLEMS} right, {} passes, {:.1} s; {same} answers the same token for token",
+        "device: {} of {PROBLEMS} right, {} passes, {:.1} s; {same} answers have the same tokens",
         count(&b.0),
         b.2,
         b.3

@@ -1,5 +1,5 @@
-//! Devices, modules and memory: what is refused, and how. The tests that set what the software device is have this file's
-//! process to themselves, and take turns.
+//! Devices, modules, memory and captures, and their errors. Tests that set options of the CUDA emulator run one at a time and share
+//! their process with no other file.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -12,11 +12,11 @@ use std::sync::Mutex;
 
 static TURN: Mutex<()> = Mutex::new(());
 
-/// Runs `work` on a software device of this kind; says so where there is another.
+/// Runs `work` with an option of the CUDA emulator set; prints a note and does nothing on a GPU.
 fn with(option: softgpu::Opt, value: i64, work: impl FnOnce()) {
     device();
     if !softgpu::active() {
-        eprintln!("not run: {option:?} can be set on the software device only");
+        eprintln!("not run: only the CUDA emulator has {option:?}");
         return;
     }
     let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
@@ -42,9 +42,9 @@ fn gather(device: &Device) -> dllm_kernels::Result<Vec<f32>> {
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
-    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
 )]
-fn what_a_device_tells() {
+fn device_properties() {
     let device = device();
     assert!(Device::count().unwrap() >= 1);
     assert!(device.capability() >= (8, 0));
@@ -57,18 +57,18 @@ fn what_a_device_tells() {
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
-    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
 )]
-fn a_device_that_is_not_there() {
+fn missing_device() {
     device();
     let error = Device::open(1000).unwrap_err();
-    assert!(matches!(error, Error::Unavailable(_)) && error.to_string().contains("no CUDA device 1000"), "{error}");
+    assert!(matches!(error, Error::NoDevice(_)) && error.to_string().contains("no CUDA device 1000"), "{error}");
 }
 
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
-    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
 )]
 fn every_module_has_its_kernels() {
     device().preload().unwrap();
@@ -86,9 +86,9 @@ fn every_module_has_its_kernels() {
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
-    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
 )]
-fn the_most_special_module_is_chosen() {
+fn the_most_specific_module_is_selected() {
     assert_eq!(Module::choose("unmask", (8, 0)).unwrap().target, "compute_80");
     assert_eq!(Module::choose("unmask", (12, 0)).unwrap().target, "compute_80");
     assert!(Module::choose("unmask", (7, 5)).is_none());
@@ -98,7 +98,7 @@ fn the_most_special_module_is_chosen() {
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
-    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
 )]
 fn an_old_device_is_refused() {
     with(softgpu::Opt::ComputeCapability, 75, || {
@@ -110,7 +110,7 @@ fn an_old_device_is_refused() {
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
-    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
 )]
 fn an_ampere_device_runs_the_kernels() {
     with(softgpu::Opt::ComputeCapability, 80, || {
@@ -120,11 +120,11 @@ fn an_ampere_device_runs_the_kernels() {
     });
 }
 
-/// A driver older than the modules: the error names the module, the call, and repeats the driver's log.
+/// With a driver older than the modules, the error names the module and the call, and contains the driver's log.
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
-    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
 )]
 fn an_old_driver_is_refused() {
     with(softgpu::Opt::MaxPtx, 74, || {
@@ -132,21 +132,21 @@ fn an_old_driver_is_refused() {
         let error = gather(&device).unwrap_err();
         assert!(matches!(error, Error::Module { .. }), "{error}");
         let error = error.to_string();
-        for part in ["rows (compute_80)", "cuModuleLoadDataEx", "UNSUPPORTED_PTX", "8.0"] {
+        for part in ["gather_scatter (compute_80)", "cuModuleLoadDataEx", "UNSUPPORTED_PTX", "8.0"] {
             assert!(error.contains(part), "{part}: {error}");
         }
         assert!(!error.contains("no log"), "{error}");
-        // Nothing is kept of the failure.
+        // The failure is not cached.
         softgpu::set(softgpu::Opt::MaxPtx, 90);
         assert!(gather(&device).is_ok());
     });
 }
 
-/// Whichever allocation fails, the error says what was asked for, nothing is lost, and the device goes on.
+/// When an allocation fails, the error names the requested bytes, nothing leaks, and the device stays usable.
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
-    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
 )]
 fn out_of_memory_is_an_error() {
     for nth in 0..3 {
@@ -166,7 +166,7 @@ fn out_of_memory_is_an_error() {
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
-    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
 )]
 fn buffers() {
     let stream = device().stream().unwrap();
@@ -183,13 +183,13 @@ fn buffers() {
     assert!(empty.is_empty() && empty.read().unwrap().is_empty());
 }
 
-/// What a graph would replay with memory that is gone is refused while it is captured, and nothing else is lost.
+/// Copies, allocations and nested captures are errors during a capture: the graph would outlive their memory. The stream stays usable.
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
-    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
 )]
-fn captures_hold_no_copies() {
+fn captures_refuse_copies() {
     let stream = device().stream().unwrap();
     let mut buffer = stream.zeros::<u32>(4).unwrap();
     let refused = |work: &mut dyn FnMut() -> dllm_kernels::Result<()>| {
@@ -200,7 +200,7 @@ fn captures_hold_no_copies() {
     refused(&mut || buffer.write(&[1]));
     refused(&mut || buffer.read().map(|_| ()));
     refused(&mut || stream.capture(|| Ok(())).map(|_| ()));
-    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| stream.capture(|| panic!("as meant"))));
+    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| stream.capture(|| panic!("expected"))));
     assert!(panicked.is_err());
     buffer.write(&[7]).unwrap();
     assert_eq!(buffer.read().unwrap(), [7, 0, 0, 0]);
@@ -210,27 +210,27 @@ fn captures_hold_no_copies() {
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
-    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
 )]
-fn graphs_go_from_thread_to_thread() {
+fn graphs_move_between_threads() {
     let stream = device().stream().unwrap();
     let mut buffer = stream.upload(&[1u32, 2]).unwrap();
     let graph = stream.capture(|| buffer.fill_zero()).unwrap();
-    // SAFETY: the buffer lives on; nobody uses it meanwhile.
+    // SAFETY: the buffer outlives the thread, and no other code uses it meanwhile.
     std::thread::spawn(move || unsafe { graph.launch() }).join().unwrap().unwrap();
     assert_eq!(buffer.read().unwrap(), [0, 0]);
 }
 
-/// A capture that fails leaves the stream usable; one of nothing is a graph of nothing.
+/// A capture that fails leaves the stream usable; an empty capture gives an empty graph.
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
-    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
 )]
 fn captures() {
     let stream = device().stream().unwrap();
     let graph = stream.capture(|| Ok(())).unwrap();
-    // SAFETY: it uses no buffers.
+    // SAFETY: the graph uses no buffers.
     unsafe { graph.launch() }.unwrap();
     let error = stream.capture(|| Err(Error::Unavailable("no".into()))).err().unwrap();
     assert_eq!(error.to_string(), "no");
@@ -247,9 +247,9 @@ fn captures() {
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
-    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
 )]
-fn threads_have_streams_of_their_own() {
+fn each_thread_has_its_own_stream() {
     let device = device();
     std::thread::scope(|scope| {
         for _ in 0..4 {

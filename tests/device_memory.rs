@@ -1,5 +1,5 @@
-//! What a decode allocates on a CUDA device is what `dllm inspect` prints. Has its process to itself: the software device counts
-//! for all threads together.
+//! A decode allocates on a CUDA device exactly the memory that `dllm inspect` prints. This file has its own process, because the CUDA
+//! emulator counts memory for all threads together.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -25,16 +25,16 @@ fn sizes(options: &Options, config: &Config, lens: &[usize]) -> SessionConfig {
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
-    ignore = "there is no software device for this target, and a GPU's driver does not tell what one program uses"
+    ignore = "there is no CUDA emulator for this target, and a GPU's driver does not report the memory of one program"
 )]
-fn the_arithmetic_is_what_is_allocated() {
+fn estimates_equal_allocations() {
     let device = device();
     if !softgpu::active() {
-        eprintln!("not run: only the software device tells what is in use");
+        eprintln!("not run: only the CUDA emulator reports the memory in use");
         return;
     }
-    softgpu::set(Opt::Poison, 0); // takes time, and what memory holds is not the question
-    softgpu::set(Opt::Multiprocessors, 4); // attention is cut into fewer parts, which takes less time here
+    softgpu::set(Opt::Poison, 0); // saves time; this test does not depend on the contents of memory
+    softgpu::set(Opt::Multiprocessors, 4); // fewer KV splits, which saves time on the emulator
     for name in ["tiny-llada", "tiny-dream", "tiny-llada-b"] {
         let before = used();
         let model = Model::open(golden_dir().join(name)).unwrap().to_device(&device, |_, _| ()).unwrap();
@@ -58,14 +58,14 @@ fn the_arithmetic_is_what_is_allocated() {
                 let expected =
                     MemoryEstimate::cuda(&sizes, model.config(), device.multiprocessors().unwrap()).unwrap().total();
                 let before = used();
-                let network = model.engine(sizes).unwrap();
+                let engine = model.engine(sizes).unwrap();
                 let got = used() - before;
-                // A buffer without elements has 16 bytes all the same.
+                // An empty buffer takes 16 bytes.
                 assert!(got.abs_diff(expected) <= 64, "{what}: {got} bytes, expected {expected}");
-                drop(network);
-                assert_eq!(used(), before, "{what}: left behind");
+                drop(engine);
+                assert_eq!(used(), before, "{what}: memory was not freed");
 
-                // And nothing more later: what a decode needs has been there before its first pass.
+                // A decode allocates nothing more after its first pass has started.
                 let prompts: Vec<Vec<u32>> = lens.iter().map(|len| vec![1; *len]).collect();
                 softgpu::set(Opt::TotalMemory, (used() + got) as i64);
                 Generator::new(&model).options(options).generate(&prompts).unwrap();
@@ -77,8 +77,8 @@ fn the_arithmetic_is_what_is_allocated() {
     assert_eq!(softgpu::report(), "");
 }
 
-/// Of one layer nothing is kept, which always runs whole: what is renewed when makes no difference, but that cached values are
-/// what they were.
+/// A model of one layer has no feature cache, because the first layer always runs in full. Refresh intervals and ratios then do not
+/// change tokens.
 fn one_layer(device: &Device) {
     for family in [Family::Llada, Family::Dream] {
         let config = common::one_layer(family);
@@ -104,9 +104,9 @@ fn one_layer(device: &Device) {
             let sizes = sizes(&options, &config, &[3, 5]);
             let expected = MemoryEstimate::cuda(&sizes, &config, device.multiprocessors().unwrap()).unwrap().total();
             let before = used();
-            let _network = gpu.engine(sizes).unwrap();
+            let _engine = gpu.engine(sizes).unwrap();
             let got = used() - before;
-            // Two buffers without elements more.
+            // Two more empty buffers.
             assert!(got.abs_diff(expected) <= 96, "{family} {options:?}: {got} bytes, expected {expected}");
         }
     }

@@ -1,13 +1,25 @@
-//! `dllm doctor`: the program itself, in a process of its own, on the software device and without one.
+//! `dllm doctor` as a process, on the CUDA emulator and without a device.
 #![cfg(all(feature = "cli", feature = "cuda", target_os = "linux", target_arch = "x86_64"))]
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// Ops that have to be there, each twice.
-const OPS: [&str; 12] =
-    ["attention", "merge", "unmask", "cut", "advance", "vverify", "rows", "embed", "norm", "rope", "swiglu", "product"];
+/// Ops of the report, each at two shapes.
+const OPS: [&str; 12] = [
+    "attention",
+    "merge_state",
+    "unmask",
+    "top_k_top_p",
+    "advance",
+    "vverify",
+    "gather_scatter",
+    "embed",
+    "norm",
+    "rope",
+    "swiglu",
+    "product",
+];
 
 fn doctor(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dllm"));
@@ -19,21 +31,22 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
-/// Runs on the software device; also what that found wrong.
-fn on_software(args: &[&str], change: impl FnOnce(&mut Command)) -> (Output, String) {
+/// Runs `dllm doctor` on the CUDA emulator. Returns its output and the report of the emulator.
+fn on_emulator(args: &[&str], change: impl FnOnce(&mut Command)) -> (Output, String) {
     let folder = tempfile::tempdir().unwrap();
     let report = folder.path().join("report");
     let mut command = doctor(args);
     softgpu::lend(&mut command, &report);
     change(&mut command);
     let output = command.output().unwrap();
-    let report = std::fs::read_to_string(&report).unwrap_or_else(|error| panic!("no device started: {error}"));
+    let report =
+        std::fs::read_to_string(&report).unwrap_or_else(|error| panic!("the emulator was not started: {error}"));
     (output, report)
 }
 
 #[test]
-fn every_op_is_right() {
-    let (output, report) = on_software(&[], |_| {});
+fn every_op_passes() {
+    let (output, report) = on_emulator(&[], |_| {});
     let shown = text(&output.stdout);
     assert_eq!((output.status.code(), report.as_str()), (Some(0), ""), "{shown}{}", text(&output.stderr));
     for op in OPS {
@@ -43,10 +56,10 @@ fn every_op_is_right() {
     }
     for part in [
         "PTX 8.0, sources ",
-        "driver   knows CUDA 13.0\n",
+        "driver   CUDA 13.0\n",
         "0: software device 9.0, compute capability 9.0, 8.0 GiB",
-        "loads    compute_80 (the only one): advance, attention, cut,",
-        "This is a device in software: results count, times would mean nothing and are left out.",
+        "loads    compute_80 (the only one): advance, attention, embed,",
+        "This is a CUDA emulator: results are checked, times are meaningless and left out.",
         "all ok: 24 checks",
     ] {
         assert!(shown.contains(part), "{part:?} in {shown}");
@@ -57,9 +70,9 @@ fn every_op_is_right() {
 }
 
 #[test]
-fn threads_in_other_orders_and_an_older_device_are_as_well() {
+fn other_thread_orders_and_an_older_device_pass() {
     for seed in ["1", "2"] {
-        let (output, report) = on_software(&["--small"], |command| {
+        let (output, report) = on_emulator(&["--small"], |command| {
             command.env("SOFTGPU_SEED", seed).env("SOFTGPU_CC", "8.0").env("SOFTGPU_LAZY", "1");
         });
         let shown = text(&output.stdout);
@@ -69,8 +82,8 @@ fn threads_in_other_orders_and_an_older_device_are_as_well() {
 }
 
 #[test]
-fn json_is_one_object_with_everything() {
-    let (output, _) = on_software(&["--json"], |_| {});
+fn json_is_one_complete_object() {
+    let (output, _) = on_emulator(&["--json"], |_| {});
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let json: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(json["verdict"], "ok");
@@ -88,17 +101,17 @@ fn json_is_one_object_with_everything() {
         assert!(row["error"].as_f64().unwrap() <= row["bound"].as_f64().unwrap(), "{row}");
         assert!(row["bytes"].as_u64().unwrap() > 0 && row.get("median_us").is_none(), "{row}");
     }
-    // Every module is the file of an op that has been looked at, or measures a roof.
+    // Every module is the file of a checked op, or measures the bandwidth.
     for module in modules {
         let name = module["name"].as_str().unwrap();
-        assert!(OPS.contains(&name) || name == "roof", "{name} is not checked");
+        assert!(OPS.contains(&name) || name == "read_bandwidth", "{name} is not checked");
     }
-    // More than rounding has been looked at: something is not exact.
+    // Some results are not exact, so that the errors are real comparisons.
     assert!(rows.iter().any(|row| row["error"].as_f64() > Some(0.0)), "{json}");
 }
 
-/// A library of kernels in which one line of one file is another.
-fn faulty_kernels(folder: &Path, file: &str, good: &str, bad: &str) -> PathBuf {
+/// Builds a library of kernels in which one line of one file is changed.
+fn mutated_kernels(folder: &Path, file: &str, good: &str, bad: &str) -> PathBuf {
     let cuda = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda");
     let source = std::fs::read_to_string(cuda.join(file)).unwrap();
     assert_eq!(source.matches(good).count(), 1, "{good:?} in {file}");
@@ -123,20 +136,25 @@ fn faulty_kernels(folder: &Path, file: &str, good: &str, bad: &str) -> PathBuf {
 }
 
 #[test]
-fn a_wrong_kernel_is_named() {
+fn a_mutated_kernel_is_named() {
     for (file, good, bad, op) in [
-        // Rows are copied from where they go; the last row is left out.
-        ("any/gather_scatter.cu", "const int64_t from = kGather ? indexed : row,", "const int64_t from = row,", "rows"),
+        // The source row is the target row; the last row is skipped.
+        (
+            "any/gather_scatter.cu",
+            "const int64_t from = kGather ? indexed : row,",
+            "const int64_t from = row,",
+            "gather_scatter",
+        ),
         (
             "any/merge_state.cu",
             "row < num_rows(p.count, p.max_rows);",
             "row + 1 < num_rows(p.count, p.max_rows);",
-            "merge",
+            "merge_state",
         ),
     ] {
         let folder = tempfile::tempdir().unwrap();
-        let library = faulty_kernels(folder.path(), file, good, bad);
-        let (output, _) = on_software(&[], |command| {
+        let library = mutated_kernels(folder.path(), file, good, bad);
+        let (output, _) = on_emulator(&[], |command| {
             command.env("SOFTGPU_KERNELS", &library);
         });
         let (shown, error) = (text(&output.stdout), text(&output.stderr));
@@ -146,25 +164,25 @@ fn a_wrong_kernel_is_named() {
             rows.map(|row| row.rsplit(' ').next().unwrap().into()).collect()
         };
         assert!(verdicts(op).contains(&"WRONG".to_string()), "{shown}");
-        assert!(error.contains("of 24 checks did not pass: ") && error.contains(&format!("{op} (")), "{error}");
+        assert!(error.contains("of 24 checks failed: ") && error.contains(&format!("{op} (")), "{error}");
         for other in OPS.iter().filter(|other| **other != op) {
             assert_eq!(verdicts(other), ["ok", "ok"], "{other}: {shown}");
         }
-        let (output, _) = on_software(&["--json"], |command| {
+        let (output, _) = on_emulator(&["--json"], |command| {
             command.env("SOFTGPU_KERNELS", &library);
         });
         let json: Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!((output.status.code(), &json["verdict"]), (Some(1), &"wrong".into()));
         let wrong = |row: &&Value| row["op"] == op && row["verdict"] == "wrong";
         let row = json["ops"].as_array().unwrap().iter().find(wrong).unwrap();
-        assert!(row["message"].as_str().unwrap().contains("at most"), "{row}");
+        assert!(row["message"].as_str().unwrap().contains("expected at most"), "{row}");
     }
 }
 
-/// An error of the driver is told with what would be needed.
+/// An error of the driver is reported with the requirements.
 #[test]
-fn a_driver_that_fails_is_told() {
-    let (output, report) = on_software(&[], |command| {
+fn a_driver_error_is_reported() {
+    let (output, report) = on_emulator(&[], |command| {
         command.env("SOFTGPU_KERNELS", "/nowhere/libkernels.so");
     });
     let error = text(&output.stderr);
@@ -175,7 +193,7 @@ fn a_driver_that_fails_is_told() {
 
 #[test]
 fn an_old_device_is_listed_and_refused() {
-    let (output, _) = on_software(&[], |command| {
+    let (output, _) = on_emulator(&[], |command| {
         command.env("SOFTGPU_CC", "7.5");
     });
     let (shown, error) = (text(&output.stdout), text(&output.stderr));
@@ -184,29 +202,25 @@ fn an_old_device_is_listed_and_refused() {
     assert!(error.contains("compute capability 7.5; the kernels need 8.0"), "{error}");
 }
 
-/// Drivers of 525 to 565 run the kernels, and lack what the times of a build with `cuda-13` need.
+/// Drivers of 525 to 565 run the kernels but cannot time them.
 #[test]
-fn older_drivers_are_told_apart() {
-    let (output, report) = on_software(&[], |command| {
+fn older_drivers_are_distinguished() {
+    let (output, report) = on_emulator(&[], |command| {
         command.env("SOFTGPU_CUDA", "12.0");
     });
     let shown = text(&output.stdout);
     assert_eq!((output.status.code(), report.as_str()), (Some(0), ""), "{shown}{}", text(&output.stderr));
-    assert!(shown.contains("driver   knows CUDA 12.0\n") && shown.contains("all ok"), "{shown}");
-    assert_eq!(
-        shown.contains("times    not measured: this build needs a driver of 570"),
-        cfg!(feature = "cuda-13"),
-        "{shown}"
-    );
-    let (output, _) = on_software(&[], |command| {
+    assert!(shown.contains("driver   CUDA 12.0\n") && shown.contains("all ok"), "{shown}");
+    assert!(shown.contains("times    not measured: they need a driver of 570 or later"), "{shown}");
+    let (output, _) = on_emulator(&[], |command| {
         command.env("SOFTGPU_CUDA", "11.8");
     });
-    assert!(text(&output.stdout).contains("knows CUDA 11.8: too old; needed: an NVIDIA driver of 525"));
+    assert!(text(&output.stdout).contains("CUDA 11.8: too old; needed: an NVIDIA driver of 525"));
 }
 
 #[test]
 fn wrong_arguments_are_2() {
-    let (output, _) = on_software(&["--device", "3"], |_| {});
+    let (output, _) = on_emulator(&["--device", "3"], |_| {});
     let error = text(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{error}");
     assert!(error.contains("error: --device: expected a device from 0 to 0, found 3"), "{error}");
@@ -215,9 +229,9 @@ fn wrong_arguments_are_2() {
     }
 }
 
-/// Where there is a driver, it is hidden behind files that are none.
+/// An installed driver is hidden by invalid files of the same names.
 #[test]
-fn without_a_driver_it_says_what_is_needed() {
+fn without_a_driver_the_requirements_are_shown() {
     let folder = tempfile::tempdir().unwrap();
     let mut names = vec!["libcuda.so".to_string(), "libnvcuda.so".into()];
     names.extend((1..=13).map(|version| format!("libcuda.so.{version}")));

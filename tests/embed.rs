@@ -1,4 +1,4 @@
-//! Embedding against the oracle, through the launch code that ships. Bytes are copied: all must be equal.
+//! Compares the embedding kernel, launched by the shipped code, with the reference. Bytes are copied, so all must be equal.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -33,7 +33,7 @@ impl Case {
         Case { row_bytes, vocab_size, tokens, index: random.distinct(rows, rows + 3), count: None }
     }
 
-    /// Launches on random bytes and compares all of `out`, and what is told of failures, with the oracle.
+    /// Launches on random bytes and compares all of `out` and the failure word with the reference.
     fn check(&self, random: &mut Random) {
         let Case { row_bytes, vocab_size, tokens, index, .. } = self;
         let (row_bytes, rows) = (*row_bytes, index.len());
@@ -41,7 +41,7 @@ impl Case {
         let table: Vec<u8> = (0..vocab_size * row_bytes).map(|_| random.bits() as u8).collect();
         let mut want = vec![poison::<u8>(); rows * row_bytes];
         let counted = self.count.map_or(rows, |count| count.clamp(0, rows as i32) as usize);
-        let known = reference::embed::embed(&table, row_bytes, tokens, &index[..counted], &mut want);
+        let in_range = reference::embed::embed(&table, row_bytes, tokens, &index[..counted], &mut want);
 
         let stream = stream();
         let table = stream.upload(&spread(&table, row_bytes, table_stride)).unwrap();
@@ -65,16 +65,16 @@ impl Case {
             vocab_size: *vocab_size as i32,
             reserved: 0,
         };
-        // SAFETY: the buffers are as large as the struct says, and stay until the stream has been waited for.
+        // SAFETY: the buffers have the sizes of the struct, and live until the stream has been synchronised.
         unsafe { embed::launch_raw(stream.device(), stream.raw(), &params) }.unwrap();
-        let told = if known { DLLM_NONE_FAILED } else { DLLM_INDEX_FAILED };
-        assert_eq!(failed.read().unwrap(), [told]);
+        let expected = if in_range { DLLM_NONE_FAILED } else { DLLM_INDEX_FAILED };
+        assert_eq!(failed.read().unwrap(), [expected]);
         let same = out.read().unwrap() == spread(&want, row_bytes, out_stride);
         assert!(same, "{rows} rows of {row_bytes} bytes, count {:?}", self.count);
     }
 }
 
-/// One vector, rows around one round of the block's 256 threads, and those of the models.
+/// Rows of one vector, of about one round of the block's 256 threads, and of the models.
 fn embeds_rows() {
     let random = &mut Random(1);
     for row_bytes in [16, 48, 4096, 4112, 7168, 8192, 16384] {
@@ -99,7 +99,7 @@ fn leaves_out_rows_out_of_range() {
             let mut case = Case::new(random, 48, 5);
             case.index[place] = wrong;
             case.check(random);
-            case.count = Some(4); // past the count nobody looks at it
+            case.count = Some(4); // indices after the count are ignored
             case.check(random);
         }
         for wrong in [-1, 19, i32::MAX, i32::MIN] {
@@ -110,7 +110,7 @@ fn leaves_out_rows_out_of_range() {
     }
 }
 
-/// The safe launch without an index list, with and without a place for failures.
+/// The safe launch without an index list, with and without a failure word.
 fn embeds_every_token_of_every_type() {
     fn check<T: Float>() {
         let (random, width, stream) = (&mut Random(4), 24, stream());
@@ -127,8 +127,8 @@ fn embeds_every_token_of_every_type() {
             let rows = Embed { table: &table, width, tokens: &tokens, index, count, out: &mut out, failed: place };
             embed::launch(&stream, rows).unwrap();
             same_bits("embedded", &out.read().unwrap(), &want);
-            let told = if with_failed { DLLM_INDEX_FAILED } else { DLLM_NONE_FAILED };
-            assert_eq!(failed.read().unwrap(), [told]);
+            let expected = if with_failed { DLLM_INDEX_FAILED } else { DLLM_NONE_FAILED };
+            assert_eq!(failed.read().unwrap(), [expected]);
         }
     }
     check::<bf16>();
@@ -136,7 +136,7 @@ fn embeds_every_token_of_every_type() {
     check::<f32>();
 }
 
-/// One capture; count, indices and tokens change on the device, and each replay follows them.
+/// Replays of one captured graph use the count, indices and tokens that are on the device then.
 fn replays() {
     device().preload().unwrap();
     let (random, width, stream) = (&mut Random(5), 8, stream());
@@ -160,7 +160,7 @@ fn replays() {
         assert!(reference::embed::embed(&values, width, &ids, &indices[..rows as usize], &mut want));
         for _ in 0..2 {
             out.write(&vec![poison(); 3 * width]).unwrap();
-            // SAFETY: the buffers are still there, and of this stream.
+            // SAFETY: the buffers are alive and belong to this stream.
             unsafe { graph.launch() }.unwrap();
             same_bits("replayed", &out.read().unwrap(), &want);
         }

@@ -1,4 +1,4 @@
-//! Gather and scatter against the oracle, through the launch code that ships. Bytes are copied: all must be equal.
+//! Compares gather and scatter, launched by the shipped code, with the reference. Bytes are copied, so all must be equal.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -13,7 +13,7 @@ on_device! {
     copies_rows,
     counts_on_the_device,
     leaves_out_rows_out_of_range,
-    leaves_them_out_in_silence,
+    leaves_them_out_without_a_failure_word,
     copies_elements_of_every_type,
     replays,
     wrong_sizes_are_errors,
@@ -27,19 +27,19 @@ struct Case {
     num_indexed_rows: usize,
     index: Vec<i32>,
     count: Option<i32>,
-    /// Whether there is a place to tell of failures.
-    tells: bool,
+    /// Whether the launch has a failure word.
+    reports: bool,
 }
 
 impl Case {
-    /// `rows` different ones of `num_indexed_rows`.
+    /// Case with `rows` distinct indices below `num_indexed_rows`.
     fn new(random: &mut Random, copy: Copy, row_bytes: usize, rows: usize, num_indexed_rows: usize) -> Case {
         let index = random.distinct(rows, num_indexed_rows);
         let (source_stride, target_stride) = (row_bytes + 32, row_bytes + 16);
-        Case { copy, row_bytes, source_stride, target_stride, num_indexed_rows, index, count: None, tells: true }
+        Case { copy, row_bytes, source_stride, target_stride, num_indexed_rows, index, count: None, reports: true }
     }
 
-    /// Launches on random bytes and compares all of the target, and what is told of failures, with the oracle.
+    /// Launches on random bytes and compares all of the target and the failure word with the reference.
     fn check(&self, random: &mut Random) {
         let Case { copy, row_bytes, source_stride, target_stride, .. } = *self;
         let (source_rows, target_rows) = match copy {
@@ -50,7 +50,7 @@ impl Case {
         let mut want = vec![poison::<u8>(); target_rows * row_bytes];
         let counted = self.count.map_or(self.index.len(), |count| count.clamp(0, self.index.len() as i32) as usize);
         let index = &self.index[..counted];
-        let known = match copy {
+        let in_range = match copy {
             Copy::Gather => reference::gather_scatter::gather(&source, row_bytes, index, &mut want),
             Copy::Scatter => reference::gather_scatter::scatter(&source, row_bytes, index, &mut want),
         };
@@ -67,17 +67,17 @@ impl Case {
             target: target.address(),
             index: index.address(),
             count: count.as_ref().map_or(0, |count| count.address()),
-            failed: if self.tells { failed.address() } else { 0 },
+            failed: if self.reports { failed.address() } else { 0 },
             source_stride_bytes: source_stride as i64,
             target_stride_bytes: target_stride as i64,
             row_bytes: row_bytes as i64,
             max_rows: self.index.len() as i32,
             num_indexed_rows: self.num_indexed_rows as i32,
         };
-        // SAFETY: the buffers are as large as the struct says, and stay until the stream has been waited for.
+        // SAFETY: the buffers have the sizes of the struct, and live until the stream has been synchronised.
         unsafe { gather_scatter::launch_raw(stream.device(), stream.raw(), &params, copy) }.unwrap();
-        let told = if known || !self.tells { DLLM_NONE_FAILED } else { DLLM_INDEX_FAILED };
-        assert_eq!(failed.read().unwrap(), [told]);
+        let expected = if in_range || !self.reports { DLLM_NONE_FAILED } else { DLLM_INDEX_FAILED };
+        assert_eq!(failed.read().unwrap(), [expected]);
         let same = target.read().unwrap() == spread(&want, row_bytes, target_stride);
         assert!(same, "{copy:?}, {} rows of {row_bytes} bytes, count {:?}", self.index.len(), self.count);
     }
@@ -85,7 +85,7 @@ impl Case {
 
 const BOTH: [Copy; 2] = [Copy::Gather, Copy::Scatter];
 
-/// One vector, rows around one, four and five rounds of the block's 256 threads, and those of the models.
+/// Rows of one vector, of about one, four and five rounds of the block's 256 threads, and of the models.
 fn copies_rows() {
     let random = &mut Random(1);
     for copy in BOTH {
@@ -115,7 +115,7 @@ fn leaves_out_rows_out_of_range() {
                 let mut case = Case::new(random, copy, 48, 5, 8);
                 case.index[place] = wrong;
                 case.check(random);
-                case.count = Some(4); // past the count nobody looks at it
+                case.count = Some(4); // indices after the count are ignored
                 case.check(random);
             }
         }
@@ -124,17 +124,17 @@ fn leaves_out_rows_out_of_range() {
     }
 }
 
-/// With nowhere to tell of it a row of -1 is left out just so.
-fn leaves_them_out_in_silence() {
+/// Rows out of range are skipped without a failure word too.
+fn leaves_them_out_without_a_failure_word() {
     let random = &mut Random(6);
     for copy in BOTH {
         for index in [vec![-1, 3, -1, 0, 7], vec![6, i32::MIN, 1, 8, -1], vec![-1; 5]] {
-            Case { index, tells: false, ..Case::new(random, copy, 4112, 5, 8) }.check(random);
+            Case { index, reports: false, ..Case::new(random, copy, 4112, 5, 8) }.check(random);
         }
     }
 }
 
-/// The safe launch, with and without a place for failures.
+/// The safe launch, with and without a failure word.
 fn copies_elements_of_every_type() {
     fn check<T: Float>() {
         let (random, width, stream) = (&mut Random(4), 24, stream());
@@ -157,8 +157,8 @@ fn copies_elements_of_every_type() {
             };
             gather_scatter::launch(&stream, rows, Copy::Gather).unwrap();
             same_bits("gathered", &target.read().unwrap(), &want);
-            let told = if with_failed { DLLM_INDEX_FAILED } else { DLLM_NONE_FAILED };
-            assert_eq!(failed.read().unwrap(), [told]);
+            let expected = if with_failed { DLLM_INDEX_FAILED } else { DLLM_NONE_FAILED };
+            assert_eq!(failed.read().unwrap(), [expected]);
         }
     }
     check::<bf16>();
@@ -166,7 +166,7 @@ fn copies_elements_of_every_type() {
     check::<f32>();
 }
 
-/// One capture; count and indices change on the device, and each replay follows them.
+/// Replays of one captured graph use the count and indices that are on the device then.
 fn replays() {
     device().preload().unwrap();
     let (random, width, stream) = (&mut Random(5), 8, stream());
@@ -192,7 +192,7 @@ fn replays() {
         assert!(reference::gather_scatter::gather(&values, width, &indices[..rows as usize], &mut want));
         for _ in 0..2 {
             target.write(&vec![poison(); 4 * width]).unwrap();
-            // SAFETY: the buffers are still there, and of this stream.
+            // SAFETY: the buffers are alive and belong to this stream.
             unsafe { graph.launch() }.unwrap();
             same_bits("replayed", &target.read().unwrap(), &want);
         }

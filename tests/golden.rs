@@ -1,6 +1,6 @@
-//! Replays what the original Python implementations computed (`tests/golden/README.md`), step by step.
+//! Replays recordings of the reference implementations in Python (`tests/golden/README.md`), step by step.
 //!
-//! `DLLM_GOLDEN_DIR` points the suite at another directory of the same format.
+//! `DLLM_GOLDEN_DIR` selects another directory of the same format.
 
 mod recorded;
 
@@ -108,7 +108,7 @@ fn forward_window(model: &Model, case: &Value, tensors: &Tensors, suffix: bool) 
     worst
 }
 
-/// The cache after the full run against the recorded one, whose keys are not rotated yet.
+/// Compares the cache after the full forward with the recorded one, whose keys have no rotary embedding yet.
 fn cached_keys_and_values(
     config: &Config,
     session: &Session<Cpu>,
@@ -132,7 +132,7 @@ fn cached_keys_and_values(
             for (row, want) in want.chunks_mut(heads * d).enumerate() {
                 let (sequence, position) = (row / length, row % length);
                 for head in 0..heads {
-                    // LLaDA keeps [B, heads, L, d], Dream [B, L, heads * d].
+                    // LLaDA stores [B, heads, L, d], Dream [B, L, heads * d].
                     let from = match config.family {
                         Family::Llada => ((sequence * heads + head) * length + position) * d,
                         Family::Dream => (row * heads + head) * d,
@@ -252,14 +252,14 @@ fn sampler_dream() {
     }
 }
 
-/// Sampling is by Gumbel-max, which forms no probabilities: rebuild them from the cut, and check that the confidence of
-/// a drawn token is the recorded one.
+/// Checks probabilities and the confidence of drawn tokens. Sampling by Gumbel-max computes no probabilities, so they are rebuilt
+/// from the smallest logit that top-k and top-p keep.
 fn dream_probabilities(setting: &SamplingParams, logits: &[f32], probs: &[f32], name: &str) {
     let vocab = 64;
     let tempered = if setting.temperature > 0.0 { setting.temperature } else { 1.0 };
     for (row, probs) in logits.chunks(vocab).zip(probs.chunks(vocab)) {
-        let cut = min_kept_logit(row, tempered, setting.top_p, setting.top_k);
-        let weight = |l: f32| if l >= cut { (l as f64 / tempered).exp() } else { 0.0 };
+        let min_kept = min_kept_logit(row, tempered, setting.top_p, setting.top_k);
+        let weight = |l: f32| if l >= min_kept { (l as f64 / tempered).exp() } else { 0.0 };
         let total: f64 = row.iter().map(|l| weight(*l)).sum();
         for (l, want) in row.iter().zip(probs) {
             assert!((weight(*l) / total - *want as f64).abs() < 1e-6, "{name}");
@@ -280,7 +280,7 @@ fn sampler_gumbel() {
         let (logits, uniform) = (tensors.f32(&format!("{name}.logits")), tensors.f64(&format!("{name}.uniform")));
         let (noised, x0) = (tensors.f64(&format!("{name}.noised")), tensors.i64(&format!("{name}.x0")));
         let vocab = logits.len() / x0.len();
-        // The crate adds T * gumbel to the logit; the original divides e^logit by (-ln u)^T. The same, in logarithms.
+        // The crate adds T * gumbel to the logit; the reference implementation divides e^logit by (-ln u)^T, which is equivalent.
         let got: Vec<f64> =
             logits.iter().zip(&uniform).map(|(l, u)| *l as f64 - temperature * (-u.ln()).ln()).collect();
         for (got, want) in got.iter().zip(&noised) {
@@ -355,16 +355,16 @@ fn trajectories() {
         let mut trace = Trace::default();
         let decoded = decode(&mut session, model.config(), &prompts, &options, None, &mut trace).unwrap();
         compare(&name, &case, model.config(), &options, &decoded, &trace);
-        // The same without an observer, which scores fewer rows.
+        // A decode without an observer computes fewer logit rows.
         let quiet = decode(&mut session, model.config(), &prompts, &options, None, &mut ()).unwrap();
-        assert_eq!(quiet.tokens, decoded.tokens, "{name}: tokens depend on being watched");
+        assert_eq!(quiet.tokens, decoded.tokens, "{name}: tokens depend on the observer");
         replayed += 1;
     }
-    println!("{replayed} trajectories replayed, with {selected_rows} choices of V-verify");
+    println!("{replayed} trajectories replayed, with {selected_rows} selections by V-verify");
     assert!(replayed > 0 && selected_rows > 0);
 }
 
-/// A session that looks at the logits of all generated rows, which are the recorded ones, and decides by them.
+/// Engine that compares the logits of all generated rows with the recorded ones, and samples from them.
 struct Compared<'m> {
     session: Session<'m, Cpu>,
     family: Family,
@@ -379,7 +379,7 @@ impl DecodeEngine for Compared<'_> {
         let [QueryRows { sequence: 0, rows: window, .. }] = pass.query_rows else {
             panic!("one sequence, not {:?}", pass.query_rows)
         };
-        // Dream's first token is decided by the row before it.
+        // Dream's first token is predicted by the row before it.
         let shift = usize::from(self.family == Family::Dream);
         let index: Vec<usize> = (self.prompt_len - shift - window.start..window.len()).collect();
         self.session.forward(tokens, pass.query_rows, pass.plan, &index, None)?;
@@ -396,7 +396,7 @@ impl DecodeEngine for Compared<'_> {
     }
 }
 
-/// Logits of all generated rows, those that did not run included, where they were recorded.
+/// Compares the logits of all generated rows, including those that did not run, at the recorded steps.
 #[test]
 fn adaptive_logits() {
     for (model, name) in [("tiny-llada", "llada"), ("tiny-dream", "dream")] {
@@ -416,7 +416,7 @@ fn adaptive_logits() {
     }
 }
 
-/// A table of logits in place of the network.
+/// Engine that reads logits from a table instead of a model.
 struct Scripted<'a> {
     logits: &'a [f32],
     batch: usize,
@@ -432,7 +432,7 @@ impl DecodeEngine for Scripted<'_> {
         for group in pass.candidates {
             let window = &pass.query_rows.iter().find(|w| w.sequence == group.sequence).unwrap().rows;
             for position in &group.positions {
-                // Dream reads the row before, within the window.
+                // Dream's logits come from the row before, within the window.
                 let row = match self.family {
                     Family::Dream if *position > window.start => position - 1,
                     _ => *position,
@@ -478,7 +478,7 @@ fn scripted() {
     }
 }
 
-/// Every checkpoint of the set holds exactly the tensors that its config calls for.
+/// Every golden checkpoint has exactly the tensors that its config requires.
 #[test]
 fn tensor_lists() {
     for (name, model) in models() {

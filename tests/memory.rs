@@ -1,7 +1,7 @@
-//! Decoding takes the memory that the arithmetic says: neither more nor much less, and no copy of the weights.
+//! A decode on the CPU takes the estimated memory, neither more nor much less, and no copy of the weights.
 //!
-//! Each case decodes in a process of its own, which reads how much of its memory is anonymous (mapped files are not)
-//! while the decode still holds its buffers. Only Linux tells the two apart.
+//! Each case decodes in a process of its own, which reads the size of its anonymous memory (mapped files are not anonymous) while
+//! the decode holds its buffers. Only Linux distinguishes the two.
 
 #![cfg_attr(not(target_os = "linux"), allow(dead_code, unused_imports))]
 
@@ -14,22 +14,22 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// Set for the child: directory, mode, prompt length, sequences.
+/// Environment variable of the child process: directory, mode, prompt length, number of sequences.
 const CASE: &str = "DLLM_MEMORY_CASE";
 const THREADS: usize = 2;
-/// Without a cache, and with.
+/// Modes with no cache, DualCache and AdaptiveCache.
 const PLAIN: [&str; 3] = ["none", "dual", "adaptive"];
-/// DualCache that keeps outputs, and the adaptive cache of twins.
-const KEPT: [&str; 2] = ["refresh-ratio", "guided"];
-/// Twins whose distances are remembered; without, and of as many positions.
-const REMEMBERED: [&str; 2] = ["guided-long", "remembered"];
+/// A hybrid cache, and AdaptiveCache with guidance: its unconditional sequences have a cache too.
+const FEATURE_CACHE: [&str; 2] = ["refresh-ratio", "guided"];
+/// Guided modes of equal length, without and with stored guidance differences.
+const GUIDED_AT_INTERVALS: [&str; 2] = ["guided-long", "remembered"];
 const MIB: usize = 1 << 20;
 
-/// What a process and an allocator have beside the decode.
+/// Memory of the process and the allocator that does not belong to the decode.
 const SLACK: usize = 32 * MIB;
 
 fn options(mode: &str) -> Options {
-    // A refresh and one forward of the block.
+    // Two forwards: a refresh and a block step.
     let options = Options { gen_length: 32, steps: Some(2), policy: Policy::Fixed, ..Options::default() };
     let long = Options { gen_length: 256, block_length: Some(256), cfg_scale: 1.5, ..options.clone() };
     let adaptive = CacheMode::Adaptive;
@@ -49,33 +49,33 @@ fn prompts(length: usize, sequences: usize) -> Vec<Vec<u32>> {
     (0..sequences).map(|s| (0..length).map(|i| ((i * 7 + s) % 900) as u32).collect()).collect()
 }
 
-/// Anonymous memory of this process that is resident.
+/// Anonymous memory of this process in bytes, without swapped pages.
 fn anonymous() -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:")).expect("RssAnon in /proc/self/status");
     line.trim().trim_end_matches("kB").trim().parse::<usize>().unwrap() << 10
 }
 
-/// The most that this process has while `work` is done, looked at every millisecond, and what it returns.
+/// Returns the largest [`anonymous`] during `work`, sampled every millisecond, and the result of `work`.
 fn peak<T>(work: impl FnOnce() -> T) -> (usize, T) {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let watch = scope.spawn(|| {
-            let mut most = 0;
+        let sampler = scope.spawn(|| {
+            let mut max = 0;
             while !done.load(Ordering::Relaxed) {
-                most = most.max(anonymous());
+                max = max.max(anonymous());
                 std::thread::sleep(Duration::from_millis(1));
             }
-            most
+            max
         });
         let result = work();
         done.store(true, Ordering::Relaxed);
-        (watch.join().unwrap(), result)
+        (sampler.join().unwrap(), result)
     })
 }
 
 #[test]
-#[ignore = "the process that the other tests of this file start"]
+#[ignore = "runs in the processes that the other tests of this file start"]
 fn child() {
     let Ok(case) = std::env::var(CASE) else { return };
     let [dir, mode, length, sequences] = case.split(';').collect::<Vec<_>>().try_into().unwrap();
@@ -84,9 +84,9 @@ fn child() {
     pool.install(|| {
         let model = Model::open(dir).unwrap();
         let generator = Generator::new(&model).options(options(mode));
-        let (most, generation) = peak(|| generator.generate(&prompts).unwrap());
+        let (max, generation) = peak(|| generator.generate(&prompts).unwrap());
         assert_eq!(generation.nfe, 2);
-        println!("anonymous: {most}");
+        println!("anonymous: {max}");
     });
 }
 
@@ -98,11 +98,11 @@ fn measure(case: &str) -> usize {
         .unwrap();
     let stdout = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{case}: {stdout}{}", String::from_utf8_lossy(&output.stderr));
-    let line = stdout.lines().find_map(|l| l.split_once("anonymous: ")).expect("the child's answer");
+    let line = stdout.lines().find_map(|l| l.split_once("anonymous: ")).expect("the child's output");
     line.1.trim().parse().unwrap()
 }
 
-/// Every (prompt length, sequences) in these modes; returns what each took.
+/// Checks each case (prompt length, number of sequences) in each mode. Returns the measured bytes.
 fn check(dir: &Path, modes: &[&str], cases: &[(usize, usize)]) -> Vec<usize> {
     let config = Config::open(dir).unwrap();
     let mut all = vec![];
@@ -126,7 +126,7 @@ fn check(dir: &Path, modes: &[&str], cases: &[(usize, usize)]) -> Vec<usize> {
     all
 }
 
-/// A checkpoint of this shape in the public layout, random weights.
+/// Writes a checkpoint of this shape with random weights in the public layout. Returns the bytes of the weights.
 fn write(dir: &Path, config: &Config) -> usize {
     let weights = Weights::random(config, 1).unwrap();
     let get = |(name, shape): (String, Vec<usize>)| (weights.get(&name, &shape).unwrap(), name);
@@ -157,7 +157,7 @@ fn write(dir: &Path, config: &Config) -> usize {
 fn small() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-math");
     check(&dir, &PLAIN, &[(64, 1), (400, 1)]);
-    check(&dir, &KEPT, &[(400, 1)]);
+    check(&dir, &FEATURE_CACHE, &[(400, 1)]);
 }
 
 #[test]
@@ -165,17 +165,18 @@ fn small() {
 fn large() {
     let dir = tempfile::tempdir().unwrap();
     let weights = write(dir.path(), &Config::shape("mid").unwrap());
-    // Four sequences make buffers beside which the slack is small.
+    // With four sequences the buffers are large compared with the slack.
     let measured = check(dir.path(), &PLAIN, &[(64, 1), (400, 1), (400, 4)]);
     assert!(measured[0] < weights / 2, "the weights were copied: {} bytes of {weights}", measured[0]);
-    // What is kept is a third of it.
-    check(dir.path(), &KEPT, &[(400, 2)]);
+    // The feature cache is a third of the memory.
+    check(dir.path(), &FEATURE_CACHE, &[(400, 2)]);
 }
 
-/// A vocabulary beside which everything else is small: logits of all positions, of both, and how far apart they are.
+/// A vocabulary so large that the memory is mostly logits: those of all positions with and without condition, and the stored
+/// guidance differences.
 #[test]
-#[cfg_attr(not(target_os = "linux"), ignore = "not run: memory::remembered needs Linux's RssAnon")]
-fn remembered() {
+#[cfg_attr(not(target_os = "linux"), ignore = "not run: memory::guided_at_intervals needs Linux's RssAnon")]
+fn guided_at_intervals() {
     let dir = tempfile::tempdir().unwrap();
     let config = Config {
         d_model: 64,
@@ -188,7 +189,7 @@ fn remembered() {
         ..Config::shape("mid").unwrap()
     };
     write(dir.path(), &config);
-    let measured = check(dir.path(), &REMEMBERED, &[(8, 1)]);
-    let distances = 256 * config.vocab_size * size_of::<f32>();
-    assert!(measured[1] - measured[0] > 2 * distances, "{measured:?}");
+    let measured = check(dir.path(), &GUIDED_AT_INTERVALS, &[(8, 1)]);
+    let differences = 256 * config.vocab_size * size_of::<f32>();
+    assert!(measured[1] - measured[0] > 2 * differences, "{measured:?}");
 }

@@ -1,6 +1,6 @@
-//! Merging attentions against the oracle, through the launch code that ships.
+//! Compares merged attention states, launched by the shipped code, with the reference.
 //!
-//! The weights' error in f32 is bounded beforehand ([`WEIGHT`]), and the result must lie between the oracle's for the two ends.
+//! The error of the weights in f32 has a known bound ([`WEIGHT`]). The result must be between the reference's for both bounds.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -16,7 +16,7 @@ use dllm_kernels::reference::merge_state::merge;
 use half::{bf16, f16};
 
 on_device! {
-    equals_the_oracle,
+    equals_the_reference,
     counts_on_the_device,
     takes_many_rows,
     sides_without_keys,
@@ -30,14 +30,17 @@ on_device! {
     wrong_sizes_are_errors,
 }
 
-/// Error of `weight_a a + weight_b b` in units of |a| + |b|: the difference d of the log-sum-exps, rounded, moves e^-d by at
-/// most d e^-d <= 0.37 halves of a unit in the last place; the exponential by two units; sum, quotient and two products by a
-/// half each, and so does their sum, whose rounding to f32 the oracle's own covers. Units of 2^-23, rounded up.
+/// Error of `weight_a a + weight_b b` in units of |a| + |b|, where a unit in the last place is 2^-23:
+/// - rounding the difference d of the log-sum-exps changes e^-d by at most d e^-d <= 0.37 half units;
+/// - the exponential has an error of two units;
+/// - the sum, the quotient and the two products have half a unit each.
+///
+/// The last sum's rounding to f32 is part of the reference. The total is rounded up.
 const WEIGHT: f64 = 5.0 / (1 << 23) as f64;
 /// Error of the log-sum-exp, relative to itself and absolutely: the rounding of the sum; logarithm and exponential.
 const LSE: f64 = 4.0 / (1 << 23) as f64;
 
-/// What two products lose below the least f32.
+/// Underflow error of two products.
 const TINY: f64 = f32::from_bits(2) as f64;
 
 const NONE: f32 = f32::NEG_INFINITY;
@@ -52,7 +55,7 @@ struct Case<T> {
     count: Option<i32>,
 }
 
-/// Where the result goes.
+/// Buffer of the result.
 #[derive(Clone, Copy, PartialEq)]
 enum To {
     Other,
@@ -69,7 +72,7 @@ impl<T: Float> Case<T> {
         Case { num_heads, head_dim, a: side(), b: side(), count: None }
     }
 
-    /// One row for each pair, all elements of a side the same.
+    /// One row for each pair; all elements of a side are equal.
     fn pairs(pairs: &[[(f32, f32); 2]]) -> Case<T> {
         let side = |i: usize| {
             let out = pairs.iter().flat_map(|pair| [T::of(pair[i].0); 8]).collect();
@@ -86,12 +89,12 @@ impl<T: Float> Case<T> {
         self.a.1.len() / self.num_heads
     }
 
-    /// Of a, b and the result, when that is neither.
+    /// Strides of a, b and a separate result.
     fn strides(&self) -> [usize; 3] {
         [1, 3, 2].map(|gap| self.width() + gap * 16 / size_of::<T>())
     }
 
-    /// The result as it lies in memory, and its stride; the log-sum-exps with one more behind them.
+    /// Returns the result with its gaps, its stride, and the log-sum-exps with one more element after them.
     fn run(&self, to: To) -> (Vec<T>, usize, Vec<f32>) {
         let (stream, rows, strides) = (stream(), self.rows(), self.strides());
         let [a, b] = [(&self.a.0, strides[0]), (&self.b.0, strides[1])]
@@ -123,12 +126,12 @@ impl<T: Float> Case<T> {
             head_dim: self.head_dim as i32,
             dtype: T::DTYPE as i32,
         };
-        // SAFETY: the buffers are as large as the struct says, and stay until the stream has been waited for.
+        // SAFETY: the buffers have the sizes of the struct, and live until the stream has been synchronised.
         unsafe { merge_state::launch_raw(stream.device(), stream.raw(), &params) }.unwrap();
         (out.read().unwrap(), out_stride, out_lse.read().unwrap())
     }
 
-    /// Without what lies between rows.
+    /// Returns the result without gaps, and the log-sum-exps.
     fn packed(&self, to: To) -> (Vec<T>, Vec<f32>) {
         let (out, stride, mut lse) = self.run(to);
         lse.pop();
@@ -163,7 +166,7 @@ impl<T: Float> Case<T> {
                 }
             }
         }
-        assert_eq!(got_lse.last().unwrap().to_bits(), !0, "{what}: behind lse");
+        assert_eq!(got_lse.last().unwrap().to_bits(), !0, "{what}: a write after lse");
         let [low, high] = [low, high].map(|end| spread(&end, self.width(), stride));
         within(&what, &got, [&low, &high]);
     }
@@ -173,9 +176,9 @@ fn bits((out, lse): (Vec<f32>, Vec<f32>)) -> [Vec<u32>; 2] {
     [out, lse].map(|x| x.iter().map(|x| x.to_bits()).collect())
 }
 
-/// Heads of one vector, of no power of two of them, of the models, and of more than a warp holds; blocks that are full and
-/// not.
-fn equals_the_oracle() {
+/// Heads of one vector, of several that are no power of two, of the models' sizes and of more than a warp holds; full and partial
+/// blocks.
+fn equals_the_reference() {
     fn check<T: Float>() {
         let random = &mut Random(1);
         let vector = 16 / size_of::<T>();
@@ -208,7 +211,7 @@ fn takes_many_rows() {
     Case { count: Some(3), ..Case::<f16>::new(&mut Random(3), 70_000, 1, 8) }.check("many");
 }
 
-/// The other side exactly, whatever the empty one holds.
+/// With one side empty the result is the other side exactly, whatever the empty side's memory contains.
 fn sides_without_keys() {
     fn check<T: Float>() {
         let (nan, inf) = (f32::NAN, f32::INFINITY);
@@ -246,9 +249,9 @@ fn passes_on_what_is_not_finite() {
         let sides: Vec<_> = edge.iter().flat_map(|x| lses.iter().map(|lse| (*x, *lse))).collect();
         let pairs: Vec<_> = sides.iter().flat_map(|a| sides.iter().map(|b| [*a, *b])).collect();
         Case::<T>::pairs(&pairs).check("edges");
-        // Neither overflows, nor is lost: the weights sum to one.
-        let (most, least) = (T::LARGEST, T::SMALLEST);
-        Case::<T>::pairs(&[[(most, 5.0), (most, 5.0)], [(least, 5.0), (least, 5.0)]]).check("ends of the range");
+        // No overflow and no underflow, because the weights sum to one.
+        let (max, min) = (T::LARGEST, T::SMALLEST);
+        Case::<T>::pairs(&[[(max, 5.0), (max, 5.0)], [(min, 5.0), (min, 5.0)]]).check("ends of the range");
         Case::<T>::pairs(&[[(1.0, f32::MAX), (2.0, f32::MIN)], [(1.0, f32::MAX), (2.0, f32::MAX)]]).check("large sums");
     }
     check::<bf16>();
@@ -290,24 +293,24 @@ fn overwrites_either_side() {
     check::<f32>();
 }
 
-/// A row's bits are its own: they depend neither on the order of threads nor on the other rows.
+/// The bits of a row depend neither on the order of threads nor on the other rows.
 fn same_bits_whatever_else_runs() {
     let (rows, num_heads, head_dim) = (7, 3, 64);
     let case = Case::<f32>::new(&mut Random(6), rows, num_heads, head_dim);
     let [out, lse] = in_every_order(|| bits(case.packed(To::Other)));
     let width = num_heads * head_dim;
     for row in 0..rows {
-        let of = |side: &(Vec<f32>, Vec<f32>)| {
+        let row_of = |side: &(Vec<f32>, Vec<f32>)| {
             (side.0[row * width..][..width].to_vec(), side.1[row * num_heads..][..num_heads].to_vec())
         };
-        let alone = bits(Case { a: of(&case.a), b: of(&case.b), ..case.clone() }.packed(To::Other));
+        let alone = bits(Case { a: row_of(&case.a), b: row_of(&case.b), ..case.clone() }.packed(To::Other));
         assert_eq!(alone, [out[row * width..][..width].to_vec(), lse[row * num_heads..][..num_heads].to_vec()]);
     }
 }
 
 const HEADS: Heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 32 };
 
-/// Queries, and keys and values, of which any range of rows can be attended to.
+/// Queries, keys and values; attention can run over any range of the keys.
 struct Whole<T> {
     rows: usize,
     q: Vec<T>,
@@ -349,7 +352,7 @@ impl<T: Float> Whole<T> {
         (out.read().unwrap(), lse.read().unwrap())
     }
 
-    /// As the safe launch merges them: the second into the first.
+    /// Merges the second state into the first with the safe launch.
     fn merged(&self, stream: &Stream, a: (Vec<T>, Vec<f32>), b: (Vec<T>, Vec<f32>)) -> (Vec<T>, Vec<f32>) {
         let (mut out, mut lse) = (stream.upload(&a.0).unwrap(), stream.upload(&a.1).unwrap());
         let (b_out, b_lse) = (stream.upload(&b.0).unwrap(), stream.upload(&b.1).unwrap());
@@ -367,11 +370,11 @@ impl<T: Float> Whole<T> {
         (out.read().unwrap(), lse.read().unwrap())
     }
 
-    /// Rounded once per part and once per merge, to T; a share of the head's largest element.
+    /// Checks the error relative to the head's largest element: one rounding to T per part and one per merge.
     fn same(&self, got: &(Vec<T>, Vec<f32>), want: &(Vec<T>, Vec<f32>), merges: usize, what: &str) {
         let unit = if T::NAME == "bf16" { 1.0 / 256.0 } else { 1.0 / 2048.0 };
         for (got, want) in got.0.chunks_exact(HEADS.head_dim).zip(want.0.chunks_exact(HEADS.head_dim)) {
-            // The parts' elements can be larger than the whole's: they are means of fewer values.
+            // Elements of parts can be larger than those of the whole, because they are means of fewer values.
             let largest = want.iter().fold(0.5f32, |m, x| m.max(x.f32().abs()));
             for (got, want) in got.iter().zip(want) {
                 let error = (got.f32() - want.f32()).abs();
@@ -384,7 +387,7 @@ impl<T: Float> Whole<T> {
     }
 }
 
-/// Cut anywhere, in either order, one half empty too.
+/// Two parts of the keys, split anywhere, in either order, also with one part empty.
 fn halves_of_an_attention() {
     fn check<T: Float>() {
         let (stream, keys) = (stream(), 150);
@@ -407,7 +410,7 @@ fn halves_of_an_attention() {
     check::<f16>();
 }
 
-/// A cascade of merges.
+/// Several merges in a row.
 fn many_parts() {
     let (stream, keys) = (stream(), 200);
     let whole = Whole::<f16>::new(&mut Random(8), 5, keys);
@@ -417,10 +420,10 @@ fn many_parts() {
         let part = whole.attend(&stream, part);
         got = whole.merged(&stream, got, part);
     }
-    whole.same(&got, &want, 4, "a cascade");
+    whole.same(&got, &want, 4, "several merges");
 }
 
-/// One capture of the safe launch in place; the count changes on the device, and each replay follows it.
+/// Replays of one captured in-place launch use the count that is on the device then.
 fn replays() {
     device().preload().unwrap();
     let stream = stream();
@@ -447,7 +450,7 @@ fn replays() {
         count.write(&[counted as i32]).unwrap();
         out.write(&case.a.0).unwrap();
         lse.write(&case.a.1).unwrap();
-        // SAFETY: the buffers are still there, and of this stream.
+        // SAFETY: the buffers are alive and belong to this stream.
         unsafe { graph.launch() }.unwrap();
         same_bits("out", &out.read().unwrap(), &[&whole.0[..counted * 64], &case.a.0[counted * 64..]].concat());
         same_bits("lse", &lse.read().unwrap(), &[&whole.1[..counted * 2], &case.a.1[counted * 2..]].concat());

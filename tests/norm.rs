@@ -1,6 +1,6 @@
-//! Residual add and RMSNorm against the oracle, through the launch code that ships.
+//! Residual add and RMSNorm compared with the reference, through the launch code of the library.
 //!
-//! The residual stream must be bit-equal: one rounding of an exact sum. The result must be what the oracle says for a
+//! The residual stream must be bit-equal: one rounding of an exact sum. The result must be that of the reference for a
 //! scale within [`SCALE`] of the exact one: both of its roundings keep order, so it lies between the results for the ends.
 #![cfg(feature = "cuda")]
 
@@ -15,7 +15,7 @@ use dllm_kernels::reference::norm::{add_rounded, rms_norm_rounded, rms_scale};
 use half::{bf16, f16};
 
 on_device! {
-    equals_the_oracle,
+    equals_the_reference,
     counts_on_the_device,
     adds_rows_by_a_map,
     same_bits_whatever_else_runs,
@@ -130,7 +130,7 @@ impl<T: Float> Case<T> {
 }
 
 /// One vector, widths that fill no round of the block's 256 threads, and those of the models.
-fn equals_the_oracle() {
+fn equals_the_reference() {
     fn check<T: Float>() {
         let random = &mut Random(1);
         for width in [16 / size_of::<T>(), 8, 24, 1024, 3584, 4096, 8184, 8192] {
@@ -252,7 +252,7 @@ fn passes_on_what_is_not_finite() {
     Case { weight: vec![f16::of(f16::LARGEST); 8], ..case }.check("a result that is infinite");
 }
 
-/// Squares that f32 cannot hold make a row of zeros, as they do in the originals; the oracle in f64 knows no such limit.
+/// Squares that overflow f32 make a row of zeros, as in the reference implementations; the f64 reference has no such limit.
 fn overflows_like_f32() {
     fn check<T: Float>() {
         let large: Vec<f32> = [1e18, 1e19, -2e19, T::LARGEST].into_iter().cycle().take(8).collect();

@@ -1,4 +1,4 @@
-//! NVTX ranges as a profiler gets them: a library in C that writes down what it is told, in a process of its own.
+//! NVTX ranges as a profiler receives them. The profiler is a C library that records every call, in a child process.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 use dllm_kernels::gpu::{Device, Module};
@@ -6,10 +6,10 @@ use dllm_kernels::ops::gather_scatter::{self, Copy, GatherScatter};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What a child is told to do, in the environment.
+/// Environment variable that marks the child process.
 const CHILD: &str = "DLLM_NVTX_CHILD";
 
-/// Says what it is told to the file `RECORD`. The structs are those of NVTX 3.
+/// Injection library that appends each call to the file `RECORD`. The structs are those of NVTX 3.
 const TOOL: &str = r#"
 #include <stddef.h>
 #include <stdint.h>
@@ -64,7 +64,7 @@ static int pop(void* from) {
 
 int InitializeInjectionNvtx2(const void* (*get)(uint32_t)) {
     static const unsigned sizes[] = {0, 16, 9, 15, 7, 16, 7};
-    const char* mood = getenv("MOOD");
+    const char* mode = getenv("MODE");
     const struct callbacks* callbacks = get(1);
     const struct version_info* info = get(3);
     if (get(0) != NULL || get(99) != NULL) abort();
@@ -78,19 +78,19 @@ int InitializeInjectionNvtx2(const void* (*get)(uint32_t)) {
         if (callbacks->get_table(module, NULL, NULL) != known) abort();
         if (!known) continue;
         if (table[0] != NULL || table[size] != NULL) abort();
-        /* As profilers do, it takes every module; what has no business to be called ends the process. */
+        /* Like profilers, fills in every module; a call of an unexpected function aborts the process. */
         for (unsigned id = 1; id < size; id++) *table[id] = (function)abort;
         if (module != 5) continue;
         *table[4] = (function)push;
-        *table[5] = strcmp(mood, "half") == 0 ? NULL : (function)pop;
+        *table[5] = strcmp(mode, "half") == 0 ? NULL : (function)pop;
         *table[12] = (function)create;
     }
-    say("initialised", mood);
-    return strcmp(mood, "refuses") != 0;
+    say("initialised", mode);
+    return strcmp(mode, "refuses") != 0;
 }
 "#;
 
-/// Not a test by itself: what the children run.
+/// Body of the child process; does nothing when run as a test.
 #[test]
 fn child() {
     if std::env::var_os(CHILD).is_none() {
@@ -112,12 +112,12 @@ fn child() {
     println!("done");
 }
 
-/// Runs the child under a tool in this mood; what the tool wrote down.
-fn record(folder: &Path, tool: &Path, mood: &str) -> Vec<String> {
-    let record = folder.join(mood);
+/// Runs the child with an injection library in the given mode. Returns the recorded lines.
+fn record(folder: &Path, tool: &Path, mode: &str) -> Vec<String> {
+    let record = folder.join(mode);
     let mut child = Command::new(std::env::current_exe().unwrap());
     child.args(["--exact", "child", "--nocapture"]).env(CHILD, "1");
-    child.env("NVTX_INJECTION64_PATH", tool).env("MOOD", mood).env("RECORD", &record);
+    child.env("NVTX_INJECTION64_PATH", tool).env("MODE", mode).env("RECORD", &record);
     let output = child.output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && said.contains("done"), "{said}{}", String::from_utf8_lossy(&output.stderr));
@@ -125,7 +125,7 @@ fn record(folder: &Path, tool: &Path, mood: &str) -> Vec<String> {
     text.lines().map(|line| line.trim_end().to_owned()).collect()
 }
 
-/// A shared library of this C.
+/// Builds a shared library from C source.
 fn build(folder: &Path, name: &str, text: &str) -> PathBuf {
     let [source, library] = [format!("{name}.c"), format!("lib{name}.so")].map(|file| folder.join(file));
     std::fs::write(&source, text).unwrap();
@@ -145,16 +145,16 @@ fn a_profiler_sees_every_launch() {
     let first = [
         "initialised attends",
         "domain dllm",
-        "push rows gather_rows 3x1x1",
-        "push load rows (compute_80)",
+        "push gather_scatter gather_rows 3x1x1",
+        "push load gather_scatter (compute_80)",
         "pop",
         "pop",
-        "push rows gather_rows 3x1x1",
+        "push gather_scatter gather_rows 3x1x1",
         "pop",
         "push preload",
     ];
     assert_eq!(seen[..first.len()], first);
-    // Every module, once it is needed.
+    // Every module is loaded.
     let loads = |name: &&str| seen.contains(&format!("push load {name} (compute_80)"));
     let mut names: Vec<_> = Module::all().iter().map(|module| module.name).collect();
     names.dedup();
@@ -164,7 +164,7 @@ fn a_profiler_sees_every_launch() {
 }
 
 #[test]
-fn tools_that_do_not_work_are_none() {
+fn broken_tools_are_ignored() {
     let folder = tempfile::tempdir().unwrap();
     let tool = build(folder.path(), "tool", TOOL);
     assert_eq!(record(folder.path(), &tool, "refuses"), ["initialised refuses"]);

@@ -1,16 +1,17 @@
-//! The shipped checkpoint answers as many of its first 100 problems as it does in the original implementations
+//! The shipped checkpoint has the same accuracy on its first 100 problems as with the reference implementations
 //! (`models/tiny-math/originals.md`), for every cache and policy.
 
 #![cfg(feature = "cli")]
 
 use std::process::Command;
 
-/// (prompt interval, response interval, share) of the adaptive cache, one token a step; and the original's accuracy.
+/// Settings of the adaptive cache with one token per step: (prompt interval, response interval, refresh ratio, accuracy of the
+/// reference implementation).
 const ADAPTIVE: [(usize, usize, f64, f64); 3] = [(25, 2, 0.25, 0.59), (25, 8, 0.25, 0.19), (25, 8, 0.0, 0.05)];
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "needs --release: minutes without optimisation")]
-fn accuracy_with_the_adaptive_cache_is_the_original_s() {
+fn adaptive_accuracy_equals_the_reference() {
     let root = env!("CARGO_MANIFEST_DIR");
     let setting = |(prompt, response, ratio, _): &(usize, usize, f64, f64)| {
         let intervals = format!("prompt-interval={prompt},response-interval={response},refresh-ratio={ratio}");
@@ -28,14 +29,17 @@ fn accuracy_with_the_adaptive_cache_is_the_original_s() {
     for (row, (.., accuracy)) in rows.iter().zip(ADAPTIVE) {
         println!("{row}");
         let got = row["accuracy"].as_f64().unwrap();
-        assert!((got - accuracy).abs() <= 0.0101, "{row}: the original's accuracy is {accuracy}");
+        assert!(
+            (got - accuracy).abs() <= 0.0101,
+            "{row}: expected accuracy {accuracy}, as the reference implementation"
+        );
         assert_eq!((&row["problems"], row["nfe"].as_f64()), (&100.into(), Some(64.0)));
     }
 }
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "needs --release: minutes without optimisation")]
-fn accuracy_is_the_original_s() {
+fn accuracy_equals_the_reference() {
     let root = env!("CARGO_MANIFEST_DIR");
     let output = Command::new(env!("CARGO_BIN_EXE_dllm"))
         .args(["eval", "--model", &format!("{root}/models/tiny-math"), "--limit", "100", "--gen-length", "64"])
@@ -44,8 +48,8 @@ fn accuracy_is_the_original_s() {
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let rows: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
-    // cache, policy, accuracy and forwards per problem of the original
-    let originals = [
+    // Cache, policy, and the reference implementation's accuracy and forwards per problem.
+    let expected = [
         ("none", "fixed", 0.94, 64.0),
         ("none", "threshold", 0.78, 8.1),
         ("prefix", "fixed", 0.95, 64.0),
@@ -53,8 +57,8 @@ fn accuracy_is_the_original_s() {
         ("dual", "fixed", 0.95, 64.0),
         ("dual", "threshold", 0.83, 8.6),
     ];
-    assert_eq!(rows.len(), originals.len());
-    for (cache, policy, accuracy, nfe) in originals {
+    assert_eq!(rows.len(), expected.len());
+    for (cache, policy, accuracy, nfe) in expected {
         let row = rows.iter().find(|r| {
             let setting = r["setting"].as_str().unwrap();
             setting.contains(&format!("cache={cache}")) && setting.contains(&format!("policy={policy}"))
@@ -63,9 +67,9 @@ fn accuracy_is_the_original_s() {
         println!("{row}");
         assert_eq!(row["problems"], 100);
         let got = row["accuracy"].as_f64().unwrap();
-        assert!((got - accuracy).abs() <= 0.0101, "{cache}, {policy}: {got}, original {accuracy}");
-        // The original's cached functions may run one useless forward per block (June revision); ours never.
+        assert!((got - accuracy).abs() <= 0.0101, "{cache}, {policy}: accuracy {got}, expected {accuracy}");
+        // The cached functions of the reference implementation (June revision) may run one unnecessary forward per block.
         let got = row["nfe"].as_f64().unwrap();
-        assert!(got <= nfe + 0.2 && got >= nfe - 2.0, "{cache}, {policy}: {got} forwards, original {nfe}");
+        assert!(got <= nfe + 0.2 && got >= nfe - 2.0, "{cache}, {policy}: {got} forwards, expected {nfe}");
     }
 }

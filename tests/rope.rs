@@ -1,5 +1,5 @@
-//! Rotary embedding and the writes to the cache against the oracle, through the launch code that ships. The oracle says
-//! every rounding, so all must be bit-equal: the rotated rows, the cache, and what nobody may touch.
+//! Rotary embedding and the writes to the cache compared with the reference, through the launch code of the library. The reference
+//! defines every rounding, so all must be bit-equal: the rotated rows, the cache, and the memory that must stay untouched.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -12,7 +12,7 @@ use dllm_kernels::reference::rope::{Angles, rotate_rounded};
 use half::{bf16, f16};
 
 on_device! {
-    equals_the_oracle,
+    equals_the_reference,
     counts_on_the_device,
     leaves_out_rows_out_of_range,
     rows_may_stay_out_of_the_cache,
@@ -43,7 +43,7 @@ struct Case<T> {
     values: bool,
 }
 
-/// What a launch leaves, with what lies between rows: qkv, keys, values.
+/// Outputs of a launch, with the padding between rows: qkv, keys, values.
 type Left<T> = [Vec<T>; 3];
 
 impl<T: Float> Case<T> {
@@ -83,7 +83,7 @@ impl<T: Float> Case<T> {
         Case { qkv, values: false, ..self.clone() }
     }
 
-    /// What a launch leaves, and what it tells of failures.
+    /// Outputs of a launch, and its reported failure.
     fn run(&self) -> (Left<T>, i32) {
         let [qkv_stride, cache_stride] = self.strides();
         let stream = stream();
@@ -120,7 +120,7 @@ impl<T: Float> Case<T> {
         ([qkv, k, v].map(|buffer| buffer.read().unwrap()), failed.read().unwrap()[0])
     }
 
-    /// The same from the oracle.
+    /// The same by the reference.
     fn want(&self) -> (Left<T>, i32) {
         let (width, kv_width) = (self.width(), self.kv_width());
         let mut angles = Angles::default();
@@ -162,7 +162,7 @@ impl<T: Float> Case<T> {
 }
 
 /// All widths of a head; one head, groups, and the shapes of the models.
-fn equals_the_oracle() {
+fn equals_the_reference() {
     fn check<T: Float>() {
         let random = &mut Random(1);
         for (num_heads, num_kv_heads, head_dim) in
@@ -191,7 +191,7 @@ fn leaves_out_rows_out_of_range() {
             let mut case = case.clone();
             case.positions[place] = wrong;
             case.check("position");
-            case.count = Some(4); // past the count nobody looks at it
+            case.count = Some(4); // rows past the count are not read
             case.check("position");
         }
         for wrong in [-2, 8, i32::MAX, i32::MIN] {

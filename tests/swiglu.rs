@@ -1,7 +1,7 @@
-//! SwiGLU's gate against the oracle, through the launch code that ships.
+//! Compares SwiGLU, launched by the shipped code, with the reference.
 //!
-//! The result must be what the oracle says for a silu within [`SILU`] of the exact one: both roundings keep order, so it
-//! lies between the results for the ends.
+//! The error of the kernel's silu is at most [`SILU`]. Both roundings are monotonic, so the result must be between the reference's
+//! results for the two bounds.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -13,7 +13,7 @@ use dllm_kernels::reference::swiglu::{silu, swiglu_rounded};
 use half::{bf16, f16};
 
 on_device! {
-    equals_the_oracle,
+    equals_the_reference,
     counts_on_the_device,
     takes_more_rows_than_a_grid_is_high,
     same_bits_whatever_else_runs,
@@ -22,8 +22,8 @@ on_device! {
     wrong_sizes_are_errors,
 }
 
-/// Relative error of silu in f32: two units in the last place of the exponential, half a unit each for the sum and the
-/// quotient (which the oracle's own rounding to f32 covers).
+/// Relative error of silu in f32: two units in the last place for the exponential, half a unit for the sum. The quotient's half unit
+/// is part of the reference, which rounds to f32.
 const SILU: f64 = 2.5 / (1 << 23) as f64;
 
 #[derive(Clone)]
@@ -39,7 +39,7 @@ impl<T: Float> Case<T> {
         Case { width, gate_up: (0..rows * 2 * width).map(|_| T::of(3.0 * random.normal())).collect(), count: None }
     }
 
-    /// One row of these gates and ups, repeated until it is a vector wide.
+    /// One row of these gates and ups, repeated to a whole number of vectors.
     fn row(pairs: &[(f32, f32)]) -> Case<T> {
         let width = pairs.len().next_multiple_of(8);
         let pairs = || pairs.iter().cycle().take(width);
@@ -55,7 +55,7 @@ impl<T: Float> Case<T> {
         self.width + 2 * 16 / size_of::<T>()
     }
 
-    /// `out` after a launch, with what lies between its rows.
+    /// Launches and returns `out` with the gaps between its rows.
     fn run(&self) -> Vec<T> {
         let (width, rows, out_stride, stream) = (self.width, self.rows(), self.out_stride(), stream());
         let gate_up_stride = 2 * width + 16 / size_of::<T>();
@@ -74,7 +74,7 @@ impl<T: Float> Case<T> {
             dtype: T::DTYPE as i32,
             reserved: 0,
         };
-        // SAFETY: the buffers are as large as the struct says, and stay until the stream has been waited for.
+        // SAFETY: the buffers have the sizes of the struct, and live until the stream has been synchronised.
         unsafe { swiglu::launch_raw(stream.device(), stream.raw(), &params) }.unwrap();
         out.read().unwrap()
     }
@@ -90,7 +90,7 @@ impl<T: Float> Case<T> {
                     let gate = row[i].f64();
                     let silu = match silu(gate) {
                         silu if silu.is_nan() => silu,
-                        // The divisor is at least 1: an error does not lift silu above its gate, nor to infinity.
+                        // The divisor is at least 1, so an error does not raise silu above its gate or to infinity.
                         silu => (silu * (1.0 + error)).min(gate.abs()).max(-gate.abs()),
                     };
                     *end = T::of(swiglu_rounded(silu, row[width + i].f64(), T::round) as f32);
@@ -103,8 +103,8 @@ impl<T: Float> Case<T> {
     }
 }
 
-/// One vector, widths that fill no round of the block's 256 threads or just exceed its tile, and those of the models.
-fn equals_the_oracle() {
+/// Widths of one vector, of a partial round of the block's 256 threads, of just more than its tile, and those of the models.
+fn equals_the_reference() {
     fn check<T: Float>() {
         let random = &mut Random(1);
         let (vector, tile) = (16 / size_of::<T>(), 16384 / size_of::<T>());
@@ -132,7 +132,7 @@ fn takes_more_rows_than_a_grid_is_high() {
     case.check("many");
 }
 
-/// A row's bits are its own: they depend neither on the order of threads nor on the other rows.
+/// The bits of a row depend neither on the order of threads nor on the other rows.
 fn same_bits_whatever_else_runs() {
     let (width, rows) = (3584, 3);
     let case = Case::<f32>::new(&mut Random(4), rows, width);
@@ -150,7 +150,7 @@ fn passes_on_what_is_not_finite() {
         let edge = [nan, inf, -inf, 0.0, -0.0, 1.0, -1.0, T::LARGEST, -T::LARGEST, T::SMALLEST, -T::SMALLEST];
         let all: Vec<_> = edge.iter().flat_map(|gate| edge.iter().map(|up| (*gate, *up))).collect();
         Case::<T>::row(&all).check("edges");
-        // Around -88.7 the exponential passes f32's largest number.
+        // Near -88.7 the exponential exceeds the largest f32.
         let gates = [-80.0, -86.0, -88.5, -89.0, -89.5, -100.0, -104.0, 80.0, 88.5, 89.5, 100.0, 104.0];
         Case::<T>::row(&gates.map(|gate| (gate, 1.5))).check("large exponents");
         let scaled = gates.map(|gate| (gate, if T::LARGEST > 1e6 { 1e30 } else { 60_000.0 }));
@@ -159,14 +159,14 @@ fn passes_on_what_is_not_finite() {
     check::<bf16>();
     check::<f16>();
     check::<f32>();
-    // The signs that IEEE arithmetic leaves, and no others.
+    // Signs of zeros and infinities follow IEEE arithmetic.
     let gates = [f32::INFINITY, f32::NEG_INFINITY, -0.0, 0.0, -200.0, f32::NAN, 300.0, -300.0];
     let out = Case::<bf16>::row(&gates.map(|gate| (gate, 1.0))).run();
     let want = [f32::INFINITY, f32::NAN, -0.0, 0.0, -0.0, f32::NAN, 300.0, -0.0].map(bf16::of);
     same_bits("silu", &out[..8], &want);
 }
 
-/// One capture of the safe launch; the count changes on the device, and each replay follows it.
+/// Replays of one captured safe launch use the count that is on the device then.
 fn replays() {
     device().preload().unwrap();
     let (rows, width, stream) = (4, 24, stream());
@@ -187,7 +187,7 @@ fn replays() {
         want[counted * width..].fill(poison());
         for _ in 0..2 {
             out.write(&vec![poison(); rows * width]).unwrap();
-            // SAFETY: the buffers are still there, and of this stream.
+            // SAFETY: the buffers are alive and belong to this stream.
             unsafe { graph.launch() }.unwrap();
             same_bits("replayed", &out.read().unwrap(), &want);
         }

@@ -1,5 +1,5 @@
-//! Lists of key tiles run through the attention kernels, against the oracle over the keys that the same mask leaves. What no
-//! list visits holds infinities and NaN.
+//! Compares attention over tile lists with the reference over the keys of the same mask. Keys and values that no list visits are
+//! infinite or NaN.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -25,16 +25,16 @@ const HEADS: Heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 32 };
 const KV_WIDTH: usize = HEADS.num_kv_heads * HEADS.head_dim;
 const SCALE: f32 = 0.177;
 
-/// A list's place: sequence, query tile, key/value head; and a key tile.
+/// Entry of a list: sequence, query tile, key/value head, key tile.
 type Visit = (usize, usize, usize, usize);
 
 #[derive(Clone)]
 struct Case<T> {
     sequences: Vec<Sequence>,
     max_sequence_rows: usize,
-    /// `[rows, num_heads, head_dim]`
+    /// Queries, `[rows, num_heads, head_dim]`.
     q: Vec<T>,
-    /// Per sequence `[keys, num_kv_heads, head_dim]`, over all segments.
+    /// Keys of each sequence over all segments, `[keys, num_kv_heads, head_dim]`.
     k: Vec<Vec<T>>,
     v: Vec<Vec<T>>,
 }
@@ -51,7 +51,7 @@ impl<T: Float> Case<T> {
         Case { sequences, max_sequence_rows, q, k, v }
     }
 
-    /// Lengths off every tile, a tail, no suffix, no prefix, no rows.
+    /// Sequences with lengths that fill no tile, and with an empty prefix, suffix or block.
     fn mixed(seed: u64) -> Case<T> {
         Case::new(seed, &[(150, [100, 150, 210]), (3, [0, 3, 130]), (0, [64, 0, 10]), (40, [200, 40, 0])])
     }
@@ -62,15 +62,15 @@ impl<T: Float> Case<T> {
 
     fn all_visits(&self) -> impl Iterator<Item = Visit> {
         let query_tiles = self.max_sequence_rows.div_ceil(QUERY_TILE);
-        let of = move |(s, sequence): (usize, &Sequence)| {
+        let visits = move |(s, sequence): (usize, &Sequence)| {
             let tiles = sequence.key_tiles();
             let lists = (0..query_tiles * HEADS.num_kv_heads).map(|l| (l / HEADS.num_kv_heads, l % HEADS.num_kv_heads));
             lists.flat_map(move |(query_tile, head)| (0..tiles).map(move |tile| (s, query_tile, head, tile)))
         };
-        self.sequences.iter().enumerate().flat_map(of)
+        self.sequences.iter().enumerate().flat_map(visits)
     }
 
-    /// The same with infinities and NaN in every key and value that this query tile is not to see, in any sequence.
+    /// Returns the case with infinities and NaN in all keys and values that `query_tile` does not visit, in every sequence.
     fn poisoned(&self, query_tile: usize, mask: impl Fn(Visit) -> bool) -> Case<T> {
         let mut case = self.clone();
         let bad = [f32::NAN, f32::INFINITY, -f32::INFINITY, f32::NAN].map(T::of);
@@ -86,7 +86,7 @@ impl<T: Float> Case<T> {
         case
     }
 
-    /// Rows of this query tile against the oracle over the keys of the tiles that the mask leaves.
+    /// Compares the rows of `query_tile` with the reference over the keys of the tiles in the mask.
     fn check(&self, (out, lse): &(Vec<T>, Vec<f32>), query_tile: usize, mask: impl Fn(Visit) -> bool, what: &str) {
         let Heads { num_heads, num_kv_heads, head_dim } = HEADS;
         let tolerance = if T::NAME == "bf16" { 1e-2 } else { 2e-3 };
@@ -119,19 +119,19 @@ impl<T: Float> Case<T> {
     }
 }
 
-/// A segment on the device.
-struct Part<T> {
+/// Keys and values of a segment on the device.
+struct DeviceSegment<T> {
     k: Buffer<T>,
     v: Buffer<T>,
     start: Buffer<i32>,
     len: Buffer<i32>,
 }
 
-/// Case and results on the device.
+/// Inputs and results on the device.
 struct Loaded<T> {
     q: Buffer<T>,
     cu_rows: Buffer<i32>,
-    segments: [Part<T>; 3],
+    segments: [DeviceSegment<T>; 3],
     max_sequence_rows: usize,
     splits: usize,
     out: Buffer<T>,
@@ -154,7 +154,7 @@ impl<T: Float> Loaded<T> {
                 v.extend_from_slice(&case.v[s][keys]);
             }
             let [k, v] = [k, v].map(|x| stream.upload(&x).unwrap());
-            Part { k, v, start: stream.upload(&starts).unwrap(), len: stream.upload(&lens).unwrap() }
+            DeviceSegment { k, v, start: stream.upload(&starts).unwrap(), len: stream.upload(&lens).unwrap() }
         };
         let rows = *cu_rows.last().unwrap() as usize;
         Loaded {
@@ -172,7 +172,7 @@ impl<T: Float> Loaded<T> {
     fn launch(&mut self, stream: &Stream, tiles: Option<Tiles>) -> dllm_kernels::Result<()> {
         let kv = |buffer| Rows { buffer, first: 0, stride: KV_WIDTH };
         let segments = [0, 1, 2].map(|i: usize| {
-            let Part { k, v, start, len } = &self.segments[i];
+            let DeviceSegment { k, v, start, len } = &self.segments[i];
             Some(Segment { k: kv(k), v: kv(v), start: Some(start), len })
         });
         let attention = Attention {
@@ -197,7 +197,7 @@ impl<T: Float> Loaded<T> {
     }
 }
 
-/// With and without splits, one query tile after the other: what it is not to see is poison.
+/// Checks each query tile, with and without splits, with poison in the tiles that it does not visit.
 fn run_all<T: Float>(case: &Case<T>, lists: &TileLists, mask: impl Fn(Visit) -> bool, what: &str) {
     let stream = stream();
     lists.validate(&case.batch()).unwrap();
@@ -212,7 +212,7 @@ fn run_all<T: Float>(case: &Case<T>, lists: &TileLists, mask: impl Fn(Visit) -> 
     }
 }
 
-/// Whether any key of a tile is wanted.
+/// Whether a tile has a key that is `wanted`.
 fn any_key(sequence: &Sequence, tile: usize, wanted: impl Fn(usize) -> bool) -> bool {
     (tile * KEY_TILE..sequence.num_keys().min((tile + 1) * KEY_TILE)).any(wanted)
 }
@@ -222,7 +222,7 @@ fn dense_lists() {
         let case = Case::<T>::mixed(1);
         let lists = TileLists::dense(&case.batch()).unwrap();
         run_all(&case, &lists, |_| true, "dense");
-        // The same bits as without lists.
+        // Dense lists give the same bits as no lists.
         let stream = stream();
         let tiles = lists.upload(&stream).unwrap();
         let [with, without] = [Some(tiles.tiles()), None].map(|tiles| {
@@ -261,7 +261,7 @@ fn pruned_suffixes() {
                 let sequence = &case.sequences[s];
                 let suffix = sequence.keys[0] + sequence.keys[1];
                 let is_near = |tile: usize| any_key(sequence, tile, |key| key < suffix + near);
-                // Which of the far tiles it is, counted from 1.
+                // Number of this tile among the far tiles, from 1.
                 let number = (0..=tile).filter(|tile| !is_near(*tile)).count();
                 is_near(tile) || (every > 0 && number % every == 0)
             };
@@ -294,7 +294,7 @@ fn best_tiles() {
     check::<bf16>();
 }
 
-/// Any subset, in any order, and more lists than sequences have query tiles.
+/// Random subsets of tiles in random order, with more lists than sequences have query tiles.
 fn lists_of_the_caller() {
     fn check<T: Float>() {
         let mut case = Case::<T>::mixed(6);
@@ -322,7 +322,7 @@ fn lists_of_the_caller() {
     check::<f16>();
 }
 
-/// Other lists are written where a captured launch reads them.
+/// Replays of a captured launch use the tile lists that are on the device then.
 fn lists_change_under_a_graph() {
     device().preload().unwrap();
     let stream = stream();
@@ -336,7 +336,7 @@ fn lists_change_under_a_graph() {
     let window = TileLists::sliding_window(&batch, 10).unwrap();
     for lists in [&none, &dense, &window, &none] {
         tiles.write(lists).unwrap();
-        // SAFETY: the buffers are still there, and of this stream.
+        // SAFETY: the buffers are alive and belong to this stream.
         unsafe { graph.launch() }.unwrap();
         let got = loaded.read();
         for query_tile in 0..lists.query_tiles {
@@ -365,7 +365,7 @@ fn lists_that_do_not_fit_are_errors() {
     refused(write(&more), "tile_offsets: expected 8 lists, 2 a sequence, shared by all heads, found 12 lists, 3 a");
     let heads = TileLists::from_lists(&case.batch(), Some(2), &[[0i32; 0]; 16]).unwrap();
     refused(write(&heads), "found 16 lists, 2 a sequence, for 2 heads");
-    // The launch itself: lists for fewer rows than it is told of.
+    // The launch refuses lists for fewer rows than its own `max_sequence_rows`.
     let tiles = dense.upload(&stream).unwrap();
     let mut loaded = Loaded::new(&stream, &Case { max_sequence_rows: 300, ..case.clone() }, 1);
     let error = loaded.launch(&stream, Some(tiles.tiles())).unwrap_err().to_string();

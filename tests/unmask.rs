@@ -1,7 +1,7 @@
-//! The kernels unmask and cut against the oracle, through the launch code that ships.
+//! The kernels of unmask and top_k_top_p against the reference, through the launch code of the crate.
 //!
-//! Tokens and selections must agree exactly: the selection is asked of the oracle for the very confidences that the kernel
-//! found, and those must be the oracle's own to within f32 rounding.
+//! Confidences must agree within f32 rounding, tokens exactly. The commits must be those that the reference selects by the
+//! confidences that the kernel computed.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -11,8 +11,10 @@ use dllm_kernels::Confidence;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::top_k_top_p::{self, TopKTopP};
 use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, UnmaskConfig};
+use dllm_kernels::reference::top_k_top_p::min_kept_logit;
+use dllm_kernels::reference::unmask::{guide, rank, score_row, select};
 use dllm_kernels::sampling::philox::{Purpose, gumbel};
-use dllm_kernels::sampling::{Candidates, CommitRule, SamplingParams, min_kept_logit, sample, score_row, select};
+use dllm_kernels::sampling::{CommitRule, SamplingParams};
 use half::{bf16, f16};
 
 /// Relative error of a probability or margin: sums of up to 152,064 terms in f32, a tree of at most 19 levels, and
@@ -126,7 +128,7 @@ impl<T: Float> Case<T> {
     }
 }
 
-/// What the kernel made of a case.
+/// Outputs of the kernel for a case.
 #[derive(Clone, Debug)]
 struct Got {
     tokens: Vec<i32>,
@@ -268,35 +270,14 @@ fn run<T: Float>(case: &Case<T>) -> Got {
     got
 }
 
-/// What the oracle makes of a row and its unconditional one.
-fn oracle_guided<T: Float>(
-    case: &Case<T>,
-    uncond: &[T],
-    sequence: usize,
-    position: usize,
-    step: usize,
-) -> Option<(u32, f64)> {
-    let at = case.logits_row(sequence, position) * case.stride;
-    let mut both: Vec<f32> =
-        [&case.logits[at..], &uncond[at..]].iter().flat_map(|l| &l[..case.vocab]).map(|l| l.f32()).collect();
-    let selection = CommitRule::Quota(0);
-    let group =
-        Candidates { sequence: 0, step, positions: vec![position], commit_before: usize::MAX, commit_rule: selection };
-    let verdicts = sample(&mut both, case.vocab, &[group], &case.unmask).ok()?;
-    Some((verdicts[0].token, verdicts[0].confidence))
-}
-
-/// The row as the oracle takes it: guided, in f32.
-fn oracle_row<T: Float>(case: &Case<T>, sequence: usize, position: usize) -> Vec<f32> {
-    let at = case.logits_row(sequence, position) * case.stride;
-    let row = |logits: &[T]| logits[at..at + case.vocab].iter().map(|l| l.f32()).collect::<Vec<f32>>();
-    let mut logits = row(&case.logits);
-    if let Some(uncond) = case.uncond.as_ref().filter(|_| case.unmask.cfg_scale > 0.0) {
-        for (c, u) in logits.iter_mut().zip(row(uncond)) {
-            *c = u + (case.unmask.cfg_scale + 1.0) * (*c - u);
-        }
+/// Returns the logits of a row as f32, guided where the case has guidance.
+fn reference_row<T: Float>(case: &Case<T>, sequence: usize, position: usize) -> Vec<f32> {
+    let start = case.logits_row(sequence, position) * case.stride;
+    let row = |logits: &[T]| logits[start..start + case.vocab].iter().map(|l| l.f32()).collect::<Vec<f32>>();
+    match case.uncond.as_ref().filter(|_| case.unmask.cfg_scale > 0.0) {
+        Some(uncond) => guide(&row(&case.logits), &row(uncond), case.unmask.cfg_scale),
+        None => row(&case.logits),
     }
-    logits
 }
 
 fn close(got: f32, want: f64, kind: Confidence) -> bool {
@@ -317,7 +298,7 @@ fn draws_tie(case_: &SamplingParams, logits: &[f32], step: usize, position: usiz
     (noised(a) - noised(b)).abs() < 1e-5
 }
 
-/// Everything that the kernel tells of a case, against the oracle.
+/// Compares every output of the kernel with the reference.
 fn check<T: Float>(case: &Case<T>, got: &Got, name: &str) {
     let mut tokens = case.tokens();
     for (s, masked) in case.masked.iter().enumerate() {
@@ -331,13 +312,8 @@ fn check<T: Float>(case: &Case<T>, got: &Got, name: &str) {
                 assert_eq!((got.predicted[at], got.confidence[at]), (-1, 0.0), "{name}");
                 continue;
             }
-            let logits = oracle_row(case, s, position);
-            // With guidance the oracle does its own; the rest of what it takes is row by row.
-            let scored = match &case.uncond {
-                Some(uncond) => oracle_guided(case, uncond, s, position, step),
-                None => score_row(&mut logits.clone(), &case.unmask, step, position),
-            };
-            let Some((token, confidence)) = scored else {
+            let logits = reference_row(case, s, position);
+            let Some((token, confidence)) = score_row(&logits, &case.unmask, step, position) else {
                 assert_eq!(got.predicted[at], -1, "{name}");
                 failed = if failed < 0 { position as i32 } else { failed };
                 continue;
@@ -356,11 +332,8 @@ fn check<T: Float>(case: &Case<T>, got: &Got, name: &str) {
             }
         }
         let confidences: Vec<f64> = candidates.iter().map(|p| got.confidence[first + p] as f64).collect();
-        let rank = |(c, p): (&f64, &usize)| match case.unmask.alg_temp {
-            0.0 => *c,
-            t => c / t + gumbel(case.unmask.seed, Purpose::Rank, step, *p, 0),
-        };
-        let ranks: Vec<f64> = confidences.iter().zip(&candidates).map(rank).collect();
+        let ranks: Vec<f64> =
+            confidences.iter().zip(&candidates).map(|(c, p)| rank(*c, &case.unmask, step, *p)).collect();
         let selected = if failed < 0 { select(&confidences, &ranks, in_f32(case.selection[s])) } else { Vec::new() };
         for i in &selected {
             tokens[first + candidates[*i]] = got.predicted[first + candidates[*i]];
@@ -575,7 +548,7 @@ fn guidance() {
     }
 }
 
-/// Guided logits that differ by their roundings only: those decide as the oracle's do.
+/// Guided logits that differ by their roundings only: the kernel must round as the reference does.
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
@@ -859,7 +832,7 @@ fn top_p_and_top_k() {
     }
 }
 
-/// The cut itself: equal to the oracle's, where f64 leaves no doubt on which side of top-p a token lies.
+/// The smallest kept logit equals the reference's, except where a token is within f32 rounding of top-p.
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
@@ -884,7 +857,7 @@ fn min_logits() {
                 assert_eq!(*min_logit, f32::NEG_INFINITY);
                 continue;
             }
-            let mut row = oracle_row(&case, 0, position);
+            let mut row = reference_row(&case, 0, position);
             let best = (0..vocab).max_by(|a, b| row[*a].total_cmp(&row[*b]).then(b.cmp(a))).unwrap();
             if best == MASK as usize {
                 row[best] = f32::NEG_INFINITY;
@@ -982,7 +955,7 @@ fn a_graph_unmasks_everything() {
     }
 }
 
-/// A table that points outside the tokens or logits: told, and nothing is read there.
+/// A table that points outside the tokens or logits is reported, and nothing is read there.
 #[test]
 #[cfg_attr(
     not(all(target_os = "linux", target_arch = "x86_64")),
@@ -1109,7 +1082,7 @@ mod golden {
         }
     }
 
-    /// Outside every recorded vocabulary: what is masked there is told by a mask of its own.
+    /// A mask token outside every recorded vocabulary marks the masked rows.
     const OUTSIDE: i32 = 1 << 20;
 
     #[test]

@@ -1,6 +1,6 @@
-//! The kernel of vverify against its oracle.
+//! The kernel of vverify compared with its reference.
 //!
-//! Cosines must lie within 1e-6 of the oracle's, which are f64. What is selected must be what the oracle selects from the
+//! Cosines must be within 1e-6 of the f64 reference. The selection must be the one that the reference makes from the
 //! kernel's own cosines, and what it selects from its own, except rows whose cosine lies within 1e-6 of the boundary:
 //! [`Case::check`] counts the sequences with such rows, and tests whose cosines are well apart demand that there are none.
 #![cfg(feature = "cuda")]
@@ -40,7 +40,7 @@ on_device! {
 }
 
 const NEAR: f64 = 1e-6;
-/// What outputs hold before a launch.
+/// Contents of outputs before a launch.
 const UNTOUCHED: i32 = -7;
 
 #[derive(Clone)]
@@ -192,7 +192,7 @@ impl<T: Float> Case<T> {
         }
     }
 
-    /// Compares with the oracle; in how many sequences the selections differ, by rows near the boundary.
+    /// Compares with the reference. Returns the number of sequences whose selections differ, by rows near the boundary.
     #[track_caller]
     fn check(&self, got: &Outcome) -> usize {
         let floats = |rows: &[T], row: usize| -> Vec<f32> {
@@ -386,7 +386,7 @@ fn cached_rows_by_a_map() {
     case.update_cached = true;
     case.agrees();
 
-    // Out of range: told, taken for the lowest, nothing read or written there.
+    // Out of range: reported, counted as the lowest, nothing read or written there.
     let map = case.cached_row.as_mut().unwrap();
     (map[2], map[9], map[30]) = (47, i32::MIN, i32::MAX);
     let got = case.run();
@@ -417,7 +417,7 @@ fn fresh_rows_by_a_map() {
     case.pad = [8, 16];
     case.agrees();
 
-    // Out of range: told, taken for the lowest, nothing read, and nothing written over the cached row.
+    // Out of range: reported, counted as the lowest, nothing read, and nothing written over the cached row.
     let map = case.fresh_row.as_mut().unwrap();
     (map[2], map[9], map[30], map[36]) = (47, -1, i32::MAX, i32::MIN);
     let got = case.run();
@@ -430,7 +430,7 @@ fn fresh_rows_by_a_map() {
     case.agrees();
 }
 
-/// A case with a table of 3,000 elements that its sequences lie in, in another order.
+/// A case with a table of 3,000 elements that holds its sequences in another order.
 fn within_a_table() -> Case<bf16> {
     let mut case = Case::<bf16>::new(&[20, 0, 270, 3, 30], 24, 0.4);
     case.first_selected = Some(vec![2990, 5, 700, 0, 100]);
@@ -551,7 +551,7 @@ fn golden_cases() {
     }
 }
 
-/// Whatever stands in cu_rows, the kernel stays in its memory and leaves the workspace ready; ends count in order.
+/// With any contents of cu_rows, the kernel stays in its memory and leaves the workspace ready; only ascending bounds count.
 fn lies_in_cu_rows_do_no_harm() {
     let stream = stream();
     let honest = Case::<bf16>::new(&[10, 10, 10], 24, 0.5);
@@ -706,7 +706,7 @@ fn a_captured_launch_follows_its_maps() {
     assert_nothing_reported();
 }
 
-/// What vverify writes is what gather reads, the count included; the host learns nothing in between.
+/// The output of vverify is the input of gather, the count included; the host reads nothing in between.
 fn gather_takes_the_selected_rows() {
     let stream = stream();
     let case = Case::<bf16>::new(&[30, 0, 23], 48, 0.3);

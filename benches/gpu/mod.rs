@@ -1,7 +1,7 @@
-//! What the benches of the kernels share: the device, the roof of the same run, repetitions with a cold or a warm L2
-//! cache, and what is printed and recorded. `docs/benchmarks.md` says how to read it.
+//! Shared code of the kernel benches: the device, its measured read bandwidth, repetitions with a cold or a warm L2 cache, and the
+//! printed and recorded results, which `docs/benchmarks.md` explains.
 
-// Each bench is a program of its own, and none uses everything.
+// Each bench is a program of its own, and none uses all of it.
 #![allow(dead_code)]
 
 use bytemuck::Pod;
@@ -14,39 +14,39 @@ use std::fs::OpenOptions;
 use std::io::Write;
 use std::time::Duration;
 
-/// Repetitions in one call from criterion, which plans them by the device's time: that can be a hundredth of what a
-/// repetition takes with all around it.
-const MOST_REPETITIONS: u64 = 20;
+/// Maximum number of repetitions in one call from criterion, which plans them by the device's time. A repetition with eviction and
+/// reset can take a hundred times as long.
+const MAX_REPETITIONS: u64 = 20;
 const CSV_COLUMNS: &str =
     "op,case,dtype,l2,bytes,median_us,min_us,max_us,gb_per_s,roof_gb_per_s,share_of_roof,rival,rival_us";
 
-/// What the L2 cache holds when a launch begins.
+/// Contents of the L2 cache at the start of a launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum L2 {
-    /// 256 MiB that the launch does not need.
+    /// 256 MiB of other data.
     Cold,
-    /// What the same launch left there just before.
+    /// The data of the same launch, which has just run.
     Warm,
 }
 
 /// One shape of an op, on the device.
 pub trait Case {
-    /// Bytes that a launch has to move to and from memory: its floor.
+    /// Bytes that a launch must move to and from memory.
     fn bytes(&self) -> usize;
-    /// Operations of its matrix products, where these may be what bounds it; else 0.
+    /// Floating-point operations of its matrix products; 0 where they cannot be the bound.
     fn flops(&self) -> u64 {
         0
     }
-    /// Puts back what a launch changed and the next would miss; not timed.
+    /// Restores inputs that a launch overwrites. Not timed.
     fn reset(&mut self) -> Result<()> {
         Ok(())
     }
     fn launch(&mut self) -> Result<()>;
-    /// Panics when what a launch wrote is wrong; a few rows against the oracle are enough.
+    /// Panics when the results of a launch are wrong. Comparing a few rows with the reference is enough.
     fn check(&self) -> Result<()>;
 }
 
-/// The device, and what its launches are measured against.
+/// A device with its measured read bandwidth, and the recorder of results.
 pub struct Bench {
     op: &'static str,
     stream: Stream,
@@ -57,7 +57,7 @@ pub struct Bench {
     criterion: Criterion,
 }
 
-/// Microseconds of repetitions.
+/// Times of repetitions in microseconds.
 struct Times(Vec<f64>);
 
 impl Times {
@@ -69,7 +69,7 @@ impl Times {
 }
 
 impl Bench {
-    /// The first CUDA device, or the software device with `DLLM_TEST_DEVICE=soft`. Without one, says so and is none.
+    /// Opens the first CUDA device, or the CUDA emulator with `DLLM_TEST_DEVICE=soft`. Prints a note and returns `None` without one.
     pub fn open(op: &'static str) -> Option<Bench> {
         let soft = std::env::var("DLLM_TEST_DEVICE").is_ok_and(|device| device == "soft");
         if soft {
@@ -101,7 +101,7 @@ impl Bench {
         Ok(bench)
     }
 
-    /// Reads 2 GiB again and again. Also what two events tell that have nothing between them: no launch takes less.
+    /// Measures the read bandwidth over 2 GiB, and the time between two consecutive events, which is the minimum for any launch.
     fn measure_roof(&mut self, device: &Device) -> Result<()> {
         let bytes = if self.soft { 1 << 20 } else { 2 << 30 };
         let repetitions = if self.soft { 2 } else { 30 };
@@ -128,12 +128,12 @@ impl Bench {
         &self.stream
     }
 
-    /// A size: the real one, or a small one for the software device.
+    /// Returns `real`, or `small` on the CUDA emulator.
     pub fn size(&self, real: usize, small: usize) -> usize {
         if self.soft { small } else { real }
     }
 
-    /// Measures a case, made and checked first. `name` says its real shape, whatever the device.
+    /// Creates, checks and measures a case. `name` has the real shape, also on the emulator.
     pub fn case<T: Element, C: Case>(&mut self, name: &str, l2: &[L2], make: impl FnOnce(&Stream) -> Result<C>) {
         let mut make = Some(make);
         let mut case = None;
@@ -151,7 +151,7 @@ impl Bench {
         make: &mut Option<impl FnOnce(&Stream) -> Result<C>>,
     ) -> Result<()> {
         let (op, dtype, warmth) = (self.op, ["bf16", "f16", "f32"][T::DTYPE as usize], ["cold", "warm"][l2 as usize]);
-        // Taken out while the closure below borrows the rest.
+        // Moved out because the closure below borrows `self`.
         let mut criterion = std::mem::take(&mut self.criterion);
         let (mut times, mut failed) = (Times(Vec::new()), None);
         let mut measure = |iterations: u64| -> Result<Duration> {
@@ -161,8 +161,8 @@ impl Bench {
                 made.check()?;
             }
             let case = case.as_mut().ok_or_else(|| Error::Unavailable("the case failed before".into()))?;
-            // Not 0 either: criterion doubles the number again and again, and it may overflow.
-            let repetitions = iterations.clamp(1, if self.soft { 1 } else { MOST_REPETITIONS });
+            // At least 1: criterion keeps doubling the number, which may overflow to 0.
+            let repetitions = iterations.clamp(1, if self.soft { 1 } else { MAX_REPETITIONS });
             let mut sum = 0.0;
             for _ in 0..repetitions {
                 let us = self.time_us(case, l2)?;
@@ -186,11 +186,11 @@ impl Bench {
         if let Some(error) = failed {
             return Err(error);
         }
-        // None when the command line chose other cases.
+        // Empty when the command line selected other cases.
         if let (false, Some(case)) = (times.0.is_empty(), case) {
             if case.flops() > 0 {
                 let tflops = case.flops() as f64 / times.median() / 1e6;
-                let soft = if self.soft { " [software device]" } else { "" };
+                let soft = if self.soft { " [CUDA emulator]" } else { "" };
                 println!("{op} {name} {dtype} {warmth}: {tflops:.1} TFLOP/s{soft}");
             }
             self.report(op, name, dtype, warmth, case.bytes(), times);
@@ -198,7 +198,7 @@ impl Bench {
         Ok(())
     }
 
-    /// One repetition. The device is busy evicting while the host puts in what follows, so no launch waits for the host.
+    /// Times one repetition. The device evicts the L2 cache while the host enqueues the launch, so the launch does not wait for the host.
     fn time_us(&mut self, case: &mut impl Case, l2: L2) -> Result<f64> {
         case.reset()?;
         self.evict()?;
@@ -209,12 +209,12 @@ impl Bench {
         Ok(f64::from(self.stream.time_ms(|| case.launch())?) * 1e3)
     }
 
-    /// Reads, and does not write: lines to be written back would cost the next launch bandwidth.
+    /// Evicts the L2 cache by reads. Writes would leave dirty lines, whose write-back would cost the next launch bandwidth.
     fn evict(&mut self) -> Result<()> {
         read_bandwidth::launch(&self.stream, &self.evicting, &mut self.sink)
     }
 
-    /// A line on stdout, and one in the file that `DLLM_BENCH_CSV` names.
+    /// Prints a line and appends one to the file `DLLM_BENCH_CSV`.
     fn report(&self, op: &str, case: &str, dtype: &str, l2: &str, bytes: usize, mut times: Times) {
         let median = times.median();
         let (min, max) = (times.0[0], times.0[times.0.len() - 1]);
@@ -226,12 +226,13 @@ impl Bench {
             "{op} {case} {dtype} {l2}: {megabytes:.2} MB, {spread}, {gb_per_s:.0} GB/s, {:.1} % of the roof of {:.0} GB/s{}",
             share * 100.0,
             self.roof_gb_per_s,
-            if self.soft { " [software device]" } else { "" }
+            if self.soft { " [CUDA emulator]" } else { "" }
         );
         let Some(path) = std::env::var_os("DLLM_BENCH_CSV").filter(|path| !path.is_empty()) else { return };
-        let numbers = match self.soft {
-            true => ",,,,,".into(),
-            false => format!("{median:.3},{min:.3},{max:.3},{gb_per_s:.1},{:.1},{share:.4}", self.roof_gb_per_s),
+        let numbers = if self.soft {
+            ",,,,,".into()
+        } else {
+            format!("{median:.3},{min:.3},{max:.3},{gb_per_s:.1},{:.1},{share:.4}", self.roof_gb_per_s)
         };
         let line = format!("{op},{case},{dtype},{l2},{bytes},{numbers},,\n");
         append(&path, &line).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
@@ -244,7 +245,7 @@ fn append(path: &std::ffi::OsStr, line: &str) -> std::io::Result<()> {
     file.write_all((columns + line).as_bytes())
 }
 
-/// An element type, made from f32 and widened to it.
+/// Element type with conversions from and to f32.
 pub trait Float: Element {
     fn of(x: f32) -> Self;
     fn f32(self) -> f32;
@@ -266,7 +267,7 @@ impl Float for f32 {
     }
 }
 
-/// Random numbers, the same for the same seed: SplitMix64.
+/// Deterministic random numbers (SplitMix64).
 pub struct Random(pub u64);
 
 impl Random {
@@ -281,14 +282,14 @@ impl Random {
         (self.bits() >> 33) as usize % n
     }
 
-    /// Roughly normal, with variance 1.
+    /// Approximately normal number with variance 1.
     pub fn normal(&mut self) -> f32 {
         let unit = |random: &mut Random| (random.bits() >> 40) as f32 / (1u64 << 24) as f32;
         (0..12).map(|_| unit(self)).sum::<f32>() - 6.0
     }
 
-    /// `len` numbers times `scale`, one in a hundred four times as large: softmax of anything tamer is nearly uniform. A
-    /// million of them repeat, of which the period divides no width.
+    /// `len` normal numbers times `scale`. One in a hundred is four times as large, because a softmax without outliers is nearly
+    /// uniform. The numbers repeat after about a million, a period that divides no width.
     pub fn floats<T: Float>(&mut self, len: usize, scale: f32) -> Vec<T> {
         let outlier = |random: &mut Random| if random.below(100) == 0 { 4.0 } else { 1.0 };
         let period: Vec<T> = (0..len.min(1_048_583)).map(|_| T::of(self.normal() * scale * outlier(self))).collect();
@@ -296,17 +297,17 @@ impl Random {
     }
 }
 
-/// First, middle and last.
+/// First, middle and last row.
 pub fn few(rows: usize) -> [usize; 3] {
     [0, rows / 2, rows - 1]
 }
 
-/// Row `row` of a packed matrix, in f64.
+/// Row `row` of a packed matrix in f64.
 pub fn row_f64<T: Float>(matrix: &[T], row: usize, width: usize) -> Vec<f64> {
     matrix[row * width..(row + 1) * width].iter().map(|x| f64::from(x.f32())).collect()
 }
 
-/// That numbers are equal to within a share of the larger, or within `least`.
+/// Panics when two numbers differ by more than `share` of the larger plus `least`.
 #[track_caller]
 pub fn assert_close(what: &str, got: &[f64], want: &[f64], share: f64, least: f64) {
     assert_eq!(got.len(), want.len(), "{what}");
@@ -316,7 +317,7 @@ pub fn assert_close(what: &str, got: &[f64], want: &[f64], share: f64, least: f6
     }
 }
 
-/// The bytes of a matrix.
+/// Bytes of a packed matrix.
 pub fn bytes_of<T: Pod>(rows: usize, width: usize) -> usize {
     rows * width * size_of::<T>()
 }

@@ -30,19 +30,14 @@ pub struct BlockCache {
 }
 
 impl BlockCache {
-    /// Whether the first forward of a block stores keys and values for later ones.
-    fn has_refreshes(&self) -> bool {
-        matches!(self.mode, CacheMode::Prefix | CacheMode::Dual)
-    }
-
     /// Whether refreshes store features, for partial refreshes.
     pub fn stores_features(&self) -> bool {
-        self.has_refreshes() && self.refresh_ratio < 1.0
+        self.mode.has_block_refreshes() && self.refresh_ratio < 1.0
     }
 
     /// Returns the kind of the first pass of block `block`.
     pub fn first_pass(&self, block: usize) -> PassKind {
-        if self.has_refreshes() && !block.is_multiple_of(self.refresh_prompt_every) {
+        if self.mode.has_block_refreshes() && !block.is_multiple_of(self.refresh_prompt_every) {
             PassKind::Response
         } else {
             PassKind::Full

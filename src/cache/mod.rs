@@ -9,9 +9,11 @@ mod block;
 pub use adaptive::AdaptiveCache;
 pub use block::{BlockCache, BlockPlan, Refresh};
 
+use crate::error::Error;
 use crate::model::{CachePlan, Family, LayerPlan, QueryRows};
 use adaptive::{AdaptivePlan, CfgPlan};
 use std::ops::Range;
+use std::str::FromStr;
 
 /// Cache of a decode: the keys, values and features that forward passes reuse.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +30,15 @@ pub enum CacheMode {
 }
 
 impl CacheMode {
-    /// Returns the name that the command line uses.
+    /// All cache modes, in the order of the command line's help.
+    pub const ALL: [CacheMode; 4] = [CacheMode::None, CacheMode::Prefix, CacheMode::Dual, CacheMode::Adaptive];
+
+    /// Whether the first forward of a block stores keys and values for the later ones.
+    pub(crate) fn has_block_refreshes(self) -> bool {
+        matches!(self, CacheMode::Prefix | CacheMode::Dual)
+    }
+
+    /// Returns the name on the command line, which [`Display`](std::fmt::Display) writes and [`FromStr`] parses.
     pub fn name(self) -> &'static str {
         match self {
             CacheMode::None => "none",
@@ -45,6 +55,22 @@ impl CacheMode {
             CacheMode::Prefix => PassKind::Suffix,
             CacheMode::Dual => PassKind::Block,
         }
+    }
+}
+
+impl std::fmt::Display for CacheMode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Parses the name of a cache mode; any other text is an [`Error::Argument`].
+impl FromStr for CacheMode {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<CacheMode, Error> {
+        let found = CacheMode::ALL.into_iter().find(|mode| mode.name() == name);
+        found.ok_or_else(|| Error::argument("cache", "none, prefix, dual or adaptive", name))
     }
 }
 

@@ -1,4 +1,4 @@
-//! Generator: the entry point of the library. Takes a model, options and prompts, and returns tokens.
+//! The generator: a model, options and prompts in, tokens out.
 
 use super::decoder::decode;
 use super::observer::Observer;
@@ -14,17 +14,18 @@ use std::time::{Duration, Instant};
 
 /// Result of [`Generator::generate`].
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Generation {
-    /// Generated tokens per prompt: `gen_length`, or fewer when `early_stop` ended the sequence.
+    /// Generated tokens of each prompt: `gen_length` tokens, or fewer when `early_stop` ended the sequence.
     pub tokens: Vec<Vec<u32>>,
-    /// Number of forward passes over the batch.
+    /// Number of forward passes (NFE) over the batch.
     pub nfe: usize,
-    /// Time of the decode, without loading the model and allocating buffers.
+    /// Time of the decode, without loading.
     pub elapsed: Duration,
-    /// Whether the decode was interrupted. The tokens then contain masks.
+    /// Whether the decode was interrupted. The tokens then contain mask tokens.
     pub interrupted: bool,
-    /// Multiply-accumulates (MACs) of matrix products and attention. On a CUDA device this includes padded rows, and first
-    /// layers of passes that were enqueued in advance and discarded.
+    /// Multiply-accumulates (MACs) of matrix products and attention in these passes. On a CUDA device this includes first layers
+    /// that were enqueued in advance and discarded.
     pub macs: u64,
     end_tokens: Vec<u32>,
 }
@@ -39,8 +40,7 @@ impl Generation {
         &tokens[..tokens.iter().position(|t| self.end_tokens.contains(t)).unwrap_or(tokens.len())]
     }
 
-    /// Returns the tokens per second of all sequences together. Each sequence counts up to and including its first
-    /// end-of-text token.
+    /// Returns the number of tokens per second, over all sequences. Tokens after the first end-of-text token do not count.
     pub fn tokens_per_second(&self) -> f64 {
         let counted = |s: usize| (self.text_tokens(s).len() + 1).min(self.tokens[s].len());
         let tokens: usize = (0..self.tokens.len()).map(counted).sum();
@@ -48,7 +48,7 @@ impl Generation {
     }
 }
 
-/// Generates tokens with a model. A generator can be used for many calls, also from several threads at once.
+/// Generates answers with a model. A generator can be used any number of times, and from several threads.
 ///
 /// ```
 /// # fn main() -> dllm_kernels::Result<()> {
@@ -64,7 +64,8 @@ impl Generation {
 /// # Ok(())
 /// # }
 /// ```
-#[must_use]
+#[must_use = "a generator does nothing until `generate` is called"]
+#[derive(Clone)]
 pub struct Generator<'m> {
     model: &'m Model,
     options: Options,
@@ -99,8 +100,12 @@ impl<'m> Generator<'m> {
         self
     }
 
-    /// Sets a flag that interrupts decodes: a decode ends before its next forward when the flag is true. Any thread may set
-    /// the flag.
+    /// The options, to change them in place. An optional setting can be set back to `None` here.
+    pub fn options_mut(&mut self) -> &mut Options {
+        &mut self.options
+    }
+
+    /// Sets a flag that interrupts the decode: it ends before the next forward when the flag is true.
     pub fn interrupt(mut self, flag: &'m AtomicBool) -> Self {
         self.interrupt = Some(flag);
         self
@@ -131,30 +136,26 @@ impl<'m> Generator<'m> {
         end_tokens: Vec<u32>;
     }
 
-    /// Generates an answer to every prompt. Prompts are token ids; they may differ in length and are decoded as one batch.
+    /// Decodes one answer for each prompt. Prompts are token ids; they are decoded as one batch and may differ in length.
     ///
     /// # Errors
     /// - [`crate::Error::Argument`], before any work, when options or prompts do not fit the model.
-    /// - [`crate::Error::Unavailable`] when there is not enough memory for the buffers.
-    /// - [`crate::Error::NoFiniteLogit`] when a candidate has no finite logit.
-    /// - On a CUDA device, the driver's errors.
-    pub fn generate(&self, prompts: &[impl AsRef<[u32]>]) -> Result<Generation> {
+    /// - [`crate::Error::OutOfMemory`] when there is no memory for the decode.
+    /// - [`crate::Error::NoFiniteLogit`] when the logits of a candidate are not finite.
+    /// - The driver's errors, on a CUDA device.
+    pub fn generate(&self, prompts: &[Vec<u32>]) -> Result<Generation> {
         self.generate_observed(prompts, &mut ())
     }
 
-    /// As [`Generator::generate`], with an observer that follows the decode.
+    /// Decodes as [`Generator::generate`] does, with an observer.
     ///
     /// # Errors
-    /// Those of [`Generator::generate`].
-    pub fn generate_observed(&self, prompts: &[impl AsRef<[u32]>], observer: &mut dyn Observer) -> Result<Generation> {
+    /// As [`Generator::generate`].
+    pub fn generate_observed(&self, prompts: &[Vec<u32>], observer: &mut dyn Observer) -> Result<Generation> {
         let config = self.model.config();
-        let prompts: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.as_ref().to_vec()).collect();
-        self.options.validate(config, &prompts)?;
-        #[cfg(feature = "cuda")]
-        if self.model.device().is_some() {
-            self.options.requirements().check_cuda()?;
-        }
-        let mut engine = self.model.engine(self.options.sizes(config, &prompts))?;
+        self.options.validate(config, prompts)?;
+        self.model.check(&self.options.requirements())?;
+        let mut engine = self.model.engine(self.options.sizes(config, prompts))?;
         let start = Instant::now();
         let decoded = decode(&mut *engine, config, &prompts, &self.options, self.interrupt, observer)?;
         Ok(Generation {

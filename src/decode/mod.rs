@@ -1,8 +1,4 @@
-//! Decoding: from prompts to generated tokens.
-//!
-//! The path of one step: [`Generator::generate`] calls [`decode`], which selects a function of `algorithms`. That function
-//! describes the passes of each block (`block_loop`). They run one at a time (`host_loop`: a forward pass, the commit
-//! decision, the observer), or on the device (`device_loop`).
+//! From prompts to answers: options, the published decoding algorithms, and the loops that run them over an engine.
 
 mod algorithms;
 mod block_loop;

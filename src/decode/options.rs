@@ -2,7 +2,7 @@
 
 use crate::cache::{AdaptiveCache, BlockCache, CacheConfig, CacheMode};
 #[cfg(feature = "cuda")]
-use crate::engine_requirements::EngineRequirements;
+use crate::engine::EngineRequirements;
 use crate::error::{Error, Result};
 use crate::model::{Config, Family, SessionConfig};
 use crate::sampling::{Confidence, SamplingParams};
@@ -19,6 +19,38 @@ pub enum Policy {
     /// Fast-dLLM's factor f (section 3.3): the n most confident tokens, with the largest n for which
     /// `(n + 1) (1 - c_n) < f`, where `c_n` is the n-th confidence. Finite and above 0; a larger factor commits more.
     Factor(f64),
+}
+
+impl Policy {
+    /// Names of the policies on the command line.
+    pub const NAMES: [&str; 3] = ["fixed", "threshold", "factor"];
+
+    /// Returns the name of the policy on the command line, without its number.
+    pub fn name(self) -> &'static str {
+        match self {
+            Policy::Fixed => "fixed",
+            Policy::Threshold(_) => "threshold",
+            Policy::Factor(_) => "factor",
+        }
+    }
+}
+
+impl std::fmt::Display for Policy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Parses the name of a policy. Its number is the default: threshold 0.9, factor 1. Any other text is an [`Error::Argument`].
+impl std::str::FromStr for Policy {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Policy> {
+        [Policy::Fixed, Policy::Threshold(0.9), Policy::Factor(1.0)]
+            .into_iter()
+            .find(|policy| policy.name() == name)
+            .ok_or_else(|| Error::argument("policy", Policy::NAMES.join(", "), name))
+    }
 }
 
 /// Options of a decode, named as the flags of the command line.
@@ -143,7 +175,6 @@ const MAX_STEPS: usize = 1 << 20;
 
 /// Published decoding algorithm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum Algorithm {
     /// LLaDA: blocks with a fixed number of steps each.
     Llada,
@@ -239,7 +270,6 @@ impl Options {
     }
 
     /// Returns the properties of the decode that an engine may not support.
-    #[cfg(feature = "cuda")]
     pub(super) fn requirements(&self) -> EngineRequirements {
         EngineRequirements {
             temperature: self.temperature,

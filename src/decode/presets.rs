@@ -1,4 +1,4 @@
-//! The settings that dLLM-Cache publishes for its evaluations, by task and model.
+//! The options that dLLM-Cache publishes for its evaluations, by task and model.
 
 use super::options::{Options, Policy};
 use crate::cache::CacheMode;
@@ -6,37 +6,35 @@ use crate::model::Family;
 use crate::sampling::Confidence;
 use serde::Serialize;
 
-/// Source of the settings.
+/// Source of the presets.
 pub const SOURCE: &str = "evaluation scripts of github.com/maomaocun/dLLM-cache at 17235bf";
 
-/// A published setting of the adaptive cache: a refresh ratio of 0.25, and a fixed number of tokens per step.
+/// Published options of one task and model: the adaptive cache with a ratio of 0.25, and the fixed policy.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Preset {
-    /// Name of the setting: task and model.
+    /// Name of the task and the model.
     pub name: &'static str,
     /// Forwards from one refresh of the prompt to the next.
     pub prompt_interval: usize,
     /// Forwards from one refresh of the response to the next.
     pub response_interval: usize,
-    /// Block length, generated length and steps, in tokens and steps.
+    /// Block length, generated length and steps.
     pub lengths: [usize; 3],
 }
 
 impl Preset {
-    /// Returns the preset with this name.
+    /// Returns the preset of this name.
     pub fn find(name: &str) -> Option<&'static Preset> {
         PRESETS.iter().find(|preset| preset.name == name)
     }
 
-    /// Returns the model family of the preset.
+    /// Returns the family of the models that the preset is for.
     pub fn family(&self) -> Family {
         if self.name.contains("-dream-") { Family::Dream } else { Family::Llada }
     }
 
-    /// Returns the options of the preset, with sampled tokens for Dream.
-    ///
-    /// Another `gen_length` replaces the published one. A preset with a single block then has a single block of that length,
-    /// and there is one step per token.
+    /// Returns the options of the preset. `gen_length` replaces the published length; then there is one step per token, and a block
+    /// of the published length gets the new length. Dream's tokens are sampled.
     pub fn options(&self, gen_length: Option<usize>) -> Options {
         let [block_length, published, steps] = self.lengths;
         let gen_length = gen_length.unwrap_or(published);
@@ -67,10 +65,10 @@ const fn dream(name: &'static str, [prompt_interval, response_interval]: [usize;
     Preset { name, prompt_interval, response_interval, lengths: [256, 256, 256] }
 }
 
-/// Lengths of the LLaDA Base tasks, unless a task has its own.
+/// Lengths of most tasks with LLaDA Base.
 const BASE: [usize; 3] = [256, 256, 256];
 
-/// All presets. When two settings are published for one task, the name of the second ends with its prompt interval.
+/// All presets. When two are published for one task, the name of the second one ends with its prompt interval.
 pub const PRESETS: &[Preset] = &[
     llada("gsm8k-llada-base", [100, 6], BASE),
     llada("gsm8k-llada-base-25", [25, 5], BASE),
@@ -116,7 +114,7 @@ mod tests {
     use crate::decode::Algorithm;
     use crate::model::Config;
 
-    /// Each preset has a unique name, and selects the algorithm of its family.
+    /// Every preset has a unique name, is found by it, and selects the algorithm of its family.
     #[test]
     fn all_are_valid() {
         for preset in PRESETS {

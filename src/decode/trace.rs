@@ -1,23 +1,22 @@
-//! Trace of a decode, step by step, in the format of the golden trajectories (`tests/golden/README.md`, section 4).
+//! The trace of a decode, in the format of the golden trajectories (`tests/golden/README.md` section 4).
 
 use super::decoder::Decoded;
 use super::observer::{Observer, SequenceStep, Step};
 use super::options::{Algorithm, Options, Policy};
 use crate::cache::{CacheMode, PassKind};
 use crate::model::Config;
-use crate::sampling::Confidence;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-/// Observer that collects the steps of a decode.
+/// Observer that records the steps of a decode.
 #[derive(Debug, Default)]
 pub struct Trace {
     steps: Vec<Value>,
 }
 
 impl Trace {
-    /// Returns the trajectory, as a JSON object, after the decode.
+    /// Returns the trajectory of a finished decode as JSON. `model` is the name that it records.
     pub fn finish(
         &self,
         model: &str,
@@ -30,10 +29,9 @@ impl Trace {
         let algorithm = algorithm(options.algorithm(config.family), options.cache);
         json!({
             "name": "",
-            "algorithm": if hybrid_params(options).is_empty() {
-                algorithm.to_string()
-            } else {
-                format!("{algorithm}, joined")
+            "algorithm": match hybrid_params(options).next() {
+                None => algorithm.to_string(),
+                Some(_) => format!("{algorithm}, joined"),
             },
             "model": model,
             "params": params(config, options, prompts.len()),
@@ -77,18 +75,18 @@ impl Observer for Trace {
             entry["refresh_gen"] = one_or_all(&refreshed.iter().map(|plan| plan.response).collect::<Vec<_>>());
             let layers: BTreeSet<usize> =
                 step.sequences.iter().flat_map(|s| &s.selected_rows).map(|(l, _)| *l).collect();
-            let selection = |layer: usize| {
+            let selected_in = |layer: usize| {
                 let rows =
                     |s: &SequenceStep| s.selected_rows.iter().find(|(l, _)| *l == layer).map(|(_, rows)| rows.clone());
                 json!({ "layer": layer, "indices": each(&|s| json!(rows(s).unwrap_or_default())) })
             };
-            entry["vverify"] = layers.into_iter().map(selection).collect();
+            entry["vverify"] = layers.into_iter().map(selected_in).collect();
         }
         self.steps.push(entry);
     }
 }
 
-/// Returns one value when all sequences have the same, otherwise the list (ragged batches).
+/// Returns the value that all sequences share, or else the list of values.
 fn one_or_all<T: PartialEq + serde::Serialize>(values: &[T]) -> Value {
     match values {
         [first, rest @ ..] if rest.iter().all(|v| v == first) => json!(first),
@@ -96,12 +94,12 @@ fn one_or_all<T: PartialEq + serde::Serialize>(values: &[T]) -> Value {
     }
 }
 
-/// Returns the name of the corresponding function of the reference implementations.
+/// Returns the function of the reference implementation that computes the same.
 fn algorithm(algorithm: Algorithm, cache: CacheMode) -> &'static str {
     match (algorithm, cache) {
         (Algorithm::Llada, CacheMode::Adaptive) => "dllm_cache.llada",
         (Algorithm::Dream, CacheMode::Adaptive) => "dllm_cache.dream",
-        // The adaptive cache with algorithms of Fast-dLLM. No reference implementation has this.
+        // No reference implementation has the adaptive cache in these algorithms.
         (Algorithm::FastLlada, CacheMode::Adaptive) => "fast_dllm.generate, dllm_cache",
         (Algorithm::DreamThreshold, CacheMode::Adaptive) => "dream.generate, dllm_cache",
         (Algorithm::DreamBlock, CacheMode::Adaptive) => "fast_dllm.dream_block, dllm_cache",
@@ -114,13 +112,16 @@ fn algorithm(algorithm: Algorithm, cache: CacheMode) -> &'static str {
     }
 }
 
-/// Returns the options of the block caches that differ from PrefixCache and DualCache as published.
-fn hybrid_params(options: &Options) -> Vec<(&'static str, Value)> {
+/// Returns the parameters of the hybrid cache that differ from their defaults. No reference implementation has them.
+fn hybrid_params(options: &Options) -> impl Iterator<Item = (&'static str, Value)> {
     let list = |options: &Options| {
         let block_cache = matches!(options.cache, CacheMode::Prefix | CacheMode::Dual);
         [
             ("refresh_prompt_every", json!(options.refresh_prompt_every)),
-            ("refresh_rows", json!(if block_cache { options.effective_refresh_ratio() } else { 1.0 })),
+            (
+                "refresh_rows",
+                json!(if options.cache.has_block_refreshes() { options.effective_refresh_ratio() } else { 1.0 }),
+            ),
             ("vicinity", json!(options.vicinity)),
             ("suffix_window", json!(options.suffix_window)),
         ]
@@ -136,12 +137,7 @@ fn params(config: &Config, options: &Options, batch: usize) -> Value {
         Policy::Threshold(t) => (Some(t), None),
         Policy::Factor(f) => (None, Some(f)),
     };
-    let confidence = match options.confidence(options.algorithm(config.family)) {
-        Confidence::Probability => "probability",
-        Confidence::Margin => "margin",
-        Confidence::Entropy => "entropy",
-        Confidence::Random => "random",
-    };
+    let confidence = options.confidence(options.algorithm(config.family)).name();
     let mut params = json!({
         "gen_length": options.gen_length,
         "block_length": options.block_length(),

@@ -2,9 +2,9 @@
 
 use super::config::{Config, Family};
 use super::plan::{CachePlan, SelectedRows};
+use super::query_rows::QueryRows;
 use super::session_config::{SessionConfig, Widths};
 use super::transformer::Transformer;
-use super::window::QueryRows;
 use crate::backend::{Backend, BatchMetadata, BufferKind, LaunchBucket, RowUpdate, SequenceRows, UpdateRanges};
 use crate::error::Result;
 use std::ops::Range;

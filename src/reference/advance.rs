@@ -1,15 +1,15 @@
-//! What the decoding rules do between two passes: who goes on, and how many tokens the next pass may commit.
+//! The decoding rules between two passes: which sequences stay active, and how many tokens the next pass may commit.
 //!
 //! The loops of [`crate::decode`] say the same with blocks and policies; here it is said of one state after the other.
 
 use std::ops::Range;
 
-/// How many tokens a sequence may commit in each pass of a block.
+/// Number of tokens that a sequence may commit in each pass of a block.
 #[derive(Clone, Debug, PartialEq)]
 pub enum QuotaSchedule {
     /// Any number.
     Unlimited,
-    /// LLaDA: those masked at the block's beginning over so many steps.
+    /// LLaDA: the masks at the start of the block, spread over this number of steps.
     Llada(usize),
     /// Dream: of the masks that are left, step i commits the share `ratios[i]`, the last step all.
     Dream(Vec<f32>),
@@ -38,9 +38,9 @@ pub struct Sequence {
     pub max_passes: usize,
     /// Passes that it has taken part in.
     pub forwards: usize,
-    /// How many tokens the next pass may commit; none: it takes no part.
+    /// Number of tokens that the next pass may commit; `None` when the sequence is not active.
     pub quota: Option<usize>,
-    /// Whether an end-of-text token stands with no mask before it.
+    /// Whether an end-of-text token has no mask before it.
     pub ended: bool,
 }
 
@@ -49,7 +49,7 @@ pub struct Sequence {
 pub struct Failure {
     /// Which.
     pub sequence: usize,
-    /// What unmask says of it.
+    /// Value that unmask reports for the sequence.
     pub position: i32,
     /// Passes that it had taken part in.
     pub step: usize,
@@ -64,7 +64,7 @@ pub struct State {
     pub pass: usize,
     /// Passes so far.
     pub passes: usize,
-    /// Those in which a sequence took part.
+    /// Passes in which a sequence was active.
     pub nfe: usize,
     /// The first failure.
     pub failure: Option<Failure>,
@@ -77,7 +77,7 @@ pub struct State {
 }
 
 impl State {
-    /// After a pass that has left `tokens`, committed so many of each sequence, and failed where it says so.
+    /// Updates the state after a pass: its `tokens`, the number of tokens committed per sequence, and the failures.
     pub fn advance(&mut self, tokens: &[i32], committed: &[usize], failed: &[Option<i32>]) {
         self.passes += 1;
         self.nfe += usize::from(self.active() > 0);
@@ -160,7 +160,7 @@ mod tests {
         State { schedule, pass: 0, passes: 0, nfe: 0, failure: None, sequences, mask, end_tokens }
     }
 
-    /// Quotas of a sequence of so many masks whose quota is always used up.
+    /// Quotas of a sequence of `masks` masks that always uses up its quota.
     fn quotas(schedule: QuotaSchedule, first: usize, masks: usize) -> Vec<usize> {
         let mut state = state(schedule, vec![sequence(0..masks, first)]);
         let (mut tokens, mut quotas) = (vec![MASK; masks], vec![]);

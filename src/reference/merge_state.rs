@@ -1,6 +1,6 @@
 //! Merging two attentions of the same query over different keys.
 
-/// What the sides count: `e^(l - lse)` each, and `lse = ln(e^a + e^b)`. A side without keys, whose log-sum-exp is minus
+/// Weights of the two sides: `e^(l - lse)` each, with `lse = ln(e^a + e^b)`. A side without keys, whose log-sum-exp is minus
 /// infinity, counts nothing; plus infinity outweighs what is finite; NaN, or plus infinity on both sides, gives NaN.
 pub fn merge_weights(a_lse: f64, b_lse: f64) -> ([f64; 2], f64) {
     match (a_lse == f64::NEG_INFINITY, b_lse == f64::NEG_INFINITY) {

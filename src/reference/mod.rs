@@ -1,8 +1,8 @@
-//! One file per op: what it computes, on the CPU, written for reading.
+//! Reference implementation of every op, on the CPU, written for reading; one file per op.
 //!
-//! The CPU backend runs these where speed does not matter, and is tested against them where it does; so are the CUDA
-//! kernels. What rounds where is part of what the kernels compute, so some functions here take a rounding: they work in
-//! f64 and round where the kernel's results, in f32 or in the type of the tensors, are rounded.
+//! Tests, benches and `dllm doctor` compare the CUDA kernels and the CPU backend with these functions. They share no code
+//! with either. Rounding is part of the definition of some ops: their functions compute in f64 and take a `round` function,
+//! which they apply wherever the kernel rounds to f32 or to the element type of the tensor.
 
 pub mod advance;
 pub mod attention;
@@ -12,4 +12,6 @@ pub mod merge_state;
 pub mod norm;
 pub mod rope;
 pub mod swiglu;
+pub mod top_k_top_p;
+pub mod unmask;
 pub mod vverify;

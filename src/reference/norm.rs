@@ -11,7 +11,7 @@ pub fn add(x: &mut [f32], delta: &[f32]) {
 }
 
 /// `out = x / sqrt(mean(x^2) + eps) * weight`: normalised in f32 first, multiplied by the weight after, in the order of
-/// the originals. All three are one row of equal length.
+/// the reference implementations. All three are one row of equal length.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let mut sums = [0.0f32; LANES];
     let (chunks, tail) = x.as_chunks::<LANES>();
@@ -40,7 +40,8 @@ pub fn rms_scale(x: &[f64], eps: f64) -> f64 {
     1.0 / (mean + eps).sqrt()
 }
 
-/// One row normalised: `round(round(x * scale) * weight)`, the order of the originals, with the row's [`rms_scale`].
+/// One row normalised: `round(round(x * scale) * weight)`, in the order of the reference implementations, with the row's
+/// [`rms_scale`].
 pub fn rms_norm_rounded(x: &[f64], weight: &[f64], scale: f64, round: impl Fn(f64) -> f64) -> Vec<f64> {
     x.iter().zip(weight).map(|(x, weight)| round(round(x * scale) * weight)).collect()
 }

@@ -1,6 +1,6 @@
 //! Rotary position embedding, half-split (NeoX) form: element i pairs with element i + head_dim / 2.
 
-/// Cosines and sines for positions 0, 1, 2 ...; grows on demand. f32 angles, as the originals form them.
+/// Cosines and sines of positions 0, 1, 2 ..., grown on demand. Angles are rounded to f32, as in the reference implementations.
 #[derive(Debug, Default)]
 pub struct Angles {
     frequencies: Vec<f32>,
@@ -60,7 +60,7 @@ pub fn rotate_rounded(row: &mut [f64], head_dim: usize, angles: &[(f32, f32)], r
 mod tests {
     use super::*;
 
-    /// Where nothing more is rounded, both are the same.
+    /// Without further rounding, both functions are the same.
     #[test]
     fn rounded_is_rotate_in_f32() {
         let mut angles = Angles::default();

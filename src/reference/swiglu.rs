@@ -7,7 +7,7 @@ pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
     }
 }
 
-/// `x / (1 + e^-x)`. An exponential beyond f32 is infinite, as in the f32 arithmetic of the originals: below -88.7 the
+/// `x / (1 + e^-x)`. An exponential beyond f32 is infinite, as in f32 arithmetic: below -88.7 the
 /// result is minus zero, and that of minus infinity is NaN.
 pub fn silu(x: f64) -> f64 {
     let exponential = match (-x).exp() {
@@ -17,7 +17,7 @@ pub fn silu(x: f64) -> f64 {
     x / (1.0 + exponential)
 }
 
-/// `out = round(round(silu) * up)`, the order of the originals; `silu` is that of the gate.
+/// `out = round(round(silu) * up)`, in the order of the reference implementations; `silu` is that of the gate.
 pub fn swiglu_rounded(silu: f64, up: f64, round: impl Fn(f64) -> f64) -> f64 {
     round(round(silu) * up)
 }

@@ -1,5 +1,8 @@
 //! Parameters of sampling: how a token is drawn, and what ranks the candidates.
 
+use crate::error::Error;
+use std::str::FromStr;
+
 /// Confidence that ranks the candidates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -12,6 +15,38 @@ pub enum Confidence {
     Entropy,
     /// A uniform random number.
     Random,
+}
+
+impl Confidence {
+    /// All kinds of confidence, in the order of the command line's help.
+    pub const ALL: [Confidence; 4] =
+        [Confidence::Probability, Confidence::Margin, Confidence::Entropy, Confidence::Random];
+
+    /// Returns the name on the command line, which [`Display`](std::fmt::Display) writes and [`FromStr`] parses.
+    pub fn name(self) -> &'static str {
+        match self {
+            Confidence::Probability => "probability",
+            Confidence::Margin => "margin",
+            Confidence::Entropy => "entropy",
+            Confidence::Random => "random",
+        }
+    }
+}
+
+impl std::fmt::Display for Confidence {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Parses the name of a kind of confidence; any other text is an [`Error::Argument`].
+impl FromStr for Confidence {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Confidence, Error> {
+        let found = Confidence::ALL.into_iter().find(|kind| kind.name() == name);
+        found.ok_or_else(|| Error::argument("confidence", "probability, margin, entropy or random", name))
+    }
 }
 
 /// Parameters that determine the token and the confidence of each candidate.

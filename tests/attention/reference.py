@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Writes reference.safetensors and reference.json beside it: what PyTorch makes of a dozen small attentions.
+"""Writes reference.safetensors and reference.json next to this file: a dozen small attentions computed by PyTorch.
 
 Inputs are rounded to bf16 or f16 and kept as such; outputs are those of torch.nn.functional.scaled_dot_product_attention in
-float64 on the keys and values of three segments, concatenated; log-sum-exps those of torch.logsumexp. Kept as float32.
-Needs torch and numpy. Run again, it writes the same bytes.
+float64 on the keys and values of three segments, concatenated; log-sum-exps are those of torch.logsumexp. Both are stored
+as float32. Needs torch and numpy. The output is deterministic.
 """
 
 import json

@@ -1,4 +1,4 @@
-//! What PyTorch made of the same inputs: scaled_dot_product_attention in float64, recorded by `reference.py`.
+//! Compares the kernels with PyTorch's scaled_dot_product_attention in float64, recorded by `reference.py`.
 
 use super::*;
 use safetensors::SafeTensors;

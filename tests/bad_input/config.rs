@@ -31,7 +31,7 @@ fn unknown_architecture() {
     }
 }
 
-/// Every size, by the name it has in each family.
+/// Config keys of the sizes, by family.
 const SIZES: [(Family, &str); 13] = [
     (Family::Llada, "d_model"),
     (Family::Llada, "n_layers"),
@@ -100,7 +100,7 @@ fn sizes_out_of_range() {
     }
 }
 
-/// Sizes within range that the file does not back: refused by the first tensor, before anything is allocated.
+/// Valid sizes that the file's tensors do not have: the first tensor is an error before any allocation.
 #[test]
 fn sizes_that_the_tensors_do_not_have() {
     for (family, key) in SIZES {

@@ -6,7 +6,7 @@ fn no_directory() {
 }
 
 #[test]
-fn a_file_in_place_of_the_directory() {
+fn a_file_instead_of_a_directory() {
     let dir = Checkpoint::llada().write();
     refused(Model::open(dir.path().join(FILE)), "Io", &[FILE, "not a directory"]);
 }
@@ -25,7 +25,7 @@ fn no_safetensors() {
     refused(Model::open(dir.path()), "Format", &[dir.path().to_str().unwrap(), "no model*.safetensors"]);
 }
 
-/// Directories, and links to devices that never end.
+/// Directories and endless devices in place of files.
 #[test]
 #[cfg(unix)]
 fn no_files() {

@@ -3,7 +3,7 @@ use tempfile::TempDir;
 
 const SHARDS: [&str; 2] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
 
-/// The head is in the second shard, all else in the first.
+/// Checkpoint in two shards: the head in the second, all other tensors in the first.
 fn sharded() -> (TempDir, Value) {
     let checkpoint = Checkpoint::llada();
     let head = checkpoint.head();
@@ -46,7 +46,7 @@ fn empty_shard() {
 fn shards_elsewhere() {
     let (dir, index) = sharded();
     let head = Checkpoint::llada().head();
-    // Both exist, beside and below the directory.
+    // Both files exist, one next to the directory and one below it.
     std::fs::create_dir(dir.path().join("inner")).unwrap();
     for inner in ["config.json", SHARDS[0], SHARDS[1]] {
         std::fs::copy(dir.path().join(inner), dir.path().join("inner").join(inner)).unwrap();

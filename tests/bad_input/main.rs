@@ -1,5 +1,5 @@
-//! Hostile checkpoints, configs, prompts and options, at the level of the library: each is refused with an error that
-//! names the thing, what was expected and what was found; none panics, hangs, or lets a token through.
+//! Invalid checkpoints, configs, prompts and options in the library. Each is an error that names the input, the expected and the
+//! found value. None panics, hangs or produces a token.
 
 mod arguments;
 #[path = "../checkpoint/mod.rs"]
@@ -25,7 +25,7 @@ use std::path::Path;
 
 const FAMILIES: [Family; 2] = [Family::Llada, Family::Dream];
 
-/// The error's variant, and that its message holds every one of `words`.
+/// Checks the variant of an error, and that its message contains each of `words`.
 #[track_caller]
 fn refused<T>(result: Result<T>, variant: &str, words: &[&str]) {
     let error = result.err().unwrap_or_else(|| panic!("accepted; expected {variant} {words:?}"));
@@ -40,7 +40,7 @@ fn open(checkpoint: &Checkpoint) -> Model {
     Model::open(checkpoint.write().path()).unwrap()
 }
 
-/// Opens a directory of this config and model file.
+/// Opens a new directory with this config and model file.
 fn open_files(config: &str, file: &[u8]) -> Result<Model> {
     Model::open(write(config, file).path())
 }

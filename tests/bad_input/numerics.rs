@@ -2,8 +2,7 @@ use super::*;
 
 const CACHES: [CacheMode; 3] = [CacheMode::None, CacheMode::Prefix, CacheMode::Dual];
 
-/// One NaN in any tensor that every row passes through: no token comes of it. The first masked position is named,
-/// every time.
+/// One NaN in any tensor that every row uses: the error names the first masked position, every time, and no token is produced.
 #[test]
 fn nan_in_weights() {
     let q = |family| match family {
@@ -28,7 +27,7 @@ fn nan_in_weights() {
     }
 }
 
-/// Of many rows without a finite logit, the first is named, however the threads share them out.
+/// Of many rows without a finite logit, the error names the first, independently of the threads.
 #[test]
 fn the_first_position_is_named() {
     let mut checkpoint = Checkpoint::llada();
@@ -44,7 +43,7 @@ fn the_first_position_is_named() {
     }
 }
 
-/// The embedding of one token: only the sequence that holds it fails.
+/// NaN in the embedding of one token: the error names the sequence that contains the token.
 #[test]
 fn nan_in_an_embedding() {
     for family in FAMILIES {
@@ -75,7 +74,7 @@ fn nan_in_the_head() {
     }
 }
 
-/// An infinite logit is the largest; with every other sampling setting too.
+/// An infinite logit counts as the largest, with every kind of sampling.
 #[test]
 fn infinity_in_the_head() {
     for family in FAMILIES {
@@ -101,7 +100,7 @@ fn infinity_in_the_head() {
     }
 }
 
-/// Activations that overflow are found where they reach the logits.
+/// Activations that overflow are an error where they reach the logits.
 #[test]
 fn overflowing_weights() {
     for family in FAMILIES {
@@ -115,7 +114,7 @@ fn overflowing_weights() {
     }
 }
 
-/// A model that wants nothing but the mask token is not given it: the decode ends, and no mask is left.
+/// A model that always predicts the mask token never gets it: the decode ends and leaves no mask.
 #[test]
 fn mask_token_predicted() {
     for family in FAMILIES {
@@ -130,7 +129,7 @@ fn mask_token_predicted() {
                         let case = Options { cache, block_length, policy, temperature, top_k, ..options() };
                         let output = generate(&model, &case, &[vec![1, 2], vec![3, MASK]]);
                         let output = match output {
-                            // Dream's deficit rule wants steps that divide the masks of both prompts.
+                            // Dream's threshold algorithm needs a number of steps that divides the masks of both prompts.
                             Err(Error::Argument { name: "steps", .. }) => continue,
                             output => output.unwrap(),
                         };

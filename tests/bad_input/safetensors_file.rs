@@ -1,6 +1,6 @@
 use super::*;
 
-/// Header (without padding) and data of the file.
+/// Returns the header (without padding) and the data of a file.
 fn parts(file: &[u8]) -> (Value, &[u8]) {
     let n = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
     (serde_json::from_slice(&file[8..8 + n]).unwrap(), &file[8 + n..])
@@ -36,7 +36,7 @@ fn truncated_anywhere() {
 }
 
 #[test]
-fn bytes_behind_the_end() {
+fn bytes_after_the_end() {
     let file = Checkpoint::llada().file();
     let expected = parts(&file).1.len();
     for more in [&[0], &file[..]] {
@@ -46,7 +46,7 @@ fn bytes_behind_the_end() {
 }
 
 #[test]
-fn lying_header_length() {
+fn wrong_header_length() {
     let file = Checkpoint::llada().file();
     let true_length = u64::from_le_bytes(file[..8].try_into().unwrap());
     let left = file.len() as u64 - 8;
@@ -74,7 +74,7 @@ fn lying_header_length() {
 }
 
 #[test]
-fn lying_entries() {
+fn wrong_entries() {
     let file = Checkpoint::llada().file();
     let (header, data) = parts(&file);
     let name = "model.transformer.ln_f.weight";
@@ -122,7 +122,7 @@ fn lying_entries() {
     }
 }
 
-/// The last tensor ends at the end of memory: sums with its offset overflow.
+/// The last tensor ends at the largest offset, so sums with it overflow.
 #[test]
 fn offsets_that_overflow() {
     for end in [u64::MAX, u64::MAX - 8, u64::MAX - 7 - 77] {

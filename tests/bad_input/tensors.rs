@@ -23,7 +23,7 @@ fn wrong_shape() {
             taller[0] += 1;
             let mut deeper = shape.clone();
             deeper.push(1);
-            // The same number of elements, the other way round.
+            // The same number of elements, with the dimensions exchanged.
             let mut turned = shape.clone();
             turned.reverse();
             for wrong in [taller, deeper, turned, vec![], vec![0]] {
@@ -54,8 +54,8 @@ fn wrong_element_type() {
     }
 }
 
-/// Every value is one that all types hold. Products may run on another unit for another type, which adds up in
-/// another order: the same but for the rounding of f32.
+/// All values are exact in every type. Products of different types may use different units, which sum in another order, so results
+/// are equal up to rounding in f32.
 #[test]
 fn half_and_single_precision_give_the_same_logits() {
     fn same(got: &[f32], want: &[f32], what: &str) {
@@ -73,7 +73,7 @@ fn half_and_single_precision_give_the_same_logits() {
             let got = logits(&open(&checkpoint.clone().with_dtype(dtype)), &tokens);
             same(&got, &want, &format!("{family} {dtype:?}"));
         }
-        // Every other tensor in another type, so that stacked matrices are mixed.
+        // Every second tensor has another type, so that stacked matrices have mixed types.
         let mut mixed = checkpoint.clone();
         mixed.tensors.values_mut().step_by(2).for_each(|t| t.dtype = Dtype::F32);
         same(&logits(&open(&mixed), &tokens), &want, &format!("{family} mixed"));

@@ -1,6 +1,6 @@
-//! Small checkpoints in the public layouts, written into temporary directories, for tests to use and to damage.
+//! Small checkpoints in the public layouts, written to temporary directories. Tests use and damage them.
 
-#![allow(dead_code)] // every test file uses its own part
+#![allow(dead_code)] // no test file uses all of it
 
 use dllm_kernels::model::{Config, Family};
 use dllm_kernels::{Confidence, Options, Policy};
@@ -15,14 +15,14 @@ use tempfile::TempDir;
 pub const VOCAB: usize = 40;
 pub const MASK: u32 = 39;
 pub const EOS: u32 = 38;
-/// Positions of the models.
+/// Maximum sequence length of the models.
 pub const WINDOW: usize = 64;
-/// The file that [`Checkpoint::write`] puts the tensors in.
+/// File to which [`Checkpoint::write`] writes the tensors.
 pub const FILE: &str = "model.safetensors";
-/// The index, for checkpoints in shards.
+/// Index file of checkpoints in shards.
 pub const INDEX: &str = "model.safetensors.index.json";
 
-/// A tensor's values, and the element type that they are stored with.
+/// Values of a tensor and the element type in which they are stored.
 #[derive(Clone)]
 pub struct Tensor {
     pub dtype: Dtype,
@@ -65,8 +65,8 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Two layers, two heads of width 32 (Dream: sharing one key/value head), made-up weights. All values are exact in
-    /// bf16 and in f16; logits are a few units wide, so that some tokens are certain and some are not.
+    /// Checkpoint of two layers and two heads of width 32 (Dream: one key/value head) with made-up weights. All values are exact
+    /// in bf16 and f16. Logits spread over a few units, so that some tokens are certain and some are not.
     pub fn new(family: Family) -> Checkpoint {
         let config = config(family);
         let list = Config::from_json(Path::new("config.json"), &config).unwrap().tensors();
@@ -106,7 +106,7 @@ impl Checkpoint {
         }
     }
 
-    /// The config with `key` set, or without it.
+    /// Returns the config with `key` set to `value`, or without the key.
     pub fn config_with(&self, key: &str, value: Option<Value>) -> Value {
         let mut config = self.config.clone();
         let keys = config.as_object_mut().unwrap();
@@ -128,8 +128,8 @@ impl Checkpoint {
         &mut tensor.values[row * width..(row + 1) * width]
     }
 
-    /// Makes every hidden state point along the first channel and gives `token` by far the largest share of it in the
-    /// head: the token that the model wants everywhere.
+    /// Makes the model predict `token` everywhere: every hidden state points along the first channel, in which the token's row of
+    /// the head is by far the largest.
     pub fn want(&mut self, token: u32) {
         let (embedding, head) = (self.embedding(), self.head());
         for row in 0..VOCAB {
@@ -143,7 +143,7 @@ impl Checkpoint {
         self
     }
 
-    /// The safetensors file of the tensors that `keep` accepts.
+    /// Serialises the tensors that `keep` accepts as a safetensors file.
     pub fn file_of(&self, keep: impl Fn(&str) -> bool) -> Vec<u8> {
         safetensors::serialize(self.tensors.iter().filter(|(name, _)| keep(name)), None).unwrap()
     }
@@ -152,13 +152,13 @@ impl Checkpoint {
         self.file_of(|_| true)
     }
 
-    /// `config.json` and `model.safetensors` in a new directory.
+    /// Writes `config.json` and `model.safetensors` to a new directory.
     pub fn write(&self) -> TempDir {
         write(&self.config.to_string(), &self.file())
     }
 }
 
-/// A directory with this config and this model file.
+/// Writes this config and this model file to a new directory.
 pub fn write(config: &str, file: &[u8]) -> TempDir {
     let dir = TempDir::new().unwrap();
     std::fs::write(dir.path().join("config.json"), config).unwrap();
@@ -166,7 +166,7 @@ pub fn write(config: &str, file: &[u8]) -> TempDir {
     dir
 }
 
-/// The keys of the public checkpoints' configs, as in `tests/golden/tiny-llada` and `tests/golden/tiny-dream`.
+/// Config with the keys of the public checkpoints, as in `tests/golden/tiny-llada` and `tests/golden/tiny-dream`.
 fn config(family: Family) -> Value {
     match family {
         Family::Llada => json!({
@@ -187,7 +187,7 @@ fn config(family: Family) -> Value {
     }
 }
 
-/// A multiple of 1/128 in (-1, 1), the same every time.
+/// Deterministic multiple of 1/128 in (-1, 1).
 fn noise(seed: u32, n: u32) -> f32 {
     let mut x = seed.wrapping_mul(0x9e37_79b9) ^ n.wrapping_mul(0x85eb_ca6b);
     x = (x ^ (x >> 16)).wrapping_mul(0x7feb_352d);
@@ -195,7 +195,7 @@ fn noise(seed: u32, n: u32) -> f32 {
     ((x >> 16) % 255) as f32 / 128.0 - 127.0 / 128.0
 }
 
-/// Every confidence that the policy of `base` allows, under every way of sampling.
+/// Returns `base` with every confidence that its policy allows, each with every kind of sampling parameters.
 pub fn samplings(base: &Options) -> Vec<Options> {
     let fixed = base.policy == Policy::Fixed;
     let mut list = Vec::new();
@@ -220,7 +220,7 @@ pub fn samplings(base: &Options) -> Vec<Options> {
     list
 }
 
-/// Ragged, from one token on; no masks.
+/// Prompts of different lengths (5, 1 and 17 tokens) without masks.
 pub fn prompts() -> Vec<Vec<u32>> {
     vec![vec![3, 14, 15, 9, 26], vec![5], (0..17).map(|i| i * 2 % 37).collect()]
 }

@@ -1,6 +1,6 @@
-//! The only way in which a test gets a device, and what the tests of ops share.
+//! The device of a test, and helpers that the tests of ops share.
 
-// Each test file is a program of its own, and none uses everything.
+// Each test file is a program of its own, and none uses all of it.
 #![allow(dead_code, unused_macros, unused_imports)]
 
 use bytemuck::{Pod, Zeroable};
@@ -12,35 +12,34 @@ use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-/// The device that `DLLM_TEST_DEVICE` names: `soft`, the default, or `gpu`. On a machine without it that is a failure,
-/// never a skip.
+/// The device that `DLLM_TEST_DEVICE` names: `soft` (the CUDA emulator, default) or `gpu`. A machine without it fails the test; it
+/// is never skipped.
 pub fn device() -> Device {
     static DEVICE: OnceLock<Device> = OnceLock::new();
     let open = || {
         match std::env::var("DLLM_TEST_DEVICE").as_deref() {
             Ok("gpu") => {}
             Err(_) | Ok("soft") => softgpu::install(),
-            Ok(other) => panic!("DLLM_TEST_DEVICE={other}: soft or gpu"),
+            Ok(other) => panic!("DLLM_TEST_DEVICE: expected soft or gpu, found {other}"),
         }
         Device::open(0).unwrap()
     };
     DEVICE.get_or_init(open).clone()
 }
 
-/// The folder of the golden files: that of `DLLM_GOLDEN_DIR`, as where test programs were carried to another machine, or
-/// the one of this checkout.
+/// Folder of the golden files: `DLLM_GOLDEN_DIR` (for test programs that run on another machine), or that of this checkout.
 pub fn golden_dir() -> PathBuf {
-    let here = || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    std::env::var_os("DLLM_GOLDEN_DIR").map_or_else(here, PathBuf::from)
+    let of_checkout = || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    std::env::var_os("DLLM_GOLDEN_DIR").map_or_else(of_checkout, PathBuf::from)
 }
 
-/// The folder of the shipped checkpoints: that of `DLLM_MODELS_DIR`, or the one of this checkout.
+/// Folder of the shipped checkpoints: `DLLM_MODELS_DIR`, or that of this checkout.
 pub fn models_dir() -> PathBuf {
-    let here = || Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
-    std::env::var_os("DLLM_MODELS_DIR").map_or_else(here, PathBuf::from)
+    let of_checkout = || Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
+    std::env::var_os("DLLM_MODELS_DIR").map_or_else(of_checkout, PathBuf::from)
 }
 
-/// The least model that the kernels take.
+/// The smallest model that the kernels support.
 pub fn one_layer(family: Family) -> Config {
     Config {
         family,
@@ -57,13 +56,13 @@ pub fn one_layer(family: Family) -> Config {
     }
 }
 
-/// A stream of its own on the device.
+/// Creates a stream on the device.
 pub fn stream() -> Stream {
     device().stream().unwrap()
 }
 
-/// Makes tests of these functions, which need a device. The software device runs each with the threads of a kernel in
-/// several orders; whatever it has to report fails the test.
+/// Makes tests of these functions, which need a device. The CUDA emulator runs each one with the threads of kernels in several
+/// orders; anything that it reports fails the test.
 macro_rules! on_device {
     ($($test:ident),* $(,)?) => {
         mod on_device {
@@ -71,7 +70,7 @@ macro_rules! on_device {
                 #[test]
                 #[cfg_attr(
                     not(all(target_os = "linux", target_arch = "x86_64")),
-                    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+                    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
                 )]
                 fn $test() {
                     crate::common::in_every_order(super::$test);
@@ -82,7 +81,7 @@ macro_rules! on_device {
 }
 pub(crate) use on_device;
 
-/// Makes tests of these functions, which need a device, and are too long to run in several orders.
+/// Makes tests of these functions, which need a device and take too long to run in several orders.
 macro_rules! once_on_device {
     ($($test:ident),* $(,)?) => {
         mod once_on_device {
@@ -90,7 +89,7 @@ macro_rules! once_on_device {
                 #[test]
                 #[cfg_attr(
                     not(all(target_os = "linux", target_arch = "x86_64")),
-                    ignore = "there is no software device for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+                    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
                 )]
                 fn $test() {
                     crate::common::device();
@@ -103,7 +102,7 @@ macro_rules! once_on_device {
 }
 pub(crate) use once_on_device;
 
-/// Runs `work` with the threads of kernels in several orders, or twice on a GPU: what it returns must not change.
+/// Runs `work` with the threads of kernels in several orders, or twice on a GPU. Panics when a result differs.
 pub fn in_every_order<R: PartialEq + Debug>(mut work: impl FnMut() -> R) -> R {
     device();
     if !softgpu::active() {
@@ -123,22 +122,22 @@ pub fn in_every_order<R: PartialEq + Debug>(mut work: impl FnMut() -> R) -> R {
     result
 }
 
-/// As [`in_every_order`], for work that checks its results itself.
+/// Runs [`in_every_order`] for work that checks its own results.
 pub fn in_several_orders(mut work: impl FnMut()) {
     in_every_order(&mut work);
 }
 
-/// That the software device has seen nothing wrong in this thread's calls.
+/// Panics when the CUDA emulator has reported an error in this thread's calls.
 pub fn assert_nothing_reported() {
     if softgpu::active() {
         assert_eq!(softgpu::report(), "");
     }
 }
 
-/// An element type, made from f32 (rounded to nearest, ties to even) and widened to it.
+/// Element type with conversions from f32 (rounded to nearest, ties to even) and to f32.
 pub trait Float: Element + Zeroable + PartialEq + Debug {
     const NAME: &str;
-    /// The least number above 0, a subnormal one.
+    /// Smallest positive number; it is subnormal.
     const SMALLEST: f32;
     const LARGEST: f32;
     fn of(x: f32) -> Self;
@@ -146,7 +145,7 @@ pub trait Float: Element + Zeroable + PartialEq + Debug {
     fn f64(self) -> f64 {
         self.f32().into()
     }
-    /// What becomes of a result in f64: it is f32 in the kernels, and rounded from there.
+    /// Rounds a result in f64 as a kernel does: to f32, then to this type.
     fn round(x: f64) -> f64 {
         Self::of(x as f32).f64()
     }
@@ -185,7 +184,7 @@ impl Float for f32 {
     }
 }
 
-/// Random numbers, the same for the same seed: xorshift64*.
+/// Deterministic random numbers (xorshift64*).
 pub struct Random(pub u64);
 impl Random {
     pub fn bits(&mut self) -> u64 {
@@ -197,12 +196,12 @@ impl Random {
     pub fn below(&mut self, n: usize) -> usize {
         (self.bits() >> 33) as usize % n
     }
-    /// Roughly normal, with variance 1.
+    /// Approximately normal number with variance 1.
     pub fn normal(&mut self) -> f32 {
         let unit = |random: &mut Random| (random.bits() >> 40) as f32 / (1u64 << 24) as f32;
         ((0..12).map(|_| unit(self)).sum::<f32>() - 6.0).clamp(-4.0, 4.0)
     }
-    /// From -1 to 1, evenly.
+    /// Uniform number in [-1, 1).
     pub fn number(&mut self) -> f32 {
         (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
     }
@@ -210,7 +209,7 @@ impl Random {
     pub fn floats<T: Float>(&mut self, len: usize) -> Vec<T> {
         (0..len).map(|_| T::of(self.normal())).collect()
     }
-    /// `len` of the numbers below `n`, in any order.
+    /// `len` distinct numbers below `n`, in random order.
     pub fn distinct(&mut self, len: usize, n: usize) -> Vec<i32> {
         let mut all: Vec<i32> = (0..n as i32).collect();
         for i in 0..len {
@@ -230,18 +229,18 @@ pub fn narrowed<T: Float>(x: &[f64]) -> Vec<T> {
     x.iter().map(|x| T::of(*x as f32)).collect()
 }
 
-/// What stands where nobody may write: a value of ones only, NaN as a float.
+/// Marker for memory that must not be read or written: all bits are ones, which is NaN for floats.
 pub fn poison<T: Pod>() -> T {
     bytemuck::pod_read_unaligned(&[0xff; 16][..size_of::<T>()])
 }
 
-/// Rows of `width` put `stride` apart, poison between them and behind the last.
+/// Places rows of `width` elements `stride` apart, with poison after each.
 pub fn spread<T: Pod>(packed: &[T], width: usize, stride: usize) -> Vec<T> {
     let gap = vec![poison(); stride - width];
     packed.chunks_exact(width).flat_map(|row| row.iter().chain(&gap)).copied().collect()
 }
 
-/// That both hold the same bits, where any NaN is as good as another unless it is poison: that must still be there.
+/// Panics when bits differ. All NaNs are equal, except poison, which only equals itself.
 #[track_caller]
 pub fn same_bits<T: Float>(what: &str, got: &[T], want: &[T]) {
     assert_eq!(got.len(), want.len(), "{} {what}", T::NAME);
@@ -256,8 +255,8 @@ fn is_poison<T: Pod>(x: &T) -> bool {
     bytemuck::bytes_of(x) == bytemuck::bytes_of(&poison::<T>())
 }
 
-/// That every element lies between two others, in whichever order they are. Where those are NaN it is too, and poison
-/// where they are that.
+/// Panics when an element is not between the two elements of `ends`, which may be in either order. It must be NaN where one of them
+/// is NaN, and poison where the first is poison.
 #[track_caller]
 pub fn within<T: Float>(what: &str, got: &[T], ends: [&[T]; 2]) {
     let [one, other] = ends;

@@ -1,14 +1,14 @@
-//! Checkpoints in other element types, and one whose head is the embedding.
+//! Checkpoints in other element types, and one with a tied head.
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::prompts;
-use crate::lockstep::{Both, decode_both};
+use crate::lockstep::{TestModel, decode_in_lockstep};
 use crate::{FAMILIES, small_device};
 use dllm_kernels::{Generator, Model, Options};
 use safetensors::Dtype;
 
-/// The values of the made-up checkpoints are exact in bf16, f16 and f32: stored as any of them they decode the same. Values that
-/// are not exact are rounded to nearest, ties to even.
+/// The values of the made-up checkpoints are exact in bf16, f16 and f32, so each type decodes to the same tokens. Other values are
+/// rounded to nearest, ties to even.
 pub fn element_types() {
     for family in FAMILIES {
         let tokens = |checkpoint: &Checkpoint| {
@@ -20,7 +20,7 @@ pub fn element_types() {
         for dtype in [Dtype::F16, Dtype::F32] {
             assert_eq!(tokens(&Checkpoint::new(family).with_dtype(dtype)), plain, "{family} {dtype:?}");
         }
-        // A third of the way to the next bf16, and half of it from an even one: both go back.
+        // A third of the distance to the next bf16, and half of it from an even one: test_model round down.
         let mut off = Checkpoint::new(family).with_dtype(Dtype::F32);
         for tensor in off.tensors.values_mut() {
             for (i, value) in tensor.values.iter_mut().enumerate().filter(|(_, value)| **value != 0.0) {
@@ -43,10 +43,11 @@ pub fn tied_head() {
         checkpoint.config = checkpoint.config_with(key, Some(true.into()));
         let head = checkpoint.head();
         checkpoint.tensors.remove(head);
-        let both = Both::open(checkpoint.write().path());
-        assert!(both.model.config().tied_head);
+        let test_model = TestModel::open(checkpoint.write().path());
+        assert!(test_model.model.config().tied_head);
         let options = Options { gen_length: 16, block_length: Some(8), ..Options::default() };
-        let (_, tally) = decode_both(&both, &options, &prompts(), &format!("{family}, tied head"), &mut ());
+        let (_, tally) =
+            decode_in_lockstep(&test_model, &options, &prompts(), &format!("{family}, tied head"), &mut ());
         println!("{family}: {tally}");
     }
 }

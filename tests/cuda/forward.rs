@@ -1,10 +1,10 @@
-//! Logits of the recorded passes, and how far bf16 takes them from f32.
+//! Logits of the recorded forwards on the device, and their distance from f32 due to bf16.
 
+use crate::bf16_reference::Bf16Reference;
 use crate::common::device;
-use crate::lockstep::Both;
+use crate::lockstep::TestModel;
 use crate::margin::{MARGIN, mean_error};
 use crate::recorded::{Tensors, cases, difference, json, numbers, token_rows};
-use crate::rounded::Rounded;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::backend::cuda::Cuda;
 use dllm_kernels::cache::{BlockPlan, CacheMode, PassKind};
@@ -12,13 +12,13 @@ use dllm_kernels::model::{QueryRows, Session, SessionConfig};
 use serde_json::Value;
 use std::ops::Range;
 
-/// What rows of logits are off by, by the CPU's.
+/// Errors of logits relative to the CPU's.
 #[derive(Default)]
 struct Errors {
-    /// Mean squares of the device's errors, and of those of the CPU that rounds; by the mean squares of the logits.
+    /// Mean squared error of each row on the device and of the bf16 reference, divided by the row's mean square.
     gpu: Vec<f64>,
     rounded: Vec<f64>,
-    /// What differences between the largest logit and another are off by at most, in mean errors of the CPU that rounds.
+    /// Largest error of a difference between the largest logit and another, in mean errors of the bf16 reference.
     gap: f64,
 }
 
@@ -41,28 +41,28 @@ impl Errors {
     }
 }
 
-/// The recorded passes of every kind, with the cache that the first leaves to the others. The device is as far from the CPU
-/// as the CPU that rounds is, and its logits are within the margin.
+/// Runs the recorded forwards of every kind; later ones use the cache of the first. The device's error is at most that of the bf16
+/// reference plus 10 %, and its logits are within the margin.
 pub fn logits_are_within_the_margin() {
     for name in ["tiny-llada", "tiny-llada-b", "tiny-dream"] {
-        let both = Both::recorded(name);
+        let test_model = TestModel::recorded(name);
         let file = format!("forward_{name}.json");
         let (json, tensors) = (json(&file), Tensors::open(&file));
         let mut errors = Errors::default();
         for case in cases(&json) {
-            run(&both, case, &tensors, &mut errors);
+            run(&test_model, case, &tensors, &mut errors);
         }
         let rows = errors.gpu.len() as f64;
         let mean = |squares: &[f64]| (squares.iter().sum::<f64>() / rows).sqrt();
         let (gpu, rounded, gap) = (mean(&errors.gpu), mean(&errors.rounded), errors.gap);
-        println!("{name}: {rows} rows, off by {gpu:.4} of the logits, the CPU that rounds by {rounded:.4};");
-        println!("  a difference of logits by {gap:.2} mean errors at most");
-        assert!(gpu <= 1.1 * rounded, "{name}: bf16 does not explain the error");
+        println!("{name}: {rows} rows, error {gpu:.4} of the logits, the bf16 reference's {rounded:.4};");
+        println!("  largest error of a difference of logits: {gap:.2} mean errors");
+        assert!(gpu <= 1.1 * rounded, "{name}: the error is larger than that of bf16");
         assert!(gap <= MARGIN, "{name}");
     }
 }
 
-fn run(both: &Both, case: &Value, tensors: &Tensors, errors: &mut Errors) {
+fn run(test_model: &TestModel, case: &Value, tensors: &Tensors, errors: &mut Errors) {
     let name = case["name"].as_str().unwrap();
     let size = |key: &str| -> usize { numbers(&case[key]) };
     let (batch, length) = (size("batch"), size("length"));
@@ -77,11 +77,11 @@ fn run(both: &Both, case: &Value, tensors: &Tensors, errors: &mut Errors) {
         max_ratios: 0,
         num_end_tokens: 0,
     };
-    let model = &both.model;
+    let model = &test_model.model;
     let cuda = Cuda::new(&device()).unwrap();
     let mut gpu = Session::new(model.device_transformer().unwrap(), cuda, sizes.clone()).unwrap();
     let mut cpu = Session::new(model.transformer(), Cpu::default(), sizes.clone()).unwrap();
-    let mut rounded = Session::new(&both.rounded, Rounded::default(), sizes).unwrap();
+    let mut rounded = Session::new(&test_model.rounded, Bf16Reference::default(), sizes).unwrap();
     let (mode, later) = match case["kind"].as_str().unwrap() {
         "full" => (CacheMode::None, None),
         "suffix" => (CacheMode::Prefix, Some(PassKind::Suffix)),
@@ -105,7 +105,7 @@ fn run(both: &Both, case: &Value, tensors: &Tensors, errors: &mut Errors) {
         let [gpu, cpu, rounded] = [gpu.logits(index.len()), cpu.logits(index.len()), rounded.logits(index.len())];
         let (gpu, cpu, rounded) = (gpu.unwrap(), cpu.unwrap(), rounded.unwrap());
         let recorded = tensors.f32(&format!("{name}.logits{call}"));
-        assert!(difference(&cpu, &recorded) < 5e-4, "{name}: the CPU's are the recorded ones");
+        assert!(difference(&cpu, &recorded) < 5e-4, "{name}: the CPU's logits differ from the recorded ones");
         errors.add(&gpu, &cpu, &rounded, model.config().vocab_size);
     }
 }

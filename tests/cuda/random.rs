@@ -1,12 +1,12 @@
-//! Random settings in lockstep: lengths, blocks, batches, caches, policies, families, confidences, ways of sampling.
+//! Random settings in lockstep: lengths, blocks, batches, caches, policies, families, confidences and sampling parameters.
 
 use crate::common::Random;
-use crate::lockstep::{Both, decode_both};
+use crate::lockstep::{TestModel, decode_in_lockstep};
 use crate::margin::Tally;
 use dllm_kernels::decode::Algorithm;
 use dllm_kernels::{CacheMode, Confidence, Family, Options, Policy};
 
-/// A setting and prompts that are valid for the made-up checkpoints.
+/// Random options and prompts that are valid for the made-up checkpoints.
 pub fn setting(random: &mut Random, family: Family) -> (Options, Vec<Vec<u32>>) {
     let mut pick = |n: usize| random.below(n);
     let block_length = [1, 2, 3, 4, 5, 6, 8, 12][pick(8)];
@@ -51,17 +51,17 @@ pub fn setting(random: &mut Random, family: Family) -> (Options, Vec<Vec<u32>>) 
 
 fn in_lockstep(family: Family) {
     const SETTINGS: usize = 500;
-    let both = Both::made_up(family);
+    let test_model = TestModel::made_up(family);
     let mut random = Random(0x5eed + family as u64);
     let mut all = Tally::default();
     for i in 0..SETTINGS {
         let (options, prompts) = setting(&mut random, family);
         let what = format!("{family}, setting {i}, {options:?}, {prompts:?}");
-        let (_, tally) = decode_both(&both, &options, &prompts, &what, &mut ());
+        let (_, tally) = decode_in_lockstep(&test_model, &options, &prompts, &what, &mut ());
         all.add(tally);
     }
     println!("{family}: {SETTINGS} settings, {all}");
-    // Twice what was seen to differ.
+    // Bounds: twice the observed shares.
     all.assert_few([0.03, 0.032], [0.4, 0.75]);
 }
 

@@ -1,6 +1,6 @@
-//! Reads what the original Python implementations computed (`tests/golden/README.md`).
+//! Reads the recordings of the reference implementations in Python (`tests/golden/README.md`).
 
-#![allow(dead_code)] // every test file uses its own part
+#![allow(dead_code)] // no test file uses all of it
 
 use dllm_kernels::decode::Decoded;
 use dllm_kernels::decode::trace::Trace;
@@ -44,7 +44,7 @@ pub fn numbers<T: serde::de::DeserializeOwned>(value: &Value) -> T {
     serde_json::from_value(value.clone()).unwrap_or_else(|e| panic!("{e}: {value}"))
 }
 
-/// The tensors beside a JSON file.
+/// Tensors of the safetensors file next to a JSON file.
 pub struct Tensors(Vec<u8>);
 
 impl Tensors {
@@ -80,7 +80,7 @@ impl Tensors {
     }
 }
 
-/// Largest difference; panics on different lengths or anything that is not finite.
+/// Largest absolute difference. Panics when lengths differ or a difference is not finite.
 pub fn difference(got: &[f32], want: &[f32]) -> f32 {
     assert_eq!(got.len(), want.len());
     let gaps = got.iter().zip(want).map(|(g, w)| (g - w).abs());
@@ -99,7 +99,7 @@ pub fn options(case: &Value) -> Options {
     let gen_length: usize = numbers(&params["gen_length"]);
     let policy = match (&params["threshold"], &params["factor"]) {
         (_, factor @ Value::Number(_)) => Policy::Factor(numbers(factor)),
-        // Dream records its default threshold with every rule; only this one uses it.
+        // Dream records its default threshold with every algorithm; only this one uses it.
         (threshold @ Value::Number(_), _) if alg.is_empty() || alg == "confidence_threshold" => {
             Policy::Threshold(numbers(threshold))
         }
@@ -122,7 +122,7 @@ pub fn options(case: &Value) -> Options {
         refresh_ratio: params.get("transfer_ratio").map(numbers),
         policy,
         confidence: match (algorithm, alg) {
-            ("fast_dllm.dream_block", _) => None, // the rule's own default
+            ("fast_dllm.dream_block", _) => None, // the algorithm's own default
             (_, "topk_margin") => Some(Confidence::Margin),
             (_, "entropy") => Some(Confidence::Entropy),
             _ => None,
@@ -133,20 +133,22 @@ pub fn options(case: &Value) -> Options {
     }
 }
 
-/// What V-verify chose: layers, and each row's positions as a set.
+/// Positions that V-verify selected, by layer and sequence.
 fn selected_rows(layers: &Value) -> Vec<(usize, Vec<BTreeSet<usize>>)> {
     let layers = layers.as_array().unwrap();
     layers.iter().map(|layer| (numbers(&layer["layer"]), numbers(&layer["indices"]))).collect()
 }
 
-/// LLaDA's fixed rule without a cache exists twice: `llada.generate` and Fast-dLLM's `generate`. They differ in the
-/// precision of confidences only, and the crate runs the first for both.
+/// Compares a decode with a recorded one.
+///
+/// LLaDA's fixed rule without a cache exists twice: `llada.generate` and Fast-dLLM's `generate`. They differ only in the precision
+/// of confidences, and the crate runs the first for both.
 pub fn compare(name: &str, case: &Value, config: &Config, options: &Options, decoded: &Decoded, trace: &Trace) {
     let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
     compare_traces(name, &trace.finish(name, config, options, &prompts, decoded), case);
 }
 
-/// The same for a trace that is there already.
+/// Compares a finished trace with a recorded decode.
 pub fn compare_traces(name: &str, got: &Value, case: &Value) {
     assert_eq!(got["nfe"], case["nfe"], "{name}: forwards");
     let (steps, want) = (got["steps"].as_array().unwrap(), case["steps"].as_array().unwrap());
@@ -159,7 +161,7 @@ pub fn compare_traces(name: &str, got: &Value, case: &Value) {
             assert_eq!(got.get(key), want.get(key), "{name} step {}: {key}", want["step"]);
         }
         let layers = |step: &Value| step.get("vverify").map(selected_rows);
-        assert_eq!(layers(got), layers(want), "{name} step {}: rows that V-verify chose", want["step"]);
+        assert_eq!(layers(got), layers(want), "{name} step {}: rows that V-verify selected", want["step"]);
         if let Some(conf) = want.get("conf") {
             let (got, want): (Vec<Vec<f64>>, Vec<Vec<f64>>) = (numbers(&got["conf"]), numbers(conf));
             assert_eq!(got.len(), want.len());

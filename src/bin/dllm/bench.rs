@@ -1,13 +1,14 @@
-//! `dllm bench`: the decode modes side by side on one prompt, in turns in one run, and the original beside them.
+//! `dllm bench`: times the decode modes on one prompt, alternating in one run, and the reference implementation with
+//! them.
 
 mod originals;
 mod summary;
 mod timed;
 
-use crate::args::{argument, length, model_dir, threads};
+use crate::args::{length, model_dir, threads};
 use crate::machine::{Device, Place, Roofs, device};
 use crate::output::{INTERRUPT, catch_interrupts, interrupted, note, print, print_json};
-use crate::report::Shape;
+use crate::report::{shape, shape_config};
 use clap::ValueEnum;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind};
@@ -20,28 +21,28 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 use timed::{Timed, Timing, bf16_bytes_per_forward, weight_bytes_per_forward};
 
-/// Time the decode modes side by side on one prompt
+/// Time the decode modes on one prompt
 #[derive(clap::Args, Debug)]
 pub struct Bench {
-    /// Checkpoint directory [default: models/tiny-math, here or above the program]
+    /// Checkpoint directory [default: models/tiny-math, in this directory or above the program]
     #[arg(long, value_name = "DIR", conflicts_with = "shape")]
     model: Option<PathBuf>,
-    /// A public shape instead of a checkpoint
-    #[arg(long, requires = "random_weights")]
-    shape: Option<Shape>,
-    /// Fill the shape with random weights, in memory
+    /// Shape of a public model, instead of a checkpoint
+    #[arg(long, requires = "random_weights", value_parser = shape())]
+    shape: Option<String>,
+    /// Random weights for the shape, in memory
     #[arg(long, requires = "shape")]
     random_weights: bool,
-    /// Random tokens of the prompt
+    /// Length of a random prompt
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = length())]
     prompt_length: usize,
-    /// The prompt as token ids, instead of random ones
+    /// Token ids of the prompt, instead of random ones
     #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with = "prompt_length")]
     prompt_ids: Vec<u32>,
     /// Tokens to generate
     #[arg(long, value_name = "N", default_value_t = 64)]
     gen_length: usize,
-    /// Tokens decoded together [default: 32, at most gen-length]
+    /// Tokens per block [default: 32, at most gen-length]
     #[arg(long, value_name = "N")]
     block_length: Option<usize>,
     /// Modes to time [default: all]
@@ -53,14 +54,14 @@ pub struct Bench {
     /// Mode adaptive: forwards between refreshes of the response
     #[arg(long, value_name = "N", default_value_t = 7)]
     response_interval: usize,
-    /// Mode adaptive: share of response rows recomputed in between; mode dual-joined: share of the rows outside the block
-    /// that a refresh runs
-    #[arg(long, value_name = "R", alias = "refresh-rows", default_value_t = 0.25, allow_negative_numbers = true)]
+    /// Share of rows that V-verify selects. Mode adaptive: of the response, between refreshes. Mode dual-joined: of the rows
+    /// outside the block, in refreshes after the first
+    #[arg(long, alias = "refresh-rows", value_name = "R", default_value_t = 0.25, allow_negative_numbers = true)]
     refresh_ratio: f64,
-    /// Mode dual-joined: one refresh of so many renews the prompt
+    /// Mode dual-joined: refresh the prompt only in every N-th refresh, beginning with the first
     #[arg(long, value_name = "N", default_value_t = 4)]
     refresh_prompt_every: usize,
-    /// Sequences decoded together; prompts are random ones of the same length, or the same
+    /// Sequences decoded together; their prompts are random of one length, or all are the given one
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1024))]
     batch: u64,
     /// auto, cpu, cuda or cuda:N
@@ -69,10 +70,10 @@ pub struct Bench {
     /// Rounds; each runs every mode once
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=1000))]
     repeat: u64,
-    /// Threads that decode, in the original too [default: all cores]
+    /// CPU threads, also for the reference implementation [default: all cores]
     #[arg(long, value_name = "N", value_parser = threads())]
     threads: Option<usize>,
-    /// Seed of random weights and of a random prompt
+    /// Seed of random weights and random prompts
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Print one JSON object
@@ -80,7 +81,7 @@ pub struct Bench {
     json: bool,
 }
 
-/// A way to decode.
+/// Decode mode: a cache with a policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Mode {
     Vanilla,
@@ -119,28 +120,32 @@ impl Mode {
             Mode::DualThreshold | Mode::DualJoined => (CacheMode::Dual, Policy::Threshold(0.9)),
             Mode::Adaptive => (CacheMode::Adaptive, Policy::Fixed),
         };
-        // Dream's own loop has no blocks.
+        // Dream's original loop has no blocks.
         let block_length = match (self, setup.config.family) {
             (Mode::Vanilla | Mode::Adaptive, Family::Dream) => setup.gen_length,
             _ => setup.block_length,
         };
-        let (block_length, given) = (Some(block_length), setup.intervals.clone());
-        let joined = match self {
-            Mode::DualJoined => given,
-            Mode::Adaptive => Options { refresh_prompt_every: 1, ..given },
-            _ => Options { refresh_prompt_every: 1, refresh_ratio: None, ..given },
-        };
-        Options { gen_length: setup.gen_length, block_length, cache, policy, ..joined }
+        let block_length = Some(block_length);
+        let mut options =
+            Options { gen_length: setup.gen_length, block_length, cache, policy, ..setup.intervals.clone() };
+        if self != Mode::DualJoined {
+            options.refresh_prompt_every = 1;
+        }
+        if !matches!(self, Mode::DualJoined | Mode::Adaptive) {
+            options.refresh_ratio = None;
+        }
+        options
     }
 }
 
-/// Where the weights come from.
+/// Source of the weights.
 pub enum Source {
     Checkpoint(PathBuf),
-    Random(Shape),
+    /// Random weights of the public shape with this name.
+    Random(String),
 }
 
-/// What all modes share.
+/// Settings that all modes share.
 pub struct Setup {
     source: Source,
     config: Config,
@@ -149,26 +154,26 @@ pub struct Setup {
     device: Device,
     gen_length: usize,
     block_length: usize,
-    /// Intervals and shares of the adaptive and the joined cache; the rest is the default.
+    /// Intervals and ratio of the adaptive and the hybrid cache; other options have their defaults.
     intervals: Options,
     threads: usize,
     modes: Vec<Mode>,
 }
 
-/// What was measured of one mode.
+/// Measurements of one mode.
 struct Run {
     mode: Mode,
     nfe: usize,
     launches: Option<KernelCounts>,
-    /// Of each round.
+    /// Seconds of each round.
     seconds: Vec<f64>,
     timings: Vec<Timing>,
-    /// The original's, of each round.
+    /// Seconds of each round of the reference implementation.
     original: Vec<f64>,
     original_nfe: usize,
 }
 
-/// The model itself, and what a forward reads of it at least.
+/// Opened model, with the bytes of weights that each forward reads at least.
 struct Subject {
     model: Model,
     device: String,
@@ -179,15 +184,17 @@ struct Subject {
 
 /// Runs the command.
 pub fn run(args: &Bench) -> Result<()> {
-    // All that can be refused is refused before weights are made up.
+    // All arguments are checked before random weights are generated.
     let setup = setup(args)?;
     let prompts = prompts(&setup, args)?;
     for mode in &setup.modes {
         mode.options(&setup).validate(&setup.config, &prompts).map_err(|error| match error {
-            // Here the prompt has flags of its own.
-            Error::Argument { name: "prompt", expected, found } => {
-                argument(if args.prompt_ids.is_empty() { "prompt-length" } else { "prompt-ids" }, expected, found)
-            }
+            // The prompt of this command has other flags.
+            Error::Argument { name: "prompt", expected, found } => Error::argument(
+                if args.prompt_ids.is_empty() { "prompt-length" } else { "prompt-ids" },
+                expected,
+                found,
+            ),
             other => other,
         })?;
     }
@@ -227,7 +234,7 @@ pub fn run(args: &Bench) -> Result<()> {
         }
         let took: f64 = runs.iter().filter_map(|r| r.seconds.last()).sum();
         note(format_args!("round {round} of {}: ours {took:.1} s", args.repeat));
-        // A process of its own each round, so that theirs and ours take turns on the same machine.
+        // One process per round, so that both implementations alternate on the same machine.
         match originals.as_mut().map(Originals::round) {
             Ok(Ok(theirs)) => {
                 let took = record(&mut runs, &theirs);
@@ -239,32 +246,38 @@ pub fn run(args: &Bench) -> Result<()> {
         }
     }
     let rounds = runs.first().map_or(0, |r| r.seconds.len());
-    match interrupted() {
-        true if rounds == 0 => return Err(Error::Unavailable("interrupted before the end of the first round".into())),
-        true => note(format_args!("interrupted after round {rounds} of {}", args.repeat)),
-        false => {}
+    if interrupted() {
+        if rounds == 0 {
+            return Err(Error::Unavailable("interrupted before the end of the first round".into()));
+        }
+        note(format_args!("interrupted after round {rounds} of {}", args.repeat));
     }
     let summary = summary::Summary::new(&setup, &subject, &runs, answer, originals.err());
     if args.json { print_json(&summary) } else { print(&summary.text(&subject, &runs)) }
 }
 
 fn setup(args: &Bench) -> Result<Setup> {
-    let (source, config) = match args.shape {
-        Some(shape) => (Source::Random(shape), shape.config()?),
+    let (source, config) = match &args.shape {
+        Some(name) => (Source::Random(name.clone()), shape_config(name)?),
         None => {
             let dir = model_dir(args.model.as_deref())?;
             let config = open_config(&dir)?;
             (Source::Checkpoint(dir), config)
         }
     };
-    // Before a prompt of that length is made up; `validate` sees to the rest.
+    // Checked before a prompt of that length is allocated; `validate` checks the rest.
     let window = config.max_sequence_length;
     if args.prompt_length > window {
-        return Err(argument("prompt-length", format!("at most the model's {window} positions"), args.prompt_length));
+        return Err(Error::argument(
+            "prompt-length",
+            format!("at most the model's {window} positions"),
+            args.prompt_length,
+        ));
     }
-    let prompt = match args.prompt_ids.is_empty() {
-        true => random_prompt(&config, args.prompt_length, args.seed)?,
-        false => args.prompt_ids.clone(),
+    let prompt = if args.prompt_ids.is_empty() {
+        random_prompt(&config, args.prompt_length, args.seed)?
+    } else {
+        args.prompt_ids.clone()
     };
     let device = args.device.unwrap_or_default();
     let mut modes = Vec::new();
@@ -296,7 +309,7 @@ fn setup(args: &Bench) -> Result<Setup> {
     })
 }
 
-/// As many prompts as are decoded together.
+/// Returns the prompts of a batch.
 fn prompts(setup: &Setup, args: &Bench) -> Result<Vec<Vec<u32>>> {
     let prompt = |i: usize| match (i, args.prompt_ids.is_empty()) {
         (1.., true) => random_prompt(&setup.config, args.prompt_length, args.seed.wrapping_add(i as u64)),
@@ -306,16 +319,19 @@ fn prompts(setup: &Setup, args: &Bench) -> Result<Vec<Vec<u32>>> {
 }
 
 fn open_config(dir: &Path) -> Result<Config> {
-    // The model's own errors for a directory that is not there; its weights are only mapped.
+    // Opening the model gives its errors for a missing directory. The weights are only mapped.
     Ok(Model::open(dir)?.config().clone())
 }
 
-/// Ordinary tokens: neither mask nor end of text.
+/// Returns a random prompt without mask and end-of-text tokens.
+///
+/// # Errors
+/// [`Error::Argument`] when the vocabulary has no other tokens.
 fn random_prompt(config: &Config, len: usize, seed: u64) -> Result<Vec<u32>> {
     let special = |id: &u32| *id == config.mask_token_id || config.eos_token_ids.contains(id);
     let ids: Vec<u32> = (0..config.vocab_size as u32).filter(|id| !special(id)).collect();
     if ids.is_empty() {
-        return Err(argument("prompt-ids", "tokens for a prompt", "a vocabulary of special tokens only"));
+        return Err(Error::argument("prompt-ids", "tokens for a prompt", "a vocabulary of special tokens only"));
     }
     let mut state = seed;
     let mut next = || {
@@ -325,29 +341,29 @@ fn random_prompt(config: &Config, len: usize, seed: u64) -> Result<Vec<u32>> {
     Ok((0..len).map(|_| next()).collect())
 }
 
-/// Every mode once, after a forward that is not timed. False when it was interrupted; then nothing of it is kept.
+/// Runs every mode once, after a forward that is not timed. Returns false, and records nothing, when interrupted.
 fn our_round(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>], runs: &mut [Run]) -> Result<bool> {
     warm_up(subject, setup, prompts)?;
     let mut results = Vec::new();
     for run in &*runs {
         let options = run.mode.options(setup);
-        let network = subject.model.engine(options.sizes(&setup.config, prompts))?;
-        let mut network = Timed { network, options: &options, timings: vec![] };
+        let engine = subject.model.engine(options.sizes(&setup.config, prompts))?;
+        let mut engine = Timed { engine, options: &options, timings: vec![] };
         if setup.device != Device::Cpu {
-            // A pass of a kind is recorded when it runs for the second time, and some run once a decode.
+            // A pass is captured in a graph the second time it runs, and some passes run once per decode.
             for _ in 0..2 {
-                decode(&mut network, &setup.config, prompts, &options, Some(&INTERRUPT), &mut ())?;
+                decode(&mut engine, &setup.config, prompts, &options, Some(&INTERRUPT), &mut ())?;
             }
-            network.timings.clear();
+            engine.timings.clear();
         }
         let start = Instant::now();
-        let decoded = decode(&mut network, &setup.config, prompts, &options, Some(&INTERRUPT), &mut ())?;
+        let decoded = decode(&mut engine, &setup.config, prompts, &options, Some(&INTERRUPT), &mut ())?;
         if decoded.interrupted {
             return Ok(false);
         }
         let seconds = start.elapsed().as_secs_f64();
-        let launches = network.kernel_counts()?;
-        results.push((seconds, decoded.nfe, launches, network.timings));
+        let launches = engine.kernel_counts()?;
+        results.push((seconds, decoded.nfe, launches, engine.timings));
     }
     for (run, (seconds, nfe, launches, timings)) in runs.iter_mut().zip(results) {
         run.launches = launches;
@@ -358,7 +374,7 @@ fn our_round(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>], runs: &mut 
     Ok(true)
 }
 
-/// One forward over everything, so that mapped weights are in memory and threads are awake.
+/// Runs one forward over the whole sequence, so that mapped weights are in memory and threads have started.
 fn warm_up(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>]) -> Result<()> {
     if setup.device != Device::Cpu {
         return Ok(());
@@ -371,7 +387,7 @@ fn warm_up(subject: &Subject, setup: &Setup, prompts: &[Vec<u32>]) -> Result<()>
     session.forward(&tokens, &windows, &BlockPlan::new(CacheMode::None, PassKind::Full), &[0], None)
 }
 
-/// Takes the original's times over; returns their sum.
+/// Records the times of the reference implementation; returns their sum.
 fn record(runs: &mut [Run], answer: &Answer) -> f64 {
     let mut took = 0.0;
     for row in &answer.modes {
@@ -384,7 +400,7 @@ fn record(runs: &mut [Run], answer: &Answer) -> f64 {
     took
 }
 
-/// The middle of the values; between the two middle ones of an even number. 0 of none.
+/// Returns the median of the values; 0 if there are none.
 fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_unstable_by(f64::total_cmp);

@@ -1,5 +1,5 @@
-//! `dllm doctor`: what the driver and the devices are, what this build has for them, and every op on the device against its
-//! oracle.
+//! `dllm doctor`: shows the driver, the devices and the kernels of this build, and checks every op on a device against its
+//! reference.
 
 #[cfg(feature = "cuda")]
 mod case;
@@ -12,13 +12,13 @@ mod run;
 
 use dllm_kernels::Result;
 
-/// Look at the driver and the devices, and run every op on one against its oracle
+/// Show the CUDA driver and devices, and check every op against its reference
 #[derive(clap::Args, Debug)]
 pub struct Doctor {
-    /// CUDA device to run on
+    /// Ordinal of the CUDA device to check
     #[arg(long, value_name = "N", default_value_t = 0)]
     device: usize,
-    /// Few rows, as on the software device: whether it works, not how fast
+    /// Small shapes, as on the CUDA emulator: checks results, not speed
     #[arg(long)]
     small: bool,
     /// Print one JSON object
@@ -36,6 +36,6 @@ pub fn run(args: &Doctor) -> Result<()> {
 #[cfg(not(feature = "cuda"))]
 pub fn run(args: &Doctor) -> Result<()> {
     let Doctor { device, small: _, json: _ } = args;
-    let message = format!("device {device} cannot be looked at: this build has no CUDA (feature cuda)");
+    let message = format!("cannot check device {device}: this build has no CUDA; build dllm with the feature cuda");
     Err(dllm_kernels::Error::Unavailable(message))
 }

@@ -1,9 +1,9 @@
-//! `dllm eval`: what a decode setting costs in accuracy, and saves in forwards and time.
+//! `dllm eval`: measures accuracy, forwards and speed of decode settings.
 
 use crate::args::Decoding;
 use crate::generate::Checkpoint;
 use crate::machine::Machine;
-use crate::output::{self, INTERRUPT, Target};
+use crate::output::{self, INTERRUPT, OutputFile};
 use crate::plot::{self, Point};
 use clap::Args;
 use dllm_kernels::tokenizer::Tokenizer;
@@ -13,10 +13,10 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// The problems that come with the shipped checkpoint.
+/// Problem file in the directory of the sample model.
 const PROBLEMS: &str = "eval/problems_0shot.jsonl";
 
-/// What is compared when no setting is given.
+/// Settings to compare by default.
 const SETTINGS: [&str; 6] = [
     "cache=none,policy=fixed",
     "cache=prefix,policy=fixed",
@@ -36,46 +36,46 @@ Examples:
 
 /// Accuracy, forward passes and speed of decode settings on a set of problems.
 ///
-/// A problem is a line of JSON with \"prompt\" (already in the chat template) and \"answer\". It is solved if the text
-/// after the first #### of the completion, up to the end of that line, is the answer.
+/// A problem is a line of JSON with \"prompt\" (already in the chat template) and \"answer\". It counts as solved if the
+/// text after the first #### of the completion, up to the end of that line, equals the answer.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = EXAMPLES, verbatim_doc_comment)]
 pub struct Eval {
-    /// Checkpoint directory [default: models/tiny-math, here or above the program]
+    /// Checkpoint directory [default: models/tiny-math, in this directory or above the program]
     #[arg(long, value_name = "DIR", help_heading = "Evaluation")]
     model: Option<PathBuf>,
-    /// Problems, one JSON object a line [default: eval/problems_0shot.jsonl of the model]
+    /// Problem file, one JSON object per line [default: eval/problems_0shot.jsonl of the model]
     #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
     problems: Option<PathBuf>,
     /// Stop after the first N problems [default: all]
     #[arg(long, value_name = "N", help_heading = "Evaluation", value_parser = clap::value_parser!(u64).range(1..))]
     limit: Option<u64>,
-    /// Flags below as key=value with commas between; again for each setting [default: those on caches and policies that are
-    /// given, or 3 caches x 2 policies]
+    /// Flags below as key=value, separated by commas; repeat for each setting [default: the flags of caches and policies
+    /// that are given, or 3 caches x 2 policies]
     #[arg(long, value_name = "K=V,K=V", help_heading = "Evaluation")]
     setting: Vec<String>,
     /// Print a JSON list: setting, problems, accuracy, nfe, tokens_per_second, multiply_adds, per problem
     #[arg(long, help_heading = "Evaluation")]
     json: bool,
-    /// Draw accuracy against tokens/s
+    /// Draw accuracy against tokens/s to an SVG file
     #[arg(long, value_name = "FILE.svg", help_heading = "Evaluation")]
     plot: Option<PathBuf>,
-    /// What settings do not say.
+    /// Flags of all settings.
     #[command(flatten)]
     decoding: Decoding,
-    /// Where.
+    /// Flags of the machine.
     #[command(flatten)]
     machine: Machine,
 }
 
-/// A line of the problem file.
+/// One line of the problem file.
 struct Problem {
     line: usize,
     prompt: Vec<u32>,
     answer: String,
 }
 
-/// What a setting came to.
+/// Sums over the problems solved with one setting.
 #[derive(Default)]
 struct Score {
     problems: usize,
@@ -93,7 +93,6 @@ impl Score {
         self.nfe += generation.nfe;
         self.tokens += generation.tokens_per_second() * generation.elapsed.as_secs_f64();
         self.elapsed += generation.elapsed;
-        // A model's networks count always or never.
         self.macs += generation.macs;
     }
 
@@ -137,16 +136,16 @@ impl Score {
 /// Runs the command.
 pub fn run(args: &Eval) -> Result<()> {
     let settings = settings(args)?;
-    let plot_file = args.plot.as_deref().map(Target::new).transpose()?;
+    let plot_file = args.plot.as_deref().map(OutputFile::new).transpose()?;
     let place = args.machine.start()?;
     let checkpoint = Checkpoint::open(args.model.as_deref(), &place)?;
-    let Some(text) = &checkpoint.text else {
-        let message = "no tokenizer.json or vocab.json, which eval needs".into();
+    let Some(tokenizer) = &checkpoint.tokenizer else {
+        let message = "expected tokenizer.json or vocab.json, found neither; eval needs a tokenizer".into();
         return Err(Error::Tokenizer { path: checkpoint.dir, message });
     };
     let file = args.problems.clone().unwrap_or_else(|| checkpoint.dir.join(PROBLEMS));
     let limit = args.limit.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
-    let problems = read_problems(&file, text, limit)?;
+    let problems = read_problems(&file, tokenizer, limit)?;
     for (name, decoding) in &settings {
         decoding.check_family(checkpoint.model.config().family)?;
         for flag in decoding.idle_flags() {
@@ -161,8 +160,8 @@ pub fn run(args: &Eval) -> Result<()> {
         check(&checkpoint, &file, &problems, name, options)?;
     }
     let mut scores = Vec::new();
-    let printed = compare(&checkpoint, text, &problems, &settings, args.json, &mut scores);
-    // A reader of stdout that has left is no error; what there is then, is drawn.
+    let printed = compare(&checkpoint, tokenizer, &problems, &settings, args.json, &mut scores);
+    // A reader of stdout that has gone is no error: the plot shows the finished settings.
     let done = printed.as_ref().map_or_else(output::is_closed_pipe, |()| true);
     if let Some(file) = plot_file.filter(|_| done && !scores.is_empty()) {
         let points: Vec<Point> = scores.iter().map(|(name, score)| score.point(name)).collect();
@@ -171,10 +170,10 @@ pub fn run(args: &Eval) -> Result<()> {
     printed
 }
 
-/// Prints what each setting comes to, and leaves it in `scores`; after Ctrl-C only what there is.
+/// Runs each setting, prints its score and appends it to `scores`. After Ctrl-C only the finished problems count.
 fn compare<'s>(
     checkpoint: &Checkpoint,
-    text: &Tokenizer,
+    tokenizer: &Tokenizer,
     problems: &[Problem],
     settings: &'s [(String, Options)],
     json: bool,
@@ -187,7 +186,7 @@ fn compare<'s>(
     }
     output::catch_interrupts();
     for (name, options) in settings {
-        let score = score(checkpoint, text, problems, name, options)?;
+        let score = score(checkpoint, tokenizer, problems, name, options)?;
         if score.problems > 0 {
             let row = table_row(name, width, &score);
             scores.push((name, score));
@@ -215,13 +214,15 @@ fn table_row(name: &str, width: usize, score: &Score) -> String {
     )
 }
 
-/// Every setting, over the flags of the command line.
+/// Returns the name and flags of every setting: those of the command line, overridden by the setting.
 fn settings(args: &Eval) -> Result<Vec<(String, Decoding)>> {
-    let given: Vec<&str> = match args.setting.is_empty() {
-        // Flags that the six would overrule make a setting of their own.
-        true if args.decoding.chooses_mode() => vec![""],
-        true => SETTINGS.to_vec(),
-        false => args.setting.iter().map(String::as_str).collect(),
+    let given: Vec<&str> = if !args.setting.is_empty() {
+        args.setting.iter().map(String::as_str).collect()
+    } else if args.decoding.chooses_mode() {
+        // The default settings would override these flags, so they are a setting of their own.
+        vec![""]
+    } else {
+        SETTINGS.to_vec()
     };
     let setting = |s: &str| {
         let decoding = args.decoding.with_setting(s)?;
@@ -230,20 +231,19 @@ fn settings(args: &Eval) -> Result<Vec<(String, Decoding)>> {
     given.into_iter().map(setting).collect()
 }
 
-/// Cache and policy, and what else of the caches is not as by default, as a setting names them.
+/// Returns the name of a setting: cache, policy, and the options of caches that differ from their defaults.
 fn mode(options: &Options) -> String {
-    let policy = match options.policy {
-        Policy::Fixed => "fixed".to_string(),
-        Policy::Threshold(threshold) => format!("threshold,threshold={threshold}"),
-        Policy::Factor(factor) => format!("factor,factor={factor}"),
-    };
-    let default = Options::default();
-    let usual_ratio = Options { refresh_ratio: None, ..options.clone() }.effective_refresh_ratio();
-    let mut name = format!("cache={},policy={policy}", options.cache.name());
+    let mut name = format!("cache={},policy={}", options.cache, options.policy.name());
+    match options.policy {
+        Policy::Threshold(threshold) => name += &format!(",threshold={threshold}"),
+        Policy::Factor(factor) => name += &format!(",factor={factor}"),
+        _ => {}
+    }
+    let default = Options { cache: options.cache, ..Options::default() };
     for (flag, value, usual) in [
         ("prompt-interval", options.prompt_interval as f64, default.prompt_interval as f64),
         ("response-interval", options.response_interval as f64, default.response_interval as f64),
-        ("refresh-ratio", options.effective_refresh_ratio(), usual_ratio),
+        ("refresh-ratio", options.effective_refresh_ratio(), default.effective_refresh_ratio()),
         ("refresh-prompt-every", options.refresh_prompt_every as f64, 1.0),
         ("vicinity", options.vicinity as f64, 0.0),
     ] {
@@ -257,7 +257,10 @@ fn mode(options: &Options) -> String {
     }
 }
 
-/// Errs before the work when a setting, or a problem under it, does not fit the model.
+/// Checks, before the work, that the options and all problems fit the model.
+///
+/// # Errors
+/// [`Error::Argument`] for an option, [`Error::Format`] for a problem.
 fn check(checkpoint: &Checkpoint, file: &Path, problems: &[Problem], name: &str, options: &Options) -> Result<()> {
     for problem in problems {
         let fits = options.validate(checkpoint.model.config(), std::slice::from_ref(&problem.prompt));
@@ -274,9 +277,10 @@ fn check(checkpoint: &Checkpoint, file: &Path, problems: &[Problem], name: &str,
     Ok(())
 }
 
+/// Solves the problems with one setting, one at a time.
 fn score(
     checkpoint: &Checkpoint,
-    text: &Tokenizer,
+    tokenizer: &Tokenizer,
     problems: &[Problem],
     name: &str,
     options: &Options,
@@ -290,11 +294,11 @@ fn score(
     let mut score = Score::default();
     for problem in problems {
         let generation = generator.generate(std::slice::from_ref(&problem.prompt))?;
-        // What Ctrl-C cut short is not an answer.
+        // An interrupted decode has no answer.
         if generation.interrupted {
             break;
         }
-        let completion = text.decode(&generation.tokens[0])?;
+        let completion = tokenizer.decode(&generation.tokens[0])?;
         score.add(&generation, final_answer(&completion) == Some(problem.answer.as_str()));
         bar.inc(1);
     }
@@ -302,7 +306,7 @@ fn score(
     Ok(score)
 }
 
-/// What a completion gives as its answer.
+/// Returns the answer in a completion: the rest of the line after the first `####`.
 fn final_answer(completion: &str) -> Option<&str> {
     let (_, after) = completion.split_once("####")?;
     Some(after.lines().next().unwrap_or_default().trim())
@@ -312,17 +316,17 @@ fn bad_row(file: &Path, line: usize, message: &str) -> Error {
     Error::Format { path: file.to_path_buf(), message: format!("line {line}: {message}") }
 }
 
-fn read_problems(file: &Path, text: &Tokenizer, limit: usize) -> Result<Vec<Problem>> {
+fn read_problems(file: &Path, tokenizer: &Tokenizer, limit: usize) -> Result<Vec<Problem>> {
     let rows = std::fs::read_to_string(file).map_err(output::io_error(file))?;
     let lines = rows.lines().enumerate().filter(|(_, row)| !row.trim().is_empty()).take(limit);
-    let problems = lines.map(|(i, row)| read_problem(file, text, i + 1, row)).collect::<Result<Vec<_>>>()?;
-    match problems.is_empty() {
-        true => Err(bad_row(file, 1, "expected a JSON object with \"prompt\" and \"answer\", found an empty file")),
-        false => Ok(problems),
+    let problems = lines.map(|(i, row)| read_problem(file, tokenizer, i + 1, row)).collect::<Result<Vec<_>>>()?;
+    if problems.is_empty() {
+        return Err(bad_row(file, 1, "expected a JSON object with \"prompt\" and \"answer\", found an empty file"));
     }
+    Ok(problems)
 }
 
-fn read_problem(file: &Path, text: &Tokenizer, line: usize, row: &str) -> Result<Problem> {
+fn read_problem(file: &Path, tokenizer: &Tokenizer, line: usize, row: &str) -> Result<Problem> {
     let row: Value = serde_json::from_str(row).map_err(|e| bad_row(file, line, &e.to_string()))?;
     let field = |key: &str| match &row[key] {
         Value::String(value) => Ok(value.clone()),
@@ -330,7 +334,7 @@ fn read_problem(file: &Path, text: &Tokenizer, line: usize, row: &str) -> Result
         other => Err(bad_row(file, line, &format!("expected a string \"{key}\", found {other:.80}"))),
     };
     let (prompt, answer) = (field("prompt")?, field("answer")?);
-    Ok(Problem { line, prompt: text.encode(&prompt, false)?, answer })
+    Ok(Problem { line, prompt: tokenizer.encode(&prompt, false)?, answer })
 }
 
 #[cfg(test)]
@@ -338,7 +342,7 @@ mod tests {
     use super::final_answer;
 
     #[test]
-    fn answer_is_what_follows_the_first_mark_on_its_line() {
+    fn the_answer_follows_the_first_mark() {
         assert_eq!(final_answer("2+2=4\n####  4 \nmore"), Some("4"));
         assert_eq!(final_answer("#### [1, 2]\n#### 3"), Some("[1, 2]"));
         assert_eq!(final_answer("####"), Some(""));

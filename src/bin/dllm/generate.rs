@@ -1,8 +1,8 @@
-//! `dllm generate`: prompts in, answers out.
+//! `dllm generate`: generates answers to prompts.
 
-use crate::args::{Decoding, argument, model_dir};
+use crate::args::{Decoding, model_dir};
 use crate::machine::{Machine, Place};
-use crate::output::{self, INTERRUPT, Target, io_error};
+use crate::output::{self, INTERRUPT, OutputFile, io_error};
 use crate::watch::Watch;
 use clap::{ArgGroup, Args};
 use dllm_kernels::decode::{Decoded, trace::Trace};
@@ -14,10 +14,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// The first of the shipped evaluation questions, for checkpoints that bring none.
+/// Sample question, the first evaluation problem of the sample model. For checkpoints without problems.
 const QUESTION: &str = "Eva has 4 bags with 11 buttons in each bag. She gives half of them to Finn. \
                         She buys 16 more buttons. How many buttons does Eva have now?";
-/// Where the shipped checkpoint keeps them.
+/// Problem file in the directory of the sample model.
 const QUESTIONS: &str = "eval/problems_0shot.jsonl";
 
 const EXAMPLES: &str = "\
@@ -29,29 +29,29 @@ Examples:
   dllm generate --trace steps.json --temperature 0.7 --seed 1
 ";
 
-/// Answers one prompt, or a batch of them.
+/// Generates answers to one prompt or to a batch.
 #[derive(Args, Clone, Debug, Default)]
 #[command(after_help = EXAMPLES, group = ArgGroup::new("source"))]
 pub struct Generate {
-    /// Checkpoint directory [default: models/tiny-math, here or above the program]
+    /// Checkpoint directory [default: models/tiny-math, in this directory or above the program]
     #[arg(long, value_name = "DIR", help_heading = "Model and prompt")]
     model: Option<PathBuf>,
-    /// Text to go on from, or to answer with --chat; again for a batch [default: a sample question]
+    /// Text to continue, or to answer with --chat; repeat for a batch [default: a sample question]
     #[arg(long, value_name = "TEXT", help_heading = "Model and prompt", group = "source")]
     prompt: Vec<String>,
-    /// The same, read from a file
+    /// File with the text of one prompt
     #[arg(long, value_name = "FILE", help_heading = "Model and prompt", group = "source")]
     prompt_file: Option<PathBuf>,
-    /// Token ids; again for a batch. Needs no tokenizer
+    /// Token ids of a prompt; repeat for a batch. Needs no tokenizer
     #[arg(long, value_name = "1,2,3", help_heading = "Model and prompt", group = "source", value_parser = ids)]
     prompt_ids: Vec<Ids>,
     /// Put each prompt into the model's chat template
     #[arg(long, help_heading = "Model and prompt", conflicts_with = "prompt_ids")]
     chat: bool,
-    /// How to decode.
+    /// Flags of the decode.
     #[command(flatten)]
     decoding: Decoding,
-    /// Where.
+    /// Flags of the machine.
     #[command(flatten)]
     machine: Machine,
     /// Show the answer as it is unmasked, on stderr (slower)
@@ -75,39 +75,38 @@ fn ids(text: &str) -> Result<Ids, String> {
 }
 
 impl Generate {
-    /// What the program does without a command.
+    /// Returns the flags of `dllm` without a command.
     pub fn demo() -> Generate {
         let decoding = Decoding { gen_length: Some(64), ..Decoding::default() };
         Generate { watch: true, decoding, ..Generate::default() }
     }
 
-    /// The prompts as token ids.
-    fn prompts(&self, dir: &Path, text: Option<&Tokenizer>) -> Result<Vec<Vec<u32>>> {
+    /// Returns the prompts as token ids.
+    fn prompts(&self, dir: &Path, tokenizer: Option<&Tokenizer>) -> Result<Vec<Vec<u32>>> {
         if !self.prompt_ids.is_empty() {
             return Ok(self.prompt_ids.iter().map(|ids| ids.0.clone()).collect());
         }
-        let text = text.ok_or_else(|| {
-            let found = format!("no tokenizer.json or vocab.json in {}", dir.display());
-            argument("prompt-ids", "token ids, as the model has no tokenizer", found)
+        let tokenizer = tokenizer.ok_or_else(|| {
+            let found = format!("text, but {} has no tokenizer.json or vocab.json", dir.display());
+            Error::argument("prompt-ids", "a prompt of token ids", found)
         })?;
         let mut chat = self.chat;
         let prompts = match (&self.prompt_file, self.prompt.is_empty()) {
             (Some(file), _) => vec![std::fs::read_to_string(file).map_err(io_error(file))?],
             (None, false) => self.prompt.clone(),
             (None, true) => {
-                chat |= text.has_chat_template();
+                chat |= tokenizer.has_chat_template();
                 vec![sample_question(dir)]
             }
         };
-        let encode = |prompt: &String| match chat {
-            true => text.encode(&text.chat(prompt)?, false),
-            false => text.encode(prompt, true),
+        let encode = |prompt: &String| {
+            if chat { tokenizer.encode(&tokenizer.chat(prompt)?, false) } else { tokenizer.encode(prompt, true) }
         };
         prompts.iter().map(encode).collect()
     }
 }
 
-/// The first of the questions that the checkpoint brings along.
+/// Returns the first evaluation problem of the checkpoint, or [`QUESTION`] if it has none.
 fn sample_question(dir: &Path) -> String {
     let rows = std::fs::read_to_string(dir.join(QUESTIONS)).unwrap_or_default();
     let row: Option<Value> = rows.lines().next().and_then(|line| serde_json::from_str(line).ok());
@@ -115,68 +114,71 @@ fn sample_question(dir: &Path) -> String {
     question.unwrap_or(QUESTION).to_string()
 }
 
-/// A model with its tokenizer, and the tokens that end its texts.
+/// Opened checkpoint: model, tokenizer and end-of-text tokens.
 pub struct Checkpoint {
     pub dir: PathBuf,
     pub model: Model,
-    pub text: Option<Tokenizer>,
-    /// Those of the configuration and of the tokenizer.
+    /// `None` when the checkpoint has no tokenizer files.
+    pub tokenizer: Option<Tokenizer>,
+    /// End-of-text tokens of the configuration and of the tokenizer.
     pub end_tokens: Vec<u32>,
 }
 
 impl Checkpoint {
-    /// Opens a directory, or the shipped one, and brings its weights to where the work is done.
+    /// Opens `dir`, by default the sample model, and moves its weights to the device.
     pub fn open(dir: Option<&Path>, place: &Place) -> Result<Checkpoint> {
         let dir = model_dir(dir)?;
         // Draws nothing unless stderr is a terminal.
         let spinner = ProgressBar::new_spinner().with_message(format!("opening {}", dir.display()));
         spinner.enable_steady_tick(Duration::from_millis(100));
         let model = Model::open(&dir);
-        let text = model.as_ref().ok().map(|model| Tokenizer::open(&dir, model.config().vocab_size));
+        let tokenizer = model.as_ref().ok().map(|model| Tokenizer::open(&dir, model.config().vocab_size));
         spinner.finish_and_clear();
-        let (model, text) = (place.bring(model?)?, text.transpose()?.flatten());
-        let of_text = text.as_ref().map(Tokenizer::end_tokens).unwrap_or_default();
-        let end_tokens = [&model.config().eos_token_ids[..], &of_text].concat();
-        Ok(Checkpoint { dir, model, text, end_tokens })
+        let (model, tokenizer) = (place.bring(model?)?, tokenizer.transpose()?.flatten());
+        let tokenizer_ends = tokenizer.as_ref().map(Tokenizer::end_tokens).unwrap_or_default();
+        let end_tokens = [&model.config().eos_token_ids[..], &tokenizer_ends].concat();
+        Ok(Checkpoint { dir, model, tokenizer, end_tokens })
     }
 }
 
 /// Runs the command.
 pub fn run(args: &Generate) -> Result<()> {
     let mut options = args.decoding.options();
-    let trace_file = args.trace.as_deref().map(Target::new).transpose()?;
+    let trace_file = args.trace.as_deref().map(OutputFile::new).transpose()?;
     let place = args.machine.start()?;
     for flag in args.decoding.idle_flags() {
         output::note(format_args!("note: {flag} has no effect here"));
     }
     let checkpoint = Checkpoint::open(args.model.as_deref(), &place)?;
-    let Checkpoint { model, text, end_tokens, .. } = &checkpoint;
+    let Checkpoint { model, tokenizer, end_tokens, .. } = &checkpoint;
+    let tokenizer = tokenizer.as_ref();
     let config = model.config();
     args.decoding.check_family(config.family)?;
-    let prompts = args.prompts(&checkpoint.dir, text.as_ref())?;
+    let prompts = args.prompts(&checkpoint.dir, tokenizer)?;
     options.end_tokens = end_tokens.clone();
     options.validate(config, &prompts)?;
-    // Before the first line that says the work has begun.
+    // Before the first note about the work.
     output::catch_interrupts();
     if args.prompt.is_empty() && args.prompt_file.is_none() && args.prompt_ids.is_empty() {
         output::note(format_args!("question: {}", sample_question(&checkpoint.dir)));
     }
 
-    let mut watch = args.watch.then(|| Watch::new(text.as_ref(), end_tokens, config, &options, &prompts));
+    let mut watch = args.watch.then(|| Watch::new(tokenizer, end_tokens, config, &options, &prompts));
     let mut trace = trace_file.is_some().then(Trace::default);
-    // Frames or lines of steps and an answer growing between them would tear each other apart on one terminal.
+    // An answer is not streamed between the frames or lines of steps: on one terminal they would mix.
     let stream = prompts.len() == 1 && !args.json && !args.watch;
-    let mut answer = Answer::new(text.as_ref(), end_tokens, stream);
+    let mut answer = Answer::new(tokenizer, end_tokens, stream);
     let mut observers = Observers { watch: watch.as_mut(), trace: trace.as_mut(), answer: &mut answer };
     let generator = Generator::new(model).options(options.clone()).interrupt(&INTERRUPT);
     let mut generation = generator.generate_observed(&prompts, &mut observers)?;
     generation.elapsed = generation.elapsed.saturating_sub(watch.as_ref().map_or(Duration::ZERO, Watch::paused));
     drop(watch);
 
-    // The answer first: a disk that is full by now must not cost it.
-    let printed = match args.json {
-        true => print_json(&generation, config, text.as_ref(), &place.name),
-        false => print_answers(answer, &generation, config, text.as_ref()),
+    // The answer comes first, so that a full disk does not lose it.
+    let printed = if args.json {
+        print_json(&generation, config, tokenizer, &place.name)
+    } else {
+        print_answers(answer, &generation, config, tokenizer)
     };
     if printed.is_ok() {
         summary(&generation, config, &place.name);
@@ -189,21 +191,26 @@ pub fn run(args: &Generate) -> Result<()> {
         written = file.write(&format!("{}\n", trace.finish(&name, config, &options, &prompts, &decoded)));
     }
     match printed {
-        // A reader that has left is no error, and hides none.
+        // A reader of stdout that has gone is no error, but must not hide one of the trace.
         Err(error) if output::is_closed_pipe(&error) => written.and(Err(error)),
         printed => printed.and(written),
     }
 }
 
-/// The text of a finished sequence; `None` without a tokenizer.
-fn answer_text(generation: &Generation, s: usize, config: &Config, text: Option<&Tokenizer>) -> Result<Option<String>> {
-    // An interrupted decode leaves masks, which have no text.
+/// Returns the text of a finished sequence; `None` without a tokenizer.
+fn answer_text(
+    generation: &Generation,
+    s: usize,
+    config: &Config,
+    tokenizer: Option<&Tokenizer>,
+) -> Result<Option<String>> {
+    // An interrupted decode leaves mask tokens, which have no text.
     let tokens: Vec<u32> = generation.text_tokens(s).iter().copied().filter(|t| *t != config.mask_token_id).collect();
-    text.map(|text| text.decode(&tokens)).transpose()
+    tokenizer.map(|tokenizer| tokenizer.decode(&tokens)).transpose()
 }
 
-fn print_json(generation: &Generation, config: &Config, text: Option<&Tokenizer>, device: &str) -> Result<()> {
-    let each = |s: usize| answer_text(generation, s, config, text).map(|t| json!(t));
+fn print_json(generation: &Generation, config: &Config, tokenizer: Option<&Tokenizer>, device: &str) -> Result<()> {
+    let each = |s: usize| answer_text(generation, s, config, tokenizer).map(|t| json!(t));
     let texts = (0..generation.tokens.len()).map(each).collect::<Result<Vec<Value>>>()?;
     let (text, tokens) = match (&texts[..], &generation.tokens[..]) {
         ([text], [tokens]) => (text.clone(), json!(tokens)),
@@ -220,10 +227,15 @@ fn print_json(generation: &Generation, config: &Config, text: Option<&Tokenizer>
     output::print(&format!("{object}\n"))
 }
 
-fn print_answers(answer: Answer, generation: &Generation, config: &Config, text: Option<&Tokenizer>) -> Result<()> {
+fn print_answers(
+    answer: Answer,
+    generation: &Generation,
+    config: &Config,
+    tokenizer: Option<&Tokenizer>,
+) -> Result<()> {
     let mut answers = Vec::new();
     for (s, tokens) in generation.tokens.iter().enumerate() {
-        answers.push(answer_text(generation, s, config, text)?.unwrap_or_else(|| list(tokens)));
+        answers.push(answer_text(generation, s, config, tokenizer)?.unwrap_or_else(|| list(tokens)));
     }
     match &answers[..] {
         [only] => answer.finish(only),
@@ -231,12 +243,12 @@ fn print_answers(answer: Answer, generation: &Generation, config: &Config, text:
     }
 }
 
-/// Token ids as `--prompt-ids` takes them.
+/// Formats token ids as `--prompt-ids` takes them.
 fn list(tokens: &[u32]) -> String {
     tokens.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
 }
 
-/// The library's count takes every position for a token, which after Ctrl-C some are not.
+/// Returns the tokens per second. After Ctrl-C the library's count would include positions that are still masked.
 fn tokens_per_second(generation: &Generation, config: &Config) -> f64 {
     if !generation.interrupted {
         return generation.tokens_per_second();
@@ -262,9 +274,9 @@ fn summary(generation: &Generation, config: &Config, device: &str) {
     ));
 }
 
-/// The answer to one prompt on stdout, as far as it is final.
+/// Observer that prints the answer to one prompt as soon as it is final.
 struct Answer<'a> {
-    text: Option<&'a Tokenizer>,
+    tokenizer: Option<&'a Tokenizer>,
     end_tokens: &'a [u32],
     stream: bool,
     printed: String,
@@ -272,21 +284,21 @@ struct Answer<'a> {
 }
 
 impl<'a> Answer<'a> {
-    fn new(text: Option<&'a Tokenizer>, end_tokens: &'a [u32], stream: bool) -> Self {
-        Answer { text, end_tokens, stream, printed: String::new(), failure: None }
+    fn new(tokenizer: Option<&'a Tokenizer>, end_tokens: &'a [u32], stream: bool) -> Self {
+        Answer { tokenizer, end_tokens, stream, printed: String::new(), failure: None }
     }
 
-    /// What stands for these tokens, up to where the next ones may change it.
+    /// Returns the text of these tokens that later tokens cannot change.
     fn settled(&self, tokens: &[u32]) -> Result<String> {
-        let Some(text) = self.text else {
+        let Some(tokenizer) = self.tokenizer else {
             return Ok(list(tokens));
         };
         let end = tokens.iter().position(|t| self.end_tokens.contains(t)).unwrap_or(tokens.len());
-        // A character that is spread over several tokens shows as U+FFFD until the last of them is there.
-        Ok(text.decode(&tokens[..end])?.trim_end_matches(char::REPLACEMENT_CHARACTER).to_string())
+        // A character of several tokens decodes to U+FFFD until its last token is known.
+        Ok(tokenizer.decode(&tokens[..end])?.trim_end_matches(char::REPLACEMENT_CHARACTER).to_string())
     }
 
-    /// Prints what `answer` has beyond that which is printed already. False when it does not go on from there.
+    /// Prints the part of `answer` that is not printed yet. Returns false when it does not continue the printed part.
     fn advance(&mut self, answer: &str) -> Result<bool> {
         let Some(new) = answer.strip_prefix(&self.printed) else {
             return Ok(false);
@@ -298,13 +310,13 @@ impl<'a> Answer<'a> {
         Ok(true)
     }
 
-    /// Prints the rest, once all is known.
+    /// Prints the rest of the final answer.
     fn finish(mut self, answer: &str) -> Result<()> {
         if let Some(failure) = self.failure.take() {
             return Err(failure);
         }
         if !self.advance(answer)? {
-            // A decoder that rewrites what stands before new tokens: better twice than wrong.
+            // The decoder changed text before the new tokens: print the answer again.
             output::print(&format!("\n{answer}"))?;
         }
         output::print("\n")
@@ -318,13 +330,13 @@ impl Observer for Answer<'_> {
         }
         if let Err(error) = self.settled(tokens).and_then(|text| self.advance(&text)) {
             self.failure = Some(error);
-            // Nobody is there to read the rest.
+            // The rest has no reader.
             INTERRUPT.store(true, Ordering::Relaxed);
         }
     }
 }
 
-/// Everybody who follows a decode.
+/// All observers of a decode.
 struct Observers<'o, 'a> {
     watch: Option<&'o mut Watch<'a>>,
     trace: Option<&'o mut Trace>,

@@ -1,47 +1,48 @@
-//! `dllm inspect`: what a checkpoint (or a public shape) is, and what decoding with it takes.
+//! `dllm inspect`: shows the architecture of a checkpoint or public model, and the memory of a decode.
 
-use crate::args::{Cache, argument, length, threads};
+use crate::args::{cache, length, threads};
 use crate::output::{print, print_json};
-use crate::report::{Shape, bytes, count, table};
+use crate::report::{bytes, count, shape, shape_config, table};
 use dllm_kernels::engine::Model;
 use dllm_kernels::model::weights::Dtype;
 use dllm_kernels::model::{Config, Weights};
-use dllm_kernels::{Options, Result};
+use dllm_kernels::{CacheMode, Error, Options, Result};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-/// Show the architecture of a checkpoint, and the memory that decoding with it takes
+/// Show the architecture of a checkpoint and the memory that decoding needs
 #[derive(clap::Args, Debug)]
 pub struct Inspect {
     /// Checkpoint directory
     #[arg(required_unless_present = "shape", conflicts_with = "shape")]
     dir: Option<PathBuf>,
-    /// A public shape instead of a checkpoint, as bf16
-    #[arg(long)]
-    shape: Option<Shape>,
+    /// Shape of a public model, in bf16, instead of a checkpoint
+    #[arg(long, value_parser = shape())]
+    shape: Option<String>,
     /// Tokens of each prompt
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = length())]
     prompt_length: usize,
     /// Tokens to generate for each prompt
     #[arg(long, value_name = "N", default_value_t = 128)]
     gen_length: usize,
-    /// Tokens decoded together [default: 32, at most gen-length]
+    /// Tokens per block [default: 32, at most gen-length]
     #[arg(long, value_name = "N")]
     block_length: Option<usize>,
     /// Sequences decoded together
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=4096))]
     batch: u64,
-    /// What is kept between forwards
-    #[arg(long, value_enum, default_value_t = Cache::Dual)]
-    cache: Cache,
-    /// Caches prefix and dual: share of rows that later refreshes run; below 1 outputs are kept too [default: 1]
-    #[arg(long, value_name = "R", alias = "refresh-rows", allow_negative_numbers = true)]
+    /// Cached state between forwards
+    #[arg(long, value_parser = cache(), default_value_t = CacheMode::Dual)]
+    cache: CacheMode,
+    /// Caches prefix and dual: share of rows that V-verify selects in later refreshes; below 1 attention and MLP outputs
+    /// are cached too [default: 1]
+    #[arg(long, alias = "refresh-rows", value_name = "R", allow_negative_numbers = true)]
     refresh_ratio: Option<f64>,
-    /// Classifier-free guidance, which runs every sequence twice [0: off]
+    /// Scale of classifier-free guidance, which runs every sequence twice; 0 is off
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     cfg_scale: f64,
-    /// Threads that decode [default: all cores]
+    /// CPU threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = threads())]
     threads: Option<usize>,
     /// List every tensor
@@ -60,7 +61,7 @@ struct TensorLine {
     bytes: usize,
 }
 
-/// All numbers of the answer, in bytes where they are sizes.
+/// Result of the command; memory sizes are in bytes.
 #[derive(Serialize)]
 struct Answer {
     source: String,
@@ -85,12 +86,12 @@ struct Answer {
     block_length: usize,
     batch: usize,
     cache: &'static str,
-    /// Whether outputs of attention and MLP are kept too.
+    /// Set when attention and MLP outputs are cached too.
     outputs_kept: bool,
     cfg_scale: f64,
     threads: usize,
     bytes: Bytes,
-    /// On a CUDA device; none when the kernels cannot run the model.
+    /// Memory on a CUDA device; `None` when the kernels do not support the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     device_bytes: Option<DeviceBytes>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -114,7 +115,7 @@ struct DeviceBytes {
     workspace: usize,
 }
 
-/// That of an H100 or H200; how attention is split, and so its workspace, depends on it.
+/// Multiprocessors of an H100 or H200. The splits of attention, and so its workspace, depend on them.
 #[cfg(feature = "cuda")]
 const MULTIPROCESSORS: usize = 132;
 
@@ -148,7 +149,7 @@ fn dtype_name(dtype: Dtype) -> &'static str {
     }
 }
 
-/// Where the model comes from, what it is, and its tensors.
+/// Returns the source, the configuration and the tensors of the model.
 fn open(args: &Inspect) -> Result<(String, Config, Vec<TensorLine>)> {
     let line = |name: String, dtype: Dtype, shape: Vec<usize>| TensorLine {
         bytes: shape.iter().product::<usize>() * dtype.size(),
@@ -157,12 +158,15 @@ fn open(args: &Inspect) -> Result<(String, Config, Vec<TensorLine>)> {
         shape,
     };
     let Some(dir) = &args.dir else {
-        let shape = args.shape.ok_or_else(|| argument("DIR", "a checkpoint directory or --shape", "neither"))?;
-        let config = shape.config()?;
+        let name = args
+            .shape
+            .as_deref()
+            .ok_or_else(|| Error::argument("shape", "a checkpoint directory or --shape", "neither"))?;
+        let config = shape_config(name)?;
         let tensors = config.tensors().into_iter().map(|(name, shape)| line(name, Dtype::Bf16, shape)).collect();
-        return Ok((shape.name().into(), config, tensors));
+        return Ok((name.into(), config, tensors));
     };
-    // The model first: its errors are those that decoding would meet.
+    // Opening the model first gives the same errors as a decode.
     let config = Model::open(dir)?.config().clone();
     let weights = Weights::open(dir)?;
     let tensors = weights.list().into_iter().map(|(name, dtype, shape)| line(name.into(), dtype, shape.to_vec()));
@@ -173,16 +177,16 @@ fn answer(args: &Inspect, source: String, config: Config, tensors: Vec<TensorLin
     let options = Options {
         gen_length: args.gen_length,
         block_length: args.block_length,
-        cache: args.cache.mode(),
+        cache: args.cache,
         refresh_ratio: args.refresh_ratio,
         cfg_scale: args.cfg_scale,
         ..Options::default()
     };
-    // Before a prompt of that length is made up.
+    // Checked before a prompt of that length is allocated.
     let window = config.max_sequence_length;
     if args.gen_length > window || args.prompt_length > window - args.gen_length {
         let expected = format!("at most the model's {window} positions, with gen-length {}", args.gen_length);
-        return Err(argument("prompt-length", expected, args.prompt_length));
+        return Err(Error::argument("prompt-length", expected, args.prompt_length));
     }
     let token = u32::from(config.mask_token_id == 0);
     let prompts = [vec![token; args.prompt_length]];
@@ -236,15 +240,13 @@ fn answer(args: &Inspect, source: String, config: Config, tensors: Vec<TensorLin
 
 fn text(a: &Answer) -> String {
     let eos: Vec<_> = a.eos_token_ids.iter().map(u32::to_string).collect();
-    let heads = match a.kv_heads == a.heads {
-        true => format!("{} of {}", a.heads, a.head_dim),
-        false => format!("{} of {}, sharing {} of keys and values", a.heads, a.head_dim, a.kv_heads),
-    };
+    let shared =
+        if a.kv_heads == a.heads { String::new() } else { format!(", sharing {} of keys and values", a.kv_heads) };
     let tied = if a.tied_head { ", head tied to the embedding" } else { "" };
     let lines = [
         ("family", a.family.clone()),
         ("layers", a.layers.to_string()),
-        ("heads", heads),
+        ("heads", format!("{} of {}{shared}", a.heads, a.head_dim)),
         ("width", format!("{}, MLP {}", a.d_model, a.mlp_hidden_size)),
         ("vocabulary", format!("{}{tied}", a.vocab_size)),
         ("rope theta", a.rope_theta.to_string()),
@@ -270,16 +272,16 @@ fn text(a: &Answer) -> String {
     );
     let per_thread = bytes(a.bytes.scratch_per_thread);
     let row = |name: &str, size: usize, what: &str| format!("  {name:<16}  {:>10}  {what}\n", bytes(size));
-    text += &row("weights", a.bytes.weights, "mapped from the files, shared, can be dropped and read again");
-    let kept = if a.outputs_kept { "keys, values, outputs of attention and MLP" } else { "keys and values" };
-    text += &row("cache", a.bytes.cache, &format!("{kept}, f32"));
+    text += &row("weights", a.bytes.weights, "mapped from the files, shared; the system may drop and reread them");
+    let cached = if a.outputs_kept { "keys, values, attention and MLP outputs" } else { "keys and values" };
+    text += &row("cache", a.bytes.cache, &format!("{cached}, f32"));
     text += &row("workspace", a.bytes.workspace, "activations and logits, f32");
-    text += &row("scratch", a.bytes.scratch, &format!("{per_thread} a thread"));
+    text += &row("scratch", a.bytes.scratch, &format!("{per_thread} per thread"));
     text += &row("anonymous", a.bytes.anonymous, "cache, workspace and scratch");
     if let Some(DeviceBytes { weights, cache, workspace }) = a.device_bytes {
         text += "\nOn a CUDA device with 132 multiprocessors\n";
         text += &row("weights", weights, "bf16");
-        text += &row("cache", cache, &format!("{kept}, bf16"));
+        text += &row("cache", cache, &format!("{cached}, bf16"));
         text += &row("workspace", workspace, "activations in bf16, logits in f32, tables");
         text += &row("all", weights + cache + workspace, "");
     }

@@ -1,4 +1,4 @@
-//! Where the work is done: the flags, and getting a device ready.
+//! Selection of the device and of the CPU threads.
 
 use crate::args::threads;
 #[cfg(feature = "cuda")]
@@ -8,7 +8,11 @@ use clap::Args;
 use dllm_kernels::gpu;
 use dllm_kernels::{Error, Model, Result};
 
-/// What `--device` names.
+/// Part of the device name that the CUDA emulator reports.
+#[cfg(feature = "cuda")]
+const EMULATOR_NAME: &str = "software device"; // words: allow
+
+/// Value of `--device`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
     /// `auto`, `cpu`
@@ -18,30 +22,33 @@ pub enum Device {
     Cuda(usize),
 }
 
-/// What `--device` takes.
+/// Parses `--device`.
 pub fn device(text: &str) -> Result<Device, String> {
     match text.split_once(':') {
         None if text == "auto" || text == "cpu" => Ok(Device::Cpu),
         None if text == "cuda" => Ok(Device::Cuda(0)),
         Some(("cuda", n)) if n.parse::<u16>().is_ok() => Ok(Device::Cuda(n.parse().unwrap_or_default())),
-        _ => Err("expected auto, cpu, cuda or cuda:N".into()),
+        _ => Err("expected auto, cpu, cuda or cuda:N with N up to 65535".into()),
     }
 }
 
-/// Where the work is done.
+/// Flags for the device and the CPU threads.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Machine")]
 pub struct Machine {
-    /// auto, cpu, cuda or cuda:N; auto is the CPU as long as the CUDA path has not run on a GPU [default: auto]
+    /// auto, cpu, cuda or cuda:N; auto is the CPU until the CUDA path has run on a GPU [default: auto]
     #[arg(long, value_name = "DEVICE", value_parser = device)]
     device: Option<Device>,
-    /// CPU threads [default: all]; DLLM_CPU=amx, avx512, avx2 or plain in the environment limits the instructions
+    /// CPU threads [default: all]. The environment variable DLLM_CPU=amx, avx512, avx2 or plain limits the instructions
     #[arg(long, value_name = "N", value_parser = threads())]
     threads: Option<usize>,
 }
 
 impl Machine {
-    /// Gets the device ready.
+    /// Starts the CPU threads and opens the device.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] for an unknown `DLLM_CPU`, or when threads or device are not available.
     pub fn start(&self) -> Result<Place> {
         if let Some(limit) = std::env::var_os("DLLM_CPU")
             && !["amx", "avx512", "avx2", "plain"].iter().any(|known| limit == *known)
@@ -57,69 +64,69 @@ impl Machine {
     }
 }
 
-/// What a device reaches at the most, measured.
+/// Measured peak rates of a device.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 pub struct Roofs {
-    /// Of reading memory.
+    /// Bandwidth of reading memory.
     pub bytes_per_second: f64,
-    /// Of products of bf16 matrices into f32.
+    /// Rate of matrix products of bf16 into f32.
     pub operations_per_second: f64,
 }
 
-/// A device that is ready.
+/// Opened device.
 pub struct Place {
-    /// As answers name it: `cpu`, or the number and name of a CUDA device.
+    /// Name in results: `cpu`, or ordinal and name of a CUDA device.
     pub name: String,
     #[cfg(feature = "cuda")]
     device: Option<gpu::Device>,
 }
 
 impl Place {
-    /// Gets a device ready.
+    /// Opens a device.
     #[cfg(feature = "cuda")]
     pub fn open(device: Device) -> Result<Place> {
         let Device::Cuda(ordinal) = device else {
             return Ok(Place { name: "cpu".into(), device: None });
         };
         let device = gpu::Device::open(ordinal).map_err(|error| {
-            Error::Unavailable(format!("--device cuda:{ordinal}: {error}; `dllm doctor` tells more"))
+            Error::NoDevice(format!("--device cuda:{ordinal}: {error}; run `dllm doctor` for details"))
         })?;
         note(format_args!(
-            "note: --device cuda is untried: it has run on a CUDA device in software, and not on a GPU yet"
+            "note: --device cuda is experimental: it has been tested on a CUDA emulator, not yet on a GPU"
         ));
         Ok(Place { name: format!("cuda:{ordinal} {}", device.name()?), device: Some(device) })
     }
 
-    /// Gets a device ready.
+    /// Opens a device.
     #[cfg(not(feature = "cuda"))]
     pub fn open(device: Device) -> Result<Place> {
         match device {
             Device::Cpu => Ok(Place { name: "cpu".into() }),
-            Device::Cuda(n) => {
-                Err(Error::Unavailable(format!("--device cuda:{n}: this program was built without the feature cuda")))
-            }
+            Device::Cuda(n) => Err(Error::NoDevice(format!(
+                "--device cuda:{n}: this build has no CUDA; build dllm with the feature cuda"
+            ))),
         }
     }
 
-    /// What the CUDA device reaches at the most, if it is one in hardware.
+    /// Measures the peak rates of a GPU; `None` for the CPU, the CUDA emulator and drivers that cannot time kernels.
     #[cfg(feature = "cuda")]
     pub fn roofs(&self) -> Result<Option<Roofs>> {
         let Some(device) = &self.device else { return Ok(None) };
-        // Older drivers do not tell times, nor does the software device any that mean something.
-        if !gpu::Device::tells_times()? || self.name.contains("software device") {
+        // Drivers older than 570 report no times, and those of the CUDA emulator have no meaning.
+        if !gpu::Device::supports_timing()? || self.name.contains(EMULATOR_NAME) {
             return Ok(None);
         }
         let bytes_per_second = dllm_kernels::ops::read_bandwidth::read_rate(&device.stream()?, 2 << 30, 30)?;
         Ok(Some(Roofs { bytes_per_second, operations_per_second: gpu::blas::matrix_rate(device, 8192, 10)? }))
     }
 
-    /// No CUDA device has any.
+    /// Returns `None`: this build has no CUDA.
     #[cfg(not(feature = "cuda"))]
     pub fn roofs(&self) -> Result<Option<Roofs>> {
         Ok(None)
     }
 
-    /// Brings the weights to where the work is done.
+    /// Moves the weights to the device.
     pub fn bring(&self, model: Model) -> Result<Model> {
         #[cfg(feature = "cuda")]
         if let Some(device) = &self.device {
@@ -129,8 +136,8 @@ impl Place {
                     .unwrap_or_else(|_| indicatif::ProgressStyle::default_bar()),
             );
             let drawn = bar.clone();
-            let model = model.to_device(device, move |done, of| {
-                drawn.set_length(of);
+            let model = model.to_device(device, move |done, total| {
+                drawn.set_length(total);
                 drawn.set_position(done);
             });
             bar.finish_and_clear();

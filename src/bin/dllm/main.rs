@@ -1,6 +1,6 @@
 //! `dllm`: run, measure and inspect diffusion language models.
 //!
-//! Exit status: 0 done, 1 the work failed, 2 the arguments are wrong. stdout holds results only.
+//! Exit status: 0 done, 1 the work failed, 2 the arguments are wrong. stdout holds results, stderr everything else.
 
 mod args;
 mod bench;
@@ -22,17 +22,17 @@ use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
 Examples:
-  dllm                                        the shipped model answers a sample question, shown as it unmasks
+  dllm                                        the sample model answers a question, shown as it unmasks
   dllm generate --chat --prompt \"How are you?\" --model DIR
-  dllm generate --help                        every flag of a decode
-  dllm eval --limit 50                        what caches and policies cost in accuracy, and save in time
-  dllm inspect DIR                            what a checkpoint holds
-  dllm doctor                                 what the CUDA devices are, and whether the kernels are right on them
+  dllm generate --help                        all flags of a decode
+  dllm eval --limit 50                        accuracy and speed of caches and policies
+  dllm inspect DIR                            architecture and memory of a checkpoint
+  dllm doctor                                 driver, CUDA devices and a check of every kernel
 ";
 
 /// Diffusion language models (LLaDA, Dream): decode, measure, inspect
 ///
-/// Without a command, the shipped checkpoint models/tiny-math answers a sample question.
+/// Without a command, the sample model models/tiny-math of the repository answers a question.
 #[derive(Parser)]
 #[command(name = "dllm", version, after_help = EXAMPLES, max_term_width = 120)]
 struct Cli {
@@ -42,24 +42,24 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Answer one prompt, or a batch of them
+    /// Generate answers to one prompt or to a batch
     Generate(Box<generate::Generate>),
-    /// Accuracy, forward passes and speed of decode settings on a set of problems
+    /// Measure accuracy, forward passes and speed of decode settings on a set of problems
     Eval(Box<eval::Eval>),
-    /// What a checkpoint holds, and the memory that it needs
+    /// Show the architecture of a checkpoint and the memory that decoding needs
     Inspect(inspect::Inspect),
-    /// The settings that dLLM-Cache publishes, for --preset
+    /// List the settings published by dLLM-Cache, for --preset
     Presets(presets::Presets),
-    /// The decode modes side by side
+    /// Time the decode modes on one prompt
     Bench(bench::Bench),
-    /// Driver, devices, and every CUDA op against its oracle
+    /// Show the CUDA driver and devices, and check every op against its reference
     Doctor(doctor::Doctor),
 }
 
 fn main() -> ExitCode {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
-        // Such a panic is caught, and told as an error.
+        // A panic inside the tokenizer is caught and becomes an error.
         if !tokenizer::is_shielded() {
             report(info);
         }
@@ -67,7 +67,7 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Help goes to stdout, and whoever reads it may stop early.
+            // Help goes to stdout, whose reader may close it early.
             let _ = error.print();
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }

@@ -1,21 +1,20 @@
-//! `dllm eval --plot`: accuracy against speed, as an SVG.
+//! `dllm eval --plot`: draws accuracy against speed as an SVG.
 
-/// Units of the picture's width, as all below; the height grows when labels need it.
+mod axis;
+mod labels;
+
+use axis::Axis;
+use labels::{Area, LINE, Mark, leader, lines, place_labels, size};
+
+/// Width of the picture, in the units of all lengths. The height grows if labels need it.
 const WIDTH: f64 = 760.0;
-/// Height of the area inside the axes, where there is room enough.
+/// Minimum height of the area inside the axes.
 const HEIGHT: f64 = 360.0;
 const LEFT: f64 = 52.0;
 const RIGHT: f64 = 20.0;
 const TOP: f64 = 34.0;
 const BOTTOM: f64 = 46.0;
-/// A column of the labels' font, which is of fixed width, and the distance of its lines.
-const COLUMN: f64 = 6.7;
-const LINE: f64 = 14.0;
-/// Columns and lines of a label at most: it has to fit into half the width, so that it does on one side of any point.
-const COLUMNS: usize = 44;
-const LINES: usize = 4;
-/// Between a point and its label.
-const GAP: f64 = 11.0;
+/// Radius of a point.
 const RADIUS: f64 = 4.0;
 
 const STYLE: &str = "\
@@ -41,7 +40,7 @@ circle{fill:#0d1117;stroke:#9198a1}
 }
 ";
 
-/// A setting, and what it came to.
+/// Result of a setting.
 pub struct Point {
     pub name: String,
     pub problems: usize,
@@ -54,7 +53,7 @@ impl Point {
         100.0 * self.right as f64 / self.problems as f64
     }
 
-    /// Wilson's 95% interval of the accuracy, in percent.
+    /// Returns Wilson's 95% interval of the accuracy, in percent.
     fn interval(&self) -> (f64, f64) {
         const Z: f64 = 1.959_964;
         let (n, share) = (self.problems as f64, self.right as f64 / self.problems as f64);
@@ -64,7 +63,7 @@ impl Point {
         (100.0 * (middle - half).max(0.0), 100.0 * (middle + half).min(1.0))
     }
 
-    /// Better in one, and no worse in the other.
+    /// Returns whether speed or accuracy is better than that of `other`, and neither is worse.
     fn beats(&self, other: &Point) -> bool {
         let (speed, others) = (self.tokens_per_second, other.tokens_per_second);
         let (percent, other) = (self.percent(), other.percent());
@@ -72,21 +71,21 @@ impl Point {
     }
 }
 
-/// The picture of at least one setting, each with at least one problem.
+/// Draws at least one setting, each with at least one problem.
 pub fn svg(points: &[Point]) -> String {
-    let x_axis = Axis::of_speeds(points);
-    let y_axis = Axis::of_percents(points);
+    let (x_axis, y_axis) = (Axis::for_speeds(points), Axis::for_percents(points));
     let labels: Vec<Vec<String>> = points.iter().map(|p| lines(&p.name)).collect();
     let sizes: Vec<(f64, f64)> = labels.iter().map(|l| size(l)).collect();
     let front = front(points);
     let mut area = Area { x: LEFT, y: TOP, width: WIDTH - LEFT - RIGHT, height: HEIGHT };
-    // Ends: any label fits beside its point (COLUMNS), and below or above the others once the area is high enough.
+    // The loop ends: each label has room next to its point (COLUMNS), and above or below the others once the area is high
+    // enough.
     let (marks, places) = loop {
         let mark = |p: &Point| {
-            let y = |percent: f64| area.bottom() - y_axis.at(percent) * area.height;
+            let y = |percent: f64| area.bottom() - y_axis.position(percent) * area.height;
             let (low, high) = p.interval();
             Mark {
-                x: area.x + x_axis.at(p.tokens_per_second) * area.width,
+                x: area.x + x_axis.position(p.tokens_per_second) * area.width,
                 y: y(p.percent()),
                 low: y(low),
                 high: y(high),
@@ -96,7 +95,7 @@ pub fn svg(points: &[Point]) -> String {
         let bars = marks.iter().map(|m| ((m.x, m.low), (m.x, m.high)));
         let steps = front.windows(2).map(|pair| (&marks[pair[0]], &marks[pair[1]]));
         let steps = steps.flat_map(|(a, b)| [((a.x, a.y), (a.x, b.y)), ((a.x, b.y), (b.x, b.y))]);
-        if let Some(places) = place(&marks, &bars.chain(steps).collect::<Vec<_>>(), &sizes, &area) {
+        if let Some(places) = place_labels(&marks, &bars.chain(steps).collect::<Vec<_>>(), &sizes, &area) {
             break (marks, places);
         }
         area.height *= 1.25;
@@ -126,24 +125,24 @@ pub fn svg(points: &[Point]) -> String {
     svg + "</svg>\n"
 }
 
-/// Grid, ticks and what the axes mean.
+/// Draws grid, ticks and titles of the axes.
 fn axes(x_axis: &Axis, y_axis: &Axis, area: &Area, points: &[Point]) -> String {
     let (left, right, top, bottom) = (area.x, area.right(), area.y, area.bottom());
     let mut svg = String::new();
     for (value, tick) in x_axis.ticks() {
-        let x = left + x_axis.at(value) * area.width;
+        let x = left + x_axis.position(value) * area.width;
         svg += &format!("<path class=\"grid\" d=\"M{x:.1} {top:.1} V{bottom:.1}\"/>\n");
         svg += &format!("<text x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{tick}</text>\n", bottom + 17.0);
     }
     for (value, tick) in y_axis.ticks() {
-        let y = bottom - y_axis.at(value) * area.height;
+        let y = bottom - y_axis.position(value) * area.height;
         svg += &format!("<path class=\"grid\" d=\"M{left:.1} {y:.1} H{right:.1}\"/>\n");
         svg += &format!("<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{tick}%</text>\n", left - 6.0, y + 4.0);
     }
-    let least = points.iter().map(|p| p.problems).min().unwrap_or(0);
+    let fewest = points.iter().map(|p| p.problems).min().unwrap_or(0);
     let most = points.iter().map(|p| p.problems).max().unwrap_or(0);
     let problems =
-        if least == most { crate::report::count(most, "problem") } else { format!("{least} to {most} problems") };
+        if fewest == most { crate::report::count(most, "problem") } else { format!("{fewest} to {most} problems") };
     let scale = if x_axis.log { " (log scale)" } else { "" };
     svg += &format!("<path class=\"axis\" d=\"M{left:.1} {top:.1} V{bottom:.1} H{right:.1}\"/>\n");
     svg += &format!(
@@ -156,7 +155,7 @@ fn axes(x_axis: &Axis, y_axis: &Axis, area: &Area, points: &[Point]) -> String {
     svg
 }
 
-/// A setting's point and interval; the numbers show when pointed at.
+/// Draws point and interval of a setting, with the numbers as a tooltip.
 fn dot(point: &Point, mark: &Mark, best: bool) -> String {
     let ((low, high), Mark { x, y, .. }) = (point.interval(), mark);
     let (left, right) = (x - 3.0, x + 3.0);
@@ -176,8 +175,9 @@ fn dot(point: &Point, mark: &Mark, best: bool) -> String {
     )
 }
 
+/// Draws a label.
 fn label(lines: &[String], mark: &Mark, place: &Area) -> String {
-    // Anchored at the point's side, whatever width the font really has.
+    // Anchored at the side of the point, so that the real width of the font does not matter.
     let (x, anchor) = if place.x > mark.x { (place.x, "start") } else { (place.right(), "end") };
     let line = |(i, line): (usize, &String)| {
         let y = place.y + LINE * (i as f64 + 0.75);
@@ -187,68 +187,7 @@ fn label(lines: &[String], mark: &Mark, place: &Area) -> String {
     format!("<text class=\"label\" text-anchor=\"{anchor}\">{lines}</text>\n")
 }
 
-/// What is between the ends of an axis, and how it is divided.
-#[derive(Debug)]
-struct Axis {
-    low: f64,
-    high: f64,
-    log: bool,
-}
-
-impl Axis {
-    fn of_speeds(points: &[Point]) -> Axis {
-        let speeds = || points.iter().map(|p| p.tokens_per_second);
-        let (low, high) = (speeds().fold(f64::INFINITY, f64::min), speeds().fold(0.0, f64::max));
-        if low > 0.0 && high > 4.0 * low {
-            let margin = (high / low).powf(0.06);
-            return Axis { low: low / margin, high: high * margin, log: true };
-        }
-        let margin = (0.06 * (high - low)).max(0.05 * high).max(1e-9);
-        Axis { low: (low - margin).max(0.0), high: high + margin, log: false }
-    }
-
-    fn of_percents(points: &[Point]) -> Axis {
-        let low = points.iter().map(|p| p.interval().0).fold(100.0, f64::min);
-        let high = points.iter().map(|p| p.interval().1).fold(0.0, f64::max);
-        let margin = 0.05 * (high - low);
-        Axis { low: (low - margin).max(0.0), high: (high + margin).min(100.0), log: false }
-    }
-
-    /// Where the value is, from 0 at the low end to 1 at the high one.
-    fn at(&self, value: f64) -> f64 {
-        let scale = |v: f64| if self.log { v.log10() } else { v };
-        (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
-    }
-
-    /// Round numbers from end to end, and as they are written.
-    fn ticks(&self) -> Vec<(f64, String)> {
-        let decimals = |exponent: i32| usize::try_from(-exponent).unwrap_or(0);
-        if self.log {
-            let exponents = || self.low.log10().floor() as i32..=self.high.log10().ceil() as i32;
-            let ticks = |digits: &[f64]| -> Vec<(f64, String)> {
-                let all = exponents().flat_map(|e| digits.iter().map(move |d| (e, d * 10f64.powi(e))));
-                let inside = all.filter(|(_, value)| (self.low..=self.high).contains(value));
-                inside.map(|(e, value)| (value, format!("{value:.0$}", decimals(e)))).collect()
-            };
-            let fine = ticks(&[1.0, 2.0, 5.0]);
-            return if fine.len() > 10 { ticks(&[1.0]) } else { fine };
-        }
-        let about = (self.high - self.low) / 5.0;
-        let exponent = about.log10().floor() as i32;
-        let power = 10f64.powi(exponent);
-        let (digit, exponent) = match about / power {
-            ..=1.0 => (1.0, exponent),
-            ..=2.0 => (2.0, exponent),
-            ..=5.0 => (5.0, exponent),
-            _ => (10.0, exponent + 1),
-        };
-        let step = digit * power;
-        let (first, last) = ((self.low / step - 1e-9).ceil() as i64, (self.high / step + 1e-9).floor() as i64);
-        (first..=last).map(|i| (i as f64 * step, format!("{:.1$}", i as f64 * step, decimals(exponent)))).collect()
-    }
-}
-
-/// The settings that no other beats, from the slowest to the fastest.
+/// Returns the Pareto front, from the slowest setting to the fastest.
 fn front(points: &[Point]) -> Vec<usize> {
     let beaten = |i: &usize| points.iter().any(|other| other.beats(&points[*i]));
     let mut front: Vec<usize> = (0..points.len()).filter(|i| !beaten(i)).collect();
@@ -256,137 +195,7 @@ fn front(points: &[Point]) -> Vec<usize> {
     front
 }
 
-/// Where a setting is in the picture: its point, and the ends of its interval.
-#[derive(Debug)]
-struct Mark {
-    x: f64,
-    y: f64,
-    low: f64,
-    high: f64,
-}
-
-/// From here to there.
-type Line = ((f64, f64), (f64, f64));
-
-#[derive(Clone, Debug, PartialEq)]
-struct Area {
-    x: f64,
-    y: f64,
-    width: f64,
-    height: f64,
-}
-
-impl Area {
-    fn right(&self) -> f64 {
-        self.x + self.width
-    }
-
-    fn bottom(&self) -> f64 {
-        self.y + self.height
-    }
-
-    fn overlaps(&self, other: &Area) -> bool {
-        self.x < other.right() && other.x < self.right() && self.y < other.bottom() && other.y < self.bottom()
-    }
-
-    /// Whether a line passes through: some part of it is between the sides both ways.
-    fn is_crossed(&self, (from, to): Line) -> bool {
-        let (mut enters, mut leaves) = (0.0f64, 1.0f64);
-        for (start, end, low, high) in [(from.0, to.0, self.x, self.right()), (from.1, to.1, self.y, self.bottom())] {
-            if start == end {
-                if start <= low || start >= high {
-                    return false;
-                }
-                continue;
-            }
-            let (a, b) = ((low - start) / (end - start), (high - start) / (end - start));
-            (enters, leaves) = (enters.max(a.min(b)), leaves.min(a.max(b)));
-        }
-        enters < leaves
-    }
-}
-
-/// The line from a point to a label that is not beside it.
-fn leader(mark: &Mark, place: &Area) -> Option<Line> {
-    let to = (if place.x > mark.x { place.x - 2.0 } else { place.right() + 2.0 }, place.y + place.height / 2.0);
-    ((to.1 - mark.y).abs() > LINE / 2.0).then_some(((mark.x, mark.y), to))
-}
-
-/// A place for each label, from the top point down: right or left of it, at its height or as near as others leave room.
-/// No two overlap, and all are in the area; points, strokes and leaders are kept free where that is not far. `None`
-/// where labels find no room.
-fn place(marks: &[Mark], strokes: &[Line], sizes: &[(f64, f64)], area: &Area) -> Option<Vec<Area>> {
-    let mut order: Vec<usize> = (0..marks.len()).collect();
-    order.sort_by(|a, b| marks[*a].y.total_cmp(&marks[*b].y));
-    let mut placed: Vec<(usize, Area)> = Vec::new();
-    for i in order {
-        let (mark, (width, height)) = (&marks[i], sizes[i]);
-        let cost = |place: &Area| {
-            let line = leader(mark, place);
-            let mut cost = (place.y + height / 2.0 - mark.y).abs();
-            for other in marks {
-                let (x, y, r) = (other.x, other.y, RADIUS + 2.0);
-                let dot = Area { x: x - r, y: y - r, width: 2.0 * r, height: 2.0 * r };
-                cost += if place.overlaps(&dot) { 60.0 } else { 0.0 };
-            }
-            cost += 20.0 * strokes.iter().filter(|stroke| place.is_crossed(**stroke)).count() as f64;
-            for (j, other) in &placed {
-                let crosses = |line: Option<Line>, area: &Area| line.is_some_and(|line| area.is_crossed(line));
-                let crossed = crosses(line, other) || crosses(leader(&marks[*j], other), place);
-                cost += if crossed { 40.0 } else { 0.0 };
-            }
-            cost
-        };
-        let rows = ((area.height - height) / 2.0).max(-1.0).floor() as i64;
-        let best = [mark.x + GAP, mark.x - GAP - width]
-            .into_iter()
-            .filter(|x| *x >= area.x && x + width <= area.right())
-            .flat_map(|x| (0..=rows).map(move |row| Area { x, y: area.y + 2.0 * row as f64, width, height }))
-            .filter(|place| placed.iter().all(|(_, other)| !place.overlaps(other)))
-            .map(|place| (cost(&place), place))
-            .min_by(|a, b| a.0.total_cmp(&b.0))?;
-        placed.push((i, best.1));
-    }
-    placed.sort_by_key(|(i, _)| *i);
-    Some(placed.into_iter().map(|(_, place)| place).collect())
-}
-
-/// Columns that a character takes in a font of fixed width, at most.
-fn columns(c: char) -> usize {
-    if c < '\u{1100}' { 1 } else { 2 }
-}
-
-/// A name in lines that fit, broken behind commas where it has some. The rest of a very long one is left out.
-fn lines(name: &str) -> Vec<String> {
-    let wide = |text: &str| text.chars().map(columns).sum::<usize>();
-    let mut lines = vec![];
-    let mut line = String::new();
-    for part in name.split_inclusive(',') {
-        if wide(&line) + wide(part) > COLUMNS && !line.is_empty() {
-            lines.push(std::mem::take(&mut line));
-        }
-        for c in part.chars() {
-            if wide(&line) + columns(c) > COLUMNS {
-                lines.push(std::mem::take(&mut line));
-            }
-            line.push(c);
-        }
-    }
-    lines.push(line);
-    if lines.len() > LINES {
-        lines.truncate(LINES);
-        lines[LINES - 1].pop();
-        lines[LINES - 1].push('…');
-    }
-    lines
-}
-
-fn size(lines: &[String]) -> (f64, f64) {
-    let columns = lines.iter().map(|line| line.chars().map(columns).sum::<usize>()).max().unwrap_or(0);
-    (columns as f64 * COLUMN, lines.len() as f64 * LINE)
-}
-
-/// As text of XML, which has no control characters.
+/// Escapes text for XML; control characters are replaced.
 fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
@@ -410,7 +219,7 @@ mod tests {
         Point { name: name.into(), problems: 100, right, tokens_per_second }
     }
 
-    /// As the six usual settings come out.
+    /// Typical results of the default settings.
     fn six() -> Vec<Point> {
         let mut six = Vec::new();
         for (policy, scores) in [
@@ -424,26 +233,9 @@ mod tests {
         six
     }
 
-    fn ticks(low: f64, high: f64, log: bool) -> String {
-        let ticks = Axis { low, high, log }.ticks();
-        ticks.into_iter().map(|(_, tick)| tick).collect::<Vec<_>>().join(" ")
-    }
-
+    /// One point, equal points, accuracy 0 and 1: every axis has an extent and at least two ticks.
     #[test]
-    fn ticks_are_round() {
-        assert_eq!(ticks(0.0, 100.0, false), "0 20 40 60 80 100");
-        assert_eq!(ticks(61.3, 98.9, false), "70 80 90");
-        assert_eq!(ticks(94.2, 96.8, false), "95 96");
-        assert_eq!(ticks(99.61, 100.0, false), "99.7 99.8 99.9 100.0");
-        assert_eq!(ticks(95.0, 105.0, false), "96 98 100 102 104");
-        assert_eq!(ticks(70.0, 1300.0, true), "100 200 500 1000");
-        assert_eq!(ticks(0.015, 0.3, true), "0.02 0.05 0.1 0.2");
-        assert_eq!(ticks(0.5, 20000.0, true), "1 10 100 1000 10000");
-    }
-
-    /// Few, equal, none right, all right: every axis has an extent and at least two ticks.
-    #[test]
-    fn axes_of_anything() {
+    fn axes_of_extreme_results() {
         for points in [
             vec![point("a", 100, 80.0)],
             vec![point("a", 0, 80.0)],
@@ -455,16 +247,16 @@ mod tests {
             vec![point("a", 50, 1e-3), point("b", 50, 1e9)],
         ] {
             for (axis, values) in [
-                (Axis::of_speeds(&points), points.iter().map(|p| p.tokens_per_second).collect::<Vec<_>>()),
-                (Axis::of_percents(&points), points.iter().map(Point::percent).collect()),
+                (Axis::for_speeds(&points), points.iter().map(|p| p.tokens_per_second).collect::<Vec<_>>()),
+                (Axis::for_percents(&points), points.iter().map(Point::percent).collect()),
             ] {
                 assert!(axis.ticks().len() >= 2, "{axis:?}: {:?}", axis.ticks());
-                assert!(values.iter().all(|v| (0.0..=1.0).contains(&axis.at(*v))), "{axis:?}: {values:?}");
+                assert!(values.iter().all(|v| (0.0..=1.0).contains(&axis.position(*v))), "{axis:?}: {values:?}");
             }
             let svg = svg(&points);
             assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
         }
-        assert!(Axis::of_speeds(&six()).log && !Axis::of_speeds(&six()[..2]).log);
+        assert!(Axis::for_speeds(&six()).log && !Axis::for_speeds(&six()[..2]).log);
     }
 
     #[test]
@@ -479,30 +271,12 @@ mod tests {
     }
 
     #[test]
-    fn the_front_is_what_nothing_beats() {
+    fn the_front_has_no_beaten_point() {
         assert_eq!(front(&six()), [2, 5]);
-        // As good in one and better in the other beats; as good in both does not.
+        // A point beats one that is equal in one value and worse in the other, but not an equal point.
         let points = [point("", 90, 50.0), point("", 90, 40.0), point("", 80, 50.0), point("", 90, 50.0)];
         assert_eq!(front(&points), [0, 3]);
         assert_eq!(front(&[point("", 80, 60.0), point("", 90, 50.0), point("", 70, 70.0)]), [1, 0, 2]);
-    }
-
-    #[test]
-    fn lines_through_areas() {
-        let area = Area { x: 10.0, y: 20.0, width: 30.0, height: 5.0 };
-        for (line, crossed) in [
-            (((20.0, 0.0), (20.0, 100.0)), true),
-            (((20.0, 100.0), (20.0, 23.0)), true),
-            (((20.0, 0.0), (20.0, 20.0)), false),
-            (((10.0, 0.0), (10.0, 100.0)), false),
-            (((0.0, 22.0), (9.0, 22.0)), false),
-            (((0.0, 22.0), (50.0, 23.0)), true),
-            (((0.0, 0.0), (50.0, 100.0)), true),
-            (((0.0, 15.0), (14.0, 29.0)), false),
-            (((12.0, 22.0), (13.0, 23.0)), true),
-        ] {
-            assert_eq!(area.is_crossed(line), crossed, "{line:?}");
-        }
     }
 
     #[test]
@@ -510,15 +284,9 @@ mod tests {
         assert_eq!(escape("a<b>&\"c\"\u{7}"), "a&lt;b&gt;&amp;&quot;c&quot;\u{fffd}");
         let tags = |name: &str| svg(&[point(name, 1, 1.0)]).matches('<').count();
         assert_eq!(tags("</text><&\"]]>"), tags("harmless"));
-        assert_eq!(lines("cache=prefix,policy=threshold,threshold=0.9").len(), 1);
-        let long = "cache=adaptive,policy=fixed,prompt-interval=25,response-interval=2";
-        assert_eq!(lines(long), ["cache=adaptive,policy=fixed,", "prompt-interval=25,response-interval=2"]);
-        assert_eq!(lines(&"x".repeat(100)).iter().map(String::len).collect::<Vec<_>>(), [44, 44, 12]);
-        let cut = lines(&"数,".repeat(1000));
-        assert!(cut.len() == LINES && cut[3].ends_with('…') && size(&cut).0 <= (WIDTH - LEFT - RIGHT) / 2.0 - GAP);
     }
 
-    /// Labels as they are in the picture: anchor and lines.
+    /// Reads the areas of the labels from a picture.
     fn boxes(svg: &str) -> Vec<Area> {
         let value = |text: &str, name: &str| -> f64 {
             let (_, after) = text.split_once(&format!(" {name}=\"")).unwrap();
@@ -541,7 +309,7 @@ mod tests {
         let boxes = boxes(&svg);
         assert_eq!(boxes.len(), points.len());
         for (i, one) in boxes.iter().enumerate() {
-            // To the tenth that is written.
+            // Coordinates are written with one decimal.
             let inside = one.x > LEFT - 0.1 && one.right() < WIDTH - RIGHT + 0.1;
             assert!(
                 inside && one.y > TOP - 0.1 && one.bottom() < height - BOTTOM + 0.6,
@@ -557,14 +325,14 @@ mod tests {
     fn labels_are_inside_and_apart() {
         check_labels(&six());
         check_labels(&six()[..1]);
-        // Everything in one place; more than the usual height holds; long names in different lengths.
+        // Equal points; more labels than the minimum height holds; long names of different lengths.
         let same = |n: usize, name: &dyn Fn(usize) -> String| -> Vec<Point> {
             (0..n).map(|i| point(&name(i), 100, 80.0)).collect()
         };
         check_labels(&same(6, &|_| "cache=prefix,policy=threshold,threshold=0.9".into()));
         check_labels(&same(80, &|_| "cache=prefix,policy=threshold,threshold=0.9".into()));
         check_labels(&same(30, &|i| "prompt-interval=100,".repeat(1 + i % 9)));
-        // Anywhere.
+        // Random points.
         let mut state = 1u64;
         let mut next = |below: u64| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

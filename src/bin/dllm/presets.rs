@@ -1,11 +1,11 @@
-//! `dllm presets`: the published settings that `--preset` takes.
+//! `dllm presets`: lists the published settings, for `--preset`.
 
 use crate::output::{print, print_json};
 use crate::report::table;
 use dllm_kernels::Result;
 use dllm_kernels::decode::presets::{PRESETS, Preset, SOURCE};
 
-/// List the settings that dLLM-Cache publishes, by task and model: what --preset takes
+/// List the settings published by dLLM-Cache, by task and model, for --preset
 #[derive(clap::Args, Debug)]
 pub struct Presets {
     /// Print one JSON object
@@ -13,9 +13,9 @@ pub struct Presets {
     json: bool,
 }
 
-/// What `--preset` takes.
+/// Parses `--preset`.
 pub fn preset(name: &str) -> Result<&'static Preset, String> {
-    Preset::find(name).ok_or_else(|| "no such preset; `dllm presets` lists them".into())
+    Preset::find(name).ok_or_else(|| "no preset of this name; run `dllm presets` for a list".into())
 }
 
 /// Runs the command.
@@ -33,6 +33,6 @@ pub fn run(args: &Presets) -> Result<()> {
         rows.push([vec![preset.name.to_string()], numbers.to_vec(), lengths.to_vec()].concat());
     }
     let note = "All with --cache adaptive --policy fixed; Dream's with --temperature 0.2 --top-p 0.95 --confidence entropy.\n\
-                Flags given beside --preset stand instead of its own; blocks of all positions follow --gen-length.";
+                Other flags override those of a preset. A block length equal to gen-length follows --gen-length.";
     print(&format!("{}\n{note}\nSource: {SOURCE}.\n", table(&rows)))
 }

@@ -1,34 +1,22 @@
-//! What the measuring commands share: numbers and tables for people, and the public shapes by name.
+//! Numbers and tables for text output, and the shapes of public models.
 
-use crate::args::argument;
-use clap::ValueEnum;
-use dllm_kernels::{Config, Result};
+use clap::builder::PossibleValuesParser;
+use dllm_kernels::{Config, Error, Result};
 
-/// A shape that needs no checkpoint.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Shape {
-    #[value(name = "llada-8b")]
-    Llada8b,
-    #[value(name = "dream-7b")]
-    Dream7b,
-    Mid,
+/// Parser for `--shape`.
+pub fn shape() -> PossibleValuesParser {
+    PossibleValuesParser::new(Config::SHAPES)
 }
 
-impl Shape {
-    pub fn name(self) -> &'static str {
-        match self {
-            Shape::Llada8b => "llada-8b",
-            Shape::Dream7b => "dream-7b",
-            Shape::Mid => "mid",
-        }
-    }
-
-    pub fn config(self) -> Result<Config> {
-        Config::shape(self.name()).ok_or_else(|| argument("shape", "a public shape", self.name()))
-    }
+/// Returns the configuration of the public model `name`.
+///
+/// # Errors
+/// [`Error::Argument`](dllm_kernels::Error::Argument) for an unknown name.
+pub fn shape_config(name: &str) -> Result<Config> {
+    Config::shape(name).ok_or_else(|| Error::argument("shape", format!("one of {}", Config::SHAPES.join(", ")), name))
 }
 
-/// Bytes in the binary unit that leaves a number below 1024.
+/// Formats a size in the binary unit that gives a number below 1024.
 pub fn bytes(n: usize) -> String {
     let (mut value, mut unit) = (n as f64, "B");
     for next in ["KiB", "MiB", "GiB", "TiB", "PiB"] {
@@ -40,16 +28,17 @@ pub fn bytes(n: usize) -> String {
     if unit == "B" { format!("{n} B") } else { format!("{value:.1} {unit}") }
 }
 
-/// `1 thread`, `2 threads`.
+/// Formats a count with its noun: `1 thread`, `2 threads`.
 pub fn count(n: usize, thing: &str) -> String {
     format!("{n} {thing}{}", if n == 1 { "" } else { "s" })
 }
 
-/// Columns beside each other: the first flush left, the others flush right. Empty columns are left out.
+/// Formats rows as a table, the first of them its head. The first column is flush left, the others flush right. Columns
+/// with an empty body are left out.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let cell = |row: &Vec<String>, c: usize| row.get(c).cloned().unwrap_or_default();
-    // The head alone does not make a column.
+    // A column with nothing but its head is left out.
     let shown: Vec<usize> =
         (0..columns).filter(|c| *c == 0 || rows.iter().skip(1).any(|r| !cell(r, *c).is_empty())).collect();
     let width = |c: usize| rows.iter().map(|r| cell(r, c).chars().count()).max().unwrap_or(0);

@@ -1,36 +1,36 @@
-//! Drawing in place on a terminal (stderr): styled tokens, wrapped to its width and cut to its height.
+//! In-place drawing on a terminal (stderr): styled tokens, wrapped to its width and clipped to its height.
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// How a token looks.
+/// Style of a token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Style {
-    /// Still masked, or of no interest.
+    /// Masked, or an end-of-text token.
     Dim,
     /// Committed in this step.
     New,
-    /// Committed before, with this confidence in [0, 1].
+    /// Committed in an earlier step, with this confidence in [0, 1].
     Settled(f64),
 }
 
-/// One token on the screen. Its text is tame, see [`tame`].
+/// One token on the screen, its text sanitized by [`sanitize`].
 #[derive(Clone, Debug)]
 pub struct Cell {
-    /// The text; may hold line ends.
+    /// Text; may contain line ends.
     pub text: String,
-    /// Its looks.
+    /// Style.
     pub style: Style,
 }
 
 const RESET: &str = "\x1b[0m";
-/// From grey to green, of the 256 colours: the more confident, the greener.
+/// Colours of the 256-colour palette, from grey for low confidence to green for high.
 const RAMP: [u8; 6] = [242, 246, 108, 71, 70, 76];
 
-/// Whether a cursor is hidden that somebody has to show again.
+/// Set while the cursor is hidden, so that [`restore`] shows it again.
 static HIDDEN: AtomicBool = AtomicBool::new(false);
 
-/// Gives the terminal back its cursor and line wrapping. Does nothing when they were not taken.
+/// Restores cursor and line wrapping of the terminal, if they were switched off.
 pub fn restore() {
     if HIDDEN.swap(false, Ordering::Relaxed) {
         let mut stderr = io::stderr();
@@ -38,12 +38,12 @@ pub fn restore() {
     }
 }
 
-/// Text without characters that could move a cursor, change colours or turn the writing direction. Line ends stay.
-pub fn tame(text: &str) -> String {
-    text.chars().map(tame_char).collect()
+/// Replaces characters that could move the cursor, change colours or the writing direction. Line ends stay.
+pub fn sanitize(text: &str) -> String {
+    text.chars().map(sanitize_char).collect()
 }
 
-fn tame_char(c: char) -> char {
+fn sanitize_char(c: char) -> char {
     match c {
         '\n' => c,
         '\t' => ' ',
@@ -56,15 +56,15 @@ fn tame_char(c: char) -> char {
     }
 }
 
-/// The part of a terminal that is drawn over again and again.
+/// Region of a terminal that every frame draws over.
 pub struct Screen {
     colors: bool,
-    /// Lines of the last frame.
+    /// Number of lines of the last frame.
     drawn: usize,
 }
 
 impl Screen {
-    /// The terminal behind stderr; `None` when there is none that can be drawn on.
+    /// Opens the terminal of stderr; `None` when stderr is no terminal, or a dumb one.
     pub fn open() -> Option<Screen> {
         let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb" || term.is_empty());
         if dumb || !io::stderr().is_terminal() {
@@ -74,16 +74,16 @@ impl Screen {
         Some(Screen { colors, drawn: 0 })
     }
 
-    /// Draws over the last frame. `focus` is the cell that has to be visible when not all are.
+    /// Draws a frame over the last one. `focus` is the cell to keep visible if not all fit.
     pub fn draw(&mut self, header: &str, cells: &[Cell], focus: usize) {
         let (columns, rows) = size();
         let (lines, focus_line) = self.lay_out(cells, columns, focus);
-        // One row for the header, one so that the last line never scrolls.
+        // One row is for the header, and one stays free so that the last line never scrolls.
         let room = rows.saturating_sub(2).max(1);
         let first = (focus_line + 1).saturating_sub(room).min(lines.len().saturating_sub(room));
         let header: String = header.chars().take(columns).collect();
         let shown = || std::iter::once(header.as_str()).chain(lines.iter().skip(first).take(room).map(String::as_str));
-        // Without line wrapping a width that was guessed wrong costs a character, not the frame.
+        // Without line wrapping, a wrong character width spoils one character, not the frame.
         let mut frame = String::from("\x1b[?25l\x1b[?7l");
         frame += &self.home();
         for (i, line) in shown().enumerate() {
@@ -98,7 +98,7 @@ impl Screen {
         let _ = stderr.write_all(frame.as_bytes()).and_then(|()| stderr.flush());
     }
 
-    /// Back to the first character of the last frame.
+    /// Returns the codes that move the cursor to the start of the last frame.
     fn home(&self) -> String {
         match self.drawn {
             0 | 1 => "\r".into(),
@@ -106,7 +106,7 @@ impl Screen {
         }
     }
 
-    /// Lines of at most `columns` characters, and the line that `focus` ends on.
+    /// Wraps cells to lines of at most `columns` columns. Returns the lines, and the line in which cell `focus` ends.
     fn lay_out(&self, cells: &[Cell], columns: usize, focus: usize) -> (Vec<String>, usize) {
         let (mut lines, mut line, mut used, mut focus_line) = (Vec::new(), String::new(), 0, 0);
         let mut style = None;
@@ -119,7 +119,7 @@ impl Screen {
                     lines.push(std::mem::take(&mut line));
                     (used, style) = (0, None);
                 }
-                // Runs of one style are told once: frames of a large region stay small.
+                // One code per run of equal style keeps frames of a large region small.
                 if style.as_ref() != Some(&sgr) {
                     line += RESET;
                     line += &sgr;
@@ -153,7 +153,7 @@ impl Screen {
     }
 }
 
-/// However the decode ended: the frame goes, so that the answer on stdout is what stays, and the cursor comes back.
+/// Clears the frame, so that only the answer on stdout remains, and shows the cursor.
 impl Drop for Screen {
     fn drop(&mut self) {
         if self.drawn > 0 {
@@ -165,15 +165,15 @@ impl Drop for Screen {
     }
 }
 
-/// Columns and rows of the terminal.
+/// Returns columns and rows of the terminal, 80 and 24 if unknown.
 fn size() -> (usize, usize) {
     let found = terminal_size::terminal_size_of(io::stderr());
     let (columns, rows) = found.map_or((80, 24), |(w, h)| (usize::from(w.0), usize::from(h.0)));
-    // Terminals that do not know say 0.
+    // Terminals of unknown size report 0.
     (if columns == 0 { 80 } else { columns }, if rows == 0 { 24 } else { rows })
 }
 
-/// Columns that a character takes; where in doubt, the wider guess.
+/// Returns the columns of a character; the wider one if in doubt.
 fn width(c: char) -> usize {
     match c {
         '\u{2580}'..='\u{25ff}' => 1, // Blocks and shapes, the mask among them.
@@ -192,9 +192,10 @@ mod tests {
 
     #[test]
     fn no_token_reaches_the_terminal_as_a_command() {
-        let tamed = tame("a\x1b[2J\u{9b}31m\r\x07b\u{202e}c\n");
-        assert!(tamed.chars().all(|c| c == '\n' || !c.is_control()), "{tamed:?}");
-        assert!(!tamed.contains('\u{202e}') && tamed.starts_with('a') && tamed.ends_with("c\n"), "{tamed:?}");
+        let sanitized = sanitize("a\x1b[2J\u{9b}31m\r\x07b\u{202e}c\n");
+        assert!(sanitized.chars().all(|c| c == '\n' || !c.is_control()), "{sanitized:?}");
+        let ends = sanitized.starts_with('a') && sanitized.ends_with("c\n");
+        assert!(!sanitized.contains('\u{202e}') && ends, "{sanitized:?}");
     }
 
     #[test]

@@ -1,28 +1,28 @@
-//! `--watch`: the generated region as it is unmasked, drawn in place on a terminal, or a line per step elsewhere.
+//! `--watch`: shows the generated region while it is unmasked, in place on a terminal, or as a line per step elsewhere.
 
 use crate::output;
-use crate::screen::{Cell, Screen, Style, tame};
+use crate::screen::{Cell, Screen, Style, sanitize};
 use dllm_kernels::decode::SequenceStep;
 use dllm_kernels::tokenizer::Tokenizer;
 use dllm_kernels::{Config, Observer, Options, Step};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-/// A frame stays this long at least: a small model would be done before the eye has seen anything.
+/// Minimum time of a frame. Steps of a small model are too fast to see.
 const FRAME: Duration = Duration::from_millis(70);
 
-/// Tokens that a character may be spread over, in byte-level vocabularies.
+/// Maximum number of tokens of one character, in byte-level vocabularies.
 const LONGEST_CHARACTER: usize = 4;
 
-/// Draws every step.
+/// Observer that draws every step.
 pub struct Watch<'a> {
-    text: Option<&'a Tokenizer>,
+    tokenizer: Option<&'a Tokenizer>,
     mask: u32,
     end_tokens: &'a [u32],
     block_length: usize,
     blocks: usize,
     prompt_lens: Vec<usize>,
-    /// With what confidence each token was committed.
+    /// Confidence at which each token was committed, per sequence.
     confidence: Vec<Vec<f64>>,
     screen: Option<Screen>,
     start: Instant,
@@ -30,16 +30,16 @@ pub struct Watch<'a> {
 }
 
 impl<'a> Watch<'a> {
-    /// `options` and `prompts` have been validated.
+    /// Opens the screen for a decode. `options` and `prompts` must have been validated.
     pub fn new(
-        text: Option<&'a Tokenizer>,
+        tokenizer: Option<&'a Tokenizer>,
         end_tokens: &'a [u32],
         config: &Config,
         options: &Options,
         prompts: &[Vec<u32>],
     ) -> Watch<'a> {
         Watch {
-            text,
+            tokenizer,
             mask: config.mask_token_id,
             end_tokens,
             block_length: options.block_length(),
@@ -52,17 +52,17 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Time that was spent on letting frames stand, which is not decoding.
+    /// Returns the time spent on drawing and on waiting between frames.
     pub fn paused(&self) -> Duration {
         self.paused
     }
 
     fn remember(&mut self, s: usize, step: &SequenceStep) {
         for (position, confidence) in step.candidates.iter().zip(&step.confidence) {
-            let place = position.checked_sub(self.prompt_lens[s]).and_then(|i| self.confidence[s].get_mut(i));
-            if let Some(place) = place.filter(|_| step.transferred.binary_search(position).is_ok()) {
-                // Negative entropies become e^-H, which is in (0, 1] as the others are.
-                *place = if *confidence < 0.0 { confidence.exp() } else { *confidence };
+            let entry = position.checked_sub(self.prompt_lens[s]).and_then(|i| self.confidence[s].get_mut(i));
+            if let Some(entry) = entry.filter(|_| step.transferred.binary_search(position).is_ok()) {
+                // Negative entropies become e^-H, which is in (0, 1] like the others.
+                *entry = if *confidence < 0.0 { confidence.exp() } else { *confidence };
             }
         }
     }
@@ -75,7 +75,7 @@ impl<'a> Watch<'a> {
         step.tokens.iter().filter(|t| **t == self.mask).count()
     }
 
-    /// What stands for each token, all together the text of the region.
+    /// Returns the text to show for each token; all of them form the text of the region.
     fn pieces(&self, tokens: &[u32]) -> Vec<String> {
         let mut pieces = Vec::with_capacity(tokens.len());
         while let Some(token) = tokens.get(pieces.len()) {
@@ -83,9 +83,9 @@ impl<'a> Watch<'a> {
                 pieces.push("░".into());
             } else if self.end_tokens.contains(token) {
                 pieces.push("·".into());
-            } else if let Some(text) = self.text {
-                let (piece, taken) = self.character(text, &tokens[pieces.len()..]);
-                pieces.push(tame(&piece));
+            } else if let Some(tokenizer) = self.tokenizer {
+                let (piece, taken) = self.character(tokenizer, &tokens[pieces.len()..]);
+                pieces.push(sanitize(&piece));
                 pieces.extend((1..taken).map(|_| String::new()));
             } else {
                 pieces.push(format!("{token} "));
@@ -94,14 +94,14 @@ impl<'a> Watch<'a> {
         pieces
     }
 
-    /// The text of the first token; with those after it, where they make up one character together.
-    fn character(&self, text: &Tokenizer, tokens: &[u32]) -> (String, usize) {
-        let alone = text.token(tokens[0]).unwrap_or_else(|| "\u{fffd}".into());
+    /// Returns the text of the first token, or of the first tokens if they form one character, and their number.
+    fn character(&self, tokenizer: &Tokenizer, tokens: &[u32]) -> (String, usize) {
+        let alone = tokenizer.token(tokens[0]).unwrap_or_else(|| "\u{fffd}".into());
         if !alone.contains(char::REPLACEMENT_CHARACTER) {
             return (alone, 1);
         }
         for taken in 2..=LONGEST_CHARACTER.min(tokens.len()) {
-            match text.decode(&tokens[..taken]) {
+            match tokenizer.decode(&tokens[..taken]) {
                 _ if tokens[taken - 1] == self.mask => break,
                 Ok(whole) if !whole.contains(char::REPLACEMENT_CHARACTER) => return (whole, taken),
                 _ => {}
@@ -155,7 +155,7 @@ impl<'a> Watch<'a> {
         self.pieces(step.tokens).into_iter().zip(styles).map(|(text, style)| Cell { text, style }).collect()
     }
 
-    /// All sequences below each other, and the cell where the current block ends.
+    /// Returns the cells of all sequences, one below the other, and the cell where the current block ends.
     fn region(&self, step: &Step) -> (Vec<Cell>, usize) {
         let (mut cells, mut focus) = (Vec::new(), 0);
         for (s, sequence) in step.sequences.iter().enumerate() {

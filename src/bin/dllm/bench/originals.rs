@@ -1,4 +1,4 @@
-//! The original Fast-dLLM, timed by `benches/originals.py` in a Python of the user's.
+//! Reference implementation Fast-dLLM, timed by `benches/originals.py` in the user's Python environment.
 
 use super::{Mode, Setup, Source};
 use crate::machine::Device;
@@ -15,10 +15,10 @@ use std::time::{Duration, Instant};
 
 const SCRIPT: &str = include_str!("../../../../benches/originals.py");
 
-/// For its rounds together. An 8B model on a slow machine is not worth more.
-const PATIENCE: Duration = Duration::from_secs(20 * 60);
+/// Time limit of all rounds of the reference implementation.
+const TIME_LIMIT: Duration = Duration::from_secs(20 * 60);
 
-/// What the script answers.
+/// Answer of the script.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Answer {
     pub torch: String,
@@ -34,21 +34,24 @@ pub struct Row {
     pub seconds: Vec<f64>,
 }
 
-/// An interpreter and what it is asked, one round of all modes at a time.
+/// Python interpreter and the request for one round of all modes.
 pub struct Originals {
     python: OsString,
     request: Value,
-    /// In its rounds so far.
+    /// Time spent in its rounds so far.
     spent: Duration,
 }
 
 impl Originals {
-    /// The rival that the environment names, or why there is none.
+    /// Finds the reference implementation named by `DLLM_ORIGINALS`.
+    ///
+    /// # Errors
+    /// The reason why it is not measured.
     pub fn find(setup: &Setup) -> Result<Originals, String> {
         let folder = std::env::var_os("DLLM_ORIGINALS").filter(|v| !v.is_empty());
         let folder = folder.ok_or("not measured (DLLM_ORIGINALS is not set)")?;
         if setup.batch > 1 {
-            return Err("not measured: the originals decode one sequence at a time".into());
+            return Err("not measured: the reference implementation decodes one sequence at a time".into());
         }
         if setup.config.family != Family::Llada {
             return Err(format!(
@@ -64,42 +67,41 @@ impl Originals {
         Ok(Originals { python, request, spent: Duration::ZERO })
     }
 
-    /// Decodes once in every mode, in a process of its own.
+    /// Decodes once in every mode, in a new process.
+    ///
+    /// # Errors
+    /// A message when the process fails, exceeds the time limit or gives no valid answer.
     pub fn round(&mut self) -> Result<Answer, String> {
         let start = Instant::now();
-        let answer = run(&self.python, &self.request, start + PATIENCE.saturating_sub(self.spent))?;
+        let answer = run(&self.python, &self.request, start + TIME_LIMIT.saturating_sub(self.spent))?;
         self.spent += start.elapsed();
-        let answer: Answer = serde_json::from_str(&answer).map_err(|e| format!("its answer is not as agreed: {e}"))?;
-        let asked = self.request["modes"].as_array().map_or(0, Vec::len);
-        let sound = |row: &Row| row.nfe > 0 && !row.seconds.is_empty() && row.seconds.iter().all(|s| *s > 0.0);
-        match answer.modes.len() == asked && answer.modes.iter().all(sound) {
-            true => Ok(answer),
-            false => Err("its answer lacks a mode or a time".into()),
+        let answer: Answer = serde_json::from_str(&answer)
+            .map_err(|e| format!("expected an answer of benches/originals.py, found {e}"))?;
+        let requested = self.request["modes"].as_array().map_or(0, Vec::len);
+        let valid = |row: &Row| row.nfe > 0 && !row.seconds.is_empty() && row.seconds.iter().all(|s| *s > 0.0);
+        if answer.modes.len() == requested && answer.modes.iter().all(valid) {
+            Ok(answer)
+        } else {
+            Err(format!("expected forwards and times of {requested} modes, found fewer"))
         }
     }
 }
 
-/// Whether the script runs this mode.
+/// Returns whether the script runs this mode.
 fn is_theirs(mode: Mode) -> bool {
     !matches!(mode, Mode::Adaptive | Mode::DualJoined)
 }
 
 fn request(setup: &Setup, folder: &str) -> Value {
     let config = &setup.config;
-    // Fast-dLLM's, and vanilla.
     let modes = setup.modes.iter().filter(|mode| is_theirs(**mode)).map(|mode| (mode, mode.options(setup)));
     let modes = modes.map(|(mode, options)| {
         let mut fields = json!({ "name": mode.name(), "cache": options.cache.name(), "steps": options.steps() });
-        fields["policy"] = match options.policy {
-            Policy::Fixed => "fixed",
-            Policy::Threshold(_) => "threshold",
-            Policy::Factor(_) => "factor",
-        }
-        .into();
+        fields["policy"] = options.policy.name().into();
         match options.policy {
-            Policy::Fixed => {}
             Policy::Threshold(threshold) => fields["threshold"] = threshold.into(),
             Policy::Factor(factor) => fields["factor"] = factor.into(),
+            _ => {}
         }
         fields
     });
@@ -134,18 +136,21 @@ fn request(setup: &Setup, folder: &str) -> Value {
     })
 }
 
-/// The last line that the script writes to stdout, or what went wrong.
+/// Runs the script. Returns the last line of its stdout.
+///
+/// # Errors
+/// The last line of its stderr, or the reason of the failure.
 fn run(python: &OsString, request: &Value, deadline: Instant) -> Result<String, String> {
     let name = python.to_string_lossy();
     let mut child = Command::new(python)
         .args(["-c", SCRIPT])
-        .env("PYTHONSAFEPATH", "1") // or a torch.py in the current directory would be imported
+        .env("PYTHONSAFEPATH", "1") // do not import a torch.py of the current directory
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|e| format!("{name}: {e}"))?;
-    // In threads of their own, so that no full pipe can block: a child that never reads, or writes more than it should.
+    // Threads serve the pipes, so that a full pipe cannot block: the child may never read, or write too much.
     if let Some(mut stdin) = child.stdin.take() {
         let request = request.to_string();
         std::thread::spawn(move || drop(stdin.write_all(request.as_bytes())));
@@ -153,11 +158,11 @@ fn run(python: &OsString, request: &Value, deadline: Instant) -> Result<String, 
     let stdout = last_line(child.stdout.take());
     let stderr = last_line(child.stderr.take());
     let status = wait(&mut child, deadline)?;
-    // A grandchild may keep the pipes open; what the child has written is there by now.
+    // A grandchild may keep the pipes open, but all output of the child has arrived by now.
     let line = |from: Receiver<String>| from.recv_timeout(Duration::from_secs(5)).unwrap_or_default();
     match (status.success(), line(stdout)) {
         (true, answer) if !answer.is_empty() => Ok(answer),
-        (true, _) => Err(format!("{name} answered nothing")),
+        (true, _) => Err(format!("{name}: expected an answer on stdout, found none")),
         (false, _) => match line(stderr) {
             message if message.is_empty() => Err(format!("{name}: {status}")),
             message => Err(message),
@@ -165,7 +170,7 @@ fn run(python: &OsString, request: &Value, deadline: Instant) -> Result<String, 
     }
 }
 
-/// Sends the last line that is not blank, at the end of the stream.
+/// Returns a channel that receives the last line that is not blank, at the end of the stream.
 fn last_line(stream: Option<impl Read + Send + 'static>) -> Receiver<String> {
     let (sender, receiver) = channel();
     std::thread::spawn(move || {
@@ -193,9 +198,11 @@ fn wait(child: &mut Child, deadline: Instant) -> Result<std::process::ExitStatus
             Ok(None) => {
                 let _ = child.kill();
                 let _ = child.wait();
-                return Err(match interrupted() {
-                    true => "interrupted".into(),
-                    false => format!("no answer within {} minutes", PATIENCE.as_secs() / 60),
+                let minutes = TIME_LIMIT.as_secs() / 60;
+                return Err(if interrupted() {
+                    "interrupted".into()
+                } else {
+                    format!("no answer within {minutes} minutes")
                 });
             }
             Err(e) => {
@@ -211,7 +218,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    /// An interpreter that runs `script` whatever it is given.
+    /// Interpreter that ignores its arguments and runs `script`.
     fn fake(script: &str) -> (tempfile::TempDir, OsString) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("python");
@@ -220,10 +227,10 @@ mod tests {
         (dir, path.into())
     }
 
-    fn answer(script: &str, patience: Duration) -> Result<String, String> {
+    fn answer(script: &str, limit: Duration) -> Result<String, String> {
         let (_dir, python) = fake(script);
         // Longer than a pipe holds.
-        run(&python, &json!({ "prompt": vec![7; 100_000] }), Instant::now() + patience)
+        run(&python, &json!({ "prompt": vec![7; 100_000] }), Instant::now() + limit)
     }
 
     #[test]
@@ -238,7 +245,7 @@ mod tests {
         let long = Duration::from_secs(60);
         assert_eq!(answer("echo first >&2; echo 'ValueError: no' >&2; exit 1", long).unwrap_err(), "ValueError: no");
         assert!(answer("exit 3", long).unwrap_err().contains('3'));
-        assert!(answer("exit 0", long).unwrap_err().contains("answered nothing"));
+        assert!(answer("exit 0", long).unwrap_err().contains("found none"));
         let missing = run(&"/no/such/python".into(), &Value::Null, Instant::now() + long).unwrap_err();
         assert!(missing.starts_with("/no/such/python: "), "{missing}");
     }

@@ -1,7 +1,7 @@
-//! What `dllm bench` says: one JSON object, or tables.
+//! Results of `dllm bench`: one JSON object, or tables.
 
 use super::originals::Answer;
-use super::timed::{Forward, Timing, adaptive_multiply_adds};
+use super::timed::{Forward, Timing, adaptive_macs};
 use super::{Run, Setup, Source, Subject, median};
 use crate::machine::Roofs;
 use crate::report::{bytes, count, table};
@@ -9,11 +9,11 @@ use dllm_kernels::engine::KernelCounts;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
-/// All results.
+/// Results of all modes.
 #[derive(Serialize)]
 pub struct Summary {
     #[serde(skip_serializing_if = "Option::is_none")]
-    shape: Option<&'static str>,
+    shape: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     model: Option<String>,
     family: String,
@@ -24,7 +24,7 @@ pub struct Summary {
     device: String,
     threads: usize,
     rounds: usize,
-    /// Weights that every forward reads at least once.
+    /// Bytes of weights that every forward reads at least once.
     weight_bytes_per_forward: usize,
     /// Measured in this run; null on a CPU.
     roofs: Option<Roofs>,
@@ -32,52 +32,54 @@ pub struct Summary {
     modes: Vec<Line>,
 }
 
-/// What the original ran on, or why it did not.
+/// Versions of the reference implementation, or the reason why it was not measured.
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Versions {
     Measured {
         torch: String,
         revision: Option<String>,
-        /// The rounds that it took part in, and why not in all.
+        /// Rounds that it completed.
         rounds: usize,
+        /// Reason why it did not complete all rounds.
         stopped: Option<String>,
     },
     Not(String),
 }
 
-/// One mode.
+/// Results of one mode.
 #[derive(Serialize)]
 struct Line {
     name: &'static str,
     nfe: usize,
     seconds: Vec<f64>,
     ms_per_forward: f64,
-    /// Of the matrix products and of attention, in the mean of the forwards: as they were run.
-    multiply_adds_per_forward: f64,
-    /// The same by the arithmetic of `docs/caching.md`; of the adaptive cache.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    reckoned_multiply_adds_per_forward: Option<f64>,
+    /// MACs of matrix products and attention as executed, averaged over the forwards.
+    #[serde(rename = "multiply_adds_per_forward")]
+    macs_per_forward: f64,
+    /// MACs of the adaptive cache by the arithmetic of `docs/cache-design.md`.
+    #[serde(rename = "reckoned_multiply_adds_per_forward", skip_serializing_if = "Option::is_none")]
+    expected_macs_per_forward: Option<f64>,
     kinds: BTreeMap<&'static str, Kind>,
-    /// On a CUDA device: kernels and products, as nodes of the graphs of a pass.
+    /// Kernels and products per pass on a CUDA device, counted as nodes of its graphs.
     #[serde(skip_serializing_if = "Option::is_none")]
     launches: Option<KernelCounts>,
-    /// All generated tokens, over the median of the seconds.
+    /// Number of generated tokens, divided by the median of the seconds.
     tokens_per_second: f64,
-    /// How many times faster than vanilla the whole decode is.
+    /// Seconds of the whole decode in mode vanilla, divided by those of this mode.
     ratio_to_vanilla: Option<f64>,
-    /// How many times fewer multiply-adds than vanilla the whole decode takes.
+    /// MACs of the whole decode in mode vanilla, divided by those of this mode.
     work_ratio_to_vanilla: Option<f64>,
     original_nfe: Option<usize>,
     original_ms_per_forward: Option<f64>,
-    /// The original's milliseconds per forward over ours.
+    /// Milliseconds per forward of the reference implementation, divided by ours.
     speedup: Option<f64>,
 }
 
-/// Forwards of one kind. Times are medians over all rounds.
+/// Forwards of one kind. `ms`, `rows` and `macs` are medians over all rounds.
 #[derive(Serialize)]
 struct Kind {
-    /// In one decode.
+    /// Forwards in one decode.
     count: usize,
     ms: f64,
     ms_min: f64,
@@ -85,12 +87,13 @@ struct Kind {
     rows: f64,
     #[serde(rename = "multiply_adds")]
     macs: f64,
-    /// Two operations a multiply-add, over the sum of the times.
+    /// Two operations per MAC, divided by the sum of the times.
     gflops: f64,
 }
 
 impl Kind {
-    fn of<'a>(timings: impl IntoIterator<Item = &'a Timing>, kind: Forward, n: usize) -> Option<Kind> {
+    /// Summarizes the forwards of `kind` in `n` decodes; `None` if there are none.
+    fn from_timings<'a>(timings: impl IntoIterator<Item = &'a Timing>, kind: Forward, n: usize) -> Option<Kind> {
         let own: Vec<&Timing> = timings.into_iter().filter(|t| t.kind == kind).collect();
         if own.is_empty() {
             return None;
@@ -110,18 +113,18 @@ impl Kind {
 }
 
 impl Summary {
-    /// `answer` is the original's last one, and `why` says why there is none, or no further one.
+    /// Summarizes the runs. `answer` is the last one of the reference implementation; `why` is the reason why there is none,
+    /// or why there are no further rounds.
     pub fn new(setup: &Setup, subject: &Subject, runs: &[Run], answer: Option<Answer>, why: Option<String>) -> Summary {
         let vanilla = runs.iter().find(|r| r.mode == super::Mode::Vanilla);
         let work = |run: &Run| run.timings.iter().map(|t| t.macs).sum::<f64>() / run.seconds.len().max(1) as f64;
         let line = |run: &Run| {
             let seconds = median(run.seconds.clone()).max(1e-9);
             let ms_per_forward = 1000.0 * seconds / run.nfe.max(1) as f64;
-            let kind = |kind: Forward| Some((kind.name(), Kind::of(&run.timings, kind, run.seconds.len())?));
+            let kind = |kind: Forward| Some((kind.name(), Kind::from_timings(&run.timings, kind, run.seconds.len())?));
             let forwards = run.nfe.max(1) as f64;
-            // The arithmetic is that of a token a forward.
-            let reckoned =
-                adaptive_multiply_adds(setup, &run.mode.options(setup)).filter(|_| run.nfe == setup.gen_length);
+            // The arithmetic assumes one token per forward.
+            let expected = adaptive_macs(setup, &run.mode.options(setup)).filter(|_| run.nfe == setup.gen_length);
             let measured = !run.original.is_empty();
             let original = measured.then(|| 1000.0 * median(run.original.clone()) / run.original_nfe.max(1) as f64);
             Line {
@@ -129,8 +132,8 @@ impl Summary {
                 nfe: run.nfe,
                 seconds: run.seconds.clone(),
                 ms_per_forward,
-                multiply_adds_per_forward: work(run) / forwards,
-                reckoned_multiply_adds_per_forward: reckoned.map(|all| all / forwards),
+                macs_per_forward: work(run) / forwards,
+                expected_macs_per_forward: expected.map(|all| all / forwards),
                 kinds: Forward::ALL.into_iter().filter_map(kind).collect(),
                 launches: run.launches,
                 tokens_per_second: (setup.batch * setup.gen_length) as f64 / seconds,
@@ -143,7 +146,7 @@ impl Summary {
         };
         Summary {
             shape: match &setup.source {
-                Source::Random(shape) => Some(shape.name()),
+                Source::Random(shape) => Some(shape.clone()),
                 Source::Checkpoint(_) => None,
             },
             model: match &setup.source {
@@ -171,7 +174,7 @@ impl Summary {
         }
     }
 
-    /// The tables for people.
+    /// Formats the results as tables.
     pub fn text(&self, subject: &Subject, runs: &[Run]) -> String {
         let name = match (&self.shape, &self.model) {
             (Some(shape), _) => format!("{shape}, random weights"),
@@ -190,25 +193,24 @@ impl Summary {
             count(self.rounds, "round"),
         );
         text += &table(&self.mode_rows());
-        text += "\nTimes are medians; full to verify are ms of the forwards of that kind.\n\n";
+        text += "\nTimes are medians. Columns full to verify: ms of a forward of that kind.\n\n";
         text += &table(&self.work_rows());
-        text +=
-            "\nMultiply-adds of products and attention in the mean of the forwards; reckoned: by docs/caching.md.\n\n";
+        text += "\nMACs of matrix products and attention, averaged over the forwards; expected: by docs/cache-design.md.\n\n";
         text += &table(&self.kind_rows(runs));
         let read = bytes(self.weight_bytes_per_forward);
-        text += &format!("\nEvery forward reads {read} of weights at least once; GB/s is that over its time.\n");
+        text += &format!("\nEvery forward reads at least {read} of weights; GB/s is that divided by its time.\n");
         let launches = self.modes.iter().filter_map(|line| line.launches);
         if let Some(KernelCounts { layer, pass }) = launches.min_by_key(|launches| launches.pass) {
             text += &format!(
-                "A block's pass is {pass} launches, its first layer {layer}: kernels and products, nodes of its graphs.\n"
+                "A block step launches {pass} kernels and products, its first layer {layer}, as nodes of CUDA graphs.\n"
             );
         }
         if let Some(Roofs { bytes_per_second, operations_per_second }) = self.roofs {
             let (reads, products) = (digits(bytes_per_second / 1e9), digits(operations_per_second / 1e12));
             text += &format!(
-                "Measured in this run: reads {reads} GB/s, products of bf16 matrices {products} TFLOP/s. The floor is "
+                "Measured in this run: reads {reads} GB/s, matrix products in bf16 {products} TFLOP/s. The floor is the "
             );
-            text += "the larger of what reading the weights and what the multiply-adds take at these.\n";
+            text += "larger of the times for reading the weights and for the MACs at these rates.\n";
         }
         text += "\n";
         text + &self.originals_text()
@@ -238,32 +240,32 @@ impl Summary {
         rows
     }
 
-    /// What the modes compute.
+    /// Returns the table of MACs per mode.
     fn work_rows(&self) -> Vec<Vec<String>> {
-        let head = ["mode", "G multiply-adds/forward", "reckoned", "vanilla's / these"];
+        let head = ["mode", "G MAC/forward", "expected", "vanilla / this"];
         let mut rows = vec![head.map(String::from).to_vec()];
         let giga = |x: f64| format!("{:.3}", x / 1e9);
         for line in &self.modes {
             rows.push(vec![
                 line.name.into(),
-                giga(line.multiply_adds_per_forward),
-                line.reckoned_multiply_adds_per_forward.map_or(String::new(), giga),
+                giga(line.macs_per_forward),
+                line.expected_macs_per_forward.map_or(String::new(), giga),
                 line.work_ratio_to_vanilla.map_or(String::new(), |r| format!("{r:.2}")),
             ]);
         }
         rows
     }
 
-    /// Forwards by kind, all modes together.
+    /// Returns the table of forwards by kind, over all modes.
     fn kind_rows(&self, runs: &[Run]) -> Vec<Vec<String>> {
-        let mut head = vec!["forward", "rows", "ms", "min-max", "G multiply-adds", "GFLOP/s", "GB/s"];
+        let mut head = vec!["forward", "rows", "ms", "min-max", "G MAC", "GFLOP/s", "GB/s"];
         if self.roofs.is_some() {
             head.extend(["floor ms", "x floor"]);
         }
         let mut rows = vec![head.into_iter().map(String::from).collect::<Vec<_>>()];
         for kind in Forward::ALL {
             let timings = runs.iter().flat_map(|r| &r.timings);
-            let Some(k) = Kind::of(timings, kind, 1) else { continue };
+            let Some(k) = Kind::from_timings(timings, kind, 1) else { continue };
             let mut row = vec![
                 kind.name().into(),
                 k.rows.to_string(),
@@ -288,10 +290,10 @@ impl Summary {
             Versions::Not(why) => return format!("originals: {why}\n"),
             Versions::Measured { torch, revision, rounds, stopped } => {
                 let stopped = stopped.as_ref().map(|why| format!(", {} only, then {why}", count(*rounds, "round")));
-                (torch, revision.as_deref().unwrap_or("of unknown revision"), stopped.unwrap_or_default())
+                (torch, revision.as_deref().unwrap_or("(unknown revision)"), stopped.unwrap_or_default())
             }
         };
-        let head = ["mode", "NFE", "ms/forward", "original NFE", "original ms/forward", "original / ours"];
+        let head = ["mode", "NFE", "ms/forward", "reference NFE", "reference ms/forward", "reference / ours"];
         let mut rows = vec![head.map(String::from).to_vec()];
         for line in &self.modes {
             let number = |x: Option<f64>| x.map_or(String::new(), digits);
@@ -304,13 +306,13 @@ impl Summary {
                 line.speedup.map_or(String::new(), |r| format!("{r:.2}")),
             ]);
         }
-        let place = if self.device == "cpu" { "in f32 on the CPU" } else { "in bf16 on the same device" };
-        let random = if self.shape.is_some() { ", random weights of its own" } else { "" };
-        format!("originals: Fast-dLLM {revision}, torch {torch} {place}{random}{stopped}\n\n{}", table(&rows))
+        let device = if self.device == "cpu" { "in f32 on the CPU" } else { "in bf16 on the same device" };
+        let random = if self.shape.is_some() { ", its own random weights" } else { "" };
+        format!("originals: Fast-dLLM {revision}, torch {torch} {device}{random}{stopped}\n\n{}", table(&rows))
     }
 }
 
-/// Three significant digits and more.
+/// Formats a number with at least three significant digits.
 fn digits(x: f64) -> String {
     match x.abs() {
         x if x >= 100.0 => format!("{x:.0}"),

@@ -1,4 +1,4 @@
-//! A session with a stopwatch around every forward, and what a forward has to do at least.
+//! Engine that times every forward, and the work that a forward needs at least.
 
 use super::Setup;
 use dllm_kernels::Options;
@@ -10,27 +10,27 @@ use dllm_kernels::sampling::Prediction;
 use dllm_kernels::{Error, Result};
 use std::time::Instant;
 
-/// What a forward runs.
+/// Kind of a forward, by the rows that it computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Forward {
-    /// Everything.
+    /// The whole sequence.
     Full,
-    /// The block and all that follows.
+    /// The block and all positions after it.
     Suffix,
     /// The block.
     Block,
-    /// Joined caches: what begins a block after the first.
+    /// Hybrid cache: refresh at the start of a block after the first.
     Refresh,
-    /// Adaptive cache: the prompt, and of the response what V-verify chooses.
+    /// Adaptive cache: the prompt, and the response rows that V-verify selects.
     Prompt,
     /// Adaptive cache: the response.
     Response,
-    /// Adaptive cache: what V-verify chooses.
+    /// Adaptive cache: the rows that V-verify selects.
     Verify,
 }
 
 impl Forward {
-    /// In the order of tables.
+    /// All kinds, in the order of the tables.
     pub const ALL: [Forward; 7] = {
         use Forward::*;
         [Full, Suffix, Block, Refresh, Prompt, Response, Verify]
@@ -48,8 +48,8 @@ impl Forward {
         }
     }
 
-    /// What a plan runs of windows.
-    fn of(plan: &dyn CachePlan, windows: &[QueryRows], cache: CacheMode) -> Forward {
+    /// Returns the kind of a forward with this plan and these windows.
+    fn classify(plan: &dyn CachePlan, windows: &[QueryRows], cache: CacheMode) -> Forward {
         match (cache, plan.layer(1)) {
             (CacheMode::Adaptive, LayerPlan::Partial(RowUpdate { always: UpdateAlways::Prompt, .. })) => {
                 Forward::Prompt
@@ -72,25 +72,26 @@ impl Forward {
     }
 }
 
-/// One forward: what ran, and how long.
+/// Time and work of one forward.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
     pub kind: Forward,
-    /// Positions that ran.
+    /// Number of computed positions.
     pub rows: usize,
-    /// Of the matrix products and of attention.
+    /// MACs of matrix products and attention.
     pub macs: f64,
     pub seconds: f64,
 }
 
-/// A network that remembers its forwards.
+/// Engine that records a timing of every forward.
 pub struct Timed<'m> {
-    pub network: Box<dyn DecodeEngine + 'm>,
+    pub engine: Box<dyn DecodeEngine + 'm>,
     pub options: &'m Options,
     pub timings: Vec<Timing>,
 }
 
-/// Prompts are never empty, so only a full window starts at 0. The end tells nothing: the last block has no suffix.
+/// Returns whether the windows are whole sequences. Prompts are never empty, so only a full window starts at 0; the last
+/// block ends where its sequence ends.
 fn is_full(windows: &[QueryRows]) -> bool {
     windows.iter().all(|window| window.rows.start == 0)
 }
@@ -98,7 +99,7 @@ fn is_full(windows: &[QueryRows]) -> bool {
 impl Timed<'_> {
     fn record(&mut self, plan: &dyn CachePlan, windows: &[QueryRows], macs: u64, seconds: f64) {
         self.timings.push(Timing {
-            kind: Forward::of(plan, windows, self.options.cache),
+            kind: Forward::classify(plan, windows, self.options.cache),
             rows: windows.iter().map(|window| window.rows.len()).sum(),
             macs: macs as f64,
             seconds,
@@ -108,38 +109,38 @@ impl Timed<'_> {
 
 impl DecodeEngine for Timed<'_> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
-        let before = self.network.macs();
+        let before = self.engine.macs();
         let start = Instant::now();
-        let verdicts = self.network.step(tokens, pass)?;
+        let predictions = self.engine.step(tokens, pass)?;
         let seconds = start.elapsed().as_secs_f64();
-        let macs = self.network.macs() - before;
+        let macs = self.engine.macs() - before;
         self.record(pass.plan, pass.query_rows, macs, seconds);
-        Ok(verdicts)
+        Ok(predictions)
     }
 
     fn selected_rows(&self) -> &[SelectedRows] {
-        self.network.selected_rows()
+        self.engine.selected_rows()
     }
 
     fn macs(&self) -> u64 {
-        self.network.macs()
+        self.engine.macs()
     }
 
     fn device_loop(&mut self) -> Option<&mut dyn DeviceLoop> {
-        self.network.device_loop().is_some().then_some(self as &mut dyn DeviceLoop)
+        self.engine.device_loop().is_some().then_some(self as &mut dyn DeviceLoop)
     }
 
     fn kernel_counts(&self) -> Result<Option<KernelCounts>> {
-        self.network.kernel_counts()
+        self.engine.kernel_counts()
     }
 }
 
 impl DeviceLoop for Timed<'_> {
     fn run(&mut self, tokens: &mut [Vec<u32>], course: &DecodeRun, go_on: &dyn Fn() -> bool) -> Result<RunOutcome> {
-        let Some(network) = self.network.device_loop() else {
-            return Err(Error::Unavailable("this network runs no courses".into()));
+        let Some(engine) = self.engine.device_loop() else {
+            return Err(Error::Unavailable("this engine has no device loop".into()));
         };
-        let ran = network.run(tokens, course, go_on)?;
+        let ran = engine.run(tokens, course, go_on)?;
         for (i, (seconds, macs)) in ran.seconds.iter().zip(&ran.macs).enumerate() {
             let Some(Some(stage)) = course.templates.get((course.template_of)(i)) else { continue };
             self.record(stage.plan, stage.query_rows, *macs, *seconds);
@@ -148,21 +149,21 @@ impl DeviceLoop for Timed<'_> {
     }
 }
 
-/// d_model, width of queries, of keys, of the MLP, vocabulary, layers.
+/// Returns d_model, the widths of queries, keys and MLP, the vocabulary size and the number of layers.
 fn widths(config: &Config) -> [f64; 6] {
     [config.d_model, config.q_width(), config.kv_width(), config.mlp_hidden_size, config.vocab_size, config.num_layers]
         .map(|n| n as f64)
 }
 
-/// Multiply-adds of an adaptive decode of a token a forward, by the arithmetic of `docs/caching.md`: that of LLaDA, to which
-/// Dream adds a row here and there.
-pub fn adaptive_multiply_adds(setup: &Setup, options: &Options) -> Option<f64> {
+/// Returns the MACs of a decode with the adaptive cache that commits one token per forward, by the arithmetic of
+/// `docs/cache-design.md`. It is that of LLaDA; Dream computes a few rows more.
+pub fn adaptive_macs(setup: &Setup, options: &Options) -> Option<f64> {
     let adaptive = options.adaptive()?;
     let [d, q, kv, mlp, vocab, layers] = widths(&setup.config);
     let [prompt, response, block] = [setup.prompt.len(), setup.gen_length, options.block_length()].map(|n| n as f64);
     let (all, value) = (prompt + response, d * kv);
     let row = d * (q + 2.0 * kv) + 2.0 * all * q + q * d + 3.0 * d * mlp;
-    let chosen = (response * adaptive.refresh_ratio).floor();
+    let selected = (response * adaptive.refresh_ratio).floor();
     let verifies = if adaptive.refresh_ratio > 0.0 { 1.0 } else { 0.0 };
     let forward = |t: usize| {
         let prompt_too = t.is_multiple_of(adaptive.prompt_interval);
@@ -170,24 +171,24 @@ pub fn adaptive_multiply_adds(setup: &Setup, options: &Options) -> Option<f64> {
         let later = match (prompt_too, t.is_multiple_of(adaptive.response_interval)) {
             (true, true) => all * row,
             (false, true) => response * row,
-            (true, false) if verifies > 0.0 => all * value + (prompt + chosen) * (row - value),
+            (true, false) if verifies > 0.0 => all * value + (prompt + selected) * (row - value),
             (true, false) => prompt * row,
-            (false, false) if chosen > 0.0 => response * value + chosen * (row - value),
+            (false, false) if selected > 0.0 => response * value + selected * (row - value),
             (false, false) => 0.0,
         };
         first + (layers - 1.0) * later
     };
-    // Of a block of n masks the head sees n, n - 1 ... 1.
-    let scored = response * (block + 1.0) / 2.0;
+    // The head computes n, n - 1, ..., 1 rows of a block of n masks.
+    let logit_rows = response * (block + 1.0) / 2.0;
     let forwards: f64 = (0..setup.gen_length).map(forward).sum();
-    Some(setup.batch as f64 * (forwards + scored * d * vocab))
+    Some(setup.batch as f64 * (forwards + logit_rows * d * vocab))
 }
 
-/// Bytes of weights that no forward can do without: all but the embedding, unless that is the head too.
+/// Returns the bytes of weights that every forward reads: all but the embedding, unless it is the head too.
 pub fn weight_bytes_per_forward(config: &Config, weights: &Weights) -> Result<usize> {
     let mut bytes = 0;
     for (i, (name, shape)) in config.tensors().into_iter().enumerate() {
-        // The embedding comes first.
+        // The first tensor is the embedding.
         if i > 0 || config.tied_head {
             bytes += weights.get(&name, &shape)?.bytes().len();
         }
@@ -195,7 +196,7 @@ pub fn weight_bytes_per_forward(config: &Config, weights: &Weights) -> Result<us
     Ok(bytes)
 }
 
-/// The same where all of them are bf16.
+/// Returns the bytes of weights that every forward reads if all weights are bf16.
 pub fn bf16_bytes_per_forward(config: &Config) -> usize {
     let read = config.tensors().into_iter().enumerate().filter(|(i, _)| *i > 0 || config.tied_head);
     read.map(|(_, (_, shape))| 2 * shape.iter().product::<usize>()).sum()

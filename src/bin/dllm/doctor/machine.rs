@@ -1,22 +1,22 @@
-//! What this build has, and what is there to run it: nothing is launched.
+//! Kernels of this build, driver and devices. Launches nothing.
 
 use dllm_kernels::Result;
 use dllm_kernels::gpu::{Device, DeviceInfo, Module};
 use serde::Serialize;
 
-/// What the kernels need.
+/// Requirements of the kernels.
 pub const NEEDED: &str = "needed: an NVIDIA driver of 525 or later, and a device of compute capability 8.0 or later";
-/// The CUDA version that driver 525 came with.
-const LEAST_CUDA: (i32, i32) = (12, 0);
+/// CUDA version of driver 525.
+const MIN_CUDA: (i32, i32) = (12, 0);
 
-/// The kernels of this build.
+/// Kernels of this build.
 #[derive(Serialize)]
 pub struct Build {
     version: &'static str,
-    /// PTX version that a driver must know.
+    /// PTX version that the driver must support.
     ptx_isa: &'static str,
     source_hash: &'static str,
-    /// Whether a profiler finds source lines.
+    /// Set when the modules have line information for profilers.
     source_lines: bool,
     modules: Vec<BuiltModule>,
 }
@@ -43,15 +43,15 @@ impl Build {
     pub fn text(&self) -> String {
         let lines = if self.source_lines { ", with source lines" } else { "" };
         let modules = |target: &&str| {
-            let of_target = self.modules.iter().filter(|m| m.target == *target);
-            let names: Vec<_> = of_target.map(|m| format!("{} ({})", m.name, m.kernels)).collect();
+            let matching = self.modules.iter().filter(|m| m.target == *target);
+            let names: Vec<_> = matching.map(|m| format!("{} ({})", m.name, m.kernels)).collect();
             format!("  {target}  {}\n", names.join(", "))
         };
         let mut targets: Vec<_> = self.modules.iter().map(|m| m.target).collect();
         targets.sort_unstable();
         targets.dedup();
         format!(
-            "build    dllm {}, PTX {}, sources {}{lines}; modules and how many kernels they have:\n{}",
+            "build    dllm {}, PTX {}, sources {}{lines}; modules (number of kernels):\n{}",
             self.version,
             self.ptx_isa,
             self.source_hash,
@@ -60,14 +60,14 @@ impl Build {
     }
 }
 
-/// The driver and its devices.
+/// Driver and devices.
 #[derive(Serialize)]
 pub struct Machine {
-    /// CUDA version that the driver knows.
+    /// CUDA version that the driver supports.
     cuda: String,
-    /// The driver's own version, where the system tells.
+    /// Version of the driver, if the system reports it.
     driver: Option<String>,
-    /// Whether that is enough for the kernels.
+    /// Set when the driver supports the kernels.
     new_enough: bool,
     devices: Vec<Listed>,
 }
@@ -79,12 +79,14 @@ struct Listed {
     capability: String,
     memory_bytes: usize,
     multiprocessors: usize,
-    /// Whether the kernels run on it.
+    /// Set when the device supports the kernels.
     usable: bool,
     software: bool,
 }
 
 impl Machine {
+    /// Queries driver and devices.
+    ///
     /// # Errors
     /// As [`Device::count`].
     pub fn this() -> Result<Machine> {
@@ -99,18 +101,18 @@ impl Machine {
         };
         let devices: Vec<Listed> = DeviceInfo::all()?.into_iter().map(listed).collect();
         let cuda = Device::driver_version()?;
-        // The software device comes with a driver of its own.
+        // The CUDA emulator has its own driver.
         let is_real = devices.iter().all(|device| !device.software);
         let driver = std::fs::read_to_string("/proc/driver/nvidia/version").ok().filter(|_| is_real);
         Ok(Machine {
             cuda: format!("{}.{}", cuda.0, cuda.1),
             driver: driver.and_then(|text| driver_version(&text)),
-            new_enough: cuda >= LEAST_CUDA,
+            new_enough: cuda >= MIN_CUDA,
             devices,
         })
     }
 
-    /// How many devices there are.
+    /// Returns the number of devices.
     pub fn count(&self) -> usize {
         self.devices.len()
     }
@@ -122,7 +124,7 @@ impl Machine {
     pub fn text(&self) -> String {
         let own = self.driver.as_ref().map(|version| format!(", version {version}")).unwrap_or_default();
         let old = if self.new_enough { String::new() } else { format!(": too old; {NEEDED}") };
-        let mut text = format!("driver   knows CUDA {}{own}{old}\n", self.cuda);
+        let mut text = format!("driver   CUDA {}{own}{old}\n", self.cuda);
         if self.devices.is_empty() {
             text += "devices  none\n";
         }
@@ -142,7 +144,7 @@ impl Machine {
     }
 }
 
-/// The first word of `/proc/driver/nvidia/version` that is a version.
+/// Returns the first version number in `/proc/driver/nvidia/version`.
 fn driver_version(text: &str) -> Option<String> {
     let is_version = |word: &&str| {
         let mut parts = word.split('.');
@@ -151,7 +153,7 @@ fn driver_version(text: &str) -> Option<String> {
     text.lines().next()?.split_whitespace().find(is_version).map(str::to_owned)
 }
 
-/// A module as a device loads it.
+/// Module that a device loads.
 #[derive(Serialize)]
 pub struct Loads {
     name: &'static str,
@@ -159,7 +161,7 @@ pub struct Loads {
     why: String,
 }
 
-/// Which module of each file a device of this capability loads, and why.
+/// Returns, for each kernel file, the module that a device of this capability loads, and the reason.
 pub fn modules(capability: (i32, i32)) -> Vec<Loads> {
     let mut names: Vec<_> = Module::all().iter().map(|module| module.name).collect();
     names.dedup();
@@ -179,15 +181,15 @@ pub fn modules(capability: (i32, i32)) -> Vec<Loads> {
     names.into_iter().map(loads).collect()
 }
 
-/// Modules of one target and reason on a line.
+/// Formats the modules, one line per target and reason.
 pub fn modules_text(loads: &[Loads]) -> String {
     let mut text = String::new();
     let mut kinds: Vec<_> = loads.iter().map(|load| (load.target, &load.why)).collect();
     kinds.sort_unstable();
     kinds.dedup();
     for (i, (target, why)) in kinds.into_iter().enumerate() {
-        let of_kind = loads.iter().filter(|load| load.target == target && load.why == *why);
-        let names: Vec<_> = of_kind.map(|load| load.name).collect();
+        let matching = loads.iter().filter(|load| load.target == target && load.why == *why);
+        let names: Vec<_> = matching.map(|load| load.name).collect();
         let head = if i == 0 { "loads" } else { "" };
         text += &format!("{head:<7}  {} ({why}): {}\n", target.unwrap_or("nothing"), names.join(", "));
     }
@@ -215,8 +217,8 @@ mod tests {
             let all = modules(capability);
             all.into_iter().find(|load| load.name == name).map(|load| (load.target, load.why))
         };
-        assert_eq!(why((9, 0), "rows"), Some((Some("compute_80"), "the only one".into())));
-        assert_eq!(why((7, 5), "rows"), Some((None, "none is for 7.5".into())));
+        assert_eq!(why((9, 0), "gather_scatter"), Some((Some("compute_80"), "the only one".into())));
+        assert_eq!(why((7, 5), "gather_scatter"), Some((None, "none is for 7.5".into())));
         let text = modules_text(&modules((9, 0)));
         assert!(text.starts_with("loads    compute_80 (the only one): "), "{text}");
         assert!(text.contains("unmask"), "{text}");

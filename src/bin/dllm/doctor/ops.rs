@@ -1,4 +1,4 @@
-//! Every op at two shapes: one as a model has it, and one whose sizes and contents are awkward.
+//! Checks of every op at two shapes: that of a model, and one with odd sizes and special contents.
 
 mod advance;
 mod attention;
@@ -15,7 +15,7 @@ mod vverify;
 
 use super::case::Entry;
 
-/// All checks; `small` ones take seconds on the software device.
+/// Returns all checks. The `small` ones take seconds on the CUDA emulator.
 pub fn all(small: bool) -> Vec<Entry> {
     [
         attention::entries,
@@ -31,7 +31,7 @@ pub fn all(small: bool) -> Vec<Entry> {
     .collect()
 }
 
-/// The real size, or the small one.
-fn pick<T>(small: bool, real: T, little: T) -> T {
-    if small { little } else { real }
+/// Returns the size of a small check, or that of a model.
+fn pick<T>(small: bool, model_size: T, small_size: T) -> T {
+    if small { small_size } else { model_size }
 }

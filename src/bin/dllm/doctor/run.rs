@@ -1,10 +1,9 @@
-//! The order of things: build, machine, roofs, ops; and what is printed of them.
+//! Sequence of the checks (build, machine, peak rates, ops) and their report.
 
 use super::Doctor;
-use super::case::{Case, Entry};
+use super::case::{Case, Entry, ErrorBound};
 use super::machine::{Build, Loads, Machine, NEEDED, modules, modules_text};
 use super::ops;
-use crate::args::argument;
 use crate::output::{print, print_json};
 use crate::report::count;
 use dllm_kernels::gpu::{Buffer, Device, Stream, blas};
@@ -12,24 +11,24 @@ use dllm_kernels::ops::read_bandwidth;
 use dllm_kernels::{Error, Result};
 use serde::Serialize;
 
-/// Bytes that are read before each timed launch, several times an L2 cache.
+/// Bytes read before each timed launch to evict L2, several times its size.
 const EVICTING_BYTES: usize = 256 << 20;
-/// Bytes whose reading is the roof, where the device has as many to spare.
+/// Bytes read to measure the bandwidth, if the device has them free.
 const ROOF_BYTES: usize = 2 << 30;
 const ROOF_REPETITIONS: usize = 30;
-/// Rows, columns and inner size of the product whose rate is the roof of products.
+/// Rows, columns and inner size of the product that measures the rate of products.
 const PRODUCT_SIZE: usize = 8192;
 const PRODUCT_REPETITIONS: usize = 10;
 /// Timed launches of an op.
 const REPETITIONS: usize = 20;
 
-/// All that was found; `--json` prints it.
+/// Report of all checks, as `--json` prints it.
 #[derive(Serialize)]
 struct Report {
     build: Build,
     machine: Option<Machine>,
     device: Option<usize>,
-    /// Whether this is a device in software, on which nothing is timed.
+    /// Set on the CUDA emulator, where nothing is timed.
     software: bool,
     modules: Vec<Loads>,
     read_gb_per_s: Option<f64>,
@@ -39,19 +38,19 @@ struct Report {
     error: Option<String>,
 }
 
-/// What became of an op at one shape.
+/// Result of an op at one shape.
 #[derive(Serialize)]
 struct Row {
     op: &'static str,
     shape: String,
     dtype: &'static str,
-    /// What is farthest from its bound.
+    /// Comparison with the largest error relative to its bound.
     measure: Option<&'static str>,
-    /// null where it is no number.
+    /// null for NaN.
     error: Option<f64>,
     bound: Option<f64>,
     bytes: Option<usize>,
-    /// Cold, by the device's events; null on the software device.
+    /// Time with cold L2, by events of the device; `None` on the CUDA emulator.
     #[serde(flatten)]
     time: Option<Time>,
     verdict: &'static str,
@@ -96,57 +95,57 @@ pub fn run(args: &Doctor) -> Result<()> {
 }
 
 fn examine(args: &Doctor, report: &mut Report) -> Result<()> {
-    let say = |text: &str| if args.json { Ok(()) } else { print(text) };
-    say(&report.build.text())?;
-    let machine = Machine::this().map_err(|error| Error::Unavailable(format!("{error}; {NEEDED}")))?;
-    say(&machine.text())?;
+    let show = |text: &str| if args.json { Ok(()) } else { print(text) };
+    show(&report.build.text())?;
+    let machine = Machine::this().map_err(|error| Error::NoDevice(format!("{error}; {NEEDED}")))?;
+    show(&machine.text())?;
     let (devices, is_software) = (machine.count(), machine.is_software(args.device));
     report.machine = Some(machine);
     if devices == 0 {
-        return Err(Error::Unavailable(format!("the driver has no device; {NEEDED}")));
+        return Err(Error::NoDevice(format!("expected a CUDA device, found none; {NEEDED}")));
     }
     if args.device >= devices {
         let expected = format!("a device from 0 to {}", devices - 1);
-        return Err(argument("device", expected, args.device));
+        return Err(Error::argument("device", expected, args.device));
     }
     (report.device, report.software) = (Some(args.device), is_software);
     let device = Device::open(args.device)?;
     report.modules = modules(device.capability());
-    say(&format!("\ndevice {}\n{}", args.device, modules_text(&report.modules)))?;
+    show(&format!("\ndevice {}\n{}", args.device, modules_text(&report.modules)))?;
     if is_software {
-        say("This is a device in software: results count, times would mean nothing and are left out.\n")?;
+        show("This is a CUDA emulator: results are checked, times are meaningless and left out.\n")?;
     }
 
     let mut bench = Bench::new(&device, is_software)?;
-    if Device::tells_times()? {
+    if Device::supports_timing()? {
         bench.measure_roofs(&device, report);
     } else {
-        say("times    not measured: this build needs a driver of 570 or later for them, or the feature cuda-12\n")?;
+        show("times    not measured: they need a driver of 570 or later\n")?;
     }
     let roof =
         |value: Option<f64>, unit: &str| value.map_or("not measured".into(), |value| format!("{value:.1} {unit}"));
     let (reads, products) = (roof(report.read_gb_per_s, "GB/s"), roof(report.matrix_tflops, "TFLOP/s"));
-    say(&format!("roofs    reads {reads}, products of bf16 into f32 {products}\n\n"))?;
-    say(&head(is_software))?;
+    show(&format!("roofs    reads {reads}, products of bf16 into f32 {products}\n\n"))?;
+    show(&head(is_software))?;
     for row in &report.ops {
-        say(&row.text(is_software))?;
+        show(&row.text(is_software))?;
     }
     for entry in ops::all(args.small || is_software) {
         let row = bench.row(&entry);
-        say(&row.text(is_software))?;
+        show(&row.text(is_software))?;
         report.ops.push(row);
     }
 
     let wrong: Vec<&Row> = report.ops.iter().filter(|row| row.verdict != "ok").collect();
     if wrong.is_empty() {
-        return say(&format!("\nall ok: {}\n", count(report.ops.len(), "check")));
+        return show(&format!("\nall ok: {}\n", count(report.ops.len(), "check")));
     }
     let names: Vec<_> = wrong.iter().map(|row| format!("{} ({})", row.op, row.shape)).collect();
     let of = count(report.ops.len(), "check");
-    Err(Error::Unavailable(format!("{} of {of} did not pass: {}", wrong.len(), names.join(", "))))
+    Err(Error::Unavailable(format!("{} of {of} failed: {}", wrong.len(), names.join(", "))))
 }
 
-/// The device, and what launches on it are measured against.
+/// Device under test, with its measured bandwidth.
 struct Bench {
     stream: Stream,
     is_software: bool,
@@ -161,15 +160,15 @@ impl Bench {
         let stream = device.stream()?;
         let evicting = stream.zeros(if is_software { 1 << 16 } else { EVICTING_BYTES })?;
         let sink = stream.zeros(1)?;
-        let is_timed = !is_software && Device::tells_times()?;
+        let is_timed = !is_software && Device::supports_timing()?;
         Ok(Bench { stream, is_software, is_timed, evicting, sink, read_gb_per_s: f64::NAN })
     }
 
-    /// Both roofs; one that cannot be measured is a row of the report. The software device runs them too, small.
+    /// Measures both peak rates. A failure becomes a row of the report. The CUDA emulator runs small sizes.
     fn measure_roofs(&mut self, device: &Device, report: &mut Report) {
         match self.measure_reads(device) {
             Ok(gb_per_s) => self.read_gb_per_s = gb_per_s,
-            Err(error) => report.ops.push(Row::failed("roof", "reads", "", &error)),
+            Err(error) => report.ops.push(Row::failed("read_bandwidth", "reads", "", &error)),
         }
         report.read_gb_per_s = Some(self.read_gb_per_s).filter(|x| x.is_finite() && !self.is_software);
         let (size, repetitions) = if self.is_software { (64, 1) } else { (PRODUCT_SIZE, PRODUCT_REPETITIONS) };
@@ -186,7 +185,7 @@ impl Bench {
         Ok(read_bandwidth::read_rate(&self.stream, bytes, repetitions)? / 1e9)
     }
 
-    /// Reads, and does not write: lines to be written back would cost the next launch bandwidth.
+    /// Evicts L2 by reads. Writes would leave dirty lines, whose write-back takes bandwidth from the next launch.
     fn evict(&mut self) -> Result<()> {
         read_bandwidth::launch(&self.stream, &self.evicting, &mut self.sink)
     }
@@ -199,19 +198,20 @@ impl Bench {
         let mut case = (entry.make)(&self.stream)?;
         case.launch()?;
         self.stream.synchronize()?;
-        let measures = case.check()?;
-        // The first of those that are as far.
-        let worst = measures.iter().rev().max_by(|a, b| a.in_bounds().total_cmp(&b.in_bounds()));
-        let broken: Vec<_> = measures.iter().filter(|measure| !measure.holds()).collect();
-        let text = |m: &&super::case::Measure| format!("{}: {}, at most {}", m.what, number(m.error), number(m.bound));
+        let bounds = case.check()?;
+        // The first of equally large errors.
+        let worst = bounds.iter().rev().max_by(|a, b| a.relative().total_cmp(&b.relative()));
+        let broken: Vec<_> = bounds.iter().filter(|bound| !bound.holds()).collect();
+        let text =
+            |b: &&ErrorBound| format!("{}: expected at most {}, found {}", b.what, number(b.bound), number(b.error));
         let message = broken.iter().map(text).collect::<Vec<_>>().join("; ");
         Ok(Row {
             op: entry.op,
             shape: entry.shape.clone(),
             dtype: entry.dtype,
-            measure: worst.map(|measure| measure.what),
-            error: worst.map(|measure| measure.error),
-            bound: worst.map(|measure| measure.bound),
+            measure: worst.map(|bound| bound.what),
+            error: worst.map(|bound| bound.error),
+            bound: worst.map(|bound| bound.bound),
             bytes: Some(case.bytes()),
             time: self.is_timed.then(|| self.time(case.as_mut())).transpose()?,
             verdict: if broken.is_empty() { "ok" } else { "wrong" },
@@ -219,7 +219,7 @@ impl Bench {
         })
     }
 
-    /// The device is busy evicting while the host puts in what follows, so no launch waits for the host.
+    /// Times launches. While the device evicts L2 the host enqueues the launch, so that no launch waits for the host.
     fn time(&mut self, case: &mut dyn Case) -> Result<Time> {
         let mut times = Vec::new();
         for _ in 0..REPETITIONS {
@@ -233,12 +233,12 @@ impl Bench {
     }
 }
 
-/// Least, median, most.
+/// Returns minimum, median and maximum; NaN without times.
 fn spread(times: &mut [f32]) -> [f64; 3] {
     times.sort_by(f32::total_cmp);
     let n = times.len();
-    let at = |i: usize| times.get(i).map_or(f64::NAN, |time| f64::from(*time));
-    [at(0), (at(n.saturating_sub(1) / 2) + at(n / 2)) / 2.0, at(n.saturating_sub(1))]
+    let nth = |i: usize| times.get(i).map_or(f64::NAN, |time| f64::from(*time));
+    [nth(0), (nth(n.saturating_sub(1) / 2) + nth(n / 2)) / 2.0, nth(n.saturating_sub(1))]
 }
 
 impl Row {
@@ -258,7 +258,7 @@ impl Row {
     }
 
     fn text(&self, is_software: bool) -> String {
-        let shown = |x: Option<f64>| x.map_or("-".into(), number);
+        let cell = |x: Option<f64>| x.map_or("-".into(), number);
         let verdict = if self.verdict == "ok" { "ok".into() } else { self.verdict.to_uppercase() };
         let time = match &self.time {
             _ if is_software => String::new(),
@@ -271,8 +271,7 @@ impl Row {
                 format!("{:.0}", time.share_of_roof * 100.0),
             ]),
         };
-        let mut text =
-            line([self.op, &self.shape, self.dtype, &shown(self.error), &shown(self.bound)], &time, &verdict);
+        let mut text = line([self.op, &self.shape, self.dtype, &cell(self.error), &cell(self.bound)], &time, &verdict);
         if let Some(message) = &self.message {
             text += &format!("    {message}\n");
         }
@@ -281,21 +280,21 @@ impl Row {
 }
 
 fn head(is_software: bool) -> String {
-    let times = ["us, cold", "least to most", "MB", "GB/s", "% of roof"].map(String::from);
+    let times = ["us, cold", "min to max", "MB", "GB/s", "% of roof"].map(String::from);
     let times = if is_software { String::new() } else { columns(times) };
     line(["op", "shape", "type", "error", "bound"], &times, "verdict")
 }
 
-/// Columns are of one width each, so that a row can be shown before the next is there.
+/// Formats a line of the table. Columns have fixed widths, so that each row is printed when it is known.
 fn line([op, shape, dtype, error, bound]: [&str; 5], times: &str, verdict: &str) -> String {
-    format!("{op:<9}  {shape:<43}  {dtype:<4}  {error:>7}  {bound:>7}{times}  {verdict}\n")
+    format!("{op:<14}  {shape:<43}  {dtype:<4}  {error:>7}  {bound:>7}{times}  {verdict}\n")
 }
 
 fn columns([median, spread, bytes, rate, share]: [String; 5]) -> String {
     format!("  {median:>9}  {spread:>18}  {bytes:>8}  {rate:>6}  {share:>9}")
 }
 
-/// A short number.
+/// Formats a number briefly.
 fn number(x: f64) -> String {
     if x == x.round() && x.abs() < 1e6 { format!("{x}") } else { format!("{x:.1e}") }
 }

@@ -1,6 +1,7 @@
-//! A block over a cache in three segments; and ragged sequences with groups of heads, lists of tiles and log-sum-exps.
+//! Attention of a block over a cache in three segments; and of ragged sequences with grouped heads, tile lists and
+//! log-sum-exps.
 
-use super::super::case::{Both, Case, Entry, Float, Measure, Numbers, widened};
+use super::super::case::{Case, Entry, ErrorBound, Float, HostDevice, Rng, widened};
 use super::pick;
 use dllm_kernels::Result;
 use dllm_kernels::gpu::{Buffer, Stream};
@@ -9,9 +10,9 @@ use dllm_kernels::ops::tiles::{Batch, DeviceTiles, Sequence, TileLists};
 use dllm_kernels::reference::attention::attend;
 use half::{bf16, f16};
 
-/// Error of a result, by the largest of its row and head, in places of its type: one for its own rounding, and those of the
-/// weights, which are rounded before they meet the values.
-const PLACES: f64 = 1.3;
+/// Bound of a result, relative to the largest of its row and head, in epsilons of its type: its own rounding, and that of the
+/// weights before they are multiplied by the values.
+const EPSILONS: f64 = 1.3;
 
 pub fn entries(small: bool) -> Vec<Entry> {
     let (num_heads, rows, keys) = pick(small, (32, 32, [736, 32, 256]), (4, 8, [120, 8, 64]));
@@ -23,7 +24,7 @@ pub fn entries(small: bool) -> Vec<Entry> {
         Entry::new::<bf16, _>("attention", shape, move |stream| {
             Sequences::<bf16>::new(stream, llada, &[Sequence { rows, keys }], None)
         }),
-        Entry::new::<f16, _>("attention", "5 and 130 rows 6/2x64, near and each third".into(), move |stream| {
+        Entry::new::<f16, _>("attention", "5 and 130 rows 6/2x64, pruned suffix".into(), move |stream| {
             let sequences = [Sequence { rows: 5, keys: [70, 5, 330] }, Sequence { rows: 130, keys: [0, 130, 33] }];
             Sequences::<f16>::new(stream, groups, &sequences, Some((60, 3)))
         }),
@@ -31,10 +32,10 @@ pub fn entries(small: bool) -> Vec<Entry> {
 }
 
 /// Keys and values of one segment.
-struct Part<T> {
-    k: Both<T>,
-    v: Both<T>,
-    start: Both<i32>,
+struct CacheSegment<T> {
+    k: HostDevice<T>,
+    v: HostDevice<T>,
+    start: HostDevice<i32>,
     len: Buffer<i32>,
 }
 
@@ -46,38 +47,39 @@ struct Sequences<T> {
     lists: TileLists,
     tiles: Option<DeviceTiles>,
     splits: usize,
-    q: Both<T>,
+    q: HostDevice<T>,
     cu_rows: Buffer<i32>,
-    parts: [Part<T>; 3],
+    parts: [CacheSegment<T>; 3],
     out: Buffer<T>,
     lse: Buffer<f32>,
     workspace: Buffer<f32>,
 }
 
 impl<T: Float> Sequences<T> {
-    /// With `pruned`, of the suffix only so many near keys and each so-and-so-manieth tile are visited.
+    /// Makes the sequences. With `pruned` = (near, every), only `near` keys and every `every`-th tile of the suffix are
+    /// visited.
     fn new(
         stream: &Stream,
         heads: Heads,
         sequences: &[Sequence],
         pruned: Option<(usize, usize)>,
     ) -> Result<Sequences<T>> {
-        let mut numbers = Numbers::new(11);
-        let sums = |of: &dyn Fn(&Sequence) -> usize| {
+        let mut rng = Rng::new(11);
+        let sums = |len: &dyn Fn(&Sequence) -> usize| {
             let mut sums = vec![0];
-            sequences.iter().for_each(|s| sums.push(sums[sums.len() - 1] + of(s) as i32));
+            sequences.iter().for_each(|s| sums.push(sums[sums.len() - 1] + len(s) as i32));
             sums
         };
         let rows: usize = sequences.iter().map(|s| s.rows).sum();
         let max_sequence_rows = sequences.iter().map(|s| s.rows).max().unwrap_or(0);
         let (width, kv_width) = (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim);
-        let mut part = |i: usize| -> Result<Part<T>> {
+        let mut part = |i: usize| -> Result<CacheSegment<T>> {
             let starts = sums(&|s| s.keys[i]);
             let len = starts[sequences.len()] as usize * kv_width;
-            Ok(Part {
-                k: Both::new(stream, numbers.values(len, 1.5))?,
-                v: Both::new(stream, numbers.values(len, 1.0))?,
-                start: Both::new(stream, starts)?,
+            Ok(CacheSegment {
+                k: HostDevice::new(stream, rng.values(len, 1.5))?,
+                v: HostDevice::new(stream, rng.values(len, 1.0))?,
+                start: HostDevice::new(stream, starts)?,
                 len: stream.upload(&sequences.iter().map(|s| s.keys[i] as i32).collect::<Vec<_>>())?,
             })
         };
@@ -97,7 +99,7 @@ impl<T: Float> Sequences<T> {
             tiles: pruned.map(|_| lists.upload(stream)).transpose()?,
             lists,
             splits,
-            q: Both::new(stream, numbers.values(rows * width, 1.5))?,
+            q: HostDevice::new(stream, rng.values(rows * width, 1.5))?,
             cu_rows: stream.upload(&sums(&|s| s.rows))?,
             parts,
             out: stream.alloc(rows * width)?,
@@ -106,7 +108,7 @@ impl<T: Float> Sequences<T> {
         })
     }
 
-    /// Keys and values that a row of a sequence visits, of one key/value head.
+    /// Returns the keys and values that the rows of a query tile visit, of one key/value head.
     fn visited(&self, sequence: usize, query_tile: usize, kv_head: usize) -> Vec<(Vec<f64>, Vec<f64>)> {
         let Heads { num_kv_heads, head_dim, .. } = self.heads;
         let mut all = Vec::new();
@@ -115,13 +117,13 @@ impl<T: Float> Sequences<T> {
             all.extend((start..start + self.sequences[sequence].keys[i]).map(|row| (part, row)));
         }
         let tiles = self.lists.list(sequence, query_tile, kv_head).iter();
-        let of_tile = |tile: &i32| {
+        let rows_of_tile = |tile: &i32| {
             let first = *tile as usize * KEY_TILE;
             &all[first..all.len().min(first + KEY_TILE)]
         };
-        let at = |row: usize| (row * num_kv_heads + kv_head) * head_dim;
-        let of_head = |matrix: &Both<T>, row: usize| widened(&matrix.host[at(row)..at(row) + head_dim]);
-        tiles.flat_map(of_tile).map(|(part, row)| (of_head(&part.k, *row), of_head(&part.v, *row))).collect()
+        let offset = |row: usize| (row * num_kv_heads + kv_head) * head_dim;
+        let of_head = |matrix: &HostDevice<T>, row: usize| widened(&matrix.host[offset(row)..offset(row) + head_dim]);
+        tiles.flat_map(rows_of_tile).map(|(part, row)| (of_head(&part.k, *row), of_head(&part.v, *row))).collect()
     }
 }
 
@@ -138,7 +140,7 @@ impl<T: Float> Case for Sequences<T> {
     fn launch(&mut self) -> Result<()> {
         let Sequences { heads, q, cu_rows, parts, out, lse, workspace, .. } = self;
         let matrix = |buffer, heads: usize, head_dim| Rows { buffer, first: 0, stride: heads * head_dim };
-        let segments = parts.each_ref().map(|Part { k, v, start, len }| {
+        let segments = parts.each_ref().map(|CacheSegment { k, v, start, len }| {
             let rows = |both| matrix(both, heads.num_kv_heads, heads.head_dim);
             Some(Segment { k: rows(&k.device), v: rows(&v.device), start: Some(&start.device), len })
         });
@@ -159,7 +161,7 @@ impl<T: Float> Case for Sequences<T> {
         attention::launch(&self.stream, args)
     }
 
-    fn check(&self) -> Result<Vec<Measure>> {
+    fn check(&self) -> Result<Vec<ErrorBound>> {
         let Heads { num_heads, num_kv_heads, head_dim } = self.heads;
         let (out, lse) = (widened(&self.out.read()?), self.lse.read()?);
         let scale = 1.0 / (head_dim as f64).sqrt();
@@ -173,12 +175,15 @@ impl<T: Float> Case for Sequences<T> {
                     let group = num_heads / num_kv_heads;
                     for row in first + rows..first + of.rows.min(rows + QUERY_TILE) {
                         for head in kv_head * group..(kv_head + 1) * group {
-                            let place = row * num_heads + head;
-                            let at = place * head_dim..(place + 1) * head_dim;
-                            let (want, want_lse) = attend(&widened(&self.q.host[at.clone()]), &visited, scale);
-                            let largest = want.iter().fold(T::LEAST, |most, x| most.max(x.abs()));
-                            elements.extend(out[at].iter().zip(want).map(|(got, want)| (*got, want, largest)));
-                            sums.push((f64::from(lse[place]), want_lse, 1.0 + want_lse.abs() / 10.0));
+                            let index = row * num_heads + head;
+                            let elements_of_head = index * head_dim..(index + 1) * head_dim;
+                            let (want, want_lse) =
+                                attend(&widened(&self.q.host[elements_of_head.clone()]), &visited, scale);
+                            let largest = want.iter().fold(T::MIN_POSITIVE, |largest, x| largest.max(x.abs()));
+                            elements.extend(
+                                out[elements_of_head].iter().zip(want).map(|(got, want)| (*got, want, largest)),
+                            );
+                            sums.push((f64::from(lse[index]), want_lse, 1.0 + want_lse.abs() / 10.0));
                         }
                     }
                 }
@@ -186,8 +191,12 @@ impl<T: Float> Case for Sequences<T> {
             first += of.rows;
         }
         Ok(vec![
-            Measure::within("result, by the largest of its row", elements.into_iter(), PLACES * T::PLACE),
-            Measure::within("log-sum-exp", sums.into_iter(), 1e-5),
+            ErrorBound::within(
+                "result, relative to the largest of its row",
+                elements.into_iter(),
+                EPSILONS * T::EPSILON,
+            ),
+            ErrorBound::within("log-sum-exp", sums.into_iter(), 1e-5),
         ])
     }
 }

@@ -1,6 +1,6 @@
-//! Embedding of all tokens, and by an index list with a token out of range.
+//! Embedding of all tokens; and by an index list, with a token out of range.
 
-use super::super::case::{Both, Case, Entry, Float, Measure, Numbers, count_or};
+use super::super::case::{Case, Entry, ErrorBound, Float, HostDevice, Rng, count_or};
 use super::pick;
 use dllm_kernels::Result;
 use dllm_kernels::abi::{DLLM_INDEX_FAILED, DLLM_NONE_FAILED};
@@ -15,7 +15,7 @@ pub fn entries(small: bool) -> Vec<Entry> {
         Entry::new::<bf16, _>("embed", format!("{rows}x{width}"), move |stream| {
             Tokens::<bf16>::new(stream, rows, width, vocab_size, None)
         }),
-        Entry::new::<f16, _>("embed", "listed 29 of 37x24, a token out of range".into(), |stream| {
+        Entry::new::<f16, _>("embed", "indexed 29 of 37x24, token out of range".into(), |stream| {
             Tokens::<f16>::new(stream, 37, 24, 50, Some(29))
         }),
     ]
@@ -24,19 +24,19 @@ pub fn entries(small: bool) -> Vec<Entry> {
 struct Tokens<T> {
     stream: Stream,
     width: usize,
-    table: Both<T>,
-    tokens: Both<i32>,
-    index: Option<Both<i32>>,
-    count: Option<Both<i32>>,
-    out: Both<T>,
+    table: HostDevice<T>,
+    tokens: HostDevice<i32>,
+    index: Option<HostDevice<i32>>,
+    count: Option<HostDevice<i32>>,
+    out: HostDevice<T>,
     failed: Buffer<i32>,
 }
 
 impl<T: Float> Tokens<T> {
-    /// With a count there is a list too, of the tokens in reverse.
+    /// Makes random tokens. With a count there is an index list too, in reverse order.
     fn new(stream: &Stream, rows: usize, width: usize, vocab_size: usize, count: Option<i32>) -> Result<Tokens<T>> {
-        let mut numbers = Numbers::new(3);
-        let mut tokens: Vec<i32> = (0..rows).map(|_| numbers.below(vocab_size) as i32).collect();
+        let mut rng = Rng::new(3);
+        let mut tokens: Vec<i32> = (0..rows).map(|_| rng.below(vocab_size) as i32).collect();
         let index: Option<Vec<i32>> = count.map(|_| (0..rows as i32).rev().collect());
         if index.is_some() {
             tokens[rows / 2] = vocab_size as i32;
@@ -44,11 +44,11 @@ impl<T: Float> Tokens<T> {
         Ok(Tokens {
             stream: stream.clone(),
             width,
-            table: Both::new(stream, numbers.values(vocab_size * width, 1.0))?,
-            tokens: Both::new(stream, tokens)?,
-            index: index.map(|index| Both::new(stream, index)).transpose()?,
-            count: Both::of(stream, count)?,
-            out: Both::new(stream, numbers.values(rows * width, 1.0))?,
+            table: HostDevice::new(stream, rng.values(vocab_size * width, 1.0))?,
+            tokens: HostDevice::new(stream, tokens)?,
+            index: index.map(|index| HostDevice::new(stream, index)).transpose()?,
+            count: HostDevice::optional(stream, count)?,
+            out: HostDevice::new(stream, rng.values(rows * width, 1.0))?,
             failed: stream.upload(&[DLLM_NONE_FAILED])?,
         })
     }
@@ -73,19 +73,17 @@ impl<T: Float> Case for Tokens<T> {
         embed::launch(&self.stream, embed)
     }
 
-    fn check(&self) -> Result<Vec<Measure>> {
+    fn check(&self) -> Result<Vec<ErrorBound>> {
         let tokens = &self.tokens.host;
-        let every = || (0..tokens.len() as i32).collect();
-        let index: Vec<i32> = self.index.as_ref().map_or_else(every, |index| index.host.clone());
+        let all = || (0..tokens.len() as i32).collect();
+        let index: Vec<i32> = self.index.as_ref().map_or_else(all, |index| index.host.clone());
         let index = &index[..count_or(&self.count, index.len())];
         let mut want = self.out.host.clone();
-        let failed = match reference(&self.table.host, self.width, tokens, index, &mut want) {
-            true => DLLM_NONE_FAILED,
-            false => DLLM_INDEX_FAILED,
-        };
+        let in_range = reference(&self.table.host, self.width, tokens, index, &mut want);
+        let failed = if in_range { DLLM_NONE_FAILED } else { DLLM_INDEX_FAILED };
         Ok(vec![
-            Measure::bits("elements that differ", &self.out.device.read()?, &want),
-            Measure::bits("failures told otherwise", &self.failed.read()?, &[failed]),
+            ErrorBound::bits("elements that differ", &self.out.device.read()?, &want),
+            ErrorBound::bits("failure codes that differ", &self.failed.read()?, &[failed]),
         ])
     }
 }

@@ -1,6 +1,6 @@
-//! Two attentions into one, and in place with sides that have no keys.
+//! Merge of two attention states; and in place, with states that have no keys.
 
-use super::super::case::{Both, Case, Entry, Float, Measure, Numbers, widened};
+use super::super::case::{Case, Entry, ErrorBound, Float, HostDevice, Rng, widened};
 use super::pick;
 use dllm_kernels::gpu::Stream;
 use dllm_kernels::ops::merge_state::{self, MergeState, Partial};
@@ -11,84 +11,84 @@ use half::{bf16, f16};
 pub fn entries(small: bool) -> Vec<Entry> {
     let (rows, num_heads, head_dim) = pick(small, (256, 32, 128), (2, 32, 128));
     vec![
-        Entry::new::<bf16, _>("merge", format!("{rows}x{num_heads}x{head_dim}"), move |stream| {
-            Sides::<bf16>::new(stream, [rows, num_heads, head_dim], false)
+        Entry::new::<bf16, _>("merge_state", format!("{rows}x{num_heads}x{head_dim}"), move |stream| {
+            States::<bf16>::new(stream, [rows, num_heads, head_dim], false)
         }),
-        Entry::new::<f16, _>("merge", "5x3x40 in place, sides without keys".into(), |stream| {
-            Sides::<f16>::new(stream, [5, 3, 40], true)
+        Entry::new::<f16, _>("merge_state", "5x3x40 in place, states without keys".into(), |stream| {
+            States::<f16>::new(stream, [5, 3, 40], true)
         }),
     ]
 }
 
-/// One attention.
-struct Side<T> {
-    out: Both<T>,
-    lse: Both<f32>,
+/// Attention state: output and log-sum-exp.
+struct State<T> {
+    out: HostDevice<T>,
+    lse: HostDevice<f32>,
 }
 
-struct Sides<T> {
+struct States<T> {
     stream: Stream,
     shape: [usize; 3],
     in_place: bool,
-    a: Side<T>,
-    b: Side<T>,
-    /// In place, it begins as `a`.
-    merged: Side<T>,
+    a: State<T>,
+    b: State<T>,
+    /// Result; in place it starts as `a`.
+    merged: State<T>,
 }
 
-impl<T: Float> Sides<T> {
-    /// In place, every third row and head has no keys on one side, or on both.
-    fn new(stream: &Stream, shape: [usize; 3], in_place: bool) -> Result<Sides<T>> {
+impl<T: Float> States<T> {
+    /// Makes two states. In place, every third row and head has no keys in one of them, or in both.
+    fn new(stream: &Stream, shape: [usize; 3], in_place: bool) -> Result<States<T>> {
         let [rows, num_heads, head_dim] = shape;
-        let mut numbers = Numbers::new(5);
-        let mut side = |without_keys: &dyn Fn(usize) -> bool| {
-            let out = numbers.values::<T>(rows * num_heads * head_dim, 1.0);
-            let mut lse = numbers.values::<f32>(rows * num_heads, 6.0);
+        let mut rng = Rng::new(5);
+        let mut state = |without_keys: &dyn Fn(usize) -> bool| {
+            let out = rng.values::<T>(rows * num_heads * head_dim, 1.0);
+            let mut lse = rng.values::<f32>(rows * num_heads, 6.0);
             (0..lse.len()).filter(|i| in_place && without_keys(*i)).for_each(|i| lse[i] = f32::NEG_INFINITY);
-            Ok::<_, Error>(Side { out: Both::new(stream, out)?, lse: Both::new(stream, lse)? })
+            Ok::<_, Error>(State { out: HostDevice::new(stream, out)?, lse: HostDevice::new(stream, lse)? })
         };
-        let (a, b) = (side(&|i| i % 3 == 0)?, side(&|i| i % 3 == 1 || i % 6 == 0)?);
+        let (a, b) = (state(&|i| i % 3 == 0)?, state(&|i| i % 3 == 1 || i % 6 == 0)?);
         let (out, lse) = (a.out.host.clone(), a.lse.host.clone());
-        let merged = Side { out: Both::new(stream, out)?, lse: Both::new(stream, lse)? };
-        Ok(Sides { stream: stream.clone(), shape, in_place, a, b, merged })
+        let merged = State { out: HostDevice::new(stream, out)?, lse: HostDevice::new(stream, lse)? };
+        Ok(States { stream: stream.clone(), shape, in_place, a, b, merged })
     }
 }
 
-impl<T: Float> Case for Sides<T> {
+impl<T: Float> Case for States<T> {
     fn bytes(&self) -> usize {
         3 * (self.a.out.host.len() * size_of::<T>() + self.a.lse.host.len() * size_of::<f32>())
     }
 
     fn launch(&mut self) -> Result<()> {
-        let Sides { a, b, merged, .. } = self;
+        let States { a, b, merged, .. } = self;
         let [max_rows, num_heads, head_dim] = self.shape;
-        let [a, b] = [a, b].map(|side| Partial { out: &side.out.device, lse: &side.lse.device });
+        let [a, b] = [a, b].map(|state| Partial { out: &state.out.device, lse: &state.lse.device });
         let a = (!self.in_place).then_some(a);
         let (out, lse) = (&mut merged.out.device, &mut merged.lse.device);
         merge_state::launch(&self.stream, MergeState { max_rows, count: None, num_heads, head_dim, a, b, out, lse })
     }
 
-    fn check(&self) -> Result<Vec<Measure>> {
+    fn check(&self) -> Result<Vec<ErrorBound>> {
         let head_dim = self.shape[2];
         let (out, lse) = (widened(&self.merged.out.device.read()?), self.merged.lse.device.read()?);
-        let Sides { a, b, .. } = self;
+        let States { a, b, .. } = self;
         let (mut elements, mut sums) = (Vec::new(), Vec::new());
         for (i, got) in out.chunks_exact(head_dim).enumerate() {
-            let at = i * head_dim..(i + 1) * head_dim;
-            let (a_out, b_out) = (widened(&a.out.host[at.clone()]), widened(&b.out.host[at]));
+            let row = i * head_dim..(i + 1) * head_dim;
+            let (a_out, b_out) = (widened(&a.out.host[row.clone()]), widened(&b.out.host[row]));
             let (a_lse, b_lse) = (f64::from(a.lse.host[i]), f64::from(b.lse.host[i]));
             let (want, want_lse) = reference((&a_out, a_lse), (&b_out, b_lse));
             let ([a_weight, b_weight], _) = merge_weights(a_lse, b_lse);
             for (((got, want), a), b) in got.iter().zip(want).zip(a_out).zip(b_out) {
                 let unit = a_weight * a.abs() + b_weight * b.abs();
-                elements.push((*got, want, unit.max(T::LEAST)));
+                elements.push((*got, want, unit.max(T::MIN_POSITIVE)));
             }
             sums.push((f64::from(lse[i]), want_lse, 1.0 + want_lse.abs() / 10.0));
         }
-        // One rounding to the type, which is half a place, and what f32 adds.
+        // One rounding to the type, of half an epsilon, and the errors of f32.
         Ok(vec![
-            Measure::within("result, by the sides' shares", elements.into_iter(), 0.51 * T::PLACE),
-            Measure::within("log-sum-exp", sums.into_iter(), 1e-5),
+            ErrorBound::within("result, relative to the weighted states", elements.into_iter(), 0.51 * T::EPSILON),
+            ErrorBound::within("log-sum-exp", sums.into_iter(), 1e-5),
         ])
     }
 }

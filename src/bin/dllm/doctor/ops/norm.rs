@@ -1,6 +1,6 @@
-//! Residual add and RMSNorm, and with a count on the device.
+//! Residual add and RMSNorm; and the same with a row count on the device.
 
-use super::super::case::{Both, Case, Entry, Float, Measure, Numbers, count_or, widened};
+use super::super::case::{Case, Entry, ErrorBound, Float, HostDevice, Rng, count_or, widened};
 use super::pick;
 use dllm_kernels::Result;
 use dllm_kernels::gpu::Stream;
@@ -23,26 +23,26 @@ pub fn entries(small: bool) -> Vec<Entry> {
 struct Residual<T> {
     stream: Stream,
     rows: usize,
-    count: Option<Both<i32>>,
-    /// Each launch adds the delta once more.
-    x: Both<T>,
-    delta: Both<T>,
-    weight: Both<T>,
-    out: Both<T>,
+    count: Option<HostDevice<i32>>,
+    /// Residual stream. Each launch adds the delta once more.
+    x: HostDevice<T>,
+    delta: HostDevice<T>,
+    weight: HostDevice<T>,
+    out: HostDevice<T>,
 }
 
 impl<T: Float> Residual<T> {
     fn new(stream: &Stream, rows: usize, width: usize, count: Option<i32>) -> Result<Residual<T>> {
-        let mut numbers = Numbers::new(1);
+        let mut rng = Rng::new(1);
         Ok(Residual {
             stream: stream.clone(),
             rows,
-            count: Both::of(stream, count)?,
-            x: Both::new(stream, numbers.values(rows * width, 2.0))?,
-            // Small, so that x stays in range however often it is added.
-            delta: Both::new(stream, numbers.values(rows * width, 0.01))?,
-            weight: Both::new(stream, numbers.values(width, 1.5))?,
-            out: Both::new(stream, numbers.values(rows * width, 1.0))?,
+            count: HostDevice::optional(stream, count)?,
+            x: HostDevice::new(stream, rng.values(rows * width, 2.0))?,
+            // Small, so that x stays in range after many launches.
+            delta: HostDevice::new(stream, rng.values(rows * width, 0.01))?,
+            weight: HostDevice::new(stream, rng.values(width, 1.5))?,
+            out: HostDevice::new(stream, rng.values(rows * width, 1.0))?,
         })
     }
 }
@@ -67,9 +67,9 @@ impl<T: Float> Case for Residual<T> {
         norm::launch(&self.stream, norm)
     }
 
-    fn check(&self) -> Result<Vec<Measure>> {
+    fn check(&self) -> Result<Vec<ErrorBound>> {
         let (delta, weight) = (widened(&self.delta.host), widened(&self.weight.host));
-        // Rows past the count stay.
+        // Rows from the count on are unchanged.
         let (mut want_x, mut want) = (self.x.host.clone(), self.out.host.clone());
         let width = weight.len();
         for row in (0..count_or(&self.count, self.rows)).map(|row| row * width..(row + 1) * width) {
@@ -77,10 +77,10 @@ impl<T: Float> Case for Residual<T> {
             add_rounded(&mut x, &delta[row.clone()], T::round);
             let out = rms_norm_rounded(&x, &weight, rms_scale(&x, EPS.into()), T::round);
             for ((i, x), out) in row.zip(x).zip(out) {
-                (want_x[i], want[i]) = (T::of(x), T::of(out));
+                (want_x[i], want[i]) = (T::from_wide(x), T::from_wide(out));
             }
         }
-        let [near, moved] = Measure::rounded_twice(&self.out.device.read()?, &want);
-        Ok(vec![near, moved, Measure::bits("elements of the sum that differ", &self.x.device.read()?, &want_x)])
+        let [near, moved] = ErrorBound::rounded_twice(&self.out.device.read()?, &want);
+        Ok(vec![near, moved, ErrorBound::bits("elements of the sum that differ", &self.x.device.read()?, &want_x)])
     }
 }

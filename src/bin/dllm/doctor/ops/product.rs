@@ -1,13 +1,13 @@
-//! cuBLASLt's products, which are not ours but a model's weights go through them: into bf16, and into f32.
+//! Matrix products of cuBLASLt, which the CUDA backend uses for a model's weights: into bf16, and into f32.
 
-use super::super::case::{Both, Case, Entry, Float, Measure, Numbers, widened};
+use super::super::case::{Case, Entry, ErrorBound, Float, HostDevice, Rng, widened};
 use super::pick;
 use dllm_kernels::Result;
 use dllm_kernels::gpu::blas::{Blas, Shape};
 use dllm_kernels::gpu::{Buffer, Stream};
 use half::bf16;
 
-/// Columns of the result that are compared, at most: the oracle is slow.
+/// Maximum number of compared columns of the result: the reference is slow.
 const COLUMNS: usize = 64;
 
 pub fn entries(small: bool) -> Vec<Entry> {
@@ -25,19 +25,19 @@ pub fn entries(small: bool) -> Vec<Entry> {
 struct Product<T> {
     blas: Blas,
     shape: Shape,
-    x: Both<bf16>,
-    w: Both<bf16>,
+    x: HostDevice<bf16>,
+    w: HostDevice<bf16>,
     y: Buffer<T>,
 }
 
 impl<T: Float> Product<T> {
     fn new(stream: &Stream, shape: Shape) -> Result<Product<T>> {
-        let mut numbers = Numbers::new(8);
+        let mut rng = Rng::new(8);
         Ok(Product {
             blas: Blas::new(stream)?,
             shape,
-            x: Both::new(stream, numbers.values(shape.rows * shape.inner, 1.0))?,
-            w: Both::new(stream, numbers.values(shape.out * shape.inner, 1.0))?,
+            x: HostDevice::new(stream, rng.values(shape.rows * shape.inner, 1.0))?,
+            w: HostDevice::new(stream, rng.values(shape.out * shape.inner, 1.0))?,
             y: stream.zeros(shape.rows * shape.out)?,
         })
     }
@@ -50,11 +50,11 @@ impl<T: Float> Case for Product<T> {
 
     fn launch(&mut self) -> Result<()> {
         let (x, w, y) = (self.x.device.address(), self.w.device.address(), self.y.address());
-        // SAFETY: three buffers of the sizes of the shape, which live as long as the handle.
+        // SAFETY: the three buffers have the sizes of the shape and live as long as the handle.
         unsafe { self.blas.launch(self.shape, x, w, 0, y) }
     }
 
-    fn check(&self) -> Result<Vec<Measure>> {
+    fn check(&self) -> Result<Vec<ErrorBound>> {
         let Shape { rows, out, inner, .. } = self.shape;
         let (x, w, y) = (widened(&self.x.host), widened(&self.w.host), widened(&self.y.read()?));
         let mut elements = Vec::new();
@@ -62,11 +62,11 @@ impl<T: Float> Case for Product<T> {
             for column in (0..out).step_by(out.div_ceil(COLUMNS)) {
                 let products = || x.iter().zip(&w[column * inner..(column + 1) * inner]).map(|(x, w)| x * w);
                 let (want, size) = (products().sum::<f64>(), products().map(f64::abs).sum::<f64>());
-                // What f32 may lose over all terms, and one rounding to the type.
-                let unit = 1e-5 * size + 0.51 * T::PLACE * want.abs();
+                // Errors of f32 sums over all terms, and one rounding to the type.
+                let unit = 1e-5 * size + 0.51 * T::EPSILON * want.abs();
                 elements.push((y[row * out + column], want, unit));
             }
         }
-        Ok(vec![Measure::within("result, by what rounding allows", elements.into_iter(), 1.0)])
+        Ok(vec![ErrorBound::within("result, relative to the rounding errors", elements.into_iter(), 1.0)])
     }
 }

@@ -1,6 +1,6 @@
-//! SwiGLU's gate, and with a count on the device.
+//! Gate of SwiGLU; and the same with a row count on the device.
 
-use super::super::case::{Both, Case, Entry, Float, Measure, Numbers, count_or};
+use super::super::case::{Case, Entry, ErrorBound, Float, HostDevice, Rng, count_or};
 use super::pick;
 use dllm_kernels::Result;
 use dllm_kernels::gpu::Stream;
@@ -22,21 +22,21 @@ struct Gate<T> {
     stream: Stream,
     rows: usize,
     width: usize,
-    count: Option<Both<i32>>,
-    gate_up: Both<T>,
-    out: Both<T>,
+    count: Option<HostDevice<i32>>,
+    gate_up: HostDevice<T>,
+    out: HostDevice<T>,
 }
 
 impl<T: Float> Gate<T> {
     fn new(stream: &Stream, rows: usize, width: usize, count: Option<i32>) -> Result<Gate<T>> {
-        let mut numbers = Numbers::new(4);
+        let mut rng = Rng::new(4);
         Ok(Gate {
             stream: stream.clone(),
             rows,
             width,
-            count: Both::of(stream, count)?,
-            gate_up: Both::new(stream, numbers.values(rows * 2 * width, 6.0))?,
-            out: Both::new(stream, numbers.values(rows * width, 1.0))?,
+            count: HostDevice::optional(stream, count)?,
+            gate_up: HostDevice::new(stream, rng.values(rows * 2 * width, 6.0))?,
+            out: HostDevice::new(stream, rng.values(rows * width, 1.0))?,
         })
     }
 }
@@ -53,16 +53,16 @@ impl<T: Float> Case for Gate<T> {
         swiglu::launch(&self.stream, Swiglu { max_rows: *rows, count, width: *width, gate_up, out })
     }
 
-    fn check(&self) -> Result<Vec<Measure>> {
+    fn check(&self) -> Result<Vec<ErrorBound>> {
         let mut want = self.out.host.clone();
         let rows = self.gate_up.host.chunks_exact(2 * self.width).zip(want.chunks_exact_mut(self.width));
-        // Rows past the count stay.
+        // Rows from the count on are unchanged.
         for (row, want) in rows.take(count_or(&self.count, self.rows)) {
             let (gate, up) = row.split_at(self.width);
             for ((want, gate), up) in want.iter_mut().zip(gate).zip(up) {
-                *want = T::of(swiglu_rounded(silu(gate.wide()), up.wide(), T::round));
+                *want = T::from_wide(swiglu_rounded(silu(gate.wide()), up.wide(), T::round));
             }
         }
-        Ok(Measure::rounded_twice(&self.out.device.read()?, &want).into())
+        Ok(ErrorBound::rounded_twice(&self.out.device.read()?, &want).into())
     }
 }

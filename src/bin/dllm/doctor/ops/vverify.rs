@@ -1,6 +1,6 @@
-//! Which rows of V turned most, and with a map of cached rows that are written over.
+//! V-verify: selection of the value rows that changed most; and with a map of cached rows that are overwritten.
 
-use super::super::case::{Both, Case, Entry, Float, Measure, Numbers};
+use super::super::case::{Case, Entry, ErrorBound, Float, HostDevice, Rng};
 use super::pick;
 use dllm_kernels::Result;
 use dllm_kernels::abi::DLLM_NONE_FAILED;
@@ -15,23 +15,23 @@ pub fn entries(small: bool) -> Vec<Entry> {
     let real = [rows; 4];
     vec![
         Entry::new::<bf16, _>("vverify", format!("4x{rows}x{width}, a quarter"), move |stream| {
-            Turned::<bf16>::new(stream, &real, width, 0.25, false)
+            Values::<bf16>::new(stream, &real, width, 0.25, false)
         }),
         Entry::new::<f16, _>("vverify", "13, 0 and 24 rows of 40, mapped, updated".into(), |stream| {
-            Turned::<f16>::new(stream, &[13, 0, 24], 40, 0.33, true)
+            Values::<f16>::new(stream, &[13, 0, 24], 40, 0.33, true)
         }),
     ]
 }
 
-struct Turned<T> {
+struct Values<T> {
     stream: Stream,
     width: usize,
     ratio: f64,
     update: bool,
-    fresh: Both<T>,
-    cached: Both<T>,
-    cached_row: Option<Both<i32>>,
-    cu_rows: Both<i32>,
+    fresh: HostDevice<T>,
+    cached: HostDevice<T>,
+    cached_row: Option<HostDevice<i32>>,
+    cu_rows: HostDevice<i32>,
     indices: Buffer<i32>,
     cu_selected: Buffer<i32>,
     similarity: Buffer<f32>,
@@ -39,35 +39,35 @@ struct Turned<T> {
     workspace: Workspace,
 }
 
-impl<T: Float> Turned<T> {
-    /// Cached rows are the fresh ones, each turned by an angle of its own. With `update` they stand in reverse.
-    fn new(stream: &Stream, lengths: &[usize], width: usize, ratio: f64, update: bool) -> Result<Turned<T>> {
-        let mut numbers = Numbers::new(6);
+impl<T: Float> Values<T> {
+    /// Makes cached rows from the fresh ones, each with its own amount of noise. With `update` they are in reverse order.
+    fn new(stream: &Stream, lengths: &[usize], width: usize, ratio: f64, update: bool) -> Result<Values<T>> {
+        let mut rng = Rng::new(6);
         let rows = lengths.iter().sum::<usize>();
         let mut cu_rows = vec![0];
         for length in lengths {
             cu_rows.push(cu_rows[cu_rows.len() - 1] + *length as i32);
         }
-        let fresh: Vec<T> = numbers.values(rows * width, 1.0);
+        let fresh: Vec<T> = rng.values(rows * width, 1.0);
         let cached_row: Option<Vec<i32>> = update.then(|| (0..rows as i32).rev().collect());
         let mut cached = fresh.clone();
         for row in 0..rows {
-            let turn = numbers.unit();
+            let amount = rng.unit();
             let to = cached_row.as_ref().map_or(row, |map| map[row] as usize);
             for i in 0..width {
-                let noise = turn * (2.0 * numbers.unit() - 1.0);
-                cached[to * width + i] = T::of(fresh[row * width + i].wide() + noise);
+                let noise = amount * (2.0 * rng.unit() - 1.0);
+                cached[to * width + i] = T::from_wide(fresh[row * width + i].wide() + noise);
             }
         }
-        Ok(Turned {
+        Ok(Values {
             stream: stream.clone(),
             width,
             ratio,
             update,
-            fresh: Both::new(stream, fresh)?,
-            cached: Both::new(stream, cached)?,
-            cached_row: cached_row.map(|map| Both::new(stream, map)).transpose()?,
-            cu_rows: Both::new(stream, cu_rows)?,
+            fresh: HostDevice::new(stream, fresh)?,
+            cached: HostDevice::new(stream, cached)?,
+            cached_row: cached_row.map(|map| HostDevice::new(stream, map)).transpose()?,
+            cu_rows: HostDevice::new(stream, cu_rows)?,
             indices: stream.alloc(rows)?,
             cu_selected: stream.alloc(lengths.len() + 1)?,
             similarity: stream.alloc(rows)?,
@@ -77,7 +77,7 @@ impl<T: Float> Turned<T> {
     }
 }
 
-impl<T: Float> Case for Turned<T> {
+impl<T: Float> Case for Values<T> {
     fn bytes(&self) -> usize {
         (2 + usize::from(self.update)) * self.fresh.host.len() * size_of::<T>()
     }
@@ -103,8 +103,8 @@ impl<T: Float> Case for Turned<T> {
         vverify::launch(&self.stream, args)
     }
 
-    /// The cosines, and the selection for the cosines that the kernel found.
-    fn check(&self) -> Result<Vec<Measure>> {
+    /// Compares the cosines, and the selection with that of the reference for the cosines of the kernel.
+    fn check(&self) -> Result<Vec<ErrorBound>> {
         let (fresh, got) = (&self.fresh.host, self.similarity.read()?);
         let wide = |matrix: &[T], row: usize| -> Vec<f32> {
             matrix[row * self.width..(row + 1) * self.width].iter().map(|x| x.wide() as f32).collect()
@@ -122,17 +122,17 @@ impl<T: Float> Case for Turned<T> {
         }
         let (mut indices, mut cu_selected) = (Vec::new(), vec![0]);
         for rows in self.cu_rows.host.windows(2).map(|pair| pair[0] as usize..pair[1] as usize) {
-            let of_sequence: Vec<f64> = got[rows.clone()].iter().map(|c| f64::from(*c)).collect();
-            indices.extend(lowest(&of_sequence, self.ratio).iter().map(|i| (rows.start + i) as i32));
+            let similarities: Vec<f64> = got[rows.clone()].iter().map(|c| f64::from(*c)).collect();
+            indices.extend(lowest(&similarities, self.ratio).iter().map(|i| (rows.start + i) as i32));
             cu_selected.push(indices.len() as i32);
         }
         let selected = self.indices.read()?;
         Ok(vec![
-            Measure::within("cosines", cosines.into_iter(), 1e-6),
-            Measure::bits("selected rows that differ", &selected[..indices.len()], &indices),
-            Measure::bits("counts of them that differ", &self.cu_selected.read()?, &cu_selected),
-            Measure::bits("cached elements that differ", &self.cached.device.read()?, &want_cached),
-            Measure::bits("failures told otherwise", &self.failed.read()?, &[DLLM_NONE_FAILED]),
+            ErrorBound::within("cosines", cosines.into_iter(), 1e-6),
+            ErrorBound::bits("selected rows that differ", &selected[..indices.len()], &indices),
+            ErrorBound::bits("counts of selected rows that differ", &self.cu_selected.read()?, &cu_selected),
+            ErrorBound::bits("cached elements that differ", &self.cached.device.read()?, &want_cached),
+            ErrorBound::bits("failure codes that differ", &self.failed.read()?, &[DLLM_NONE_FAILED]),
         ])
     }
 }

@@ -3,7 +3,7 @@
 //! bf16.
 //!
 //! V-verify uses the rows that the device selected, and this backend measures how far they are from its own selection. A second
-//! instance that does not round stands for the CPU there.
+//! instance, without rounding, serves as the CPU there.
 
 use dllm_kernels::Result;
 use dllm_kernels::backend::cpu::linear::Matrix;
@@ -21,19 +21,19 @@ use std::rc::Rc;
 
 /// The backend. One per session.
 #[derive(Default)]
-pub struct Rounded {
+pub struct Bf16Reference {
     cpu: Cpu,
     angles: rope::Angles,
     tokens: Vec<u32>,
     /// Turns the rounding off.
     exact: bool,
-    device: Rc<RefCell<DeviceSelection>>,
+    device: Rc<RefCell<Selections>>,
 }
 
 /// The rows that the device selected by V-verify, layer by layer, and how they compare with this backend's selection.
 #[derive(Default)]
-pub struct DeviceSelection {
-    pub of_device: VecDeque<Vec<Vec<usize>>>,
+pub struct Selections {
+    pub from_device: VecDeque<Vec<Vec<usize>>>,
     /// Selected rows, and those of them that this backend would not select.
     pub rows: usize,
     pub other_rows: usize,
@@ -41,10 +41,10 @@ pub struct DeviceSelection {
     pub worst: f64,
 }
 
-impl Rounded {
+impl Bf16Reference {
     /// Creates a backend that uses the device's selection.
-    pub fn following(exact: bool, device: Rc<RefCell<DeviceSelection>>) -> Rounded {
-        Rounded { exact, device, ..Rounded::default() }
+    pub fn with_device_selection(exact: bool, device: Rc<RefCell<Selections>>) -> Bf16Reference {
+        Bf16Reference { exact, device, ..Bf16Reference::default() }
     }
 
     fn round(&self, x: f32) -> f32 {
@@ -56,16 +56,16 @@ impl Rounded {
     }
 
     /// Returns the device's selection, after comparing it with this backend's cosines.
-    fn follow(&self, similarity: &[f64], of_device: &[usize]) -> Vec<usize> {
-        let own = vverify::lowest_of(similarity, of_device.len());
+    fn follow(&self, similarity: &[f64], from_device: &[usize]) -> Vec<usize> {
+        let own = vverify::lowest_of(similarity, from_device.len());
         let mut selection = self.device.borrow_mut();
         selection.rows += own.len();
-        selection.other_rows += own.iter().filter(|row| !of_device.contains(row)).count();
+        selection.other_rows += own.iter().filter(|row| !from_device.contains(row)).count();
         let angle = |row: &usize| similarity[*row].clamp(-1.0, 1.0).acos();
-        let least = of_device.iter().map(angle).fold(f64::INFINITY, f64::min);
-        let most = (0..similarity.len()).filter(|row| !of_device.contains(row)).map(|row| angle(&row));
+        let least = from_device.iter().map(angle).fold(f64::INFINITY, f64::min);
+        let most = (0..similarity.len()).filter(|row| !from_device.contains(row)).map(|row| angle(&row));
         selection.worst = selection.worst.max(most.fold(0.0, f64::max) - least);
-        of_device.to_vec()
+        from_device.to_vec()
     }
 }
 
@@ -107,7 +107,7 @@ fn qkv_width(heads: Heads, has_values: bool) -> usize {
     heads.q_width() + heads.kv_width() * if has_values { 2 } else { 1 }
 }
 
-impl Backend for Rounded {
+impl Backend for Bf16Reference {
     type Buffer = Buffer;
     type Matrix = Matrix;
     type Vector = Vec<f32>;
@@ -169,7 +169,7 @@ impl Backend for Rounded {
     fn residual_norm(
         &mut self,
         x: &mut Buffer,
-        residual: Residual<Rounded>,
+        residual: Residual<Bf16Reference>,
         batch: &Batch,
         (weight, eps): (&Vec<f32>, f32),
         out: &mut Buffer,
@@ -284,13 +284,13 @@ impl Backend for Rounded {
         (Cache(layers), layer): (&mut Cache, usize),
     ) -> Result<()> {
         let width = heads.kv_width();
-        let of_device =
-            values.map(|_| self.device.borrow_mut().of_device.pop_front().expect("a selection of the device"));
+        let from_device =
+            values.map(|_| self.device.borrow_mut().from_device.pop_front().expect("a selection of the device"));
         batch.selected.clear();
         let mut first = 0;
         for (s, (sequence, update)) in batch.sequences.iter().zip(&batch.updates).enumerate() {
             let mut selected: Vec<usize> = update.always.clone().collect();
-            if let (Some(Buffer { data, .. }), Some(of_device)) = (values, &of_device) {
+            if let (Some(Buffer { data, .. }), Some(from_device)) = (values, &from_device) {
                 let fresh = |key: usize| &data[(first + key - sequence.start) * width..][..width];
                 let cached = |key: usize| (sequence.cache_base + key) * width..(sequence.cache_base + key + 1) * width;
                 let others: Vec<usize> = (0..update.num_others()).map(|index| update.other(index)).collect();
@@ -301,7 +301,7 @@ impl Backend for Rounded {
                     // The device reports nothing for unconditional sequences.
                     let cosine = |key: &usize| vverify::cosine(fresh(*key), &cache[cached(*key)]);
                     let similarity: Vec<f64> = others.iter().map(cosine).collect();
-                    self.follow(&similarity, &of_device[s])
+                    self.follow(&similarity, &from_device[s])
                 };
                 selected.extend(indices.iter().map(|index| others[*index]));
                 for key in update.always.clone().chain(others) {
@@ -336,7 +336,7 @@ impl Backend for Rounded {
     }
 }
 
-impl HostLogits for Rounded {
+impl HostLogits for Bf16Reference {
     fn host_logits(buffer: &mut Buffer) -> &mut [f32] {
         &mut buffer.data
     }

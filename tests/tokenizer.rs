@@ -1,6 +1,6 @@
 //! Tokenizer and chat template: against the bundled tiny-math checkpoint, against what transformers recorded for a
 //! small Dream-style directory (`tests/data/dream-tokenizer/record.py`), and on files that are wrong.
-#![cfg(feature = "cli")]
+#![cfg(feature = "tokenizers")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -270,7 +270,7 @@ fn wrong_tokenizer_json() {
     }
 }
 
-/// What only shows when a text is encoded is an error there.
+/// Faults that show only when a text is encoded are errors there.
 #[test]
 fn tokenizer_json_that_fails_late() {
     let dir = tiny_math_copy();

@@ -1,5 +1,5 @@
-//! A decode that the device runs by itself, block by block, is the one that the host leads through every pass: the kernel
-//! `advance`, the graphs and what they are sized for, against the loop in Rust.
+//! Decodes that the device runs by itself, block by block, equal those that the host drives pass by pass. This compares the kernel
+//! `advance`, the captured graphs and their launch buckets with the loop in Rust.
 
 use crate::checkpoint::{MASK, prompts, samplings};
 use crate::common::assert_nothing_reported;
@@ -7,15 +7,15 @@ use crate::{FAMILIES, made_up};
 use dllm_kernels::decode::Algorithm;
 use dllm_kernels::{CacheMode, Confidence, Family, Generator, Model, Observer, Options, Policy};
 
-/// Wants every step, and forgets it.
-struct Watcher;
-impl Observer for Watcher {
+/// Requests every step and ignores it, which makes the host drive each pass.
+struct StepObserver;
+impl Observer for StepObserver {
     fn wants_steps(&self) -> bool {
         true
     }
 }
 
-/// Every cache and policy, in blocks and without: together they reach every rule.
+/// Every cache and policy, in blocks and without; together they use every decoding algorithm.
 pub fn loops() -> Vec<Options> {
     let mut list = Vec::new();
     for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
@@ -29,60 +29,61 @@ pub fn loops() -> Vec<Options> {
     list
 }
 
-/// The same tokens and forwards, watched or not.
-pub fn same_watched(model: &Model, options: &Options, prompts: &[Vec<u32>]) {
-    // What else is in the batch may change the last bits of a product on a GPU; here it does not.
+/// Checks that tokens and number of forwards are the same with an observer of steps and without.
+pub fn same_when_observed(model: &Model, options: &Options, prompts: &[Vec<u32>]) {
+    // On a GPU the number of rows may change the last bits of a product; on the CUDA emulator it does not.
     if prompts.len() > 1 && !softgpu::active() {
         return;
     }
     let generator = || Generator::new(model).options(options.clone());
     let what = || format!("{} {options:?} {prompts:?}", model.config().family);
-    let led = generator().generate_observed(prompts, &mut Watcher).unwrap_or_else(|e| panic!("{}: {e}", what()));
-    let alone = generator().generate(prompts).unwrap_or_else(|e| panic!("{}: {e}", what()));
-    assert_eq!(alone.tokens, led.tokens, "{}", what());
-    assert_eq!(alone.nfe, led.nfe, "{}: forwards", what());
+    let observed =
+        generator().generate_observed(prompts, &mut StepObserver).unwrap_or_else(|e| panic!("{}: {e}", what()));
+    let unobserved = generator().generate(prompts).unwrap_or_else(|e| panic!("{}: {e}", what()));
+    assert_eq!(unobserved.tokens, observed.tokens, "{}", what());
+    assert_eq!(unobserved.nfe, observed.nfe, "{}: forwards", what());
     assert_nothing_reported();
 }
 
-fn watched(family: Family) {
+fn observed_or_not(family: Family) {
     let model = made_up(family);
     let all = prompts();
-    // Each setting with some of the prompts; which ones goes around.
+    // Each setting with a different subset of the prompts.
     let choices = [&all[..1], &all[..], &all[1..], &all[2..]];
     let mut settings = 0;
     for (i, base) in loops().into_iter().enumerate() {
         for (k, options) in samplings(&base).into_iter().enumerate().filter(|(k, _)| k % 2 == i % 2) {
-            same_watched(&model, &options, choices[(k / 2 + i) % 4]);
+            same_when_observed(&model, &options, choices[(k / 2 + i) % 4]);
             settings += 1;
         }
-        // Ends that come up, and at different times.
+        // End tokens that occur, at different steps.
         for (k, end_tokens) in [vec![3, 7, 11, 30], (0..20).collect()].into_iter().enumerate() {
             let options = Options { early_stop: true, end_tokens, temperature: 0.8, ..base.clone() };
-            same_watched(&model, &options, choices[1 + (i + k) % 3]);
+            same_when_observed(&model, &options, choices[1 + (i + k) % 3]);
             settings += 1;
         }
     }
     println!("{family}: {settings} settings");
     if !softgpu::active() {
-        println!("not run: batches, whose products a GPU may round differently");
+        println!("not run: batches, in which a GPU may round products differently");
     }
 }
 
-pub fn watched_or_not_llada() {
-    watched(Family::Llada);
+pub fn observed_or_not_llada() {
+    observed_or_not(Family::Llada);
 }
 
-pub fn watched_or_not_dream() {
-    watched(Family::Dream);
+pub fn observed_or_not_dream() {
+    observed_or_not(Family::Dream);
 }
 
-/// Masks in the prompt, some or nothing else, alone and beside prompts without.
+/// Prompts of some masks or of masks only, alone and together with prompts without.
 pub fn masks_in_the_prompt() {
     let prompts = [vec![3, MASK, 15, MASK], vec![MASK; 5], vec![7, 8, 9], vec![MASK], vec![1; 4]];
     for family in FAMILIES {
         let model = made_up(family);
         for (i, base) in loops().into_iter().enumerate() {
-            // The one number of steps that divides the masks of every prompt.
+            // One step: the only number that divides the masks of every prompt.
             let steps = (base.algorithm(family) == Algorithm::DreamThreshold).then_some(1);
             let list = [
                 Options { steps, ..base.clone() },
@@ -91,13 +92,13 @@ pub fn masks_in_the_prompt() {
                 Options { steps, confidence: Some(Confidence::Random), ..base.clone() },
             ];
             for (k, options) in list.iter().enumerate().filter(|(k, _)| k % 2 == i % 2) {
-                same_watched(&model, options, [&prompts[..], &prompts[..2], &prompts[1..3]][(i / 2 + k) % 3]);
+                same_when_observed(&model, options, [&prompts[..], &prompts[..2], &prompts[1..3]][(i / 2 + k) % 3]);
             }
         }
     }
 }
 
-/// Many blocks, so that a PrefixCache's windows shrink through several sizes of launches, and prompts that fill windows.
+/// Many blocks, so that the windows of PrefixCache shrink through several launch buckets, and prompts of several lengths.
 pub fn many_blocks() {
     for family in FAMILIES {
         let model = made_up(family);
@@ -107,8 +108,8 @@ pub fn many_blocks() {
                 let steps = Some(if policy == Policy::Fixed { 16 } else { 32 });
                 let (gen_length, block_length) = (32, Some(4));
                 let base = Options { gen_length, block_length, cache, policy, steps, cfg_scale, ..Options::default() };
-                same_watched(&model, &base, &prompts);
-                same_watched(&model, &Options { block_length: Some(2), ..base }, &prompts[2..]);
+                same_when_observed(&model, &base, &prompts);
+                same_when_observed(&model, &Options { block_length: Some(2), ..base }, &prompts[2..]);
             }
         }
     }

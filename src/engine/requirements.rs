@@ -1,11 +1,12 @@
 //! Properties of a decode that an engine may not support, and the checks of the engines.
 
+#[cfg(feature = "cuda")]
 use crate::error::{Error, Result};
 
 /// Properties of a decode that an engine may not support. The caller fills the fields; an engine checks them before any
 /// work.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct EngineRequirements {
+pub struct EngineRequirements {
     /// Temperature of token sampling; 0 for none.
     pub temperature: f64,
     /// Temperature of the order in which tokens are committed; 0 for none.
@@ -19,7 +20,8 @@ impl EngineRequirements {
     ///
     /// # Errors
     /// [`Error::Argument`] names the option that f32 cannot represent.
-    pub fn check_cuda(&self) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    pub(super) fn check_cuda(&self) -> Result<()> {
         for (name, value) in [("temperature", self.temperature), ("alg-temp", self.alg_temp)] {
             if value != 0.0 && !(1e-6..=1e6).contains(&value) {
                 return Err(Error::argument(name, "0, or on a CUDA device 1e-6 to 1e6", value));

@@ -1,19 +1,20 @@
-//! Inputs that are legal and unkind: numbers on the device that lie, what is not a number, shared buffers, replays.
+//! Attention launches whose inputs are valid for the host but unusual: invalid values in device memory, NaN and infinity, shared
+//! buffers, graph replays.
 
 use super::*;
 use crate::common::assert_nothing_reported;
 use dllm_kernels::abi::{self, dllm_attention_params, dllm_segment};
 
 on_device!(
-    numbers_on_the_device_that_lie,
-    more_rows_than_promised,
+    out_of_range_device_values,
+    more_rows_than_max_sequence_rows,
     absent_segments,
     a_graph_follows_the_device,
-    what_is_not_visited_never_leaks,
-    what_is_not_a_number_shows,
-    what_is_not_a_number_shows_without_weight,
+    unvisited_keys_have_no_effect,
+    nan_propagates,
+    nan_propagates_with_zero_weight,
     in_place_from_a_projection,
-    alone_as_in_a_batch,
+    batch_invariance,
     any_contents_of_the_workspace,
     without_lse,
     any_scale,
@@ -23,7 +24,7 @@ on_device!(
 
 const THREE: Heads = Heads { num_heads: 3, num_kv_heads: 3, head_dim: 32 };
 
-/// Three sequences, each with a list of tiles.
+/// Case of three sequences, each with a tile list.
 fn three_sequences<T: Float>(heads: Heads, splits: usize) -> Case<T> {
     let listed = |rows, keys, tiles: &[i32]| Sequence { rows, keys, tiles: vec![tiles.to_vec()] };
     let sequences =
@@ -31,81 +32,82 @@ fn three_sequences<T: Float>(heads: Heads, splits: usize) -> Case<T> {
     Case { sparse: true, ..Case::new(&mut Random(21), heads, sequences, splits) }
 }
 
-/// What belongs to a sequence, as bits.
+/// Bits of the results of one sequence.
 fn rows_of<T>(case: &Case<T>, got: &Got, sequence: usize) -> Vec<u32> {
     let first: usize = case.sequences[..sequence].iter().map(|s| s.rows).sum();
-    let of = |x: &[f32], width: usize| -> Vec<u32> {
+    let bits = |x: &[f32], width: usize| -> Vec<u32> {
         let end = first + case.sequences[sequence].rows;
         x[first * width..end * width].iter().map(|x| x.to_bits()).collect()
     };
-    [of(&got.out, case.heads.num_heads * case.heads.head_dim), of(&got.lse, case.heads.num_heads)].concat()
+    [bits(&got.out, case.heads.num_heads * case.heads.head_dim), bits(&got.lse, case.heads.num_heads)].concat()
 }
 
-/// Each number in turn, then all of one kind: the software device tells of anything touched outside memory. Sequences that
-/// nobody lied about have the bits of an honest launch.
-fn numbers_on_the_device_that_lie() {
-    const LIES: [i32; 6] = [i32::MIN, -1_000_000_000, -1, 1, 1 << 30, i32::MAX];
+/// Replaces row counts, starts, lengths and tile lists on the device by out-of-range values. The CUDA emulator reports any access
+/// outside the buffers. Sequences whose values are unchanged keep the bits of a valid launch.
+fn out_of_range_device_values() {
+    const VALUES: [i32; 6] = [i32::MIN, -1_000_000_000, -1, 1, 1 << 30, i32::MAX];
     for (splits, sparse) in [(1, true), (3, false)] {
         let case = Case { sparse, ..three_sequences::<bf16>(THREE, splits) };
-        let honest = run(&case);
+        let valid = run(&case);
         let stream = stream();
         let mut launched = OnDevice::new(&stream, &case);
-        let mut lie = |what: usize, places: &[usize], lie: i32, spared: &[usize]| {
+        let mut launch_with = |array: usize, places: &[usize], value: i32, unchanged: &[usize]| {
             let [offsets, indices] = case.lists();
             let starts_and_lens = [0, 1, 2].map(|i| case.starts_and_lens(i)).concat();
-            let mut numbers = [vec![case.cu_rows(), offsets, indices], starts_and_lens].concat();
-            places.iter().for_each(|place| numbers[what][*place] = lie);
-            launched.cu_rows.write(&numbers[0]).unwrap();
+            let mut arrays = [vec![case.cu_rows(), offsets, indices], starts_and_lens].concat();
+            places.iter().for_each(|place| arrays[array][*place] = value);
+            launched.cu_rows.write(&arrays[0]).unwrap();
             if let Some((offsets, indices)) = &mut launched.tiles {
-                offsets.write(&numbers[1]).unwrap();
-                indices.write(&numbers[2]).unwrap();
+                offsets.write(&arrays[1]).unwrap();
+                indices.write(&arrays[2]).unwrap();
             }
             for (i, (_, _, start, len)) in launched.segments.iter_mut().enumerate() {
-                start.write(&numbers[3 + 2 * i]).unwrap();
-                len.write(&numbers[4 + 2 * i]).unwrap();
+                start.write(&arrays[3 + 2 * i]).unwrap();
+                len.write(&arrays[4 + 2 * i]).unwrap();
             }
             launched.launch(&stream, &case).unwrap();
             let got = launched.read();
             assert_nothing_reported();
-            for spared in spared {
-                let name = format!("number {what} at {places:?}: {lie}, sequence {spared}");
-                assert_eq!(rows_of(&case, &got, *spared), rows_of(&case, &honest, *spared), "{name}");
+            for sequence in unchanged {
+                let name = format!("array {array} at {places:?}: {value}, sequence {sequence}");
+                assert_eq!(rows_of(&case, &got, *sequence), rows_of(&case, &valid, *sequence), "{name}");
             }
         };
-        for value in LIES {
+        for value in VALUES {
             for bound in 0..4 {
-                lie(0, &[bound], value, &[]);
+                launch_with(0, &[bound], value, &[]);
             }
-            for what in 3..9 {
-                lie(what, &[1], value, &[0, 2]);
+            for array in 3..9 {
+                launch_with(array, &[1], value, &[0, 2]);
             }
             if sparse {
-                lie(1, &[0], value, &[1, 2]);
-                lie(1, &[1], value, &[2]);
-                lie(1, &[3], value, &[0, 1]);
-                lie(2, &[2, 3, 4], value, &[0, 2]);
+                launch_with(1, &[0], value, &[1, 2]);
+                launch_with(1, &[1], value, &[2]);
+                launch_with(1, &[3], value, &[0, 1]);
+                launch_with(2, &[2, 3, 4], value, &[0, 2]);
             }
         }
     }
 }
 
-fn more_rows_than_promised() {
+/// A sequence with more rows than `max_sequence_rows` does not change the results of the others.
+fn more_rows_than_max_sequence_rows() {
     for splits in [1, 3] {
         let mut case = three_sequences::<bf16>(MHA, splits);
         case.sequences[1].rows = 150;
         case = Case { sparse: false, ..Case::new(&mut Random(22), MHA, case.sequences, splits) };
-        let honest = run(&case);
+        let valid = run(&case);
         let stream = stream();
         let mut launched = OnDevice::new(&stream, &case);
         launched.launch_with(&stream, &case, |a| a.max_sequence_rows = 6).unwrap();
         let got = launched.read();
         for sequence in [0, 2] {
-            assert_eq!(rows_of(&case, &got, sequence), rows_of(&case, &honest, sequence), "{splits} splits");
+            assert_eq!(rows_of(&case, &got, sequence), rows_of(&case, &valid, sequence), "{splits} splits");
         }
     }
 }
 
-/// What stands in the fields of a segment without keys is not looked at. Rows past the last sequence are left alone.
+/// The fields of a segment without keys are ignored. Rows after the last sequence are not written.
 fn absent_segments() {
     for splits in [1, 2] {
         let case = Case::<f16>::new(&mut Random(23), MHA, vec![dense(9, [0, 100, 0])], splits);
@@ -118,7 +120,7 @@ fn absent_segments() {
         launched.lse = stream.upload(&vec![poison(); rows * MHA.num_heads]).unwrap();
         launched.workspace = stream.alloc(op::workspace_len(rows, MHA, splits)).unwrap();
         let (k, v, start, len) = &launched.segments[1];
-        let nothing = dllm_segment {
+        let absent = dllm_segment {
             v: 3,
             start: 5,
             len: 7,
@@ -143,7 +145,7 @@ fn absent_segments() {
             out: launched.out.address(),
             lse: launched.lse.address(),
             cu_rows: launched.cu_rows.address(),
-            segments: [nothing, live, nothing],
+            segments: [absent, live, absent],
             tile_offsets: 0,
             tile_indices: 0,
             workspace: launched.workspace.address(),
@@ -174,7 +176,7 @@ fn absent_segments() {
     }
 }
 
-/// One capture; rows, starts, lengths and lists change on the device while the prefix grows, and each replay follows them.
+/// Replays of one captured graph use the rows, starts, lengths and tile lists that are on the device then, while the prefix grows.
 fn a_graph_follows_the_device() {
     common::device().preload().unwrap();
     let heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 32 };
@@ -220,16 +222,17 @@ fn a_graph_follows_the_device() {
         unsafe { graph.launch() }.unwrap();
         let got = launched.read();
         check(case, &got, &format!("replayed with {:?}", case.sequences[0]));
-        // As a launch of its own, whatever was captured.
-        let own = run(case);
+        // The same bits as a separate launch.
+        let separate = run(case);
         for sequence in 0..2 {
-            assert_eq!(rows_of(case, &got, sequence), rows_of(case, &own, sequence));
+            assert_eq!(rows_of(case, &got, sequence), rows_of(case, &separate, sequence));
         }
     }
 }
 
-/// Rows of nobody, rows behind the end in the last tile, tiles that no list names, the other sequence.
-fn what_is_not_visited_never_leaks() {
+/// Keys that a sequence does not visit have no effect: rows of no sequence, rows after the end in the last tile, unlisted tiles, other
+/// sequences.
+fn unvisited_keys_have_no_effect() {
     for splits in [1, 3] {
         for bad in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f16::LARGEST] {
             let mut case = three_sequences::<f16>(MHA, splits);
@@ -255,8 +258,8 @@ fn what_is_not_visited_never_leaks() {
     }
 }
 
-/// A NaN in a value makes its column NaN, one in a key everything that this key's head gives; in any number of splits.
-fn what_is_not_a_number_shows() {
+/// NaN in a value makes its output column NaN; NaN in a key makes all outputs of its head NaN. With any number of splits.
+fn nan_propagates() {
     for splits in [1, 2, 5] {
         let clean = Case::<bf16>::new(&mut Random(24), MHA, vec![dense(3, [100, 3, 90])], splits);
         let before = run(&clean);
@@ -281,8 +284,8 @@ fn what_is_not_a_number_shows() {
     }
 }
 
-/// Also in a value whose weight rounds to 0, alone or with its whole part of the keys.
-fn what_is_not_a_number_shows_without_weight() {
+/// NaN propagates also from a value whose weight rounds to 0, alone or with its whole KV split.
+fn nan_propagates_with_zero_weight() {
     for splits in [1, 4] {
         let case = Case::<bf16>::new(&mut Random(28), MHA, vec![dense(3, [250, 3, 0])], splits);
         let case = Case { scale: 50.0, ..case };
@@ -291,14 +294,14 @@ fn what_is_not_a_number_shows_without_weight() {
             let place = (case.segments[0].2[0] + key) * case.kv_stride;
             value.segments[0].1[place + 9] = bf16::NAN;
             for row in run(&value).out.chunks(2 * MHA.head_dim) {
-                let shows = row.iter().enumerate().all(|(column, x)| x.is_nan() == (column == 9));
-                assert!(shows, "{splits} splits, key {key}: {row:?}");
+                let propagates = row.iter().enumerate().all(|(column, x)| x.is_nan() == (column == 9));
+                assert!(propagates, "{splits} splits, key {key}: {row:?}");
             }
         }
     }
 }
 
-/// Queries, keys and values as ranges of columns of one buffer.
+/// Queries, keys and values that are column ranges of one buffer.
 fn in_place_from_a_projection() {
     for (heads, splits) in [(MHA, 1), (Heads { num_heads: 14, num_kv_heads: 2, head_dim: 32 }, 4)] {
         let sequences = vec![dense(9, [70, 9, 3]), dense(20, [0, 20, 50])];
@@ -333,8 +336,9 @@ fn in_place_from_a_projection() {
     }
 }
 
-/// In the batch the longest sequence makes the plan choose the full form, alone the others are of the streaming one.
-fn alone_as_in_a_batch() {
+/// A sequence has the same bits alone and in a batch. The longest sequence makes the plan choose the full form for the batch; the
+/// others alone get the streaming form.
+fn batch_invariance() {
     for splits in [1, 5] {
         let sequences = vec![dense(3, [10, 3, 200]), dense(32, [130, 32, 0]), dense(260, [0, 260, 7])];
         let batch = Case::<bf16>::new(&mut Random(26), MHA, sequences, splits);
@@ -351,7 +355,7 @@ fn alone_as_in_a_batch() {
     }
 }
 
-/// Poison, infinities, what another launch left there.
+/// The workspace may hold anything before a launch: poison, infinities, the results of another launch.
 fn any_contents_of_the_workspace() {
     let case = three_sequences::<bf16>(MHA, 7);
     let want = bits(&run(&case));
@@ -382,7 +386,7 @@ fn without_lse() {
     }
 }
 
-/// Zero, negative, and so large that the least float times it is infinite; with a tile that is not there before the others.
+/// Scales of zero, negative, subnormal and ordinary size, with a tile that does not exist before the others.
 fn any_scale() {
     for splits in [1, 3] {
         let mut case = three_sequences::<f16>(MHA, splits);
@@ -396,7 +400,7 @@ fn any_scale() {
     }
 }
 
-/// A block of rows lies in one query tile, whatever the group.
+/// Head groups that do not divide the query tile, over several query tiles.
 fn groups_of_heads_over_several_query_tiles() {
     for (num_heads, num_kv_heads, per_head) in [(7, 1, false), (14, 2, true), (14, 1, false)] {
         let heads = Heads { num_heads, num_kv_heads, head_dim: 32 };
