@@ -34,7 +34,7 @@ impl Generation {
     /// Returns the tokens of a sequence before its first end-of-text token.
     ///
     /// # Panics
-    /// When `sequence` is not the index of a prompt.
+    /// When there is no such sequence.
     pub fn text_tokens(&self, sequence: usize) -> &[u32] {
         let tokens = &self.tokens[sequence];
         &tokens[..tokens.iter().position(|t| self.end_tokens.contains(t)).unwrap_or(tokens.len())]
@@ -54,7 +54,7 @@ impl Generation {
 /// # fn main() -> dllm_kernels::Result<()> {
 /// use dllm_kernels::{CacheMode, Generator, Model, Policy};
 /// let model = Model::open("models/tiny-math")?;
-/// let prompt = [905u32, 908, 17, 4]; // token ids
+/// let prompt = vec![905, 908, 17, 4]; // token ids
 /// let output = Generator::new(&model)
 ///     .gen_length(32)
 ///     .cache(CacheMode::Dual)
@@ -79,8 +79,8 @@ impl fmt::Debug for Generator<'_> {
 }
 
 macro_rules! setters {
-    ($($name:ident: $ty:ty;)*) => {
-        $(#[doc = concat!("Sets [`Options::", stringify!($name), "`].")]
+    ($($(#[$doc:meta])* $name:ident: $ty:ty;)*) => {
+        $($(#[$doc])*
         pub fn $name(mut self, value: $ty) -> Self {
             self.options.$name = value.into();
             self
@@ -112,27 +112,47 @@ impl<'m> Generator<'m> {
     }
 
     setters! {
+        /// See [`Options::gen_length`].
         gen_length: usize;
-        block_length: impl Into<Option<usize>>;
-        steps: impl Into<Option<usize>>;
+        /// See [`Options::block_length`].
+        block_length: usize;
+        /// See [`Options::steps`].
+        steps: usize;
+        /// See [`Options::cache`].
         cache: CacheMode;
+        /// See [`Options::prompt_interval`].
         prompt_interval: usize;
+        /// See [`Options::response_interval`].
         response_interval: usize;
-        refresh_ratio: impl Into<Option<f64>>;
+        /// See [`Options::refresh_ratio`].
+        refresh_ratio: f64;
+        /// See [`Options::refresh_prompt_every`].
         refresh_prompt_every: usize;
+        /// See [`Options::vicinity`].
         vicinity: usize;
-        suffix_window: impl Into<Option<usize>>;
+        /// See [`Options::suffix_window`].
+        suffix_window: usize;
+        /// See [`Options::policy`].
         policy: Policy;
-        confidence: impl Into<Option<Confidence>>;
+        /// See [`Options::confidence`].
+        confidence: Confidence;
+        /// See [`Options::temperature`].
         temperature: f64;
+        /// See [`Options::alg_temp`].
         alg_temp: f64;
-        top_p: impl Into<Option<f64>>;
-        top_k: impl Into<Option<usize>>;
+        /// See [`Options::top_p`].
+        top_p: f64;
+        /// See [`Options::top_k`].
+        top_k: usize;
+        /// See [`Options::cfg_scale`].
         cfg_scale: f64;
+        /// See [`Options::cfg_interval`].
         cfg_interval: usize;
-        eps: f64;
+        /// See [`Options::seed`].
         seed: u64;
+        /// See [`Options::early_stop`].
         early_stop: bool;
+        /// See [`Options::end_tokens`].
         end_tokens: Vec<u32>;
     }
 
@@ -157,7 +177,7 @@ impl<'m> Generator<'m> {
         self.model.check(&self.options.requirements())?;
         let mut engine = self.model.engine(self.options.sizes(config, prompts))?;
         let start = Instant::now();
-        let decoded = decode(&mut *engine, config, &prompts, &self.options, self.interrupt, observer)?;
+        let decoded = decode(&mut *engine, config, prompts, &self.options, self.interrupt, observer)?;
         Ok(Generation {
             tokens: decoded.tokens,
             nfe: decoded.nfe,

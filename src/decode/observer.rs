@@ -22,7 +22,7 @@ pub struct SequenceStep<'a> {
     pub active: bool,
     /// Positions that the pass computed.
     pub window: Range<usize>,
-    /// Positions of the current block.
+    /// The block being decoded.
     pub block: Range<usize>,
     /// Candidates: masked positions whose confidence was computed, ascending.
     pub candidates: Vec<usize>,

@@ -14,9 +14,9 @@ pub const SOURCE: &str = "evaluation scripts of github.com/maomaocun/dLLM-cache 
 pub struct Preset {
     /// Name of the task and the model.
     pub name: &'static str,
-    /// Forwards from one refresh of the prompt to the next.
+    /// Forwards between two refreshes of the prompt.
     pub prompt_interval: usize,
-    /// Forwards from one refresh of the response to the next.
+    /// Forwards between two refreshes of the response.
     pub response_interval: usize,
     /// Block length, generated length and steps.
     pub lengths: [usize; 3],

@@ -115,7 +115,6 @@ fn algorithm(algorithm: Algorithm, cache: CacheMode) -> &'static str {
 /// Returns the parameters of the hybrid cache that differ from their defaults. No reference implementation has them.
 fn hybrid_params(options: &Options) -> impl Iterator<Item = (&'static str, Value)> {
     let list = |options: &Options| {
-        let block_cache = matches!(options.cache, CacheMode::Prefix | CacheMode::Dual);
         [
             ("refresh_prompt_every", json!(options.refresh_prompt_every)),
             (
@@ -127,10 +126,9 @@ fn hybrid_params(options: &Options) -> impl Iterator<Item = (&'static str, Value
         ]
     };
     let pairs = list(options).into_iter().zip(list(&Options::default()));
-    pairs.filter(|(value, default)| value != default).map(|(value, _)| value).collect()
+    pairs.filter(|(own, usual)| own != usual).map(|(own, _)| own)
 }
 
-/// Returns the `params` object of a trajectory.
 fn params(config: &Config, options: &Options, batch: usize) -> Value {
     let (threshold, factor) = match options.policy {
         Policy::Fixed => (None, None),

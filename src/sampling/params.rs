@@ -5,7 +5,6 @@ use std::str::FromStr;
 
 /// Confidence that ranks the candidates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum Confidence {
     /// Probability of the predicted token.
     Probability,
