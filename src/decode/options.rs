@@ -1,7 +1,6 @@
 //! Options of a decode, their validation, and the algorithm that they select.
 
 use crate::cache::{AdaptiveCache, BlockCache, CacheConfig, CacheMode};
-#[cfg(feature = "cuda")]
 use crate::engine::EngineRequirements;
 use crate::error::{Error, Result};
 use crate::model::{Config, Family, SessionConfig};

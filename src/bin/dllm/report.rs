@@ -11,7 +11,7 @@ pub fn shape() -> PossibleValuesParser {
 /// Returns the configuration of the public model `name`.
 ///
 /// # Errors
-/// [`Error::Argument`](dllm_kernels::Error::Argument) for an unknown name.
+/// [`Error::Argument`] for an unknown name.
 pub fn shape_config(name: &str) -> Result<Config> {
     Config::shape(name).ok_or_else(|| Error::argument("shape", format!("one of {}", Config::SHAPES.join(", ")), name))
 }
