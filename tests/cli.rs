@@ -349,7 +349,9 @@ fn help_and_version_go_to_stdout() {
         ("eval --help", "--setting"),
     ] {
         let output = done(dllm(words(line)));
-        assert!(text(&output.stdout).contains(wanted) && output.stderr.is_empty(), "dllm {line}");
+        // Help is wrapped to the width of the terminal.
+        let shown = words(text(&output.stdout)).join(" ");
+        assert!(shown.contains(wanted) && output.stderr.is_empty(), "dllm {line}: {shown}");
     }
 }
 
