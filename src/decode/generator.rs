@@ -24,8 +24,8 @@ pub struct Generation {
     pub elapsed: Duration,
     /// Whether the decode was interrupted. The tokens then contain mask tokens.
     pub interrupted: bool,
-    /// Multiply-accumulates (MACs) of matrix products and attention in these passes. On a CUDA device this includes first layers
-    /// that were enqueued in advance and discarded.
+    /// Multiply-accumulates (MACs) of matrix products and attention in these passes. On a CUDA device this includes padded
+    /// logit rows, and first layers that were enqueued in advance and discarded.
     pub macs: u64,
     end_tokens: Vec<u32>,
 }
@@ -164,6 +164,7 @@ impl<'m> Generator<'m> {
     /// # Errors
     /// - [`crate::Error::Argument`], before any work, when options or prompts do not fit the model.
     /// - [`crate::Error::OutOfMemory`] when there is no memory for the decode.
+    /// - [`crate::Error::Unsupported`] when the batch is larger than the CUDA kernels support.
     /// - [`crate::Error::NoFiniteLogit`] when the logits of a candidate are not finite.
     /// - The driver's errors, on a CUDA device.
     pub fn generate(&self, prompts: &[impl AsRef<[u32]>]) -> Result<Generation> {
