@@ -6,7 +6,7 @@ use dllm_kernels::Result;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::top_k_top_p::{self, TopKTopP};
 use dllm_kernels::ops::unmask::{Row, RowTable};
-use dllm_kernels::sampling::min_kept_logit;
+use dllm_kernels::reference::top_k_top_p::min_kept_logit;
 use gpu::{Bench, Case, L2, Random, bytes_of, few};
 use half::bf16;
 

@@ -6,7 +6,8 @@ mod gpu;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::Workspace;
 use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, UnmaskConfig};
-use dllm_kernels::sampling::{SamplingParams, score_row};
+use dllm_kernels::reference::unmask::score_row;
+use dllm_kernels::sampling::SamplingParams;
 use dllm_kernels::{Confidence, Result};
 use gpu::{Bench, Case, Float, L2, Random, assert_close, bytes_of, few};
 use half::bf16;
@@ -109,8 +110,8 @@ impl<T: Float> Case for Block<T> {
         let (logits, tokens) = (self.logits.read()?, self.tokens.read()?);
         for row in few(self.masks.len()) {
             let at = row * self.vocab_size..(row + 1) * self.vocab_size;
-            let mut of_row: Vec<f32> = logits[at].iter().map(|l| l.f32()).collect();
-            let scored = score_row(&mut of_row, &self.rule, 0, row % self.rows_of_sequence);
+            let of_row: Vec<f32> = logits[at].iter().map(|l| l.f32()).collect();
+            let scored = score_row(&of_row, &self.rule, 0, row % self.rows_of_sequence);
             let (token, want) = scored.expect("finite logits");
             assert_eq!(predicted[row], token as i32, "row {row}");
             assert_close(&format!("confidence {row}"), &[confidence[row].into()], &[want], 1e-5, 2e-5);

@@ -7,7 +7,7 @@ use dllm_kernels::Result;
 use dllm_kernels::gpu::{Buffer, Stream};
 use dllm_kernels::ops::top_k_top_p::{self, TopKTopP};
 use dllm_kernels::ops::unmask::{Row, RowTable};
-use dllm_kernels::sampling::min_kept_logit;
+use dllm_kernels::reference::top_k_top_p::min_kept_logit;
 use half::{bf16, f16};
 
 /// Tolerance of top-p: with sums in f32 a token this near to it may be kept or not.

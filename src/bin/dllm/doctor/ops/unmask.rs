@@ -7,7 +7,8 @@ use dllm_kernels::abi::DLLM_NONE_FAILED;
 use dllm_kernels::gpu::Stream;
 use dllm_kernels::ops::Workspace;
 use dllm_kernels::ops::unmask::{self as op, Outcome, Policy, Row, RowTable, UnmaskConfig};
-use dllm_kernels::sampling::{CommitRule, SamplingParams, score_row, select};
+use dllm_kernels::reference::unmask::{score_row, select};
+use dllm_kernels::sampling::{CommitRule, SamplingParams};
 use dllm_kernels::{Confidence, Result};
 use half::{bf16, f16};
 
@@ -153,8 +154,8 @@ impl<T: Float> Case for Block<T> {
         for (sequence, length) in self.lengths.iter().enumerate() {
             for position in 0..*length {
                 let row = first + position;
-                let mut logits = clean(&self.logits.host[row * self.stride..][..self.vocab_size]);
-                let scored = score_row(&mut logits, &self.params(), 0, position).filter(|_| is_mask(row));
+                let logits = clean(&self.logits.host[row * self.stride..][..self.vocab_size]);
+                let scored = score_row(&logits, &self.params(), 0, position).filter(|_| is_mask(row));
                 let (token, score) = scored.map_or((-1, 0.0), |(token, score)| (token as i32, score));
                 want_predicted.push(token);
                 confidences.push((f64::from(confidence[row]), score, score.abs().max(1e-3)));
