@@ -364,7 +364,7 @@ stage_rivals() {
   if [[ -z ${DLLM_ORIGINALS-} ]]; then
     not_run "rivals: originals" "DLLM_ORIGINALS is not set"
   elif [[ $device == soft ]]; then
-    not_run "rivals: originals" "they know no device in software"
+    not_run "rivals: originals" "Fast-dLLM does not run on the CUDA emulator"
   else
     export DLLM_PYTHON=$python
     bench "rivals: originals" --shape llada-8b --random-weights --prompt-length 1024 --gen-length 256 --repeat 1 \

@@ -6,10 +6,13 @@ use crate::error::{Error, Result};
 /// the process instead.
 pub(crate) fn ensure_host_memory(what: &str, bytes: usize) -> Result<()> {
     match free_memory() {
-        Some(free) if bytes > free => {
-            let (need, free) = (bytes >> 20, free >> 20);
-            Err(Error::Unavailable(format!("{what} need {need} MiB of memory; {free} MiB are free")))
-        }
+        Some(free) if bytes > free => Err(Error::OutOfMemory {
+            what: what.into(),
+            memory: "memory",
+            needed_bytes: Some(bytes as u64),
+            free_bytes: Some(free as u64),
+            cause: String::new(),
+        }),
         _ => Ok(()),
     }
 }

@@ -1,33 +1,33 @@
-//! Tensors that are read where they lie, in a mapped file.
+//! Shapes of attention heads, element types, and tensors that are read in place from a mapped file.
 
 use half::{bf16, f16};
 use memmap2::Mmap;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Head counts and widths, in elements.
+/// Numbers of attention heads, and their width.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {
-    /// Query heads.
+    /// Number of query heads.
     pub num_heads: usize,
-    /// Key/value heads.
+    /// Number of key/value heads, a divisor of `num_heads`.
     pub num_kv_heads: usize,
-    /// Width of a head.
+    /// Elements of a head. The CUDA ops take 32, 64 and 128.
     pub head_dim: usize,
 }
 
 impl Heads {
-    /// Width of all query heads together.
+    /// Returns the number of elements of all query heads.
     pub fn q_width(&self) -> usize {
         self.num_heads * self.head_dim
     }
 
-    /// Width of all key (or value) heads together.
+    /// Returns the number of elements of all key (or value) heads.
     pub fn kv_width(&self) -> usize {
         self.num_kv_heads * self.head_dim
     }
 
-    /// Width of a row `[q | k | v]`.
+    /// Returns the number of elements of a row `[q | k | v]`.
     pub fn qkv_width(&self) -> usize {
         (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
     }
@@ -45,7 +45,7 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// Bytes of an element.
+    /// Returns the bytes of one element.
     pub const fn size(self) -> usize {
         match self {
             Dtype::Bf16 | Dtype::F16 => 2,
@@ -53,7 +53,7 @@ impl Dtype {
         }
     }
 
-    /// `out.len()` little-endian elements of `bytes` as f32. Extra elements on either side are left alone.
+    /// Converts little-endian elements in `bytes` to f32 in `out`: as many as the shorter of the two holds.
     pub fn widen(self, bytes: &[u8], out: &mut [f32]) {
         match self {
             Dtype::Bf16 => {
@@ -75,11 +75,11 @@ impl Dtype {
     }
 }
 
-/// What the bytes of tensors lie in.
+/// Memory that holds tensors.
 #[derive(Debug)]
 pub(crate) enum Storage {
     Mapped(Mmap),
-    /// Made up, for benchmarks without a checkpoint.
+    /// Random weights, for benchmarks without a checkpoint.
     Owned(Vec<u8>),
 }
 
@@ -92,7 +92,7 @@ impl Storage {
     }
 }
 
-/// One tensor: row-major, contiguous, little-endian, shared with the file it is mapped from. Cloning copies no data.
+/// A row-major, contiguous, little-endian tensor in shared memory, such as a mapped file. Clones share the data.
 #[derive(Clone, Debug)]
 pub struct Tensor {
     storage: Arc<Storage>,
@@ -102,15 +102,15 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// The tensor in these bytes of `storage`. None when they are not there, or not as many as shape and type call for:
-    /// kernels rely on it when they read whole rows.
+    /// Returns the tensor in the bytes `range` of `storage`; `None` when the range ends past the storage or does not have the
+    /// length that shape and type require. Kernels rely on this length when they read whole rows.
     pub(crate) fn new(storage: Arc<Storage>, range: Range<usize>, dtype: Dtype, shape: Vec<usize>) -> Option<Tensor> {
         let bytes = shape.iter().try_fold(dtype.size(), |bytes, n| bytes.checked_mul(*n))?;
         let fits = range.start <= range.end && range.end <= storage.bytes().len() && range.len() == bytes;
         fits.then_some(Tensor { storage, range, dtype, shape })
     }
 
-    /// The elements' bytes; alignment is not promised.
+    /// Bytes of all elements, with any alignment.
     pub fn bytes(&self) -> &[u8] {
         &self.storage.bytes()[self.range.clone()]
     }
@@ -120,15 +120,15 @@ impl Tensor {
         self.dtype
     }
 
-    /// Sizes, outermost first.
+    /// Sizes of the dimensions, outermost first.
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
 
-    /// Some rows of a matrix.
+    /// Returns the given rows of a matrix, sharing the data.
     ///
     /// # Panics
-    /// When it is none, or has not so many.
+    /// When the tensor is not a matrix, or `rows` is not a range of its rows.
     pub(crate) fn rows(&self, rows: Range<usize>) -> Tensor {
         assert!(
             self.shape.len() == 2 && rows.start <= rows.end && rows.end <= self.shape[0],
@@ -140,7 +140,7 @@ impl Tensor {
         Tensor { storage: self.storage.clone(), range, dtype: self.dtype, shape: vec![rows.len(), self.shape[1]] }
     }
 
-    /// All elements as f32, copied: for vectors (norms, biases), not for matrices.
+    /// Copies all elements to a vector of f32. Meant for vectors (norms, biases), not for matrices.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.shape.iter().product()];
         self.dtype.widen(self.bytes(), &mut out);
@@ -148,7 +148,7 @@ impl Tensor {
     }
 }
 
-/// A tensor of the given values, rounded to `dtype`.
+/// Returns a tensor of `values`, rounded to `dtype`.
 #[cfg(test)]
 pub(crate) fn test_tensor(dtype: Dtype, shape: &[usize], values: &[f32]) -> Tensor {
     let bytes: Vec<u8> = match dtype {
@@ -158,5 +158,5 @@ pub(crate) fn test_tensor(dtype: Dtype, shape: &[usize], values: &[f32]) -> Tens
     };
     let range = 0..bytes.len();
     Tensor::new(Arc::new(Storage::Owned(bytes)), range, dtype, shape.to_vec())
-        .expect("as many values as the shape says")
+        .expect("one value per element of the shape")
 }

@@ -1,8 +1,8 @@
-//! The adaptive cache beside decodes that recompute everything, and what it saves. That it is dLLM-Cache's, step by step, is
-//! shown by `tests/golden.rs`.
+//! The adaptive cache compared with decodes that recompute everything, and the work that it saves. `tests/golden.rs` compares it
+//! with dLLM-Cache, step by step.
 
 use dllm_kernels::backend::cpu::Cpu;
-use dllm_kernels::cache::adaptive::Adaptive;
+use dllm_kernels::cache::AdaptiveCache;
 use dllm_kernels::decode::decode;
 use dllm_kernels::engine::{CfgBranch, DecodeEngine, HostEngine, Pass};
 use dllm_kernels::model::{QueryRows, SelectedRows, SessionConfig};
@@ -63,7 +63,7 @@ fn tokens(model: &Model, options: &Options, prompts: &[Vec<u32>]) -> Vec<Vec<u32
         .tokens
 }
 
-/// Where every forward renews everything, by its intervals or because V-verify chooses every row, decodes are what they are
+/// When every forward refreshes everything, by its intervals or because V-verify selects every row, decodes are the same as
 /// without a cache: the same arithmetic, bit for bit.
 #[test]
 fn renewing_everything_is_no_cache() {
@@ -78,7 +78,7 @@ fn renewing_everything_is_no_cache() {
     }
 }
 
-/// Settings that come to the same by the rule, and one that does not.
+/// Settings that are equivalent by the rule, and one that is not.
 #[test]
 fn equal_settings() {
     let same = [
@@ -125,7 +125,7 @@ impl DecodeEngine for Full<'_> {
     }
 }
 
-/// Rows that passes leave out make no difference: prompts that nobody looks at; with masks in them, which are committed as any
+/// Rows that passes leave out make no difference: prompts whose logits are not needed; prompts with masks, which are committed as any
 /// other; and Dream's last prompt row, which is looked at.
 #[test]
 fn rows_that_are_left_out_are_not_missed() {
@@ -151,8 +151,8 @@ fn rows_that_are_left_out_are_not_missed() {
     }
 }
 
-/// Twins that run apart in every forward are those that run beside, but for the rounding of differences; twins that run
-/// seldom save work, and are missed.
+/// Unconditional sequences in separate passes match those in the same pass, but for the rounding of differences. Running them
+/// rarely saves work, and changes the result.
 #[test]
 fn guidance_at_intervals() {
     for family in FAMILIES {
@@ -214,8 +214,12 @@ fn unmask() -> SamplingParams {
     SamplingParams { f32_confidence: true, mask_token: Some(MASK), ..SamplingParams::default() }
 }
 
-/// Passes over sequences of 8 + 8 tokens by a plan each, everything observed: what they chose, and multiply-adds.
-fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u32>)) -> Vec<(Vec<SelectedRows>, u64)> {
+/// Passes over sequences of 8 + 8 tokens, each with its own plan, all observed: the selected rows, and MACs.
+fn passes(
+    model: &Model,
+    adaptive: AdaptiveCache,
+    changes: impl Fn(usize, &mut Vec<u32>),
+) -> Vec<(Vec<SelectedRows>, u64)> {
     let sizes = SessionConfig {
         prompt_lens: vec![8],
         gen_length: 8,
@@ -241,7 +245,7 @@ fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u3
             commit_before: 16,
             commit_rule: selection,
         }];
-        let windows = [QueryRows::new(0, plan.window(8, 16), 16)];
+        let windows = [QueryRows::new(0, if plan.prompt { 0..16 } else { 8..16 }, 16)];
         let pass = Pass {
             plan: &plan,
             query_rows: &windows,
@@ -257,8 +261,8 @@ fn passes(model: &Model, adaptive: Adaptive, changes: impl Fn(usize, &mut Vec<u3
     (0..10).map(pass).collect()
 }
 
-const EIGHT: Adaptive =
-    Adaptive { prompt_interval: 100, response_interval: 100, refresh_ratio: 0.25, guidance_interval: 1 };
+const EIGHT: AdaptiveCache =
+    AdaptiveCache { prompt_interval: 100, response_interval: 100, refresh_ratio: 0.25, cfg_interval: 1 };
 
 /// A step in which nothing changed chooses by position, in every layer.
 #[test]
@@ -276,7 +280,7 @@ fn without_a_change_position_decides() {
     }
 }
 
-/// Logits that were never compared with a twin's cannot be guided by that: an error that names the place.
+/// Logits that were never compared with unconditional logits cannot be guided: an error names sequence and position.
 #[test]
 fn twins_that_never_ran() {
     let model = model(Family::Llada);
@@ -295,7 +299,7 @@ fn twins_that_never_ran() {
     assert!(error.contains("none for sequence 0, position 4"), "{error}");
 }
 
-/// What is not renewed is not computed: multiply-adds, as `docs/caching.md` has them.
+/// Parts that are not refreshed are not computed: MACs, as in `docs/cache-design.md`.
 #[test]
 fn work_is_what_the_page_says() {
     let model = model(Family::Dream);
@@ -306,21 +310,22 @@ fn work_is_what_the_page_says() {
     let (prompt, response, all, later) = (8, 8, 16, 3);
     let row = d * (q + 2 * kv) + 2 * all * q + q * d + 3 * d * mlp;
     let head = response * d * vocab;
-    let of =
-        |adaptive: Adaptive| -> Vec<u64> { passes(&model, adaptive, |_, _| ()).into_iter().map(|p| p.1).collect() };
+    let of = |adaptive: AdaptiveCache| -> Vec<u64> {
+        passes(&model, adaptive, |_, _| ()).into_iter().map(|p| p.1).collect()
+    };
 
     let full = 4 * all * row + head;
     let first_layer = response * row;
     let verify = later * (response * d * kv + 2 * (row - d * kv));
-    let got = of(Adaptive { prompt_interval: 6, response_interval: 3, ..EIGHT });
+    let got = of(AdaptiveCache { prompt_interval: 6, response_interval: 3, ..EIGHT });
     assert_eq!(got[0], full);
     assert_eq!(got[1], first_layer + verify + head);
     assert_eq!(got[3], first_layer + later * response * row + head);
     assert_eq!(got[6], full);
-    // The prompt alone: V-verify beside it has all values fresh.
-    let got = of(Adaptive { prompt_interval: 4, ..EIGHT });
+    // Only the prompt: V-verify has fresh values of all rows.
+    let got = of(AdaptiveCache { prompt_interval: 4, ..EIGHT });
     assert_eq!(got[4], all * row + later * (all * d * kv + (prompt + 2) * (row - d * kv)) + head);
-    let got = of(Adaptive { prompt_interval: 4, refresh_ratio: 0.0, ..EIGHT });
+    let got = of(AdaptiveCache { prompt_interval: 4, refresh_ratio: 0.0, ..EIGHT });
     assert_eq!(got[1], first_layer + head);
     assert_eq!(got[4], all * row + later * prompt * row + head);
 }

@@ -272,7 +272,7 @@ fn wrong_calls_name_the_flag() {
     }
 }
 
-/// A preset is the flags that the list has beside it, and flags stand instead of its own.
+/// A preset is equivalent to the flags in the list, and given flags replace its own.
 #[test]
 fn presets() {
     let list = json_of("presets --json");
@@ -299,8 +299,11 @@ fn presets() {
     let said = |line: &str| text(&dllm(words(line)).output().unwrap().stderr).to_string();
     let idle = said("generate --preset gsm8k-llada-base --cache dual --gen-length 32 --prompt-ids 1");
     assert!(idle.contains("note: --preset (see --cache) has no effect here"), "{idle}");
-    let idle = said("eval --limit 1 --gen-length 8 --setting cache=dual,refresh-ratio=0.5");
-    assert!(idle.contains("note: cache=dual,refresh-ratio=0.5: --refresh-ratio (see --cache) has no effect"), "{idle}");
+    let idle = said("eval --limit 1 --gen-length 8 --setting cache=dual,response-interval=5");
+    assert!(
+        idle.contains("note: cache=dual,response-interval=5: --response-interval (see --cache) has no effect"),
+        "{idle}"
+    );
 }
 
 #[test]
@@ -321,7 +324,7 @@ fn without_a_checkpoint_it_asks_for_one() {
     let elsewhere = tempfile::tempdir().unwrap();
     let output = Command::new(&program).current_dir(elsewhere.path()).output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    // Without the questions beside it: the sample question is the same.
+    // Without the file of questions: the sample question is the same.
     assert_eq!(output.stdout, done(dllm::<&str>([])).stdout);
 }
 
@@ -395,7 +398,7 @@ fn ctrl_c_ends_with_what_is_there() {
 #[cfg(unix)]
 #[test]
 fn a_second_ctrl_c_ends_at_once() {
-    // Nobody reads the pipe that the trace goes to, so that the program would wait forever.
+    // The pipe of the trace has no reader, so the program would block forever.
     let dir = tempfile::tempdir().unwrap();
     let pipe = dir.path().join("pipe");
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
@@ -624,7 +627,7 @@ fn eval_takes_mode_flags() {
     assert_eq!(rows[0]["setting"], "cache=none,policy=threshold,threshold=0.5");
 }
 
-/// Joined caches by their flags: what a setting is called, what a trace tells, and what has no effect.
+/// Flags of the hybrid cache: names of settings, contents of a trace, and flags without effect.
 #[test]
 fn joined_caches() {
     let rows = json_of("eval --limit 1 --gen-length 32 --json --refresh-rows 0.5");

@@ -142,7 +142,8 @@ fn fail_each(what: &str, mut work: impl FnMut() -> dllm_kernels::Result<()>, mut
 #[track_caller]
 fn named(what: &str, error: &Error) {
     let fits = match error {
-        Error::Unavailable(message) => {
+        Error::OutOfMemory { .. } => {
+            let message = error.to_string();
             message.contains(" need ")
                 && (message.contains(" MiB of the device's memory")
                     || message.contains("memory of this machine") && message.contains("cuMemHostAlloc"))
@@ -429,7 +430,7 @@ fn refused_models() {
     ];
     for (config, expected) in cases {
         let error = to_device(config).err().unwrap();
-        assert!(matches!(error, Error::Unavailable(_)), "{error}");
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
         assert!(error.to_string().contains(expected), "{error}");
     }
 }

@@ -62,7 +62,7 @@ fn device_properties() {
 fn missing_device() {
     device();
     let error = Device::open(1000).unwrap_err();
-    assert!(matches!(error, Error::Unavailable(_)) && error.to_string().contains("no CUDA device 1000"), "{error}");
+    assert!(matches!(error, Error::NoDevice(_)) && error.to_string().contains("no CUDA device 1000"), "{error}");
 }
 
 #[test]

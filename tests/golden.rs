@@ -94,7 +94,7 @@ fn forward_window(model: &Model, case: &Value, tensors: &Tensors, suffix: bool) 
     let mut worst = 0.0f32;
     for call in 0..3 {
         let pass = if call == 0 { PassKind::Full } else { pass };
-        let window = pass.window(&block, 0, length);
+        let window = pass.rows(&block, 0, length);
         let windows: Vec<_> = (0..batch).map(|s| QueryRows::new(s, window.clone(), length)).collect();
         let index: Vec<usize> = (0..batch * window.len()).collect();
         let tokens = token_rows(tensors, &format!("{name}.ids{call}"), batch);

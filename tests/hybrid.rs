@@ -1,6 +1,6 @@
-//! What can be joined to the block caches: refreshes that leave the prompt as it is cached, or run the block and the
-//! rows whose values turned most; rows around the block; a window on the suffix. Against a transformer and a loop
-//! written here from the rule, against settings that come to the same, and counted.
+//! The hybrid cache: refreshes that skip the prompt, or recompute the block and the rows whose values changed most; vicinity; and
+//! the suffix window. Compared with a transformer and a loop written here from the rules, with equivalent settings, and by
+//! counted work.
 
 mod checkpoint;
 
@@ -114,7 +114,7 @@ fn passes(model: &Model, options: &Options, prompt: &[u32]) -> Vec<Passed> {
 
 // The rule, written for reading: f64, one position at a time, all that is remembered by position.
 
-/// What is remembered of a position in a layer. Keys are rotated.
+/// Cached state of a position in a layer. Keys are rotated.
 #[derive(Clone, Default)]
 struct Reused {
     k: Vec<f64>,
@@ -422,7 +422,7 @@ fn settled(model: &Model, options: &Options, prompt: &[u32]) -> Vec<Passed> {
     passes(model, options, prompt).into_iter().map(|passed| Passed { window: 0..0, ..passed }).collect()
 }
 
-/// Settings that come to the same.
+/// Settings that are equivalent.
 #[test]
 fn equal_settings() {
     for family in FAMILIES {
@@ -467,7 +467,7 @@ fn of_one_layer_nothing_is_stale() {
 
 /// A session whose refreshes, those of a plain decode, keep at first and then run the block and this share of the other
 /// rows, if one is given; and every confidence that it gave.
-struct Kept<'m> {
+struct CachePlanOverride<'m> {
     session: HostEngine<'m, Cpu>,
     mode: CacheMode,
     first_block: usize,
@@ -476,14 +476,14 @@ struct Kept<'m> {
     refreshes: usize,
 }
 
-impl DecodeEngine for Kept<'_> {
+impl DecodeEngine for CachePlanOverride<'_> {
     fn step(&mut self, tokens: &[Vec<u32>], pass: &Pass) -> Result<Vec<Prediction>> {
         let LayerPlan::Full { reuse, store, .. } = pass.plan.layer(1) else { panic!("not plain") };
         self.refreshes += usize::from(store);
         let verdicts = match self.share {
             Some(share) if store => {
                 let first = pass.query_rows[0].block.end == self.first_block + BLOCK;
-                let refresh = if first { Refresh::Keep } else { Refresh::Some(Ratio::new(share)) };
+                let refresh = if first { Refresh::FullWithFeatures } else { Refresh::Partial(Ratio::new(share)) };
                 let kind = if reuse { PassKind::Response } else { PassKind::Full };
                 let plan = BlockPlan { refresh, ..BlockPlan::new(self.mode, kind) };
                 self.session.step(tokens, &Pass { plan: &plan, ..*pass })?
@@ -508,7 +508,7 @@ fn all_rows_chosen_are_all_rows() {
                 let run = |share: Option<f64>| {
                     let session = HostEngine::new(model.transformer(), Cpu::default(), sizes.clone()).unwrap();
                     let (first_block, confidence) = (prompt.len(), vec![]);
-                    let mut kept = Kept { session, mode, first_block, share, confidence, refreshes: 0 };
+                    let mut kept = CachePlanOverride { session, mode, first_block, share, confidence, refreshes: 0 };
                     let decoded = decode(&mut kept, model.config(), &prompts, &options, None, &mut ()).unwrap();
                     assert_eq!(kept.refreshes, BLOCKS);
                     (decoded.tokens, kept.confidence)
@@ -520,7 +520,7 @@ fn all_rows_chosen_are_all_rows() {
     }
 }
 
-/// What else is in the batch changes nothing, guided or not, under every policy.
+/// Other sequences of the batch change nothing, with or without guidance, under every policy.
 #[test]
 fn batches() {
     for family in FAMILIES {
@@ -541,7 +541,7 @@ fn batches() {
     }
 }
 
-/// Multiply-adds of a decode that commits one token a forward, and the same by hand: row and key counts of every pass.
+/// MACs of a decode that commits one token per forward, and the same by hand: row and key counts of every pass.
 #[test]
 fn work() {
     const LAYERS: u64 = 4;
@@ -558,7 +558,7 @@ fn work() {
         let rest = d * q + 3 * d * mlp;
         let attention = |rows: usize, keys: usize| rows as u64 * (d * (q + 2 * kv) + 2 * keys as u64 * q);
         let head = |scored: usize| scored as u64 * d * vocab;
-        // All rows of all layers, but of the last one what nobody asks for.
+        // All rows of all layers, but only the logit rows after the attention of the last one.
         let whole = |rows: usize, keys: usize, scored: usize| {
             LAYERS * attention(rows, keys) + ((LAYERS - 1) * rows as u64 + scored as u64) * rest + head(scored)
         };
@@ -576,7 +576,7 @@ fn work() {
             (0..BLOCKS).flat_map(|block| (0..BLOCK).map(move |i| (block, i))).map(|(block, i)| pass(block, i)).sum()
         };
         for cache in CACHED {
-            // Rows of a forward between refreshes, with so many more on either side, of so many that there are.
+            // Rows of a forward between refreshes, with the vicinity on either side, limited to the sequence.
             let between = |block: usize, vicinity: usize, places: usize| {
                 let (start, end) = (p + block * BLOCK, p + (block + 1) * BLOCK);
                 let end = if cache == CacheMode::Dual { (end + vicinity).min(places) } else { places };
@@ -634,7 +634,7 @@ fn work() {
     }
 }
 
-/// What cannot be is said before anything runs.
+/// Impossible settings are errors before any work.
 #[test]
 fn errors() {
     struct Never;
@@ -666,7 +666,7 @@ fn errors() {
             let Err(Error::Argument { name, expected, found }) = result else { panic!("{options:?} passes") };
             assert!(name == want && !expected.is_empty() && !found.is_empty(), "{name}: {expected}, {found}");
         }
-        // At the ends of what can be; and a window beside a share that no cache reads.
+        // At the limits of the ranges; and a window with a ratio that no cache uses.
         for options in [
             ratio(0.0).1,
             ratio(1.0).1,

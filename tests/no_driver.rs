@@ -10,11 +10,11 @@ fn no_driver_is_an_error() {
         // The machine has a driver, and perhaps no device.
         Ok(count) => {
             let error = Device::open(count).unwrap_err();
-            assert!(matches!(error, Error::Unavailable(_)), "{error}");
+            assert!(matches!(error, Error::NoDevice(_)), "{error}");
         }
         Err(error) => {
             assert_eq!(error.to_string(), "no CUDA driver: libcuda was not found");
-            assert!(matches!(Device::open(0), Err(Error::Unavailable(_))));
+            assert!(matches!(Device::open(0), Err(Error::NoDevice(_))));
         }
     }
 }

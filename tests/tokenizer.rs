@@ -270,7 +270,7 @@ fn wrong_tokenizer_json() {
     }
 }
 
-/// What only shows when a text is encoded is an error there.
+/// Faults that show only when a text is encoded are errors there.
 #[test]
 fn tokenizer_json_that_fails_late() {
     let dir = tiny_math_copy();

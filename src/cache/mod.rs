@@ -1,49 +1,42 @@
-//! Which rows a forward pass runs, and what it reuses of earlier ones: Fast-dLLM's block caches (section 3.1) here,
-//! dLLM-Cache in [`adaptive`].
+//! Caches of a decode: the rows that a forward pass computes, what it stores, and what it reuses.
 //!
-//! At the start of a block everything runs and is cached (a refresh). Until the block is done, PrefixCache runs the
-//! block and all that follows against the cached prefix; DualCache runs the block alone, against cached prefix and
-//! suffix. Nothing outlives the block, unless they are joined with what dLLM-Cache does ([`BlockPlan::refresh`]): then a
-//! refresh may leave the prompt as it is cached, or run the block and those other rows whose values turned most.
+//! - [`BlockCache`]: no cache, or Fast-dLLM's PrefixCache and DualCache (section 3.1), and the hybrid cache.
+//! - [`AdaptiveCache`]: dLLM-Cache (sections 3.2 and 3.3).
 
 pub mod adaptive;
+mod block;
 
-use crate::backend::{Ratio, RowUpdate, UpdateAlways};
+pub use adaptive::AdaptiveCache;
+pub use block::{BlockCache, BlockPlan, Refresh};
+
 use crate::error::Error;
-use crate::model::{CachePlan, LayerPlan};
+use crate::model::{CachePlan, Family, LayerPlan, QueryRows};
+use adaptive::{AdaptivePlan, CfgPlan};
 use std::ops::Range;
 use std::str::FromStr;
 
-/// What is kept between forwards.
+/// Cache of a decode: the keys, values and features that forward passes reuse.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum CacheMode {
-    /// Nothing: every forward runs everything.
+    /// No cache: every forward computes all positions.
     None,
-    /// Keys and values of the positions before the block.
+    /// Fast-dLLM's PrefixCache: keys and values of the positions before the block.
     Prefix,
-    /// Keys and values of the positions before and after the block.
+    /// Fast-dLLM's DualCache: keys and values of the positions before and after the block.
     Dual,
-    /// dLLM-Cache: keys, values and the outputs of attention and MLP of all positions, renewed at intervals and where values
-    /// turned most ([`adaptive`]).
+    /// dLLM-Cache: keys, values and the outputs of attention and MLP of all positions ([`adaptive`]).
     Adaptive,
-}
-
-/// The part of the sequence that a forward runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PassKind {
-    /// All positions.
-    Full,
-    /// The response, and what is before it that can change.
-    Response,
-    /// The block and all that follows.
-    Suffix,
-    /// The block.
-    Block,
 }
 
 impl CacheMode {
     /// All cache modes, in the order of the command line's help.
     pub const ALL: [CacheMode; 4] = [CacheMode::None, CacheMode::Prefix, CacheMode::Dual, CacheMode::Adaptive];
+
+    /// Whether the first forward of a block stores keys and values for the later ones.
+    pub(crate) fn has_block_refreshes(self) -> bool {
+        matches!(self, CacheMode::Prefix | CacheMode::Dual)
+    }
 
     /// Returns the name on the command line, which [`Display`](std::fmt::Display) writes and [`FromStr`] parses.
     pub fn name(self) -> &'static str {
@@ -55,7 +48,7 @@ impl CacheMode {
         }
     }
 
-    /// What the forwards of a block run after its first one.
+    /// Returns the kind of every forward of a block but its first.
     pub fn block_pass(self) -> PassKind {
         match self {
             CacheMode::None | CacheMode::Adaptive => PassKind::Full,
@@ -81,10 +74,23 @@ impl FromStr for CacheMode {
     }
 }
 
+/// Kind of a forward pass: the part of the sequence that it computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PassKind {
+    /// All positions.
+    Full,
+    /// The response, and the masks of the prompt with every position after the first of them.
+    Response,
+    /// The block and every position after it.
+    Suffix,
+    /// The block.
+    Block,
+}
+
 impl PassKind {
-    /// The rows that run, for a block of a sequence of `len` positions, of which none before `first_active_row` can change
-    /// ([`adaptive::first_active_row`]).
-    pub fn window(self, block: &Range<usize>, first_active_row: usize, len: usize) -> Range<usize> {
+    /// Returns the rows of a pass over a sequence of `len` positions. No token before `first_active_row`
+    /// ([`adaptive::first_active_row`]) can change.
+    pub fn rows(self, block: &Range<usize>, first_active_row: usize, len: usize) -> Range<usize> {
         match self {
             PassKind::Full => 0..len,
             PassKind::Response => first_active_row..len,
@@ -93,51 +99,149 @@ impl PassKind {
         }
     }
 
-    /// Whether it begins a block.
-    pub fn refreshes(self) -> bool {
+    /// Whether the pass is a refresh, which begins a block.
+    pub fn is_refresh(self) -> bool {
         matches!(self, PassKind::Full | PassKind::Response)
     }
 }
 
-/// What the refreshes of a block leave to later ones.
+/// Constants of one sequence that determine its rows. Positions count from the start of the prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refresh {
-    /// Nothing: all rows run again.
-    Whole,
-    /// This one runs all rows, and keeps what later ones need.
-    Keep,
-    /// This one runs the block, and of the other rows the share whose values turned most since the last refresh.
-    Some(Ratio),
+pub struct SequenceLayout {
+    /// Index of the sequence in the batch.
+    pub index: usize,
+    /// Length of the prompt, in tokens.
+    pub prompt_len: usize,
+    /// Length of prompt and generated region, in tokens.
+    pub len: usize,
+    /// First row that passes compute while the prompt is not refreshed ([`adaptive::first_active_row`]).
+    pub first_active_row: usize,
+    /// Distance from the row of a position to the earlier row that has its logits: 1 for Dream, 0 for LLaDA.
+    pub logit_shift: usize,
 }
 
-/// The cache use of one pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BlockPlan {
-    /// What is kept.
-    pub mode: CacheMode,
-    /// What runs.
-    pub pass: PassKind,
-    /// Of a refresh.
-    pub refresh: Refresh,
-}
-
-impl BlockPlan {
-    /// Refreshes run all rows.
-    pub const fn new(mode: CacheMode, pass: PassKind) -> BlockPlan {
-        BlockPlan { mode, pass, refresh: Refresh::Whole }
+impl SequenceLayout {
+    /// Describes sequence `index`: `prompt` and `gen_length` generated positions.
+    pub fn new(index: usize, family: Family, prompt: &[u32], gen_length: usize, mask_token: u32) -> SequenceLayout {
+        SequenceLayout {
+            index,
+            prompt_len: prompt.len(),
+            len: prompt.len() + gen_length,
+            first_active_row: adaptive::first_active_row(family, prompt, mask_token),
+            logit_shift: if family == Family::Dream { 1 } else { 0 },
+        }
     }
 }
 
-impl CachePlan for BlockPlan {
+/// Cache of a decode, with its parameters.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum CacheConfig {
+    /// No cache, PrefixCache, DualCache or the hybrid cache.
+    Block(BlockCache),
+    /// dLLM-Cache.
+    Adaptive(AdaptiveCache),
+}
+
+impl CacheConfig {
+    /// Returns the cache use of a pass around `block` that is forward `step` of the sequence.
+    pub fn plan(&self, kind: PassKind, layout: &SequenceLayout, block: &Range<usize>, step: usize) -> PassPlan {
+        match self {
+            CacheConfig::Block(cache) => PassPlan::Block(cache.plan(kind, block.start == layout.prompt_len)),
+            CacheConfig::Adaptive(cache) => PassPlan::Adaptive(cache.plan(step), cache.cfg_plan(step)),
+        }
+    }
+
+    /// Returns the rows that a pass with this plan computes.
+    pub fn query_rows(&self, plan: &PassPlan, layout: &SequenceLayout, block: &Range<usize>) -> QueryRows {
+        match (self, plan) {
+            (_, PassPlan::Adaptive(plan, _)) => plan.query_rows(layout),
+            (CacheConfig::Block(cache), PassPlan::Block(plan)) => cache.query_rows(plan.pass, layout, block),
+            (CacheConfig::Adaptive(_), PassPlan::Block(_)) => unreachable!("a block plan of the adaptive cache"),
+        }
+    }
+
+    /// Returns the rows of a pass as observers see them: with the adaptive cache all positions, whatever the plan is.
+    pub fn observed_rows(&self, kind: PassKind, layout: &SequenceLayout, block: &Range<usize>) -> Range<usize> {
+        match self {
+            CacheConfig::Block(cache) => cache.query_rows(kind, layout, block).rows,
+            CacheConfig::Adaptive(_) => kind.rows(block, layout.first_active_row, layout.len),
+        }
+    }
+
+    /// Returns the kind of the first pass of block `block`.
+    pub fn first_pass(&self, block: usize) -> PassKind {
+        match self {
+            CacheConfig::Block(cache) => cache.first_pass(block),
+            CacheConfig::Adaptive(_) => PassKind::Full,
+        }
+    }
+
+    /// Returns the kind of every forward of a block but its first.
+    pub fn block_pass(&self) -> PassKind {
+        match self {
+            CacheConfig::Block(cache) => cache.mode.block_pass(),
+            CacheConfig::Adaptive(_) => PassKind::Full,
+        }
+    }
+
+    /// Whether passes store features for later passes.
+    pub fn stores_features(&self) -> bool {
+        match self {
+            CacheConfig::Block(cache) => cache.stores_features(),
+            CacheConfig::Adaptive(_) => true,
+        }
+    }
+
+    /// Returns the number of forwards after which the plans of [`CacheConfig::plan`] repeat.
+    pub fn period(&self) -> usize {
+        match self {
+            CacheConfig::Block(_) => 1,
+            CacheConfig::Adaptive(cache) => cache.prompt_interval.saturating_mul(cache.response_interval),
+        }
+    }
+
+    /// Whether the plan of a pass depends on the number of forwards before it. Sequences with different numbers then need
+    /// separate passes.
+    pub fn depends_on_step(&self) -> bool {
+        matches!(self, CacheConfig::Adaptive(_))
+    }
+}
+
+/// Cache use of one pass of one sequence.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum PassPlan {
+    /// With a [`BlockCache`].
+    Block(BlockPlan),
+    /// With the [`AdaptiveCache`]: of the sequence, and of its unconditional sequence.
+    Adaptive(AdaptivePlan, CfgPlan),
+}
+
+impl PassPlan {
+    /// Number of template indices: 0 for the first pass of a block, and those of [`PassPlan::template_index`].
+    pub const NUM_TEMPLATES: usize = 5;
+
+    /// Returns the index, from 1 on, of this kind of pass among the step templates of a decode.
+    pub fn template_index(&self) -> usize {
+        match self {
+            PassPlan::Block(_) => 1,
+            PassPlan::Adaptive(plan, _) => 1 + 2 * usize::from(plan.prompt) + usize::from(plan.response),
+        }
+    }
+
+    /// Returns the plan of the adaptive cache, if that is the cache.
+    pub fn adaptive(&self) -> Option<AdaptivePlan> {
+        match self {
+            PassPlan::Block(_) => None,
+            PassPlan::Adaptive(plan, _) => Some(*plan),
+        }
+    }
+}
+
+impl CachePlan for PassPlan {
     fn layer(&self, layer: usize) -> LayerPlan {
-        let reuse = self.pass != PassKind::Full;
-        // A later pass of the block recomputes all the rows it stands in for, so only the refresh needs to store.
-        let store = self.pass.refreshes() && self.mode != CacheMode::None;
-        match self.refresh {
-            Refresh::Some(share) if store && layer > 0 => {
-                LayerPlan::Partial(RowUpdate { always: UpdateAlways::Block, others: Some(share) })
-            }
-            refresh => LayerPlan::Full { reuse, store, store_features: store && layer > 0 && refresh == Refresh::Keep },
+        match self {
+            PassPlan::Block(plan) => plan.layer(layer),
+            PassPlan::Adaptive(plan, _) => plan.layer(layer),
         }
     }
 }

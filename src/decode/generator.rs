@@ -1,34 +1,37 @@
-//! The library's front door: a model, options, and prompts in; tokens out.
+//! The generator: a model, options and prompts in, tokens out.
 
-use super::generate::{decode, end_tokens};
+use super::decoder::decode;
 use super::observer::Observer;
 use super::options::{Options, Policy};
+use super::state::end_tokens;
 use crate::cache::CacheMode;
 use crate::engine::Model;
 use crate::error::Result;
 use crate::sampling::Confidence;
+use std::fmt;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-/// What [`Generator::generate`] gives.
+/// Result of [`Generator::generate`].
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Generation {
-    /// Generated tokens per prompt: `gen_length` of them, or fewer where `early_stop` ended the sequence.
+    /// Generated tokens of each prompt: `gen_length` tokens, or fewer when `early_stop` ended the sequence.
     pub tokens: Vec<Vec<u32>>,
-    /// Forward passes over the batch.
+    /// Number of forward passes (NFE) over the batch.
     pub nfe: usize,
-    /// Time spent decoding, without loading.
+    /// Time of the decode, without loading.
     pub elapsed: Duration,
-    /// Whether it was interrupted; mask tokens are then left.
+    /// Whether the decode was interrupted. The tokens then contain mask tokens.
     pub interrupted: bool,
-    /// Multiply-adds of the matrix products and of attention in these passes (on a CUDA device a first layer in vain now and then
-    /// among them).
+    /// Multiply-accumulates (MACs) of matrix products and attention in these passes. On a CUDA device this includes first layers
+    /// that were enqueued in advance and discarded.
     pub macs: u64,
     end_tokens: Vec<u32>,
 }
 
 impl Generation {
-    /// Tokens of a sequence up to its first end-of-text token, which is not included.
+    /// Returns the tokens of a sequence before its first end-of-text token.
     ///
     /// # Panics
     /// When there is no such sequence.
@@ -37,7 +40,7 @@ impl Generation {
         &tokens[..tokens.iter().position(|t| self.end_tokens.contains(t)).unwrap_or(tokens.len())]
     }
 
-    /// Tokens up to and with the first end-of-text token, all sequences together, per second.
+    /// Returns the number of tokens per second, over all sequences. Tokens after the first end-of-text token do not count.
     pub fn tokens_per_second(&self) -> f64 {
         let counted = |s: usize| (self.text_tokens(s).len() + 1).min(self.tokens[s].len());
         let tokens: usize = (0..self.tokens.len()).map(counted).sum();
@@ -45,7 +48,7 @@ impl Generation {
     }
 }
 
-/// Generates text with a model.
+/// Generates answers with a model. A generator can be used any number of times, and from several threads.
 ///
 /// ```
 /// # fn main() -> dllm_kernels::Result<()> {
@@ -61,10 +64,18 @@ impl Generation {
 /// # Ok(())
 /// # }
 /// ```
+#[must_use = "a generator does nothing until `generate` is called"]
+#[derive(Clone)]
 pub struct Generator<'m> {
     model: &'m Model,
     options: Options,
     interrupt: Option<&'m AtomicBool>,
+}
+
+impl fmt::Debug for Generator<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Generator").field("options", &self.options).finish_non_exhaustive()
+    }
 }
 
 macro_rules! setters {
@@ -78,18 +89,23 @@ macro_rules! setters {
 }
 
 impl<'m> Generator<'m> {
-    /// A generator with the default [`Options`].
+    /// Creates a generator with the default [`Options`].
     pub fn new(model: &'m Model) -> Self {
         Generator { model, options: Options::default(), interrupt: None }
     }
 
-    /// Replaces all options, those set before included.
+    /// Replaces all options, including those that were set before.
     pub fn options(mut self, options: Options) -> Self {
         self.options = options;
         self
     }
 
-    /// Ends the decode before the next forward once the flag is set.
+    /// The options, to change them in place. An optional setting can be set back to `None` here.
+    pub fn options_mut(&mut self) -> &mut Options {
+        &mut self.options
+    }
+
+    /// Sets a flag that interrupts the decode: it ends before the next forward when the flag is true.
     pub fn interrupt(mut self, flag: &'m AtomicBool) -> Self {
         self.interrupt = Some(flag);
         self
@@ -140,26 +156,26 @@ impl<'m> Generator<'m> {
         end_tokens: Vec<u32>;
     }
 
-    /// Answers every prompt (token ids); they are decoded together and may differ in length.
+    /// Decodes one answer for each prompt. Prompts are token ids; they are decoded as one batch and may differ in length.
     ///
     /// # Errors
-    /// [`crate::Error::Argument`] before any work, when options or prompts do not fit the model;
-    /// [`crate::Error::Unavailable`] when there is no memory for them;
-    /// [`crate::Error::NoFiniteLogit`] when the model's numbers break down.
+    /// - [`crate::Error::Argument`], before any work, when options or prompts do not fit the model.
+    /// - [`crate::Error::OutOfMemory`] when there is no memory for the decode.
+    /// - [`crate::Error::NoFiniteLogit`] when the logits of a candidate are not finite.
+    /// - The driver's errors, on a CUDA device.
     pub fn generate(&self, prompts: &[Vec<u32>]) -> Result<Generation> {
         self.generate_observed(prompts, &mut ())
     }
 
-    /// [`Generator::generate`], with an observer that is called after each step.
+    /// Decodes as [`Generator::generate`] does, with an observer.
+    ///
+    /// # Errors
+    /// As [`Generator::generate`].
     pub fn generate_observed(&self, prompts: &[Vec<u32>], observer: &mut dyn Observer) -> Result<Generation> {
         let config = self.model.config();
         self.options.validate(config, prompts)?;
-        #[cfg(feature = "cuda")]
-        if self.model.device().is_some() {
-            self.options.validate_on_device()?;
-        }
-        let sizes = self.options.sizes(config, prompts);
-        let mut engine = self.model.engine(sizes)?;
+        self.model.check(&self.options.requirements())?;
+        let mut engine = self.model.engine(self.options.sizes(config, prompts))?;
         let start = Instant::now();
         let decoded = decode(&mut *engine, config, prompts, &self.options, self.interrupt, observer)?;
         Ok(Generation {

@@ -1,15 +1,18 @@
-//! From prompts to text: which rule runs, block by block, step by step.
+//! From prompts to answers: options, the published decoding algorithms, and the loops that run them over an engine.
 
-mod generate;
+mod algorithms;
+mod block_loop;
+mod decoder;
+mod device_loop;
 mod generator;
+mod host_loop;
 mod observer;
 mod options;
 pub mod presets;
 mod state;
-mod stretch;
 pub mod trace;
 
-pub use generate::{Decoded, decode};
+pub use decoder::{Decoded, decode};
 pub use generator::{Generation, Generator};
 pub use observer::{Observer, SequenceStep, Step};
 pub use options::{Algorithm, Options, Policy};

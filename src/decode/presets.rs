@@ -1,4 +1,4 @@
-//! The settings that dLLM-Cache publishes for its evaluations, by task and model.
+//! The options that dLLM-Cache publishes for its evaluations, by task and model.
 
 use super::options::{Options, Policy};
 use crate::cache::CacheMode;
@@ -6,35 +6,35 @@ use crate::model::Family;
 use crate::sampling::Confidence;
 use serde::Serialize;
 
-/// Where the settings are from.
+/// Source of the presets.
 pub const SOURCE: &str = "evaluation scripts of github.com/maomaocun/dLLM-cache at 17235bf";
 
-/// A published setting: the adaptive cache with a share of 0.25, and a fixed number of tokens a step.
+/// Published options of one task and model: the adaptive cache with a ratio of 0.25, and the fixed policy.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Preset {
-    /// Task and model.
+    /// Name of the task and the model.
     pub name: &'static str,
     /// Forwards between two refreshes of the prompt.
     pub prompt_interval: usize,
     /// Forwards between two refreshes of the response.
     pub response_interval: usize,
-    /// Block length, generated length, steps.
+    /// Block length, generated length and steps.
     pub lengths: [usize; 3],
 }
 
 impl Preset {
-    /// The preset of this name.
+    /// Returns the preset of this name.
     pub fn find(name: &str) -> Option<&'static Preset> {
         PRESETS.iter().find(|preset| preset.name == name)
     }
 
-    /// Whose models it is for.
+    /// Returns the family of the models that the preset is for.
     pub fn family(&self) -> Family {
         if self.name.contains("-dream-") { Family::Dream } else { Family::Llada }
     }
 
-    /// The options that it stands for; `gen_length`, if given, instead of its own. Blocks that are all of its own length are all of
-    /// the other, and there is a step for each token. Dream's tokens are sampled.
+    /// Returns the options of the preset. `gen_length` replaces the published length; then there is one step per token, and a block
+    /// of the published length gets the new length. Dream's tokens are sampled.
     pub fn options(&self, gen_length: Option<usize>) -> Options {
         let [block_length, published, steps] = self.lengths;
         let gen_length = gen_length.unwrap_or(published);
@@ -65,10 +65,10 @@ const fn dream(name: &'static str, [prompt_interval, response_interval]: [usize;
     Preset { name, prompt_interval, response_interval, lengths: [256, 256, 256] }
 }
 
-/// Where LLaDA Base's tasks say nothing else.
+/// Lengths of most tasks with LLaDA Base.
 const BASE: [usize; 3] = [256, 256, 256];
 
-/// All of them. Where two are published for one task, the second bears its prompt interval in the name.
+/// All presets. When two are published for one task, the name of the second one ends with its prompt interval.
 pub const PRESETS: &[Preset] = &[
     llada("gsm8k-llada-base", [100, 6], BASE),
     llada("gsm8k-llada-base-25", [25, 5], BASE),
@@ -114,7 +114,7 @@ mod tests {
     use crate::decode::Algorithm;
     use crate::model::Config;
 
-    /// Each has a name of its own, is found by it, and runs its family's own loop.
+    /// Every preset has a unique name, is found by it, and selects the algorithm of its family.
     #[test]
     fn all_are_valid() {
         for preset in PRESETS {
@@ -125,8 +125,8 @@ mod tests {
             for gen_length in [None, Some(128), Some(512)] {
                 let options = preset.options(gen_length);
                 options.validate(&config, &[vec![1]]).unwrap();
-                let rule = if family == Family::Dream { Algorithm::Dream } else { Algorithm::Llada };
-                assert_eq!((options.algorithm(family), options.cache), (rule, CacheMode::Adaptive));
+                let algorithm = if family == Family::Dream { Algorithm::Dream } else { Algorithm::Llada };
+                assert_eq!((options.algorithm(family), options.cache), (algorithm, CacheMode::Adaptive));
             }
         }
         assert_eq!(Preset::find("gsm8k"), None);

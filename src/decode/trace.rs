@@ -1,23 +1,22 @@
-//! A decode written down step by step, in the format of the golden trajectories (`tests/golden/README.md` section 4).
+//! The trace of a decode, in the format of the golden trajectories (`tests/golden/README.md` section 4).
 
-use super::generate::Decoded;
+use super::decoder::Decoded;
 use super::observer::{Observer, SequenceStep, Step};
 use super::options::{Algorithm, Options, Policy};
 use crate::cache::{CacheMode, PassKind};
 use crate::model::Config;
-use crate::sampling::Confidence;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-/// Collects the steps of a decode.
+/// Observer that records the steps of a decode.
 #[derive(Debug, Default)]
 pub struct Trace {
     steps: Vec<Value>,
 }
 
 impl Trace {
-    /// The whole trajectory, once the decode is over.
+    /// Returns the trajectory of a finished decode as JSON. `model` is the name that it records.
     pub fn finish(
         &self,
         model: &str,
@@ -30,7 +29,7 @@ impl Trace {
         let algorithm = algorithm(options.algorithm(config.family), options.cache);
         json!({
             "name": "",
-            "algorithm": match joined(options).next() {
+            "algorithm": match hybrid_params(options).next() {
                 None => algorithm.to_string(),
                 Some(_) => format!("{algorithm}, joined"),
             },
@@ -76,18 +75,18 @@ impl Observer for Trace {
             entry["refresh_gen"] = one_or_all(&refreshed.iter().map(|plan| plan.response).collect::<Vec<_>>());
             let layers: BTreeSet<usize> =
                 step.sequences.iter().flat_map(|s| &s.selected_rows).map(|(l, _)| *l).collect();
-            let of = |layer: usize| {
+            let selected_in = |layer: usize| {
                 let rows =
                     |s: &SequenceStep| s.selected_rows.iter().find(|(l, _)| *l == layer).map(|(_, rows)| rows.clone());
                 json!({ "layer": layer, "indices": each(&|s| json!(rows(s).unwrap_or_default())) })
             };
-            entry["vverify"] = layers.into_iter().map(of).collect();
+            entry["vverify"] = layers.into_iter().map(selected_in).collect();
         }
         self.steps.push(entry);
     }
 }
 
-/// The one value that all sequences share, or the list of them (ragged batches).
+/// Returns the value that all sequences share, or else the list of values.
 fn one_or_all<T: PartialEq + serde::Serialize>(values: &[T]) -> Value {
     match values {
         [first, rest @ ..] if rest.iter().all(|v| v == first) => json!(first),
@@ -95,12 +94,12 @@ fn one_or_all<T: PartialEq + serde::Serialize>(values: &[T]) -> Value {
     }
 }
 
-/// The function of the original that computes the same.
-fn algorithm(rule: Algorithm, cache: CacheMode) -> &'static str {
-    match (rule, cache) {
+/// Returns the function of the reference implementation that computes the same.
+fn algorithm(algorithm: Algorithm, cache: CacheMode) -> &'static str {
+    match (algorithm, cache) {
         (Algorithm::Llada, CacheMode::Adaptive) => "dllm_cache.llada",
         (Algorithm::Dream, CacheMode::Adaptive) => "dllm_cache.dream",
-        // dLLM-Cache's features around loops of Fast-dLLM, which no original has.
+        // No reference implementation has the adaptive cache in these algorithms.
         (Algorithm::FastLlada, CacheMode::Adaptive) => "fast_dllm.generate, dllm_cache",
         (Algorithm::DreamThreshold, CacheMode::Adaptive) => "dream.generate, dllm_cache",
         (Algorithm::DreamBlock, CacheMode::Adaptive) => "fast_dllm.dream_block, dllm_cache",
@@ -113,12 +112,15 @@ fn algorithm(rule: Algorithm, cache: CacheMode) -> &'static str {
     }
 }
 
-/// What no original has, and is not as by default.
-fn joined(options: &Options) -> impl Iterator<Item = (&'static str, Value)> {
+/// Returns the parameters of the hybrid cache that differ from their defaults. No reference implementation has them.
+fn hybrid_params(options: &Options) -> impl Iterator<Item = (&'static str, Value)> {
     let list = |options: &Options| {
         [
             ("refresh_prompt_every", json!(options.refresh_prompt_every)),
-            ("refresh_rows", json!(if options.refreshes_blocks() { options.effective_refresh_ratio() } else { 1.0 })),
+            (
+                "refresh_rows",
+                json!(if options.cache.has_block_refreshes() { options.effective_refresh_ratio() } else { 1.0 }),
+            ),
             ("vicinity", json!(options.vicinity)),
             ("suffix_window", json!(options.suffix_window)),
         ]
@@ -133,12 +135,7 @@ fn params(config: &Config, options: &Options, batch: usize) -> Value {
         Policy::Threshold(t) => (Some(t), None),
         Policy::Factor(f) => (None, Some(f)),
     };
-    let confidence = match options.confidence(options.algorithm(config.family)) {
-        Confidence::Probability => "probability",
-        Confidence::Margin => "margin",
-        Confidence::Entropy => "entropy",
-        Confidence::Random => "random",
-    };
+    let confidence = options.confidence(options.algorithm(config.family)).name();
     let mut params = json!({
         "gen_length": options.gen_length,
         "block_length": options.block_length(),
@@ -158,13 +155,13 @@ fn params(config: &Config, options: &Options, batch: usize) -> Value {
         "mask_id": config.mask_token_id,
         "batch": batch,
     });
-    for (name, value) in joined(options) {
+    for (name, value) in hybrid_params(options) {
         params[name] = value;
     }
     if let Some(adaptive) = options.adaptive() {
         params["prompt_interval_steps"] = json!(adaptive.prompt_interval);
         params["gen_interval_steps"] = json!(adaptive.response_interval);
-        params["cfg_interval_steps"] = json!(adaptive.guidance_interval);
+        params["cfg_interval_steps"] = json!(adaptive.cfg_interval);
         params["transfer_ratio"] = json!(adaptive.refresh_ratio);
     }
     params

@@ -45,25 +45,30 @@ impl MemoryEstimate {
 pub(super) fn ensure_device_memory(device: &Device, what: &str, bytes: usize) -> Result<()> {
     let (free, _) = device.memory_bytes()?;
     if bytes > free {
-        return Err(no_device_memory(what, bytes, &format!("{} MiB are free", free >> 20)));
+        return Err(no_device_memory(what, bytes, Some(free as u64), String::new()));
     }
     Ok(())
 }
 
 #[cfg(feature = "cuda")]
-fn no_device_memory(what: &str, bytes: usize, found: &str) -> Error {
-    Error::Unavailable(format!("{what} need {} MiB of the device's memory; {found}", (bytes >> 20).max(1)))
+fn no_device_memory(what: &str, bytes: usize, free_bytes: Option<u64>, cause: String) -> Error {
+    let memory = "the device's memory";
+    Error::OutOfMemory { what: what.into(), memory, needed_bytes: Some(bytes as u64), free_bytes, cause }
 }
 
 /// Adds the needed size to the error of a failed allocation on the device. Other errors stay as they are.
 #[cfg(feature = "cuda")]
 pub(super) fn with_needed_bytes(error: Error, what: &str, bytes: usize) -> Error {
     match error {
-        Error::Driver { call: "cuMemHostAlloc", .. } => {
-            Error::Unavailable(format!("{what} need memory of this machine that the device can reach; {error}"))
-        }
+        Error::Driver { call: "cuMemHostAlloc", .. } => Error::OutOfMemory {
+            what: what.into(),
+            memory: "memory of this machine that the device can reach",
+            needed_bytes: None,
+            free_bytes: None,
+            cause: error.to_string(),
+        },
         Error::Driver { ref name, .. } if name.contains("OUT_OF_MEMORY") || name.contains("ALLOC_FAILED") => {
-            no_device_memory(what, bytes, &error.to_string())
+            no_device_memory(what, bytes, None, error.to_string())
         }
         other => other,
     }

@@ -10,6 +10,7 @@ mod host;
 mod limits;
 mod model;
 mod pass;
+mod requirements;
 mod run;
 
 #[cfg(feature = "cuda")]
@@ -18,4 +19,5 @@ pub use host::HostEngine;
 pub use limits::MemoryEstimate;
 pub use model::Model;
 pub use pass::{CfgBranch, DecodeEngine, KernelCounts, Pass};
+pub use requirements::EngineRequirements;
 pub use run::{DecodeRun, DeviceLoop, RunOutcome, StepTemplate};

@@ -7,6 +7,7 @@ use super::limits::MemoryEstimate;
 #[cfg(feature = "cuda")]
 use super::limits::{ensure_device_memory, with_needed_bytes};
 use super::pass::DecodeEngine;
+use super::requirements::EngineRequirements;
 use crate::backend::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::Cuda;
@@ -134,6 +135,20 @@ impl Model {
     #[doc(hidden)]
     pub fn device_transformer(&self) -> Option<&Transformer<Cuda>> {
         self.on_device.as_ref().map(|on_device| &on_device.transformer)
+    }
+
+    /// Checks that the engine of this model supports a decode.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] names the option that the engine does not support.
+    pub(crate) fn check(&self, requirements: &EngineRequirements) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if self.on_device.is_some() {
+            return requirements.check_cuda();
+        }
+        // The host engine supports every decode.
+        let _ = requirements;
+        Ok(())
     }
 
     /// Creates an engine for a decode of these sizes, on the device that holds the weights.

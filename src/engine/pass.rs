@@ -16,13 +16,13 @@ pub struct Pass<'a> {
     pub candidates: &'a [Candidates],
     /// Sampling parameters.
     pub sampling: &'a SamplingParams,
-    /// How the unconditional sequences run, with guidance.
+    /// Execution of the unconditional sequences, with guidance.
     pub cfg: CfgBranch<'a>,
     /// Whether [`DecodeEngine::selected_rows`] will be called after the pass.
     pub observed: bool,
 }
 
-/// How the unconditional branch of classifier-free guidance runs.
+/// Execution of the unconditional branch of classifier-free guidance.
 #[derive(Clone, Copy)]
 pub enum CfgBranch<'a> {
     /// In the same pass, with the same plan.

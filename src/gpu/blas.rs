@@ -1,7 +1,7 @@
-//! Matrix products by cuBLASLt: `y = x w^T + bias`, bf16 in, f32 accumulation, bf16 or f32 out.
+//! Matrix products by cuBLASLt: `y = x w^T + bias`, bf16 inputs, f32 accumulation, bf16 or f32 output.
 //!
-//! The library is asked once for each shape how to go about it, and its first answer is kept. No answers are timed against
-//! one another: which wins would differ from run to run, and so would the bits.
+//! For each shape the library's heuristic is queried once, and its first algorithm is kept. Algorithms are not timed against
+//! each other, because the fastest could differ from run to run, and with it the rounding.
 
 use super::{Buffer, Device, Stream};
 use crate::error::{Error, Result};
@@ -13,25 +13,25 @@ use std::ffi::c_void;
 use std::fmt;
 use std::ptr;
 
-/// What cuBLASLt recommends for Hopper.
+/// Bytes of workspace of a [`Blas`]: the size that cuBLASLt recommends for Hopper.
 pub const WORKSPACE_BYTES: usize = 32 << 20;
 
-/// `y[rows, out] = x[rows, inner] w[out, inner]^T`, all packed row-major.
+/// Shape of a product `y[rows, out] = x[rows, inner] w[out, inner]^T`. All matrices are packed and row-major.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Shape {
-    /// Rows of `x` and `y`.
+    /// Number of rows of `x` and `y`.
     pub rows: usize,
-    /// Rows of `w`, columns of `y`.
+    /// Number of rows of `w`, which is the number of columns of `y`.
     pub out: usize,
-    /// Columns of `x` and `w`.
+    /// Number of columns of `x` and `w`.
     pub inner: usize,
     /// Whether `y` is f32; bf16 otherwise.
     pub f32_out: bool,
-    /// Whether a bias `[out]` is added to each row; bf16, as `y` must then be.
+    /// Whether a bf16 bias `[out]` is added to each row. `y` must then be bf16.
     pub biased: bool,
 }
 
-/// A handle of the library, its workspace, and a plan for each shape met so far. Its launches go to one stream.
+/// cuBLASLt handle with a workspace and a plan for each shape that was launched. All launches go to one stream.
 pub struct Blas {
     handle: sys::cublasLtHandle_t,
     workspace: Buffer<u8>,
@@ -39,10 +39,10 @@ pub struct Blas {
     plans: HashMap<Shape, Plan>,
 }
 
-// SAFETY: handle and descriptors are bound to no thread, and not used by two at once: launches take `&mut self`.
+// SAFETY: handle and descriptors are not bound to a thread, and launches take `&mut self`, so no two threads use them at once.
 unsafe impl Send for Blas {}
 
-/// Descriptors of one shape, and the algorithm for it.
+/// Descriptors and algorithm of one shape.
 struct Plan {
     operation: sys::cublasLtMatmulDesc_t,
     x: sys::cublasLtMatrixLayout_t,
@@ -53,47 +53,53 @@ struct Plan {
 }
 
 trait BlasResult<T> {
-    fn of(self, call: &'static str) -> Result<T>;
+    fn in_call(self, call: &'static str) -> Result<T>;
 }
 
 impl<T> BlasResult<T> for Result<T, CublasError> {
-    fn of(self, call: &'static str) -> Result<T> {
+    fn in_call(self, call: &'static str) -> Result<T> {
         let message = "cuBLASLt refused".to_string();
         self.map_err(|CublasError(status)| Error::Driver { call, name: format!("{status:?}"), message })
     }
 }
 
 impl Blas {
-    /// Opens the library.
+    /// Loads cuBLASLt, creates a handle, and allocates the workspace on `stream`.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] when it is not installed; the library's; no memory for its workspace.
+    /// [`Error::Unavailable`] when the library is not installed; the library's; the driver's, for example when there is no memory
+    /// for the workspace.
     pub fn new(stream: &Stream) -> Result<Blas> {
-        // SAFETY: only looks for the library. Any other call of cudarc panics where there is none.
+        // SAFETY: only searches for the library. Any other call of cudarc panics where there is none.
         if !unsafe { sys::is_culib_present() } {
             let message = "cuBLASLt (libcublasLt.so.13 or .so.12) was not found: it comes with the CUDA toolkit";
             return Err(Error::Unavailable(message.into()));
         }
         let workspace = stream.alloc(WORKSPACE_BYTES)?;
         stream.device().bind()?;
-        let handle = result::create_handle().of("cublasLtCreate")?;
+        let handle = result::create_handle().in_call("cublasLtCreate")?;
         Ok(Blas { handle, workspace, stream: stream.clone(), plans: HashMap::new() })
     }
 
-    /// Bytes that [`Blas::new`] allocates on the device.
+    /// Bytes of device memory that [`Blas::new`] allocates.
     pub const fn memory_bytes() -> usize {
         WORKSPACE_BYTES
     }
 
-    /// Puts a product into the stream. The first of a shape asks the library how; none allocates or waits.
+    /// Enqueues a product of the given shape. `x`, `w`, `bias` and `y` are device addresses; `bias` is ignored unless the shape
+    /// is biased.
+    ///
+    /// The first launch of a shape queries the library's heuristic. Later ones allocate no memory. No launch blocks, and each
+    /// may be captured in a graph.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a size of 0 or above 2^31; the library's.
+    /// [`Error::Argument`] for a size of 0 or of 2^31 and more; the library's.
     ///
     /// # Safety
-    /// 1. `x`, `w`, `bias` (where the shape has one) and `y` are addresses of device memory of the sizes that `shape` gives,
-    ///    aligned to 256 bytes (`bias` to 64), until the work is done and graphs that hold it are destroyed; so is this value.
-    /// 2. `y` overlaps none of them.
+    /// 1. `x`, `w`, `bias` (if the shape is biased) and `y` are addresses of device memory of the sizes that `shape` gives,
+    ///    aligned to 256 bytes (`bias` to 64).
+    /// 2. This memory and this value live until the work is done and graphs that hold it are destroyed.
+    /// 3. `y` overlaps none of the other matrices.
     pub unsafe fn launch(&mut self, shape: Shape, x: u64, w: u64, bias: u64, y: u64) -> Result<()> {
         self.stream.device().bind()?;
         if !self.plans.contains_key(&shape) {
@@ -106,8 +112,8 @@ impl Blas {
             plan.set(BIAS, &bias)?;
         }
         let (one, zero) = (1.0f32, 0.0f32);
-        // SAFETY: descriptors and workspace are there; addresses by the caller's word. Seen column by column, as the library
-        // does, y^T = w x^T: w^T is the first operand, x the second.
+        // SAFETY: descriptors and workspace are alive; addresses are as promised by the caller. The library reads matrices
+        // column-major, so it computes y^T = w x^T: w^T is the first operand, x the second.
         unsafe {
             result::matmul(
                 self.handle,
@@ -128,7 +134,7 @@ impl Blas {
                 self.stream.raw().cast(),
             )
         }
-        .of("cublasLtMatmul")
+        .in_call("cublasLtMatmul")
     }
 }
 
@@ -145,11 +151,11 @@ impl Plan {
         }
         let layout = |kind, columns: usize, count: usize| {
             result::create_matrix_layout(kind, columns as u64, count as u64, columns as i64)
-                .of("cublasLtMatrixLayoutCreate")
+                .in_call("cublasLtMatrixLayoutCreate")
         };
         let mut plan = Plan {
             operation: result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, CUDA_R_32F)
-                .of("cublasLtMatmulDescCreate")?,
+                .in_call("cublasLtMatmulDescCreate")?,
             x: ptr::null_mut(),
             w: ptr::null_mut(),
             y: ptr::null_mut(),
@@ -162,34 +168,35 @@ impl Plan {
         plan.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &1i32)?; // CUBLAS_OP_T
         if biased {
             plan.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &CUBLASLT_EPILOGUE_BIAS)?;
-            // Which address is not known yet, and only its alignment matters to the choice.
+            // The address is not known yet. The heuristic uses its alignment only.
             plan.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &64u64)?;
         }
-        plan.choose(handle, shape)?;
+        plan.select_algorithm(handle, shape)?;
         Ok(plan)
     }
 
     fn set<T>(&self, attribute: sys::cublasLtMatmulDescAttributes_t, value: &T) -> Result<()> {
-        // SAFETY: the descriptor is there, and the value of the size that is told.
+        // SAFETY: the descriptor is alive, and the size is that of the value.
         unsafe {
             result::set_matmul_desc_attribute(self.operation, attribute, ptr::from_ref(value).cast(), size_of::<T>())
         }
-        .of("cublasLtMatmulDescSetAttribute")
+        .in_call("cublasLtMatmulDescSetAttribute")
     }
 
-    /// Asks the library for its algorithm.
-    fn choose(&mut self, handle: sys::cublasLtHandle_t, shape: Shape) -> Result<()> {
+    /// Stores the first algorithm of the library's heuristic.
+    fn select_algorithm(&mut self, handle: sys::cublasLtHandle_t, shape: Shape) -> Result<()> {
         use sys::cublasLtMatmulPreferenceAttributes_t::{
-            CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES as MOST, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK as SCHEMES,
+            CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES as MAX_BYTES,
+            CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK as SCHEMES,
         };
-        // Parts of a product that was split are summed in f32; unasked, they may be summed in the type of the result.
+        // Partial sums of a split product are added in f32. By default they may be added in the type of the result.
         const COMPUTE_TYPE: u32 = 2; // CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE
-        let preference = result::create_matmul_pref().of("cublasLtMatmulPreferenceCreate")?;
-        // SAFETY: descriptors are there; the value is of the size that is told; the preference is destroyed once.
+        let preference = result::create_matmul_pref().in_call("cublasLtMatmulPreferenceCreate")?;
+        // SAFETY: descriptors are alive; sizes are those of the values; the preference is destroyed once.
         let found = unsafe {
             let (value, bytes) = (ptr::from_ref(&WORKSPACE_BYTES).cast(), size_of::<usize>());
             let schemes = ptr::from_ref(&COMPUTE_TYPE).cast();
-            let found = result::set_matmul_pref_attribute(preference, MOST, value, bytes)
+            let found = result::set_matmul_pref_attribute(preference, MAX_BYTES, value, bytes)
                 .and_then(|()| result::set_matmul_pref_attribute(preference, SCHEMES, schemes, size_of::<u32>()))
                 .and_then(|()| {
                     let (w, x, y) = (self.w, self.x, self.y);
@@ -201,7 +208,7 @@ impl Plan {
         let found = found.map_err(|CublasError(status)| Error::Driver {
             call: "cublasLtMatmulAlgoGetHeuristic",
             name: format!("{status:?}"),
-            message: format!("no way to compute {shape:?}"),
+            message: format!("no algorithm for {shape:?}"),
         })?;
         (self.algorithm, self.workspace_bytes) = (found.algo, found.workspaceSize);
         Ok(())
@@ -210,7 +217,7 @@ impl Plan {
 
 impl Drop for Plan {
     fn drop(&mut self) {
-        // SAFETY: each was created once, or is null, and nobody uses it any more. A failure leaves it to the library.
+        // SAFETY: each was created once, or is null, and is not used any more. On failure the library keeps it.
         unsafe {
             for layout in [self.x, self.w, self.y].into_iter().filter(|layout| !layout.is_null()) {
                 let _ = result::destroy_matrix_layout(layout);
@@ -224,9 +231,9 @@ impl Drop for Blas {
     fn drop(&mut self) {
         self.plans.clear();
         if self.stream.device().bind().is_ok() {
-            // What was launched may still run.
+            // Launched products may still run.
             let _ = self.stream.synchronize();
-            // SAFETY: created once. A failure leaves it to the library.
+            // SAFETY: created once. On failure the library keeps it.
             let _ = unsafe { result::destroy_handle(self.handle) };
         }
     }
@@ -238,18 +245,18 @@ impl fmt::Debug for Blas {
     }
 }
 
-/// Operations a second that the device reaches in a large product: the roof of products of many rows.
+/// Measures the floating-point operations per second of a large bf16 product: the roof of products of many rows.
 ///
-/// A square product of `size`, the median of `repetitions` after one that is not timed; a multiply-add counts as two. Waits for the
-/// device.
+/// Multiplies two matrices `[size, size]`, once untimed and then `repetitions` times, at least once. Returns the rate of the
+/// median time; one MAC counts as two operations. Synchronises with the device.
 ///
 /// # Errors
-/// As [`Blas::new`]; no memory for three matrices; a driver that does not tell times ([`Device::tells_times`]); the driver's.
+/// As [`Blas::new`] and [`Stream::time_ms`]; the driver's, for example when there is no memory for three matrices.
 pub fn matrix_rate(device: &Device, size: usize, repetitions: usize) -> Result<f64> {
     let stream = device.stream()?;
     let _settle = stream.sync_on_drop();
     let mut blas = Blas::new(&stream)?;
-    // Zeros would draw less power, and run faster than what is of use. Any numbers around 1 do.
+    // Zeros would draw less power and run faster than real data. Any values around 1 are suitable.
     let mut state = 1u32;
     let mut number = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -261,7 +268,7 @@ pub fn matrix_rate(device: &Device, size: usize, repetitions: usize) -> Result<f
     let shape = Shape { rows: size, out: size, inner: size, f32_out: false, biased: false };
     let mut times = Vec::new();
     for _ in 0..=repetitions.max(1) {
-        // SAFETY: buffers of this size, of this stream.
+        // SAFETY: distinct buffers of these sizes, of this stream, alive until the synchronisation in `time_ms`.
         times.push(stream.time_ms(|| unsafe { blas.launch(shape, x.address(), w.address(), 0, y.address()) })?);
     }
     times.remove(0);

@@ -1,7 +1,11 @@
-//! CUDA devices, their streams and memory, and the kernel modules; thin, over cudarc.
+//! CUDA devices, their streams and memory, graphs, kernel modules and cuBLASLt: a thin layer over cudarc.
 //!
-//! Nothing here needs a driver to compile or to start: it is looked for when a [`Device`] is asked for. Event tracking
-//! of cudarc is off, so that streams can be captured; a [`Buffer`] belongs to the stream that made it.
+//! No driver is needed to compile or to start a program: the first call to [`Device`] loads it. Event tracking of cudarc is
+//! off, so that streams can be captured; a [`Buffer`] belongs to the stream that allocated it.
+//!
+//! Every method that calls the driver returns [`Error::Driver`] when the driver refuses the call or reports that earlier work
+//! failed. All public types are `Send`, and may be dropped on any thread. Each call makes the device's primary context current
+//! on its thread.
 
 pub mod blas;
 mod buffer;
@@ -24,19 +28,19 @@ pub use stream::{Graph, Stream};
 use crate::error::{Error, Result};
 use cudarc::driver::DriverError;
 
-/// Names the call that failed.
+/// Conversion of driver errors to [`Error::Driver`] with the name of the called function.
 pub(crate) trait DriverResult<T> {
-    fn of(self, call: &'static str) -> Result<T>;
+    fn in_call(self, call: &'static str) -> Result<T>;
 }
 
 impl<T> DriverResult<T> for Result<T, DriverError> {
-    fn of(self, call: &'static str) -> Result<T> {
+    fn in_call(self, call: &'static str) -> Result<T> {
         self.map_err(|error| {
-            let word = |text: Result<&std::ffi::CStr, DriverError>| match text {
+            let or_code = |text: Result<&std::ffi::CStr, DriverError>| match text {
                 Ok(text) => text.to_string_lossy().into_owned(),
                 Err(_) => format!("error {}", error.0 as u32),
             };
-            Error::Driver { call, name: word(error.error_name()), message: word(error.error_string()) }
+            Error::Driver { call, name: or_code(error.error_name()), message: or_code(error.error_string()) }
         })
     }
 }

@@ -5,41 +5,42 @@ use crate::error::{Error, Result};
 use cudarc::driver::sys;
 use std::ffi::{CString, c_void};
 
-/// PTX of one `.cu` file.
+/// PTX of one `.cu` file for one target.
 #[derive(Clone, Copy, Debug)]
 pub struct Module {
-    /// The file's name without `.cu`.
+    /// Name of the `.cu` file, without the extension.
     pub name: &'static str,
-    /// What it was compiled for: `compute_80` runs on 8.0 and everything after, `compute_90a` on 9.0 only.
+    /// Compilation target: `compute_80` runs on compute capability 8.0 and later, `compute_90a` on 9.0 only.
     pub target: &'static str,
-    /// The text.
+    /// The PTX text.
     pub ptx: &'static str,
 }
 
 include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 
 impl Module {
-    /// Every module of this build.
+    /// All modules of this build.
     pub fn all() -> &'static [Module] {
         MODULES
     }
 
-    /// The PTX version that they are stamped with, major and minor: what a driver must know.
+    /// PTX version of all modules, `major.minor`: the version that a driver must support.
     pub fn isa() -> &'static str {
         PTX_ISA
     }
 
-    /// A hash of the kernels' sources and the compiler's flags, as in `ptx/SOURCE_HASH`.
+    /// Hash of the kernels' sources and the compiler's flags, as in `ptx/SOURCE_HASH`.
     pub fn source_hash() -> &'static str {
         SOURCE_HASH
     }
 
-    /// Whether it knows its source lines, for a profiler: built with `DLLM_LINEINFO=1`.
+    /// Whether the module has line information for profilers, which a build with `DLLM_LINEINFO=1` adds.
     pub fn has_lines(&self) -> bool {
         self.ptx.contains("\n\t.loc\t")
     }
 
-    /// The module of a file that a device of this compute capability should run: the most special one that it can.
+    /// Returns the most specific module named `name` that a device of this compute capability (major, minor) can run; `None`
+    /// when there is none.
     pub fn choose(name: &str, capability: (i32, i32)) -> Option<&'static Module> {
         let fits = |module: &&Module| match module.target {
             "compute_90a" => capability == (9, 0),
@@ -48,12 +49,12 @@ impl Module {
         MODULES.iter().filter(|module| module.name == name).filter(fits).max_by_key(|module| module.target)
     }
 
-    /// Names of its kernels.
+    /// Names of the module's kernels, in the order of the text.
     pub fn kernels(&self) -> impl Iterator<Item = &'static str> {
         self.ptx.lines().filter_map(|line| line.strip_prefix(".visible .entry ")?.split('(').next())
     }
 
-    /// Loads it into the current context.
+    /// Loads the module into the current context.
     pub(super) fn load(&self) -> Result<sys::CUmodule> {
         const LOG_BYTES: usize = 8192;
         let image = CString::new(self.ptx).map_err(|e| self.refused("cuModuleLoadDataEx", e.to_string()))?;
@@ -64,7 +65,7 @@ impl Module {
         ];
         let mut values = vec![log.as_mut_ptr().cast::<c_void>(), LOG_BYTES as *mut c_void];
         if self.has_lines() {
-            // The driver's compiler drops them unasked.
+            // By default the driver's compiler drops line information.
             options.push(sys::CUjit_option_enum::CU_JIT_GENERATE_LINE_INFO);
             values.push(std::ptr::without_provenance_mut(1)); // on
         }
@@ -74,7 +75,7 @@ impl Module {
             let (count, options, values) = (options.len() as u32, options.as_mut_ptr(), values.as_mut_ptr());
             sys::cuModuleLoadDataEx(&mut module, image.as_ptr().cast(), count, options, values)
         };
-        result.result().of("cuModuleLoadDataEx").map_err(|error| {
+        result.result().in_call("cuModuleLoadDataEx").map_err(|error| {
             let end = log.iter().position(|byte| *byte == 0).unwrap_or(LOG_BYTES);
             let log = String::from_utf8_lossy(&log[..end]);
             self.refused(&error.to_string(), if log.trim().is_empty() { "no log" } else { log.trim() })

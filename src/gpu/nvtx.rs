@@ -1,31 +1,34 @@
-//! NVTX ranges, which profilers show above the work that a thread puts in. Feature `nvtx`; without it nothing is left of them.
+//! NVTX ranges, which profilers show above the work that a thread enqueues. Without the feature `nvtx` ranges compile to
+//! nothing.
 //!
-//! A profiler names a library in `NVTX_INJECTION64_PATH`. The first range loads it and hands it a table of places, into which
-//! it puts its functions: the program's half of NVTX 3, which NVIDIA gives as C headers (`nvtxDetail/nvtxInit.h` and
-//! `nvtxTypes.h` of github.com/NVIDIA/NVTX). Nothing is linked, no compiler is needed, and without the variable a range
-//! is one load. A library that cannot be loaded, or refuses, counts as none, as it does with those headers.
+//! A profiler names its library in `NVTX_INJECTION64_PATH`. The first range loads the library and passes it a table of slots,
+//! which the library fills with its functions. This is the program's half of NVTX 3, which NVIDIA ships as C headers
+//! (`nvtxDetail/nvtxInit.h` and `nvtxTypes.h` of github.com/NVIDIA/NVTX).
+//!
+//! Nothing is linked and no library needs to be installed, which is why cudarc's `nvtx` module is not used. Without the
+//! variable a range is one load. A library that cannot be loaded, or refuses, counts as absent, as with those headers.
 
 use std::marker::PhantomData;
 
-/// A range of this thread, which ends when this goes. Ranges of a thread lie within one another.
+/// NVTX range of the current thread, which ends when this is dropped. Ranges of one thread are nested.
 #[must_use = "the range ends when this is dropped"]
 pub(crate) struct Range {
-    /// Whether a profiler was told of it.
+    /// Whether the range was pushed to a profiler.
     #[cfg(feature = "nvtx")]
-    told: bool,
-    /// It ends on the thread that it began on.
+    pushed: bool,
+    /// Keeps the range on the thread that it began on.
     thread: PhantomData<*const ()>,
 }
 
-/// Begins a range.
+/// Begins a range named `name`.
 pub(crate) fn range(name: &str) -> Range {
     range_of(|| name.into())
 }
 
-/// Begins a range whose name takes work; nobody does it where nobody looks.
+/// Begins a range. `name` is called only when a profiler is attached.
 pub(crate) fn range_of(name: impl FnOnce() -> String) -> Range {
     #[cfg(feature = "nvtx")]
-    return Range { told: attached::tool().is_some_and(|tool| tool.push(&name())), thread: PhantomData };
+    return Range { pushed: attached::tool().is_some_and(|tool| tool.push(&name())), thread: PhantomData };
     #[cfg(not(feature = "nvtx"))]
     {
         let _ = name;
@@ -36,7 +39,7 @@ pub(crate) fn range_of(name: impl FnOnce() -> String) -> Range {
 #[cfg(feature = "nvtx")]
 impl Drop for Range {
     fn drop(&mut self) {
-        if let Some(tool) = attached::tool().filter(|_| self.told) {
+        if let Some(tool) = attached::tool().filter(|_| self.pushed) {
             tool.pop();
         }
     }
@@ -58,10 +61,10 @@ mod attached {
     const CALLBACKS: u32 = 1;
     const VERSION_INFO: u32 = 3;
 
-    /// By NvtxCallbackModule: how many ids the module has, with 0, which is none.
+    /// Number of callback ids per NvtxCallbackModule, including id 0, which means no callback.
     const IDS: [usize; 7] = [0, 16, 9, 15, 7, 16, 7];
-    const MOST_IDS: usize = 16;
-    /// NVTX_CB_MODULE_CORE2, whose functions know domains. A library may ask for the other modules, and fill them too.
+    const MAX_IDS: usize = 16;
+    /// NVTX_CB_MODULE_CORE2, whose functions take a domain. A library may request and fill the other modules too.
     const CORE2: usize = 5;
     // NvtxCallbackIdCore2
     const DOMAIN_RANGE_PUSH_EX: usize = 4;
@@ -75,7 +78,7 @@ mod attached {
     type GetExportTable = extern "system" fn(u32) -> *const c_void;
     type Initialize = unsafe extern "system" fn(GetExportTable) -> c_int;
 
-    /// `nvtxEventAttributes_t`, with the payload as its bits.
+    /// `nvtxEventAttributes_t`, with the payload as bits.
     #[repr(C)]
     struct Attributes {
         version: u16,
@@ -108,37 +111,36 @@ mod attached {
         set_injection_version: extern "system" fn(u32),
     }
 
-    /// Where the library puts a function.
+    /// Slot that the library fills with a function.
     type Slot = AtomicPtr<c_void>;
-    /// `NvtxFunctionTable`: pointers to a module's slots by id.
-    type Table = *const Place;
+    /// `NvtxFunctionTable`: pointers to a module's slots, indexed by callback id.
+    type Table = *const SlotPointer;
 
     #[repr(transparent)]
-    struct Place(*const Slot);
+    struct SlotPointer(*const Slot);
     // SAFETY: it points to a static, or is null.
-    unsafe impl Sync for Place {}
+    unsafe impl Sync for SlotPointer {}
     // SAFETY: as above.
-    unsafe impl Send for Place {}
+    unsafe impl Send for SlotPointer {}
 
-    static SLOTS: [[Slot; MOST_IDS]; IDS.len()] =
-        [const { [const { AtomicPtr::new(ptr::null_mut()) }; MOST_IDS] }; IDS.len()];
+    static SLOTS: [[Slot; MAX_IDS]; IDS.len()] =
+        [const { [const { AtomicPtr::new(ptr::null_mut()) }; MAX_IDS] }; IDS.len()];
 
-    /// The table of a module: none at 0, and none behind the last.
+    /// Function table of a module: null at id 0 and after the last id.
     fn table(module: usize) -> Table {
-        static PLACES: OnceLock<[[Place; MOST_IDS + 1]; IDS.len()]> = OnceLock::new();
-        let place = |module: usize, id: usize| match (1..IDS[module]).contains(&id) {
-            true => Place(&SLOTS[module][id]),
-            false => Place(ptr::null()),
+        static TABLES: OnceLock<[[SlotPointer; MAX_IDS + 1]; IDS.len()]> = OnceLock::new();
+        let pointer = |module: usize, id: usize| {
+            SlotPointer(if (1..IDS[module]).contains(&id) { &SLOTS[module][id] } else { ptr::null() })
         };
-        let places = || std::array::from_fn(|module| std::array::from_fn(|id| place(module, id)));
-        PLACES.get_or_init(places)[module].as_ptr()
+        let tables = || std::array::from_fn(|module| std::array::from_fn(|id| pointer(module, id)));
+        TABLES.get_or_init(tables)[module].as_ptr()
     }
 
     extern "system" fn get_module_function_table(module: c_int, out: *mut Table, out_size: *mut c_uint) -> c_int {
         let Some(module) = usize::try_from(module).ok().filter(|module| (1..IDS.len()).contains(module)) else {
             return 0;
         };
-        // SAFETY: the library's places for the answers, where it wants them.
+        // SAFETY: each is null or points to the library's variable for the result.
         unsafe {
             if let Some(out) = out.as_mut() {
                 *out = table(module);
@@ -163,18 +165,18 @@ mod attached {
         }
     }
 
-    /// A profiler's functions, and the domain `dllm` in it.
+    /// Functions of the attached profiler, and its handle of the domain `dllm`.
     pub struct Tool {
         domain: Domain,
         push: Push,
         pop: Pop,
     }
-    // SAFETY: NVTX may be called from any thread, and a domain belongs to none.
+    // SAFETY: NVTX may be called from any thread, and a domain is not bound to a thread.
     unsafe impl Send for Tool {}
     // SAFETY: as above.
     unsafe impl Sync for Tool {}
 
-    /// The profiler that is attached, if one is; looked for once.
+    /// Returns the attached profiler, if there is one. The library is loaded at the first call.
     pub fn tool() -> Option<&'static Tool> {
         static TOOL: OnceLock<Option<Tool>> = OnceLock::new();
         TOOL.get_or_init(attach).as_ref()
@@ -182,7 +184,7 @@ mod attached {
 
     fn attach() -> Option<Tool> {
         let path = std::env::var_os(LIBRARY).filter(|path| !path.is_empty())?;
-        // SAFETY: who sets the variable wants the library's code to run in this process.
+        // SAFETY: setting the variable is the user's consent to run the library's code in this process.
         let library = unsafe { Library::new(path) }.ok()?;
         // SAFETY: the type is that of NVTX 3.
         let initialize = *unsafe { library.get::<Initialize>(b"InitializeInjectionNvtx2") }.ok()?;
@@ -191,13 +193,14 @@ mod attached {
             return None;
         }
         std::mem::forget(library); // its functions are called from now on
-        let given = |id: usize| Some(SLOTS[CORE2][id].load(Ordering::Acquire)).filter(|function| !function.is_null());
-        // SAFETY: what the library puts into these places has these types.
+        let callback =
+            |id: usize| Some(SLOTS[CORE2][id].load(Ordering::Acquire)).filter(|function| !function.is_null());
+        // SAFETY: NVTX 3 defines these types for these slots.
         let (push, pop) = unsafe {
-            let push = std::mem::transmute::<*mut c_void, Push>(given(DOMAIN_RANGE_PUSH_EX)?);
-            (push, std::mem::transmute::<*mut c_void, Pop>(given(DOMAIN_RANGE_POP)?))
+            let push = std::mem::transmute::<*mut c_void, Push>(callback(DOMAIN_RANGE_PUSH_EX)?);
+            (push, std::mem::transmute::<*mut c_void, Pop>(callback(DOMAIN_RANGE_POP)?))
         };
-        let domain = given(DOMAIN_CREATE_A).map_or(ptr::null_mut(), |create| {
+        let domain = callback(DOMAIN_CREATE_A).map_or(ptr::null_mut(), |create| {
             // SAFETY: as above; the name is a C string.
             unsafe { std::mem::transmute::<*mut c_void, Create>(create)(c"dllm".as_ptr()) }
         });
@@ -205,7 +208,7 @@ mod attached {
     }
 
     impl Tool {
-        /// Whether the range has begun, so that it has to end.
+        /// Begins a range. Returns whether it has begun and must be ended by [`Tool::pop`].
         pub fn push(&self, name: &str) -> bool {
             let Ok(name) = CString::new(name.split('\0').next().unwrap_or_default()) else { return false };
             let attributes = Attributes {
@@ -220,13 +223,14 @@ mod attached {
                 message_type: MESSAGE_ASCII,
                 message: name.as_ptr(),
             };
-            // SAFETY: the library copies what it keeps; the domain is its own, or none.
+            // SAFETY: the library copies the attributes it keeps; the domain is the library's, or null.
             unsafe { (self.push)(self.domain, &attributes) };
             true
         }
 
+        /// Ends the innermost range of this thread.
         pub fn pop(&self) {
-            // SAFETY: the domain is the library's own, or none.
+            // SAFETY: the domain is the library's, or null.
             unsafe { (self.pop)(self.domain) };
         }
     }

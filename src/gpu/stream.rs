@@ -1,34 +1,41 @@
-use super::{Buffer, Device, DriverResult};
+use super::{Device, DriverResult};
 use crate::error::{Error, Result};
-use bytemuck::Pod;
 use cudarc::driver::{CudaEvent, CudaGraph, CudaStream, sys};
 use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// A queue of work on a device: what is put in runs in order, while the host goes on.
+/// A CUDA stream: work that is enqueued on it runs in order, asynchronously to the host.
 ///
-/// Clones are the same queue. Errors of kernels that run later are told by a later call.
+/// Clones refer to the same stream, and may be used from several threads. An error of a kernel is reported by a later call,
+/// at the latest by [`Stream::synchronize`].
 #[derive(Clone)]
 pub struct Stream {
     device: Device,
     stream: Arc<CudaStream>,
-    /// Whether a graph is being captured.
+    /// Whether the stream is being captured.
     capturing: Arc<AtomicBool>,
 }
 
+impl Device {
+    /// Creates a stream, on which work runs independently of other streams.
+    pub fn stream(&self) -> Result<Stream> {
+        Ok(Stream::new(self.clone(), self.context().new_stream().in_call("cuStreamCreate")?))
+    }
+}
+
 impl Stream {
-    pub(super) fn new(device: Device, stream: Arc<CudaStream>) -> Stream {
+    fn new(device: Device, stream: Arc<CudaStream>) -> Stream {
         Stream { device, stream, capturing: Arc::default() }
     }
 
-    /// Its device.
+    /// The stream's device.
     pub fn device(&self) -> &Device {
         &self.device
     }
 
-    /// The driver's `CUstream`, valid as long as this stream or a clone is there.
+    /// The driver's `CUstream`, for `launch_raw` and other libraries. It is valid as long as this stream or a clone lives.
     pub fn raw(&self) -> *mut c_void {
         self.stream.cu_stream().cast()
     }
@@ -37,86 +44,85 @@ impl Stream {
         &self.stream
     }
 
-    /// Copies and allocations have no place in a graph: it would replay them with memory that is gone.
+    /// Returns an error during a capture. A graph must not hold copies and allocations: a replay would use memory that was
+    /// freed.
     pub(super) fn not_capturing(&self, what: &'static str) -> Result<()> {
-        match self.capturing.load(Ordering::Relaxed) {
-            true => Err(Error::Unavailable(format!("{what}: the stream is being captured"))),
-            false => Ok(()),
+        if self.capturing.load(Ordering::Relaxed) {
+            return Err(Error::Unavailable(format!("{what}: the stream is being captured")));
         }
+        Ok(())
     }
 
-    /// Memory for `len` elements, with any contents.
-    pub fn alloc<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
-        Buffer::alloc(self, len)
-    }
-
-    /// Memory for `len` elements, zeroed.
-    pub fn zeros<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
-        let mut buffer = self.alloc(len)?;
-        buffer.fill_zero()?;
-        Ok(buffer)
-    }
-
-    /// A copy of `data` on the device.
-    pub fn upload<T: Pod>(&self, data: &[T]) -> Result<Buffer<T>> {
-        let mut buffer = self.alloc(data.len())?;
-        buffer.write(data)?;
-        Ok(buffer)
-    }
-
-    /// Waits until all work put in so far is done, and tells whether it failed.
+    /// Blocks until all enqueued work is done.
+    ///
+    /// # Errors
+    /// The driver's, also of work that was enqueued before.
     pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().of("cuStreamSynchronize")
+        self.stream.synchronize().in_call("cuStreamSynchronize")
     }
 
-    /// Whether all work put in so far is done; tells whether it failed. Does not wait.
+    /// Whether all enqueued work is done. Does not block.
+    ///
+    /// # Errors
+    /// As [`Stream::synchronize`].
     pub fn is_done(&self) -> Result<bool> {
         self.device.bind()?;
-        // SAFETY: the stream is there.
+        // SAFETY: the stream is alive.
         match unsafe { sys::cuStreamQuery(self.stream.cu_stream()) } {
             sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-            done => done.result().of("cuStreamQuery").map(|()| true),
+            done => done.result().in_call("cuStreamQuery").map(|()| true),
         }
     }
 
-    /// A value that waits for the stream when it goes: the driver's pool gives freed memory back, and counts it as free, when
-    /// somebody has waited. It goes after the buffers, where it was made before them or is the last field.
+    /// Returns a guard that synchronises with the stream when it is dropped. The driver's memory pool reports freed memory as
+    /// free only after a synchronisation. The guard must be dropped after the buffers: create it before them, or make it the
+    /// last field.
     pub(crate) fn sync_on_drop(&self) -> SyncOnDrop {
         SyncOnDrop(self.clone())
     }
 
-    /// A mark in the stream: it has come to pass when all work put in so far is done.
+    /// Records an event, which completes when all work enqueued before is done.
     pub(crate) fn record(&self) -> Result<Event> {
-        let event = self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)).of("cuEventRecord")?;
+        let event =
+            self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)).in_call("cuEventRecord")?;
         Ok(Event { event, stream: self.clone() })
     }
 
-    /// Milliseconds that the device takes for what `work` puts into this stream, by its own clock; waits for it.
+    /// Returns the milliseconds that the device takes for the work that `work` enqueues on this stream, measured with events.
+    /// Synchronises with the stream.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] where not [`Device::tells_times`]; that of `work`; the driver's.
+    /// [`Error::Unsupported`] unless [`Device::supports_timing`]; the error of `work`; the driver's.
     pub fn time_ms(&self, work: impl FnOnce() -> Result<()>) -> Result<f32> {
-        if !Device::tells_times()? {
-            return Err(Error::Unavailable("times need a driver of 570 or later".into()));
+        if !Device::supports_timing()? {
+            let (major, minor) = Device::driver_version()?;
+            return Err(Error::Unsupported {
+                what: "times".into(),
+                expected: "a driver of 570 or later".into(),
+                found: format!("a driver for CUDA {major}.{minor}"),
+            });
         }
-        let record = || self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).of("cuEventRecord");
+        let record = || self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).in_call("cuEventRecord");
         let before = record()?;
         work()?;
         let after = record()?;
         self.synchronize()?;
-        before.elapsed_ms(&after).of("cuEventElapsedTime")
+        before.elapsed_ms(&after).in_call("cuEventElapsedTime")
     }
 
-    /// Records what `work` puts into this stream, without running it. Kernels must be loaded before ([`Device::preload`]);
-    /// memory can neither be allocated, written nor read meanwhile.
+    /// Captures the work that `work` enqueues on this stream in a graph, without running it.
+    ///
+    /// Kernels must be loaded before ([`Device::preload`]). During the capture, buffers can be neither allocated, written nor
+    /// read: these calls return [`Error::Unavailable`].
     ///
     /// # Errors
-    /// That of `work`, or the driver's when the work cannot be recorded.
+    /// [`Error::Unavailable`] when the stream is being captured already; the error of `work`; the driver's when the work
+    /// cannot be captured.
     pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
         use sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as MODE;
         self.not_capturing("capture")?;
         self.device.bind()?;
-        self.stream.begin_capture(MODE).of("cuStreamBeginCapture")?;
+        self.stream.begin_capture(MODE).in_call("cuStreamBeginCapture")?;
         self.capturing.store(true, Ordering::Relaxed);
         let mut capture = Capture { stream: self, ended: false };
         let done = work();
@@ -126,7 +132,7 @@ impl Stream {
     }
 }
 
-/// A capture under way, which is ended whatever happens, a panic included.
+/// A capture in progress. Dropping it ends the capture, also during a panic.
 struct Capture<'a> {
     stream: &'a Stream,
     ended: bool,
@@ -136,14 +142,14 @@ impl Capture<'_> {
     fn end(&mut self) -> Result<Option<CudaGraph>> {
         self.ended = true;
         self.stream.capturing.store(false, Ordering::Relaxed);
-        self.stream.stream.end_capture(sys::CUgraphInstantiate_flags(0)).of("cuStreamEndCapture")
+        self.stream.stream.end_capture(sys::CUgraphInstantiate_flags(0)).in_call("cuStreamEndCapture")
     }
 }
 
 impl Drop for Capture<'_> {
     fn drop(&mut self) {
         if !self.ended {
-            let _ = self.end(); // the panic goes on; what was recorded is of no use
+            let _ = self.end(); // a panic: the graph is discarded
         }
     }
 }
@@ -160,61 +166,62 @@ impl fmt::Debug for Stream {
     }
 }
 
-/// See [`Stream::sync_on_drop`].
+/// Guard of [`Stream::sync_on_drop`].
 pub(crate) struct SyncOnDrop(Stream);
 
 impl Drop for SyncOnDrop {
     fn drop(&mut self) {
-        let _ = self.0.synchronize(); // an error here is of work that nobody has waited for
+        let _ = self.0.synchronize(); // an error here belongs to work whose result was never requested
     }
 }
 
-/// A mark in a stream.
+/// An event recorded on a stream.
 pub(crate) struct Event {
     event: CudaEvent,
     stream: Stream,
 }
 
 impl Event {
-    /// Waits until it has come to pass, if it has not yet.
+    /// Blocks until the event has completed.
     pub fn wait(&self) -> Result<()> {
         self.stream.device.bind()?;
-        // SAFETY: the event is there.
+        // SAFETY: the event is alive.
         match unsafe { sys::cuEventQuery(self.event.cu_event()) } {
-            sys::CUresult::CUDA_ERROR_NOT_READY => self.event.synchronize().of("cuEventSynchronize"),
-            done => done.result().of("cuEventQuery"),
+            sys::CUresult::CUDA_ERROR_NOT_READY => self.event.synchronize().in_call("cuEventSynchronize"),
+            done => done.result().in_call("cuEventQuery"),
         }
     }
 }
 
-/// Work recorded by [`Stream::capture`].
+/// CUDA graph captured by [`Stream::capture`], for replays on the same stream.
 pub struct Graph {
-    /// None when nothing was recorded.
+    /// `None` when nothing was captured.
     graph: Option<CudaGraph>,
     stream: Stream,
 }
 
-// SAFETY: a graph is bound to no thread; the driver asks only that no two threads use it at once, and it is not Sync.
+// SAFETY: a graph is not bound to a thread. The driver requires that no two threads use it at once: it is not Sync.
 unsafe impl Send for Graph {}
 
 impl Graph {
-    /// How many pieces of work were recorded: kernels, copies and fills.
+    /// Returns the number of captured nodes: kernels, copies and fills.
     pub fn nodes(&self) -> Result<usize> {
         let Some(graph) = &self.graph else { return Ok(0) };
         let mut count = 0;
-        // SAFETY: the graph is there; without an array only the count is written.
+        // SAFETY: the graph is alive; without an array only the count is written.
         unsafe { sys::cuGraphGetNodes(graph.cu_graph(), std::ptr::null_mut(), &mut count) }
             .result()
-            .of("cuGraphGetNodes")?;
+            .in_call("cuGraphGetNodes")?;
         Ok(count)
     }
 
-    /// Puts the recorded work into the stream that it was recorded from.
+    /// Enqueues the captured work on the stream that it was captured from. Does not block.
     ///
     /// # Safety
-    /// Every buffer that the work uses is still there, and no other stream uses it meanwhile.
+    /// 1. Every buffer that the captured work uses is alive until the work is done.
+    /// 2. No other stream uses these buffers at the same time.
     pub unsafe fn launch(&self) -> Result<()> {
         self.stream.device.bind()?;
-        self.graph.as_ref().map_or(Ok(()), |graph| graph.launch().of("cuGraphLaunch"))
+        self.graph.as_ref().map_or(Ok(()), |graph| graph.launch().in_call("cuGraphLaunch"))
     }
 }

@@ -1,37 +1,10 @@
 //! The shape of a model, read from the `config.json` of a public checkpoint.
 
+pub use super::family::Family;
+use super::names::Names;
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::path::Path;
-
-/// Which of the two architectures, and so which family of decoding rules.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
-    /// LLaDA: MHA without biases; the logits at a position predict that position.
-    Llada,
-    /// Dream: Qwen2-like, GQA with q/k/v biases; the logits at a position predict the next one.
-    Dream,
-}
-
-impl std::fmt::Display for Family {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Family::Llada => "LLaDA",
-            Family::Dream => "Dream",
-        })
-    }
-}
-
-/// Parses a family's name, in any case; any other text is an [`Error::Argument`].
-impl std::str::FromStr for Family {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Family> {
-        let named = |family: &Family| family.to_string().eq_ignore_ascii_case(name);
-        let found = [Family::Llada, Family::Dream].into_iter().find(named);
-        found.ok_or_else(|| Error::argument("family", "LLaDA or Dream", name))
-    }
-}
 
 /// Sizes and constants of a model. Widths are in elements.
 #[derive(Clone, Debug, PartialEq)]
@@ -54,22 +27,22 @@ pub struct Config {
     pub vocab_size: usize,
     /// Base of the rotary embedding.
     pub rope_theta: f32,
-    /// Added to the mean square before the root.
+    /// Epsilon of RMSNorm: added to the mean square before the root.
     pub rms_norm_eps: f32,
-    /// Positions the model was made for: the longest prompt and generation together.
+    /// Maximum length of prompt and generated tokens together.
     pub max_sequence_length: usize,
     /// Id of the mask token.
     pub mask_token_id: u32,
-    /// Ids that end a text.
+    /// Ids of the end-of-text tokens.
     pub eos_token_ids: Vec<u32>,
-    /// Whether the head is the embedding matrix.
+    /// Whether the output head is the embedding matrix.
     pub tied_head: bool,
 }
 
-/// Head widths that the kernels are written for.
+/// Values of `head_dim` that the kernels support.
 pub const HEAD_DIMS: [usize; 3] = [32, 64, 128];
 
-/// No real model comes near; keeps products of sizes from a lying config far from overflow.
+/// Largest accepted size, far above any real model. It keeps products of the sizes of a bad config from overflow.
 const SIZE_LIMIT: u64 = 1 << 24;
 
 /// Typed access to the keys of one JSON file; errors name the file and the key.
@@ -79,6 +52,7 @@ struct Keys<'a> {
 }
 
 impl Keys<'_> {
+    /// Returns the error for `key`, which was expected to be `expected`.
     fn error(&self, key: &str, expected: impl Into<String>, found: impl ToString) -> Error {
         Error::Config {
             path: self.path.to_path_buf(),
@@ -88,16 +62,17 @@ impl Keys<'_> {
         }
     }
 
-    /// The value of `key`; absent and null are the same.
+    /// Returns the value of `key`; `None` when it is absent or null.
     fn get(&self, key: &str) -> Option<&Value> {
         self.json.get(key).filter(|v| !v.is_null())
     }
 
-    /// What a message says of the value of `key`.
+    /// Returns the value of `key` as text for a message.
     fn found(&self, key: &str) -> String {
         self.get(key).map_or("nothing".into(), Value::to_string)
     }
 
+    /// Returns the size `key`, a whole number from 1 to [`SIZE_LIMIT`].
     fn size(&self, key: &str) -> Result<usize> {
         let expected = format!("a whole number from 1 to {SIZE_LIMIT}");
         let value = self.get(key).ok_or_else(|| self.error(key, &expected, "nothing"))?;
@@ -107,10 +82,12 @@ impl Keys<'_> {
         }
     }
 
+    /// Returns the size `key`, or `default` when absent.
     fn size_or(&self, key: &str, default: usize) -> Result<usize> {
         if self.get(key).is_some() { self.size(key) } else { Ok(default) }
     }
 
+    /// Returns the positive finite number `key`.
     fn positive(&self, key: &str) -> Result<f32> {
         let value = self.get(key).ok_or_else(|| self.error(key, "a positive number", "nothing"))?;
         match value.as_f64().map(|x| x as f32) {
@@ -119,7 +96,7 @@ impl Keys<'_> {
         }
     }
 
-    /// One token id, or a list of them, each below `vocab_size`.
+    /// Returns the token ids of `key`, a single id or a list, each below `vocab_size`. Empty when absent.
     fn tokens(&self, key: &str, vocab_size: usize) -> Result<Vec<u32>> {
         let expected = format!("a token id below {vocab_size}");
         let values = match self.get(key) {
@@ -134,13 +111,13 @@ impl Keys<'_> {
         values.into_iter().map(id).collect()
     }
 
-    /// A switch that is off when absent.
+    /// Returns the boolean `key`, false when absent.
     fn switch(&self, key: &str) -> Result<bool> {
         self.only(key, &[false.into(), true.into()])?;
         Ok(self.get(key) == Some(&Value::Bool(true)))
     }
 
-    /// Errs unless `key` is absent or one of `allowed`.
+    /// Checks that `key` is absent or one of `allowed`.
     fn only(&self, key: &str, allowed: &[Value]) -> Result<()> {
         match self.get(key) {
             Some(value) if !allowed.contains(value) => {
@@ -152,8 +129,9 @@ impl Keys<'_> {
     }
 }
 
+/// Reads a JSON file.
 fn read_json(path: &Path) -> Result<Value> {
-    // Reading a pipe or a link to /dev/zero would never end.
+    // Reading a pipe or a link to /dev/zero would not end.
     if path.exists() && !path.is_file() {
         return Err(Error::Format {
             path: path.to_path_buf(),
@@ -165,12 +143,12 @@ fn read_json(path: &Path) -> Result<Value> {
 }
 
 impl Config {
-    /// Reads `config.json` (and the end-of-text ids of `generation_config.json`, where there is one) of a checkpoint
-    /// directory.
+    /// Reads `config.json` of a checkpoint directory, and the end-of-text ids of `generation_config.json` if it
+    /// exists.
     ///
     /// # Errors
-    /// [`Error::Config`] names the key when one is missing, out of range, or asks for something that is not computed
-    /// here (another architecture, ALiBi, sliding windows, scaled rotary embeddings ...).
+    /// [`Error::Config`] names a key that is missing, out of range, or requires a feature that is not supported (another
+    /// architecture, ALiBi, sliding windows, scaled rotary embeddings).
     pub fn open(dir: &Path) -> Result<Config> {
         let path = dir.join("config.json");
         let mut config = Config::from_json(&path, &read_json(&path)?)?;
@@ -185,7 +163,7 @@ impl Config {
         Ok(config)
     }
 
-    /// Reads the keys of a `config.json`; `path` only for the messages.
+    /// Parses the contents of a `config.json`. `path` is used in error messages only.
     pub fn from_json(path: &Path, json: &Value) -> Result<Config> {
         let keys = Keys { path, json };
         match keys.get("model_type").and_then(Value::as_str) {
@@ -195,10 +173,10 @@ impl Config {
         }
     }
 
-    /// Names of the shapes that [`Config::shape`] knows.
+    /// Names of the shapes of [`Config::shape`].
     pub const SHAPES: [&'static str; 3] = ["llada-8b", "dream-7b", "mid"];
 
-    /// Shapes for benchmarks without a checkpoint: `mid`, `llada-8b` or `dream-7b`.
+    /// Returns a shape for benchmarks without a checkpoint: `mid`, `llada-8b` or `dream-7b`.
     pub fn shape(name: &str) -> Option<Config> {
         let base = Config {
             family: Family::Llada,
@@ -250,25 +228,25 @@ impl Config {
         }
     }
 
-    /// Width of all key (or value) heads together.
+    /// Total width of all key heads, and of all value heads.
     pub fn kv_width(&self) -> usize {
         self.num_kv_heads * self.head_dim
     }
 
-    /// Counts and width of its heads.
+    /// Head counts and `head_dim`.
     pub fn heads(&self) -> crate::tensor::Heads {
         let Config { num_heads, num_kv_heads, head_dim, .. } = *self;
         crate::tensor::Heads { num_heads, num_kv_heads, head_dim }
     }
 
-    /// Width of all query heads together.
+    /// Total width of all query heads.
     pub fn q_width(&self) -> usize {
         self.num_heads * self.head_dim
     }
 
-    /// Every tensor of a checkpoint of this shape, by the public names.
+    /// Returns name and shape of every tensor of a checkpoint, under the names of the public checkpoints.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let names = super::names::Names::of(self.family);
+        let names = Names::of(self.family);
         let (d, m, v) = (self.d_model, self.mlp_hidden_size, self.vocab_size);
         let mut list = vec![(names.embedding.to_string(), vec![v, d]), (names.final_norm.to_string(), vec![d])];
         if !self.tied_head {
@@ -293,6 +271,7 @@ impl Config {
     }
 }
 
+/// Reads the configuration of a LLaDA checkpoint.
 fn llada(keys: &Keys) -> Result<Config> {
     keys.only("block_type", &["llama".into()])?;
     keys.only("activation_type", &["silu".into()])?;
@@ -337,6 +316,7 @@ fn llada(keys: &Keys) -> Result<Config> {
     )
 }
 
+/// Reads the configuration of a Dream checkpoint.
 fn dream(keys: &Keys) -> Result<Config> {
     keys.only("hidden_act", &["silu".into()])?;
     keys.only("use_sliding_window", &[false.into()])?;
@@ -366,7 +346,8 @@ fn dream(keys: &Keys) -> Result<Config> {
     )
 }
 
-/// The checks that both families share, and the values that follow from others.
+/// Checks what both families share, and fills in `head_dim` and the token ids. The last argument holds the names of the
+/// keys for query and key/value heads.
 fn finish(keys: &Keys, mut config: Config, [heads, kv_heads]: [&str; 2]) -> Result<Config> {
     if !config.d_model.is_multiple_of(config.num_heads) {
         return Err(keys.error(heads, format!("a divisor of the width {}", config.d_model), config.num_heads));

@@ -1,9 +1,9 @@
-//! Where each architecture keeps its tensors.
+//! Tensor names of each model family's checkpoints.
 
-use super::config::Family;
+use super::family::Family;
 
-/// Tensor names of a checkpoint; those of a layer are relative to its prefix. `q`, `k` and `v` stand before `.weight`
-/// and `.bias`.
+/// Tensor names of a checkpoint. From `attn_norm` on they are relative to the prefix of a layer. `q`, `k` and `v` lack the
+/// suffix `.weight` or `.bias`.
 pub(crate) struct Names {
     pub embedding: &'static str,
     pub final_norm: &'static str,
@@ -53,6 +53,7 @@ const DREAM: Names = Names {
 };
 
 impl Names {
+    /// Returns the names of a family.
     pub fn of(family: Family) -> &'static Names {
         match family {
             Family::Llada => &LLADA,
@@ -60,7 +61,7 @@ impl Names {
         }
     }
 
-    /// The full name of a layer's tensor.
+    /// Returns the full name of the tensor `name` of a layer.
     pub fn layer(&self, layer: usize, name: &str) -> String {
         format!("{}.{layer}.{name}", self.prefix)
     }

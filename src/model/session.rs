@@ -109,24 +109,9 @@ impl<'m, B: Backend> Session<'m, B> {
         Ok(Session { transformer, backend, config, buffers, passes, macs: 0, branches, selected: None })
     }
 
-    /// The backend.
-    pub(crate) fn backend(&self) -> &B {
-        &self.backend
-    }
-
-    /// The backend, to store tokens or synchronise.
-    pub(crate) fn backend_mut(&mut self) -> &mut B {
-        &mut self.backend
-    }
-
     /// Sizes and constants of the model.
     pub(crate) fn model_config(&self) -> &'m Config {
         &self.transformer.config
-    }
-
-    /// Sizes of the session.
-    pub(crate) fn config(&self) -> &SessionConfig {
-        &self.config
     }
 
     pub(crate) fn num_layers(&self) -> usize {
@@ -141,10 +126,6 @@ impl<'m, B: Backend> Session<'m, B> {
     /// Multiply-accumulates of matrix products and attention in all passes so far.
     pub fn macs(&self) -> u64 {
         self.macs
-    }
-
-    pub(crate) fn add_macs(&mut self, macs: u64) {
-        self.macs += macs;
     }
 
     /// Selects whether later passes record the rows that V-verify selects. They are read back layer by layer.
@@ -309,11 +290,6 @@ impl<'m, B: Backend> Session<'m, B> {
         self.backend.read(&self.buffers.logits, rows, self.transformer.config.vocab_size)
     }
 
-    /// The logits buffer.
-    pub(crate) fn logits_buffer(&self) -> &B::Buffer {
-        &self.buffers.logits
-    }
-
     /// The logits buffer, for sampling in place.
     pub(crate) fn logits_buffer_mut(&mut self) -> &mut B::Buffer {
         &mut self.buffers.logits
@@ -337,6 +313,34 @@ impl<'m, B: Backend> Session<'m, B> {
             }
         }
         logit_rows
+    }
+}
+
+/// Access for the CUDA engine.
+#[cfg(feature = "cuda")]
+impl<B: Backend> Session<'_, B> {
+    /// The backend.
+    pub(crate) fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// The backend, to store tokens or synchronise.
+    pub(crate) fn backend_mut(&mut self) -> &mut B {
+        &mut self.backend
+    }
+
+    /// Sizes of the session.
+    pub(crate) fn config(&self) -> &SessionConfig {
+        &self.config
+    }
+
+    pub(crate) fn add_macs(&mut self, macs: u64) {
+        self.macs += macs;
+    }
+
+    /// The logits buffer.
+    pub(crate) fn logits_buffer(&self) -> &B::Buffer {
+        &self.buffers.logits
     }
 }
 

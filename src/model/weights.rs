@@ -1,4 +1,4 @@
-//! Tensors of a checkpoint, mapped from its safetensors files and read in place.
+//! Tensors of a checkpoint, memory-mapped from its safetensors files and read in place.
 
 use crate::error::{Error, Result};
 use crate::tensor::Storage;
@@ -11,29 +11,34 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// The tensors of a checkpoint by name. Cloning copies no data.
+/// Tensors of a checkpoint by name. Cloning copies no tensor data.
 #[derive(Clone, Debug)]
 pub struct Weights {
     source: PathBuf,
     tensors: HashMap<String, Entry>,
 }
 
-/// What a file holds under a name.
+/// Named entry of a safetensors file.
 #[derive(Clone, Debug)]
 enum Entry {
     Tensor(Tensor),
-    /// In an element type that is not read here. Only an error if the model needs it.
-    Foreign {
+    /// Tensor of an unsupported element type: an error only when the model needs it.
+    Unsupported {
         path: PathBuf,
         dtype: String,
     },
 }
 
 impl Weights {
-    /// Maps the shards that `model.safetensors.index.json` names, or `model.safetensors`, or else every
-    /// `model*.safetensors` of the directory. Headers are checked against the files' sizes; contents are not read.
+    /// Maps the weight files of a checkpoint directory: the shards that `model.safetensors.index.json` names, else
+    /// `model.safetensors`, else every `model*.safetensors`. Headers are checked against the file sizes; tensor data is not
+    /// read.
     ///
-    /// The files must not be changed while they are mapped.
+    /// The files must not change while they are mapped.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Format`] for a malformed index or header, [`Error::Tensor`] for a tensor that is missing from
+    /// its shard or present in two files.
     pub fn open(dir: &Path) -> Result<Weights> {
         let mut tensors = HashMap::new();
         let index = dir.join("model.safetensors.index.json");
@@ -50,7 +55,7 @@ impl Weights {
                         return Err(Error::Tensor {
                             path,
                             tensor: name,
-                            expected: format!("to be here, as {} says", index.display()),
+                            expected: format!("the tensor that {} places in this file", index.display()),
                             found: "no such tensor".into(),
                         });
                     };
@@ -61,8 +66,13 @@ impl Weights {
             for path in list_shards(dir)? {
                 for (name, entry) in map_file(&path)? {
                     if tensors.contains_key(&name) {
-                        let expected = "to be in one of the model*.safetensors".into();
-                        return Err(Error::Tensor { path, tensor: name, expected, found: "a second one".into() });
+                        let expected = "a tensor name that no other model*.safetensors file holds".into();
+                        return Err(Error::Tensor {
+                            path,
+                            tensor: name,
+                            expected,
+                            found: "a second tensor of this name".into(),
+                        });
                     }
                     tensors.insert(name, entry);
                 }
@@ -71,6 +81,7 @@ impl Weights {
         Ok(Weights { source: dir.to_path_buf(), tensors })
     }
 
+    /// Creates bf16 weights from the bytes of all tensors. `list` holds name, byte range and shape of each tensor.
     pub(super) fn from_owned(source: PathBuf, bytes: Vec<u8>, list: Vec<(String, Range<usize>, Vec<usize>)>) -> Self {
         let storage = Arc::new(Storage::Owned(bytes));
         let tensor = |(name, range, shape)| {
@@ -80,7 +91,10 @@ impl Weights {
         Weights { source, tensors: list.into_iter().filter_map(tensor).collect() }
     }
 
-    /// The tensor `name`, which must have `shape`.
+    /// Returns the tensor `name`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when it is missing, has another shape than `shape`, or an unsupported element type.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let mismatch = |found: String| Error::Tensor {
             path: self.source.clone(),
@@ -91,7 +105,7 @@ impl Weights {
         match self.tensors.get(name) {
             Some(Entry::Tensor(tensor)) if tensor.shape() == shape => Ok(tensor.clone()),
             Some(Entry::Tensor(tensor)) => Err(mismatch(format!("shape {:?}", tensor.shape()))),
-            Some(Entry::Foreign { path, dtype }) => Err(Error::Tensor {
+            Some(Entry::Unsupported { path, dtype }) => Err(Error::Tensor {
                 path: path.clone(),
                 tensor: name.to_string(),
                 expected: "element type BF16, F16 or F32".into(),
@@ -101,7 +115,7 @@ impl Weights {
         }
     }
 
-    /// Names, element types and shapes of the tensors that can be read, sorted by name.
+    /// Returns name, element type and shape of all tensors of supported element types, sorted by name.
     pub fn list(&self) -> Vec<(&str, Dtype, &[usize])> {
         let mut list = Vec::new();
         for (name, entry) in &self.tensors {
@@ -113,13 +127,13 @@ impl Weights {
         list
     }
 
-    /// Bytes of these tensors.
+    /// Returns the total bytes of the tensors of [`Weights::list`].
     pub fn total_bytes(&self) -> usize {
         self.list().iter().map(|(_, dtype, shape)| shape.iter().product::<usize>() * dtype.size()).sum()
     }
 }
 
-/// The shards of an index and the tensors that it places in each.
+/// Reads the shards of an index file, and the tensors that it places in each shard.
 fn read_index(path: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
     #[derive(serde::Deserialize)]
     struct Index {
@@ -130,7 +144,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
     let index: Index = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
     let mut shards: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (tensor, shard) in index.weight_map {
-        // An index is untrusted: a shard is a file beside it, not a path to somewhere else.
+        // An index is untrusted: a shard must be a file of the same directory, not a path to another one.
         if Path::new(&shard).file_name().is_none_or(|name| name != shard.as_str()) {
             return Err(bad(format!("shard {shard:?} is not a plain file name")));
         }
@@ -139,7 +153,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
     Ok(shards)
 }
 
-/// `model.safetensors`, or else the files `model*.safetensors` in `dir`, sorted.
+/// Returns `model.safetensors` of `dir` if it exists, else all its `model*.safetensors`, sorted.
 fn list_shards(dir: &Path) -> Result<Vec<PathBuf>> {
     let whole = dir.join("model.safetensors");
     if whole.is_file() {
@@ -163,7 +177,7 @@ fn list_shards(dir: &Path) -> Result<Vec<PathBuf>> {
 /// Maps one safetensors file and reads its header.
 fn map_file(path: &Path) -> Result<HashMap<String, Entry>> {
     let file = File::open(path).map_err(Error::io(path))?;
-    // SAFETY: a read-only mapping; the documentation of `Weights::open` forbids changing the file meanwhile.
+    // SAFETY: a read-only mapping; the documentation of `Weights::open` forbids changes to the mapped file.
     let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
     let storage = Arc::new(Storage::Mapped(map));
     let bytes = storage.bytes();
@@ -178,7 +192,7 @@ fn map_file(path: &Path) -> Result<HashMap<String, Entry>> {
             safetensors::Dtype::F16 => Dtype::F16,
             safetensors::Dtype::F32 => Dtype::F32,
             other => {
-                tensors.insert(name, Entry::Foreign { path: path.to_path_buf(), dtype: format!("{other:?}") });
+                tensors.insert(name, Entry::Unsupported { path: path.to_path_buf(), dtype: format!("{other:?}") });
                 continue;
             }
         };
@@ -196,19 +210,21 @@ fn map_file(path: &Path) -> Result<HashMap<String, Entry>> {
     Ok(tensors)
 }
 
-/// The longest header that is read, as in the safetensors crate: its JSON takes memory.
+/// Maximum header length in bytes, as in the safetensors crate. It limits the memory for the parsed JSON.
 const HEADER_LIMIT: usize = 100_000_000;
 
-/// The header of a safetensors file, and where its tensors begin. Their offsets count from there and lie in the file.
+/// Reads the header of a safetensors file. Returns it with the byte offset of the tensor data, to which the offsets of the
+/// tensors are relative; all of them are checked to be within the file.
 ///
-/// Not `SafeTensors::deserialize`: that does not say how many bytes it expected and found.
+/// `SafeTensors::deserialize` is not used, because its errors do not state the expected and the found number of bytes.
 fn read_header(bytes: &[u8]) -> Result<(Metadata, usize), String> {
     let (length, rest) = bytes.split_first_chunk().ok_or("expected 8 bytes before its header, found fewer")?;
     let length = u64::from_le_bytes(*length);
     let limit = rest.len().min(HEADER_LIMIT);
     let header = usize::try_from(length).ok().and_then(|length| rest[..limit].get(..length));
     let header = header.ok_or_else(|| format!("expected a header of at most {limit} bytes, found {length}"))?;
-    // Tensors without gap or overlap from offset 0 on, each as long as its shape and type say: `Metadata` sees to it.
+    // Deserialising `Metadata` checks that the tensors are contiguous from offset 0 on, each as long as its shape and type
+    // require.
     let metadata: Metadata = serde_json::from_slice(header).map_err(|e| format!("its header: {e}"))?;
     let (expected, found) = (metadata.data_len(), rest.len() - header.len());
     if expected != found {

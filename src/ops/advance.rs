@@ -1,4 +1,11 @@
-//! What the decoding rules do between two passes, on the device: the kernel of `cuda/any/advance.cu`.
+//! The work of the decoding rules between two passes, on the device: the kernel of `cuda/any/advance.cu`.
+//!
+//! advance is the last kernel of a captured decoding step, after unmask. It decides which sequences take part in the next pass,
+//! computes their quotas, and writes a progress counter to pinned memory. The host can therefore follow a block without a
+//! synchronisation. The quota schedules are those of LLaDA (arXiv:2502.09992), Dream (arXiv:2508.15487) and Fast-dLLM
+//! (arXiv:2505.22618).
+//!
+//! There is no safe launch: a safe function could not keep the host from freeing pinned memory that the device still writes.
 
 use super::{Plan, validate};
 use crate::abi::{dllm_advance_control, dllm_advance_params, dllm_advance_sequence, dllm_progress};
@@ -6,10 +13,13 @@ use crate::error::{Error, Result};
 use crate::gpu::Device;
 use std::ffi::c_void;
 
-/// Sequences of a launch, at most: unmask has room for no more rows.
+/// Maximum number of sequences, which is the maximum number of rows of unmask.
 const MAX_SEQUENCES: i64 = 65_535;
 
-/// Checks every field but what the addresses point to.
+/// Checks all fields without reading the memory that the addresses point to. Calls no driver.
+///
+/// # Errors
+/// [`Error::Argument`] with the field, the expected and the found value.
 pub fn validate(params: &dllm_advance_params) -> Result<()> {
     validate::struct_size::<dllm_advance_params>(params.size)?;
     validate::address("sequences", params.sequences, 16)?;
@@ -40,31 +50,31 @@ pub fn validate(params: &dllm_advance_params) -> Result<()> {
         }
     }
     validate::reserved(params.reserved)?;
-    let place =
+    let region =
         |name, address, rows, bytes| validate::Region { name, address, rows, stride_bytes: bytes, row_bytes: bytes };
     let sequence_bytes = size_of::<dllm_advance_sequence>() as i64;
-    place("sequences", params.sequences, params.num_sequences, sequence_bytes).fits_address_space()?;
-    place("tokens", params.tokens, params.num_tokens, 4).fits_address_space()
+    region("sequences", params.sequences, params.num_sequences, sequence_bytes).fits_address_space()?;
+    region("tokens", params.tokens, params.num_tokens, 4).fits_address_space()
 }
 
-/// What a launch takes: one block of 512 threads.
+/// Returns the plan of a launch: one block of 512 threads, for any parameters.
 pub fn plan(_: &dllm_advance_params) -> Plan {
     Plan { kernel: "advance", grid: [1, 1, 1], block: 512, workspace_bytes: 0 }
 }
 
-/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads, with a state
-/// each.
+/// Enqueues the kernel on `stream`. Allocates nothing, does not synchronise, and may be captured in a graph. May be called from
+/// several threads; each launch in flight needs a state of its own.
 ///
 /// # Errors
-/// As [`validate`]; the driver's. What failed in unmask is told in `progress`.
+/// As [`validate`]; the driver's. Failures of unmask are reported in `progress`.
 ///
 /// # Safety
 /// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
-///    is there until the work is done and graphs that hold it are destroyed.
+///    lives until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of memory that the device can reach, of the sizes that [`dllm_advance_params`] gives, until the work
 ///    is done.
-/// 3. What is written overlaps nothing else of the struct.
-/// 4. Until the work is done the host reads `progress` with atomic or volatile loads only, and does not write there.
+/// 3. Memory that the launch writes overlaps no other memory of the struct.
+/// 4. Until the work is done, the host accesses `progress` only with atomic or volatile loads.
 pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_advance_params) -> Result<()> {
     validate(params)?;
     // SAFETY: as promised by the caller.

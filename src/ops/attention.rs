@@ -1,51 +1,67 @@
 //! Bidirectional attention over keys in up to three segments: the kernels of `cuda/sm80/attention.cu`.
+//!
+//! Computes `out = softmax(scale q k^T) v` for ragged batches. The keys of a sequence are those of segment 0, then 1, then 2:
+//! prefix cache, live block, suffix cache. Segments are read in place; nothing is concatenated.
+//!
+//! - Element types: bf16 and f16, accumulated in f32. `head_dim` is 32, 64 or 128.
+//! - Grouped-query attention: the heads of a group are packed into one tile. A *packed row* is a query row times a head of the
+//!   group.
+//! - Split-KV: with `max_splits` above 1 the keys are split, and a second kernel combines the partial results in a fixed order.
+//! - Block sparsity: lists of key tiles per query tile; [`tiles`](super::tiles) builds them.
+//!
+//! [`launch_raw`] takes [`dllm_attention_params`]; [`launch`] takes [`Attention`]. Schedule: FlashAttention-2 (Dao,
+//! arXiv:2307.08691). Segments: the caches of Fast-dLLM (Wu et al., arXiv:2505.22618), section 3.2.
 
 use super::validate::{self, Region};
 use super::{Element, buffers};
 use crate::abi::{self, dllm_attention_params, dllm_segment};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Launch, Stream};
+pub use crate::tensor::Heads;
 use std::ffi::c_void;
 
-/// Keys of a tile; `DLLM_KEY_TILE`.
+/// Number of keys per key tile; `DLLM_KEY_TILE`.
 pub const KEY_TILE: usize = abi::DLLM_KEY_TILE as usize;
-/// Query rows that share a list of tiles; `DLLM_QUERY_TILE`.
+/// Number of query rows per query tile, which share a list of key tiles; `DLLM_QUERY_TILE`.
 pub const QUERY_TILE: usize = abi::DLLM_QUERY_TILE as usize;
-/// Packed rows of a sequence up to which it counts as short: two blocks of the full form, eight of the streaming one.
+/// Packed rows up to which a sequence counts as short: two blocks of the full form, eight of the streaming form.
 const SHORT: i64 = 256;
 
-/// How a launch is cut into blocks. Both forms give the same bits.
+/// Block size of a launch. Both forms give the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Form {
-    /// Few rows, many keys: blocks of two warps, several to a multiprocessor.
+    /// Blocks of two warps, several per multiprocessor: for few rows and many keys.
     Streaming,
-    /// Many rows: blocks of eight warps.
+    /// Blocks of eight warps: for many rows.
     Full,
 }
 
-/// What a launch takes.
+/// Kernel, launch configuration and workspace size of a launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Plan {
     /// Name of the kernel.
     pub kernel: &'static str,
-    /// Blocks.
+    /// Blocks in each dimension.
     pub grid: [u32; 3],
-    /// Threads of a block.
+    /// Threads per block.
     pub block: u32,
-    /// Dynamic shared memory of a block, in bytes.
+    /// Bytes of dynamic shared memory per block.
     pub shared_bytes: u32,
-    /// Bytes of workspace, with any contents; 0 without splits.
+    /// Bytes of workspace, which may hold anything; 0 without splits.
     pub workspace_bytes: u64,
-    /// Name and blocks of the kernel that merges the splits, if there are any; it has 256 threads a block.
+    /// Name and number of blocks of the kernel that combines the splits, with 256 threads per block; `None` without splits.
     pub combine: Option<(&'static str, u32)>,
 }
 
-/// How many parts the keys should be cut into on a device of so many multiprocessors, when sequences have few query rows: so
-/// that one sequence makes as many blocks of the streaming form as an H100 holds at once, but at most 64 parts. When they have
-/// many: one.
+/// Returns the number of KV splits for sequences of `rows` query rows, 1 to 64.
 ///
-/// The number of parts shows in the bits. Whoever wants those of a sequence to be the same alone and in any batch gives `rows`
-/// that do not depend on the batch, such as the length of a block, and not those of its longest sequence.
+/// Short sequences (at most 256 packed rows) are split so that one sequence fills a device with the given number of
+/// multiprocessors of an H100. Longer ones are not split.
+///
+/// The number of splits affects rounding. For batch-invariant results pass `rows` that do not depend on the batch, for example
+/// the block length instead of the length of the longest sequence.
 pub fn splits(rows: usize, heads: Heads, multiprocessors: usize) -> usize {
     let Heads { num_heads, num_kv_heads, head_dim } = heads;
     let packed = rows.saturating_mul(num_heads / num_kv_heads.max(1));
@@ -53,15 +69,18 @@ pub fn splits(rows: usize, heads: Heads, multiprocessors: usize) -> usize {
         return 1;
     }
     let blocks = packed.div_ceil(32).max(1).saturating_mul(num_kv_heads).max(1);
-    let held = match head_dim {
+    let blocks_per_multiprocessor = match head_dim {
         ..=32 => 10,
         33..=64 => 6,
         _ => 3,
     };
-    multiprocessors.saturating_mul(held).div_ceil(blocks).clamp(1, 64)
+    multiprocessors.saturating_mul(blocks_per_multiprocessor).div_ceil(blocks).clamp(1, 64)
 }
 
-/// Checks every field but what the addresses point to.
+/// Checks all fields, including overlaps, without reading the memory that the addresses point to. Calls no driver.
+///
+/// # Errors
+/// [`Error::Argument`] with the field, the expected and the found value.
 pub fn validate(params: &dllm_attention_params) -> Result<()> {
     validate::struct_size::<dllm_attention_params>(params.size)?;
     validate::address("q", params.q, 16)?;
@@ -102,8 +121,8 @@ pub fn validate(params: &dllm_attention_params) -> Result<()> {
     }
     validate::within("max_rows", params.max_rows.into(), 1, i64::from(i32::MAX - 8) / i64::from(params.num_heads))?;
     // Above, the number of a packed row could overflow.
-    let most = (1 << 30) / i64::from(params.num_heads);
-    validate::within("max_sequence_rows", params.max_sequence_rows.into(), 1, most)?;
+    let max_sequence_rows = (1 << 30) / i64::from(params.num_heads);
+    validate::within("max_sequence_rows", params.max_sequence_rows.into(), 1, max_sequence_rows)?;
     validate::within("max_splits", params.max_splits.into(), 1, 64)?;
     validate::within("num_sequences", params.num_sequences.into(), 1, 65_535 / i64::from(params.max_splits))?;
     validate::optional("tile_offsets", params.tile_offsets, 4)?;
@@ -112,7 +131,7 @@ pub fn validate(params: &dllm_attention_params) -> Result<()> {
         let tiles = i64::from(params.max_sequence_rows.unsigned_abs().div_ceil(QUERY_TILE as u32));
         validate::within("query_tiles", params.query_tiles.into(), tiles, i32::MAX.into())?;
         validate::flag("per_head", params.per_head)?;
-        // More, and the parts of a list could overflow.
+        // Above, products of a list's length and the split count could overflow.
         validate::within("num_tile_indices", params.num_tile_indices.into(), 0, 1 << 30)?;
     }
     validate::within("form", params.form.into(), 0, abi::DLLM_ATTENTION_FORM_FULL.into())?;
@@ -127,7 +146,7 @@ pub fn validate(params: &dllm_attention_params) -> Result<()> {
     check_disjoint(params, bytes, needed)
 }
 
-/// That all rows lie within 64-bit addresses, and that nothing overlaps what is written.
+/// Checks that all rows are within 64-bit addresses, and that no output overlaps another output or an input matrix.
 fn check_disjoint(params: &dllm_attention_params, bytes: i64, workspace_bytes: u64) -> Result<()> {
     let heads = i64::from(params.num_heads);
     let width = heads * i64::from(params.head_dim);
@@ -140,28 +159,28 @@ fn check_disjoint(params: &dllm_attention_params, bytes: i64, workspace_bytes: u
         Region::new("workspace", params.workspace, i32::from(workspace_bytes > 0), workspace_bytes, workspace_bytes, 1),
     ];
     let q = Region::new("q", params.q, rows, params.q_stride, width, bytes);
-    let of_segment = |s: &dllm_segment| {
+    let segment_regions = |s: &dllm_segment| {
         [
             Region::new("segment.k", s.k, s.num_rows, s.k_stride, kv_width, bytes),
             Region::new("segment.v", if s.k == 0 { 0 } else { s.v }, s.num_rows, s.v_stride, kv_width, bytes),
         ]
     };
-    let read = std::iter::once(q).chain(params.segments.iter().flat_map(of_segment));
-    let there = |place: &Region| place.address != 0 && place.rows > 0;
-    let places: Vec<Region> = written.into_iter().chain(read).collect();
-    for place in places.iter().filter(|p| there(p)) {
-        place.fits_address_space()?;
+    let read = std::iter::once(q).chain(params.segments.iter().flat_map(segment_regions));
+    let is_present = |region: &Region| region.address != 0 && region.rows > 0;
+    let regions: Vec<Region> = written.into_iter().chain(read).collect();
+    for region in regions.iter().filter(|r| is_present(r)) {
+        region.fits_address_space()?;
     }
-    for (i, place) in written.iter().enumerate().filter(|(_, p)| there(p)) {
-        for other in places[i + 1..].iter().filter(|p| there(p)) {
-            place.disjoint_from(*other)?;
+    for (i, region) in written.iter().enumerate().filter(|(_, r)| is_present(r)) {
+        for other in regions[i + 1..].iter().filter(|r| is_present(r)) {
+            region.disjoint_from(*other)?;
         }
     }
     Ok(())
 }
 
-/// What a launch takes. Unless `form` says which, it is streaming when the longest sequence has at most 256 packed rows (query
-/// rows times heads of a group), and full otherwise.
+/// Returns the plan of a launch; the values of invalid parameters are clamped. With `DLLM_ATTENTION_FORM_PLANNED` the form is
+/// streaming when the longest sequence has at most 256 packed rows (query rows times heads of a group), and full otherwise.
 pub fn plan(params: &dllm_attention_params) -> Plan {
     let group = i64::from(params.num_heads.max(1) / params.num_kv_heads.max(1)).max(1);
     let packed = i64::from(params.max_sequence_rows.max(1)) * group;
@@ -175,8 +194,8 @@ pub fn plan(params: &dllm_attention_params) -> Plan {
         Form::Streaming => (2, &STREAMING_KERNELS),
         Form::Full => (8, &FULL_KERNELS),
     };
-    let of_type = usize::from(params.dtype as u32 != abi::DLLM_BF16);
-    let kernel = kernels[of_type][match params.head_dim {
+    let dtype_index = usize::from(params.dtype as u32 != abi::DLLM_BF16);
+    let kernel = kernels[dtype_index][match params.head_dim {
         32 => 0,
         64 => 1,
         _ => 2,
@@ -195,7 +214,7 @@ pub fn plan(params: &dllm_attention_params) -> Plan {
         block: warps * 32,
         shared_bytes: (4 * KEY_TILE * 2) as u32 * params.head_dim.max(1) as u32,
         workspace_bytes: if splits > 1 { workspace_bytes } else { 0 },
-        combine: (splits > 1).then(|| (COMBINE_KERNELS[of_type], row_heads.div_ceil(8) as u32)),
+        combine: (splits > 1).then(|| (COMBINE_KERNELS[dtype_index], row_heads.div_ceil(8) as u32)),
     }
 }
 
@@ -209,20 +228,21 @@ const FULL_KERNELS: [[&str; 3]; 2] = [
 ];
 const COMBINE_KERNELS: [&str; 2] = ["attention_combine_bf16", "attention_combine_f16"];
 
-/// Launches on a caller's stream and returns: one kernel, and with splits one more. May be captured into a graph; may be
-/// called from several threads, with a workspace each.
+/// Enqueues the attention kernel, and with splits the combining kernel, on `stream`. Allocates nothing, does not synchronise,
+/// and may be captured in a graph. May be called from several threads; each launch in flight needs a workspace of its own.
+///
+/// The contents of device memory need not be valid: starts, lengths, `cu_rows` and lists are clamped to the sizes in the
+/// struct. The results of a sequence with more rows than `max_sequence_rows` are undefined.
 ///
 /// # Errors
 /// As [`validate`]; the driver's.
 ///
 /// # Safety
-/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream.
+/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
+///    lives until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_attention_params`] gives, until the work is done.
-/// 3. `out`, `lse` and the workspace overlap neither one another nor the lists and lengths. (That they do not overlap
-///    queries, keys and values is checked.)
-///
-/// What stands in device memory need not be right: starts, lengths, bounds and lists are brought to within the sizes of the
-/// struct. Of a sequence that has more rows than `max_sequence_rows`, the result is not defined.
+/// 3. `out`, `lse` and the workspace overlap neither each other nor the lists, lengths and `cu_rows`. ([`validate`] checks
+///    that they do not overlap queries, keys and values.)
 pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_attention_params) -> Result<()> {
     validate(params)?;
     let Plan { kernel, grid, block, shared_bytes, combine, .. } = plan(params);
@@ -237,95 +257,85 @@ pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_att
     Ok(())
 }
 
-/// Heads and their width.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Heads {
-    /// Query heads.
-    pub num_heads: usize,
-    /// Key/value heads, which divide them.
-    pub num_kv_heads: usize,
-    /// 32, 64 or 128.
-    pub head_dim: usize,
-}
-
-/// A matrix whose rows hold what is wanted from column `first` on.
+/// View of the columns of a row-major matrix from column `first` on.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a, T> {
-    /// Rows, `stride` elements apart.
+    /// The matrix.
     pub buffer: &'a Buffer<T>,
-    /// A multiple of 8.
+    /// First column of the view, in elements; a multiple of 8.
     pub first: usize,
-    /// A multiple of 8.
+    /// Elements from one row to the next; a multiple of 8.
     pub stride: usize,
 }
 
-/// Keys and values of one part of the sequences.
+/// Keys and values of one part of each sequence.
 #[derive(Clone, Copy, Debug)]
 pub struct Segment<'a, T> {
-    /// `[any, num_kv_heads, head_dim]`
+    /// Keys `[segment rows, num_kv_heads, head_dim]`.
     pub k: Rows<'a, T>,
-    /// `[any, num_kv_heads, head_dim]`
+    /// Values `[segment rows, num_kv_heads, head_dim]`.
     pub v: Rows<'a, T>,
-    /// `[num_sequences]`: first row of each sequence; 0 if not given.
+    /// First row of each sequence, `[num_sequences]`; `None`: row 0.
     pub start: Option<&'a Buffer<i32>>,
-    /// `[num_sequences]`: rows of each sequence.
+    /// Number of rows of each sequence, `[num_sequences]`; 0 is allowed.
     pub len: &'a Buffer<i32>,
 }
 
-/// Which key tiles query tiles visit; see [`abi::dllm_attention_params`].
+/// Lists of the key tiles that each query tile visits. [`tiles`](super::tiles) builds them.
 #[derive(Clone, Copy, Debug)]
 pub struct Tiles<'a> {
-    /// `[num_sequences * query_tiles * (kv heads, if per_head) + 1]`
+    /// Begin of each list in `indices`, and the end: `[num_sequences * query_tiles * (num_kv_heads if per_head, else 1) + 1]`,
+    /// where `query_tiles` is `max_sequence_rows / QUERY_TILE`, rounded up.
     pub offsets: &'a Buffer<i32>,
-    /// `[any]`
+    /// Key tiles, `[num_tile_indices]`; each at most once per list. Tiles past the keys count as empty.
     pub indices: &'a Buffer<i32>,
-    /// Whether each key/value head has lists of its own.
+    /// Whether each key/value head has its own lists.
     pub per_head: bool,
 }
 
-/// What a safe launch reads and writes.
+/// Inputs and outputs of [`launch`]. `T` is bf16 or f16.
 pub struct Attention<'a, T> {
-    /// Shape of queries and keys.
+    /// Head counts and width of queries, keys and values.
     pub heads: Heads,
-    /// `[any, num_heads, head_dim]`
+    /// Queries `[rows, num_heads, head_dim]`; at least as many rows as `out`.
     pub q: Rows<'a, T>,
-    /// `[num_sequences + 1]`, ascending from 0: which query rows are whose.
+    /// Sequence s has the query rows `cu_rows[s]..cu_rows[s + 1]`; `[num_sequences + 1]`, ascending from 0. Its length gives the
+    /// number of sequences.
     pub cu_rows: &'a Buffer<i32>,
-    /// Query rows of one sequence, at most.
+    /// Upper bound of the query rows of one sequence.
     pub max_sequence_rows: usize,
-    /// Prefix cache, live block, suffix cache; the keys of a sequence in this order.
+    /// Prefix cache, live block and suffix cache: the keys of a sequence in this order.
     pub segments: [Option<Segment<'a, T>>; 3],
-    /// Block sparsity; all tiles are visited, if not given.
+    /// Block sparsity; `None`: every query tile visits all key tiles.
     pub tiles: Option<Tiles<'a>>,
-    /// Of the scores; 1 / sqrt(head_dim).
+    /// Factor of the scores, -1e6 to 1e6; usually 1 / sqrt(head_dim).
     pub scale: f32,
-    /// Parts that the keys are cut into, 1 to 64: see [`splits`].
+    /// Number of KV splits, 1 to 64: see [`splits`].
     pub max_splits: usize,
-    /// Which form the blocks have; if not given, the plan chooses.
+    /// Block size; `None`: selected by [`plan`].
     pub form: Option<Form>,
-    /// Out, `[any, num_heads, head_dim]`, packed.
+    /// Output `[max_rows, num_heads, head_dim]`, packed. A row without keys gets zeros.
     pub out: &'a mut Buffer<T>,
-    /// Out, `[any, num_heads]`: log-sum-exps.
+    /// Output `[max_rows, num_heads]`: natural log-sum-exps of the scaled scores; minus infinity without keys.
     pub lse: Option<&'a mut Buffer<f32>>,
-    /// Any contents; [`workspace_len`] long.
+    /// Workspace of [`workspace_len`] elements; it may hold anything.
     pub workspace: &'a mut Buffer<f32>,
 }
 
-/// Elements of workspace for so many query rows.
+/// Returns the f32 elements of workspace that [`launch`] needs; 0 without splits. Saturates at `usize::MAX`.
 pub fn workspace_len(max_rows: usize, heads: Heads, max_splits: usize) -> usize {
     if max_splits <= 1 {
         return 0;
     }
-    // What no memory can hold counts as the most that there can be.
     let partial = max_splits.saturating_mul(max_rows).saturating_mul(heads.num_heads);
     partial.div_ceil(4).saturating_mul(4).saturating_add(partial.saturating_mul(heads.head_dim))
 }
 
-/// Launches on our buffers, and returns. The number of query rows that there is room for is that of `out`; `q` has at least
-/// as many.
+/// Enqueues attention over [`Buffer`]s of `stream`; otherwise as [`launch_raw`]. The rows of `out` give the number of query
+/// rows. Without sequences nothing is enqueued.
 ///
 /// # Errors
-/// [`Error::Argument`] when a buffer is too short, belongs to another stream, or a number is out of range; the driver's.
+/// [`Error::Argument`] when a buffer is too short or belongs to another stream, or a value is out of range; the driver's.
 pub fn launch<T: Element>(stream: &Stream, attention: Attention<T>) -> Result<()> {
     let Attention { heads, q, cu_rows, max_sequence_rows, segments, tiles, scale, .. } = attention;
     let Attention { max_splits, form, out, lse, workspace, .. } = attention;
@@ -336,7 +346,7 @@ pub fn launch<T: Element>(stream: &Stream, attention: Attention<T>) -> Result<()
         return Ok(());
     }
     let max_rows = out.len() / width;
-    let query_rows = rows_of(q, width)?;
+    let query_rows = num_rows(q, width)?;
     if query_rows < max_rows {
         return Err(Error::argument("q", format!("{max_rows} rows, as many as out"), query_rows));
     }
@@ -345,13 +355,13 @@ pub fn launch<T: Element>(stream: &Stream, attention: Attention<T>) -> Result<()
             return Ok(dllm_segment::default());
         };
         Ok(dllm_segment {
-            k: place("segment.k", k, stream)?,
-            v: place("segment.v", v, stream)?,
+            k: first_element("segment.k", k, stream)?,
+            v: first_element("segment.v", v, stream)?,
             start: buffers::optional("segment.start", start, num_sequences, stream)?,
             len: buffers::buffer("segment.len", len, num_sequences, stream)?,
             k_stride: k.stride as i64,
             v_stride: v.stride as i64,
-            num_rows: buffers::count("segment rows", rows_of(k, kv_width)?.min(rows_of(v, kv_width)?))?,
+            num_rows: buffers::count("segment rows", num_rows(k, kv_width)?.min(num_rows(v, kv_width)?))?,
             reserved0: 0,
             reserved1: 0,
         })
@@ -359,13 +369,13 @@ pub fn launch<T: Element>(stream: &Stream, attention: Attention<T>) -> Result<()
     let query_tiles = max_sequence_rows.div_ceil(QUERY_TILE);
     let lists_of_tile = if tiles.is_some_and(|t| t.per_head) { heads.num_kv_heads } else { 1 };
     let offsets = num_sequences.saturating_mul(query_tiles).saturating_mul(lists_of_tile).saturating_add(1);
-    // More lists than that are those of other sequences, or of more heads or rows: the right ones would not be found.
-    if let Some(Tiles { offsets: given, .. }) = tiles.filter(|t| t.offsets.len() != offsets) {
-        return Err(Error::argument("tile_offsets", format!("{offsets} elements"), given.len()));
+    // Lists for other numbers of sequences, heads or rows have other positions.
+    if let Some(tiles) = tiles.filter(|t| t.offsets.len() != offsets) {
+        return Err(Error::argument("tile_offsets", format!("{offsets} elements"), tiles.offsets.len()));
     }
     let params = dllm_attention_params {
         size: size_of::<dllm_attention_params>() as u64,
-        q: place("q", q, stream)?,
+        q: first_element("q", q, stream)?,
         out: buffers::buffer("out", out, 0, stream)?,
         lse: buffers::optional("lse", lse.as_deref(), buffers::elements(max_rows, heads.num_heads), stream)?,
         cu_rows: buffers::buffer("cu_rows", cu_rows, 0, stream)?,
@@ -395,254 +405,22 @@ pub fn launch<T: Element>(stream: &Stream, attention: Attention<T>) -> Result<()
         } as i32,
         reserved: 0,
     };
-    // SAFETY: addresses and sizes come from buffers of this stream; the kernel brings every start, length and list to within
-    // them. What is written is borrowed alone.
+    // SAFETY: addresses and sizes come from buffers of this stream; the kernel clamps every start, length and list to them.
+    // Outputs are borrowed exclusively.
     unsafe { launch_raw(stream.device(), stream.raw(), &params) }
 }
 
-/// Whole rows of `width` elements from column `first` on.
-fn rows_of<T: Element>(rows: Rows<T>, width: usize) -> Result<usize> {
+/// Number of rows that have `width` elements from column `first` on.
+fn num_rows<T: Element>(rows: Rows<T>, width: usize) -> Result<usize> {
     let len = rows.buffer.len().saturating_sub(rows.first);
     buffers::num_rows("rows", len, width, rows.stride).map(|n| n as usize)
 }
 
-/// Address of the first element.
-fn place<T: Element>(name: &'static str, rows: Rows<T>, stream: &Stream) -> Result<u64> {
+/// Device address of the first element of the view.
+fn first_element<T: Element>(name: &'static str, rows: Rows<T>, stream: &Stream) -> Result<u64> {
     let address = buffers::buffer(name, rows.buffer, rows.first, stream)?;
     Ok(address + (rows.first * size_of::<T>()) as u64)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// 2 sequences of 32 rows, 28 heads over 4, in one split.
-    fn params() -> dllm_attention_params {
-        let segment = dllm_segment {
-            k: 0x10_0000,
-            v: 0x20_0000,
-            start: 0,
-            len: 0x3000,
-            k_stride: 512,
-            v_stride: 520,
-            num_rows: 100,
-            ..dllm_segment::default()
-        };
-        dllm_attention_params {
-            size: size_of::<dllm_attention_params>() as u64,
-            q: 0x100_0000,
-            out: 0x200_0000,
-            lse: 0x300_0000,
-            cu_rows: 0x2000,
-            segments: [dllm_segment::default(), segment, dllm_segment::default()],
-            tile_offsets: 0,
-            tile_indices: 0,
-            workspace: 0x400_0000,
-            workspace_bytes: 1 << 30,
-            q_stride: 3584,
-            out_stride: 3584,
-            scale: 0.125,
-            max_rows: 64,
-            max_sequence_rows: 32,
-            num_sequences: 2,
-            num_heads: 28,
-            num_kv_heads: 4,
-            head_dim: 128,
-            dtype: abi::DLLM_BF16 as i32,
-            max_splits: 1,
-            query_tiles: 0,
-            per_head: 0,
-            num_tile_indices: 0,
-            form: abi::DLLM_ATTENTION_FORM_PLANNED as i32,
-            reserved: 0,
-        }
-    }
-
-    #[test]
-    fn plans() {
-        // 224 packed rows: seven blocks of 32.
-        let plan_of = |change: fn(&mut dllm_attention_params)| {
-            let mut params = params();
-            change(&mut params);
-            validate(&params).unwrap();
-            plan(&params)
-        };
-        let one = Plan {
-            kernel: "attention_bf16_128_w2",
-            grid: [7, 4, 2],
-            block: 64,
-            shared_bytes: 65_536,
-            workspace_bytes: 0,
-            combine: None,
-        };
-        assert_eq!(plan_of(|_| {}), one);
-        let partial = 5 * 64 * 28;
-        let combine = Some(("attention_combine_bf16", 64 * 28 / 8));
-        let five = Plan { grid: [7, 4, 10], workspace_bytes: 4 * (partial + 128 * partial), combine, ..one };
-        assert_eq!(plan_of(|p| p.max_splits = 5), five);
-        let long = Plan { kernel: "attention_bf16_128_w8", grid: [3, 4, 2], block: 256, ..one };
-        assert_eq!(plan_of(|p| p.max_sequence_rows = 37), long, "259 packed rows: three blocks of 128");
-        let full = Plan { kernel: "attention_bf16_128_w8", grid: [2, 4, 2], block: 256, ..one };
-        assert_eq!(plan_of(|p| p.form = abi::DLLM_ATTENTION_FORM_FULL as i32), full, "forced");
-        let streaming = |p: &mut dllm_attention_params| {
-            (p.form, p.max_sequence_rows) = (abi::DLLM_ATTENTION_FORM_STREAMING as i32, 37);
-        };
-        assert_eq!(plan_of(streaming), Plan { grid: [9, 4, 2], ..one }, "forced: nine blocks of 32");
-        let narrow = |p: &mut dllm_attention_params| {
-            (p.dtype, p.head_dim, p.max_splits, p.max_rows) = (abi::DLLM_F16 as i32, 32, 3, 1);
-            (p.num_heads, p.num_kv_heads) = (3, 3);
-        };
-        let narrow_plan = Plan {
-            kernel: "attention_f16_32_w2",
-            grid: [1, 3, 6],
-            shared_bytes: 16_384,
-            workspace_bytes: 4 * (12 + 9 * 32), // 9 log-sum-exps, rounded up to 12
-            combine: Some(("attention_combine_f16", 1)),
-            ..one
-        };
-        assert_eq!(plan_of(narrow), narrow_plan);
-    }
-
-    #[test]
-    fn the_workspace_of_a_safe_launch_is_the_planned() {
-        for (max_rows, num_heads, head_dim, max_splits) in [(1, 1, 32, 1), (1, 3, 32, 3), (64, 28, 128, 64)] {
-            let heads = Heads { num_heads: num_heads as usize, num_kv_heads: 1, head_dim: head_dim as usize };
-            let params =
-                dllm_attention_params { max_rows, num_heads, head_dim, max_splits, num_kv_heads: 1, ..params() };
-            let len = workspace_len(max_rows as usize, heads, max_splits as usize);
-            assert_eq!(4 * len as u64, plan(&params).workspace_bytes);
-        }
-        let heads = Heads { num_heads: usize::MAX, num_kv_heads: 1, head_dim: 128 };
-        assert_eq!(workspace_len(9, heads, 2), usize::MAX);
-    }
-
-    #[test]
-    fn splits_follow_the_shape_of_a_sequence() {
-        let of = |rows, num_heads, num_kv_heads, head_dim, multiprocessors| {
-            splits(rows, Heads { num_heads, num_kv_heads, head_dim }, multiprocessors)
-        };
-        assert_eq!(of(32, 32, 32, 128, 132), 13, "LLaDA-8B: 32 blocks, 396 wanted");
-        assert_eq!(of(32, 28, 4, 128, 132), 15, "Dream-7B: 7 x 4 blocks");
-        assert_eq!(of(32, 32, 32, 64, 132), 25, "792 wanted");
-        assert_eq!(of(32, 32, 32, 32, 132), 42, "1,320 wanted");
-        assert_eq!(of(256, 8, 8, 128, 132), 7);
-        assert_eq!(of(257, 8, 8, 128, 132), 1, "many rows");
-        assert_eq!(of(37, 28, 4, 128, 132), 1, "many packed rows");
-        assert_eq!(of(1, 1, 1, 128, 132), 64, "no more than 64");
-        assert_eq!(of(32, 512, 512, 128, 132), 1);
-        for odd in [0, 1, usize::MAX] {
-            for (heads, kv_heads) in [(0, 0), (1, 0), (0, 1), (usize::MAX, 1), (usize::MAX, usize::MAX)] {
-                assert!((1..=64).contains(&of(odd, heads, kv_heads, odd, odd)));
-            }
-        }
-    }
-
-    #[test]
-    fn wrong_fields_are_named() {
-        let wrong = |change: fn(&mut dllm_attention_params), says: &str| {
-            let mut params = params();
-            change(&mut params);
-            let error = validate(&params).unwrap_err().to_string();
-            assert!(error.contains(says), "{error}");
-        };
-        wrong(|p| p.size = 0, "size: expected 336");
-        wrong(|p| p.q = 0, "q: expected a device address");
-        wrong(|p| p.q += 8, "q: expected an address aligned to 16");
-        wrong(|p| p.out = 0, "out: expected a device address");
-        wrong(|p| p.out += 2, "out: expected an address aligned to 16");
-        wrong(|p| p.lse += 2, "lse: expected an address aligned to 4");
-        wrong(|p| p.cu_rows = 0, "cu_rows: expected a device address");
-        wrong(|p| p.cu_rows += 1, "cu_rows: expected an address aligned to 4");
-        wrong(|p| p.dtype = 2, "dtype: expected bf16 (0) or f16 (1), found 2");
-        wrong(|p| p.head_dim = 96, "head_dim: expected 32, 64 or 128, found 96");
-        wrong(|p| p.num_heads = 0, "num_heads: expected 1 to 65535, found 0");
-        wrong(|p| p.num_heads = 65_536, "num_heads: expected 1 to 65535");
-        wrong(|p| p.num_kv_heads = 0, "num_kv_heads: expected 1 to 28");
-        wrong(|p| p.num_kv_heads = 29, "num_kv_heads: expected 1 to 28");
-        wrong(|p| p.num_kv_heads = 3, "num_heads: expected a multiple of num_kv_heads, 3, found 28");
-        wrong(
-            |p| p.q_stride = 3576,
-            "q_stride: expected a multiple of 8 elements (16 bytes), at least the width, 3584",
-        );
-        wrong(|p| p.out_stride = -3584, "out_stride");
-        wrong(|p| p.out_stride += 4, "out_stride");
-        wrong(|p| p.segments[1].k += 4, "segment.k: expected an address aligned to 16");
-        wrong(|p| p.segments[1].v = 0, "segment.v: expected a device address");
-        wrong(|p| p.segments[1].start = 3, "segment.start: expected an address aligned to 4");
-        wrong(|p| p.segments[1].len = 0, "segment.len: expected a device address");
-        wrong(|p| p.segments[1].k_stride = 504, "segment.k_stride");
-        wrong(|p| p.segments[1].v_stride = 516, "segment.v_stride");
-        wrong(|p| p.segments[1].num_rows = -1, "segment.num_rows");
-        wrong(|p| p.segments[1].reserved0 = 1, "reserved");
-        wrong(|p| p.segments[1].reserved1 = 1, "reserved");
-        wrong(|p| p.scale = f32::NAN, "scale: expected a number from -1e6 to 1e6, found NaN");
-        wrong(|p| p.scale = f32::INFINITY, "scale");
-        wrong(|p| p.scale = -2e6, "scale");
-        wrong(|p| p.max_rows = 0, "max_rows: expected 1 to");
-        wrong(|p| p.max_rows = i32::MAX / 28 + 1, "max_rows: expected 1 to");
-        wrong(|p| p.max_sequence_rows = 0, "max_sequence_rows: expected 1 to");
-        wrong(|p| p.max_sequence_rows = (1 << 30) / 28 + 1, "max_sequence_rows");
-        wrong(|p| p.max_splits = 0, "max_splits: expected 1 to 64, found 0");
-        wrong(|p| p.max_splits = 65, "max_splits: expected 1 to 64, found 65");
-        wrong(|p| p.num_sequences = 0, "num_sequences: expected 1 to 65535");
-        wrong(|p| (p.num_sequences, p.max_splits) = (1024, 64), "num_sequences: expected 1 to 1023");
-        wrong(|p| p.tile_offsets = 2, "tile_offsets: expected an address aligned to 4");
-        wrong(|p| p.tile_offsets = 4, "tile_indices: expected a device address");
-        wrong(|p| (p.tile_offsets, p.tile_indices) = (4, 4), "query_tiles: expected 1 to");
-        wrong(
-            |p| (p.tile_offsets, p.tile_indices, p.query_tiles, p.per_head) = (4, 4, 1, 2),
-            "per_head: expected 0 to 1, found 2",
-        );
-        wrong(
-            |p| (p.tile_offsets, p.tile_indices, p.query_tiles, p.num_tile_indices) = (4, 4, 1, -1),
-            "num_tile_indices: expected 0 to",
-        );
-        wrong(|p| p.form = 3, "form: expected 0 to 2, found 3");
-        wrong(|p| p.form = -1, "form: expected 0 to 2, found -1");
-        wrong(|p| p.reserved = 1, "reserved: expected 0, found 1");
-        wrong(|p| (p.max_splits, p.workspace) = (2, 0), "workspace: expected a device address");
-        wrong(|p| (p.max_splits, p.workspace) = (2, 8), "workspace: expected an address aligned to 16");
-        wrong(|p| (p.max_splits, p.workspace_bytes) = (2, 4), "workspace_bytes: expected at least 1849344, found 4");
-    }
-
-    #[test]
-    fn overlaps_are_seen() {
-        let wrong = |change: fn(&mut dllm_attention_params), says: &str| {
-            let mut params = params();
-            change(&mut params);
-            let error = validate(&params).unwrap_err().to_string();
-            assert!(error.contains(says), "{error}");
-        };
-        wrong(|p| p.q_stride = i64::MAX - 7, "q: expected rows within 64-bit addresses");
-        wrong(|p| p.out_stride = i64::MAX - 7, "out: expected rows within 64-bit addresses");
-        wrong(|p| p.segments[1].k_stride = i64::MAX - 7, "segment.k: expected rows within 64-bit addresses");
-        wrong(|p| p.segments[1].v_stride = i64::MAX - 7, "segment.v: expected rows within 64-bit addresses");
-        wrong(|p| p.out = p.q, "out: expected memory that does not overlap q");
-        wrong(|p| p.out = p.segments[1].k, "out: expected memory that does not overlap segment.k");
-        wrong(|p| p.out = p.segments[1].v + 1600, "out: expected memory that does not overlap segment.v");
-        wrong(|p| p.out = p.lse, "out: expected memory that does not overlap lse");
-        wrong(|p| p.lse = p.q + 4, "lse: expected memory that does not overlap q");
-        wrong(|p| (p.max_splits, p.workspace) = (2, p.q), "workspace: expected memory that does not overlap q");
-    }
-
-    #[test]
-    fn what_is_not_used_is_free() {
-        let absent = dllm_segment { v: 3, len: 1, k_stride: -1, num_rows: -1, ..dllm_segment::default() };
-        let mut unused = params();
-        unused.segments[0] = absent;
-        (unused.workspace, unused.workspace_bytes) = (7, 0);
-        (unused.tile_indices, unused.query_tiles, unused.per_head, unused.num_tile_indices) = (1, -1, 9, -1);
-        validate(&unused).unwrap();
-        let mut empty = params();
-        (empty.segments[1].num_rows, empty.segments[1].k) = (0, empty.out);
-        validate(&empty).unwrap();
-        // Side by side in one matrix: queries, keys and values of a projection.
-        let mut projection = params();
-        (projection.q, projection.q_stride) = (0x100_0000, 3584 + 1024);
-        let k = projection.q + 2 * 3584;
-        let live =
-            dllm_segment { k, v: k + 1024, k_stride: 4608, v_stride: 4608, num_rows: 64, ..params().segments[1] };
-        projection.segments[1] = live;
-        validate(&projection).unwrap();
-    }
-}
+mod tests;

@@ -1,4 +1,6 @@
-//! The embedding rows of tokens that lie on the device: the kernel of `cuda/any/embed.cu`.
+//! Embedding lookup for tokens in device memory, `out[i] = table[tokens[index[i]]]`: the kernel of `cuda/any/embed.cu`.
+//!
+//! Rows are copied as bytes, so any element type works.
 
 use super::{Plan, buffers, validate};
 use crate::abi::dllm_embed_params;
@@ -7,7 +9,10 @@ use crate::gpu::{Buffer, Device, Stream};
 use bytemuck::Pod;
 use std::ffi::c_void;
 
-/// Checks every field but what the addresses point to.
+/// Checks all fields without reading the memory that the addresses point to. Calls no driver.
+///
+/// # Errors
+/// [`crate::Error::Argument`] with the field, the expected and the found value.
 pub fn validate(params: &dllm_embed_params) -> Result<()> {
     validate::struct_size::<dllm_embed_params>(params.size)?;
     validate::address("table", params.table, 16)?;
@@ -25,24 +30,25 @@ pub fn validate(params: &dllm_embed_params) -> Result<()> {
     validate::size("vocab_size", params.vocab_size)?;
     validate::reserved(params.reserved)?;
     let row_bytes = params.row_bytes;
-    let place = |name, address, rows, stride_bytes| validate::Region { name, address, rows, stride_bytes, row_bytes };
-    place("table", params.table, params.vocab_size, params.table_stride_bytes).fits_address_space()?;
-    place("out", params.out, params.max_rows, params.out_stride_bytes).fits_address_space()
+    let region = |name, address, rows, stride_bytes| validate::Region { name, address, rows, stride_bytes, row_bytes };
+    region("table", params.table, params.vocab_size, params.table_stride_bytes).fits_address_space()?;
+    region("out", params.out, params.max_rows, params.out_stride_bytes).fits_address_space()
 }
 
-/// What a launch takes: a block of 256 threads for each row.
+/// Returns the plan of a launch: a block of 256 threads per row.
 pub fn plan(params: &dllm_embed_params) -> Plan {
     Plan { kernel: "embed", grid: [params.max_rows.max(1) as u32, 1, 1], block: 256, workspace_bytes: 0 }
 }
 
-/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads.
+/// Enqueues the kernel on `stream`. Allocates nothing, does not synchronise, and may be captured in a graph. May be called from
+/// several threads.
 ///
 /// # Errors
 /// As [`validate`]; the driver's.
 ///
 /// # Safety
 /// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
-///    is there until the work is done and graphs that hold it are destroyed.
+///    lives until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_embed_params`] gives, until the work is done.
 /// 3. `out` overlaps no other memory of the struct.
 pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_embed_params) -> Result<()> {
@@ -51,25 +57,25 @@ pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_emb
     unsafe { super::launch(device, stream, "embed", plan(params), params) }
 }
 
-/// The rows that a safe launch embeds. Both matrices are packed: rows of `width` elements, one after the other.
+/// Inputs and outputs of [`launch`]. Both matrices are packed, with rows of `width` elements.
 pub struct Embed<'a, T> {
-    /// `[vocab_size, width]`
+    /// Embedding table `[vocab_size, width]`.
     pub table: &'a Buffer<T>,
-    /// Elements of a row; a multiple of 16 bytes.
+    /// Number of elements of a row; a multiple of 16 bytes.
     pub width: usize,
-    /// `[any]`
+    /// Tokens, `[num_tokens]`.
     pub tokens: &'a Buffer<i32>,
-    /// `[max_rows]`, which point into `tokens`. If not given: every token, in order.
+    /// Indices into `tokens`, `[max_rows]`; `None`: all tokens in order.
     pub index: Option<&'a Buffer<i32>>,
-    /// `[1]`: how many of them there are; all, if not given.
+    /// Number of rows, read on the device, `[1]`; `None`: the maximum number.
     pub count: Option<&'a Buffer<i32>>,
-    /// `[max_rows, width]`
+    /// Output `[max_rows, width]`.
     pub out: &'a mut Buffer<T>,
-    /// `[1]`: set to -2 when an index or a token was out of range and its row left out.
+    /// Flag `[1]`, set to -2 when an index or token is out of range. The row of such an index is not written.
     pub failed: Option<&'a mut Buffer<i32>>,
 }
 
-/// Launches on our buffers, and returns.
+/// Enqueues the op on [`Buffer`]s of `stream`; otherwise as [`launch_raw`].
 ///
 /// # Errors
 /// [`crate::Error::Argument`] when a buffer is too short or belongs to another stream; the driver's.
@@ -94,7 +100,7 @@ pub fn launch<T: Pod>(stream: &Stream, embed: Embed<T>) -> Result<()> {
         vocab_size: buffers::count("table", table.len() / width)?,
         reserved: 0,
     };
-    // SAFETY: addresses and sizes come from buffers of this stream, `out` is borrowed alone, and the kernel checks every
+    // SAFETY: addresses and sizes come from buffers of this stream, `out` is borrowed exclusively, and the kernel checks every
     // index and token.
     unsafe { launch_raw(stream.device(), stream.raw(), &params) }
 }

@@ -1,4 +1,6 @@
-//! Gather and scatter of rows by an index list on the device: the kernels of `cuda/any/gather_scatter.cu`.
+//! Gather and scatter of rows by indices in device memory: the kernels of `cuda/any/gather_scatter.cu`.
+//!
+//! Rows are copied as bytes, so any element type works. Rows whose index is out of range, for example -1, are skipped.
 
 use super::{Plan, buffers, validate};
 use crate::abi::dllm_gather_scatter_params;
@@ -7,7 +9,7 @@ use crate::gpu::{Buffer, Device, Stream};
 use bytemuck::Pod;
 use std::ffi::c_void;
 
-/// Which of the two.
+/// Direction of the copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Copy {
     /// `target[i] = source[index[i]]`
@@ -16,7 +18,10 @@ pub enum Copy {
     Scatter,
 }
 
-/// Checks every field but what the addresses point to.
+/// Checks all fields without reading the memory that the addresses point to. Calls no driver.
+///
+/// # Errors
+/// [`crate::Error::Argument`] with the field, the expected and the found value.
 pub fn validate(params: &dllm_gather_scatter_params) -> Result<()> {
     validate::struct_size::<dllm_gather_scatter_params>(params.size)?;
     validate::address("source", params.source, 16)?;
@@ -30,14 +35,14 @@ pub fn validate(params: &dllm_gather_scatter_params) -> Result<()> {
     validate::stride_bytes("target_stride_bytes", params.target_stride_bytes, params.row_bytes)?;
     validate::size("max_rows", params.max_rows)?;
     validate::size("num_indexed_rows", params.num_indexed_rows)?;
-    // Which of the two matrices the indices point into, only the launch knows.
+    // The direction, and so the matrix that the indices point into, is an argument of the launch.
     let (rows, row_bytes) = (params.max_rows.max(params.num_indexed_rows), params.row_bytes);
-    let place = |name, address, stride_bytes| validate::Region { name, address, rows, stride_bytes, row_bytes };
-    place("source", params.source, params.source_stride_bytes).fits_address_space()?;
-    place("target", params.target, params.target_stride_bytes).fits_address_space()
+    let region = |name, address, stride_bytes| validate::Region { name, address, rows, stride_bytes, row_bytes };
+    region("source", params.source, params.source_stride_bytes).fits_address_space()?;
+    region("target", params.target, params.target_stride_bytes).fits_address_space()
 }
 
-/// What a launch takes: a block of 256 threads for each row.
+/// Returns the plan of a launch: a block of 256 threads per row.
 pub fn plan(params: &dllm_gather_scatter_params, copy: Copy) -> Plan {
     let kernel = match copy {
         Copy::Gather => "gather_rows",
@@ -46,14 +51,17 @@ pub fn plan(params: &dllm_gather_scatter_params, copy: Copy) -> Plan {
     Plan { kernel, grid: [params.max_rows.max(1) as u32, 1, 1], block: 256, workspace_bytes: 0 }
 }
 
-/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads.
+/// Enqueues the kernel on `stream`. Allocates nothing, does not synchronise, and may be captured in a graph. May be called from
+/// several threads.
+///
+/// When two indices of a scatter are equal, the target row holds elements of either row.
 ///
 /// # Errors
 /// As [`validate`]; the driver's.
 ///
 /// # Safety
 /// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
-///    is there until the work is done and graphs that hold it are destroyed.
+///    lives until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_gather_scatter_params`] gives, until the work is done.
 /// 3. `target` overlaps no other memory of the struct.
 pub unsafe fn launch_raw(
@@ -67,23 +75,23 @@ pub unsafe fn launch_raw(
     unsafe { super::launch(device, stream, "gather_scatter", plan(params, copy), params) }
 }
 
-/// The rows that a safe launch copies. All matrices are packed: rows of `width` elements, one after the other.
+/// Inputs and outputs of [`launch`]. Both matrices are packed, with rows of `width` elements.
 pub struct GatherScatter<'a, T> {
-    /// `[max_rows]`: its length is the number of rows that the launch has room for.
+    /// Row indices, `[max_rows]`; the length gives the maximum number of rows.
     pub index: &'a Buffer<i32>,
-    /// `[1]`: how many of them there are; all, if not given.
+    /// Number of rows, read on the device, `[1]`; `None`: the maximum number.
     pub count: Option<&'a Buffer<i32>>,
-    /// Elements of a row; a multiple of 16 bytes.
+    /// Number of elements of a row; a multiple of 16 bytes.
     pub width: usize,
-    /// Gather: `[any, width]`, which the indices point into. Scatter: `[max_rows, width]`.
+    /// Gather: `[num_indexed_rows, width]`, which the indices point into. Scatter: `[max_rows, width]`.
     pub source: &'a Buffer<T>,
-    /// Gather: `[max_rows, width]`. Scatter: `[any, width]`, which the indices point into.
+    /// Gather: `[max_rows, width]`. Scatter: `[num_indexed_rows, width]`, which the indices point into.
     pub target: &'a mut Buffer<T>,
-    /// `[1]`: set to -2 when an index was out of range and its row left out.
+    /// Flag `[1]`, set to -2 when an index is out of range. The row of such an index is not copied.
     pub failed: Option<&'a mut Buffer<i32>>,
 }
 
-/// Launches on our buffers, and returns. When two indices of a scatter are equal, either row may be what stays.
+/// Enqueues the op on [`Buffer`]s of `stream`; otherwise as [`launch_raw`]. When two indices of a scatter are equal, the target row holds elements of either row.
 ///
 /// # Errors
 /// [`crate::Error::Argument`] when a buffer is too short or belongs to another stream; the driver's.

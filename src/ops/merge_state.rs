@@ -1,4 +1,10 @@
-//! Two attentions over different keys become the attention over both: the kernels of `cuda/any/merge_state.cu`.
+//! Merge of two attention states of the same queries over disjoint sets of keys: the kernels of `cuda/any/merge_state.cu`.
+//!
+//! This op is for engine authors only: the runner of this crate does not use it.
+//!
+//! A state is an attention output with its log-sum-exps. The result is the state over the union of the keys:
+//! `lse = ln(e^a_lse + e^b_lse)`, `out = e^(a_lse - lse) a_out + e^(b_lse - lse) b_out`. Exchanging a and b gives the same bits.
+//! When one log-sum-exp is minus infinity (no keys), the result is exactly the other state. Element types: bf16, f16, f32.
 
 use super::{Element, Plan, buffers, validate};
 use crate::abi::{self, dllm_merge_state_params};
@@ -6,10 +12,15 @@ use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
 use std::ffi::c_void;
 
-/// Threads of a block.
+/// Threads per block.
 const THREADS: u32 = 256;
 
-/// Checks every field but what the addresses point to. Memory that may not overlap is compared by addresses.
+/// Checks all fields without reading the memory that the addresses point to. Calls no driver.
+///
+/// Memory that must not overlap is compared by addresses.
+///
+/// # Errors
+/// [`Error::Argument`] with the field, the expected and the found value.
 pub fn validate(params: &dllm_merge_state_params) -> Result<()> {
     validate::struct_size::<dllm_merge_state_params>(params.size)?;
     let element_bytes = validate::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16, abi::DLLM_F32])?;
@@ -22,7 +33,7 @@ pub fn validate(params: &dllm_merge_state_params) -> Result<()> {
     validate::optional("count", params.count, 4)?;
     validate::width("head_dim", params.head_dim, element_bytes)?;
     validate::within("num_heads", params.num_heads.into(), 1, 1 << 16)?;
-    // Above, a head's blocks would not fit into a grid.
+    // Above, the number of blocks could overflow.
     validate::within("max_rows", params.max_rows.into(), 1, i64::from(i32::MAX - 256) / i64::from(params.num_heads))?;
     let width = i64::from(params.num_heads) * i64::from(params.head_dim);
     validate::stride("a_stride", params.a_stride, width, element_bytes)?;
@@ -30,17 +41,17 @@ pub fn validate(params: &dllm_merge_state_params) -> Result<()> {
     validate::stride("out_stride", params.out_stride, width, element_bytes)?;
 
     let (rows, heads) = (params.max_rows, i64::from(params.num_heads));
-    let place = |name, address, stride| validate::Region::new(name, address, rows, stride, width, element_bytes);
-    // Log-sum-exps are packed: one row for overlap's sake.
+    let region = |name, address, stride| validate::Region::new(name, address, rows, stride, width, element_bytes);
+    // Log-sum-exps are packed: the overlap check treats them as one row.
     let packed =
         |name, address| validate::Region::new(name, address, 1, i64::from(rows) * heads, i64::from(rows) * heads, 4);
     let outs = [("a_out", params.a_out, params.a_stride), ("b_out", params.b_out, params.b_stride)];
     let lses = [("a_lse", params.a_lse), ("b_lse", params.b_lse)];
-    let (out, lse) = (place("out", params.out, params.out_stride), packed("lse", params.lse));
+    let (out, lse) = (region("out", params.out, params.out_stride), packed("lse", params.lse));
     [out, lse].into_iter().try_for_each(validate::Region::fits_address_space)?;
     out.disjoint_from(lse)?;
     for (name, address, stride) in outs {
-        let read = place(name, address, stride);
+        let read = region(name, address, stride);
         read.fits_address_space()?;
         lse.disjoint_from(read)?;
         if (address, stride) != (params.out, params.out_stride) {
@@ -58,7 +69,7 @@ pub fn validate(params: &dllm_merge_state_params) -> Result<()> {
     Ok(())
 }
 
-/// What a launch takes: blocks of 256 threads, a power of two of them for each row and head.
+/// Returns the plan of a launch: blocks of 256 threads. Each row and head gets a power of two of threads, up to 32.
 pub fn plan(params: &dllm_merge_state_params) -> Plan {
     let (kernel, vector) = match params.dtype as abi::dllm_dtype {
         abi::DLLM_BF16 => ("merge_state_bf16", 8),
@@ -71,50 +82,52 @@ pub fn plan(params: &dllm_merge_state_params) -> Plan {
     Plan { kernel, grid: [blocks, 1, 1], block: THREADS, workspace_bytes: 0 }
 }
 
-/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads.
+/// Enqueues the kernel on `stream`. Allocates nothing, does not synchronise, and may be captured in a graph. May be called from
+/// several threads.
 ///
 /// # Errors
 /// As [`validate`]; the driver's.
 ///
 /// # Safety
-/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream.
+/// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
+///    lives until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_merge_state_params`] gives, until the work is done.
 pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_merge_state_params) -> Result<()> {
     validate(params)?;
-    // SAFETY: as promised by the caller; what is written was checked against what is read.
+    // SAFETY: as promised by the caller; overlaps were checked.
     unsafe { super::launch(device, stream, "merge_state", plan(params), params) }
 }
 
-/// One attention, packed.
+/// One attention state, packed.
 #[derive(Clone, Copy, Debug)]
 pub struct Partial<'a, T> {
-    /// `[max_rows, num_heads, head_dim]`
+    /// Attention outputs `[max_rows, num_heads, head_dim]`.
     pub out: &'a Buffer<T>,
-    /// `[max_rows, num_heads]`: natural log-sum-exps; minus infinity where there were no keys.
+    /// Natural log-sum-exps `[max_rows, num_heads]`; minus infinity for rows without keys.
     pub lse: &'a Buffer<f32>,
 }
 
-/// What a safe launch merges. All matrices are packed.
+/// Inputs and outputs of [`launch`]. All matrices are packed.
 pub struct MergeState<'a, T> {
-    /// Rows that the launch has room for.
+    /// Maximum number of rows of the launch.
     pub max_rows: usize,
-    /// `[1]`: how many of them there are; all, if not given.
+    /// Number of rows, read on the device, `[1]`; `None`: the maximum number.
     pub count: Option<&'a Buffer<i32>>,
-    /// Query heads.
+    /// Number of query heads.
     pub num_heads: usize,
-    /// A multiple of 16 bytes.
+    /// Elements of a head; a multiple of 16 bytes.
     pub head_dim: usize,
-    /// One side; if not given, what `out` and `lse` hold (in place).
+    /// First state; `None`: the contents of `out` and `lse` (in place).
     pub a: Option<Partial<'a, T>>,
-    /// The other side.
+    /// Second state.
     pub b: Partial<'a, T>,
-    /// `[max_rows, num_heads, head_dim]`
+    /// Output `[max_rows, num_heads, head_dim]`.
     pub out: &'a mut Buffer<T>,
-    /// `[max_rows, num_heads]`
+    /// Output log-sum-exps `[max_rows, num_heads]`.
     pub lse: &'a mut Buffer<f32>,
 }
 
-/// Launches on our buffers, and returns.
+/// Enqueues the op on [`Buffer`]s of `stream`; otherwise as [`launch_raw`].
 ///
 /// # Errors
 /// [`Error::Argument`] when a buffer is too short or belongs to another stream, or as [`validate`]; the driver's.
@@ -149,7 +162,7 @@ pub fn launch<T: Element>(stream: &Stream, merge: MergeState<T>) -> Result<()> {
         head_dim: buffers::count("head_dim", head_dim)?,
         dtype: T::DTYPE as i32,
     };
-    // SAFETY: addresses and sizes come from buffers of this stream; what is written is borrowed alone.
+    // SAFETY: addresses and sizes come from buffers of this stream; outputs are borrowed exclusively.
     unsafe { launch_raw(stream.device(), stream.raw(), &params) }
 }
 

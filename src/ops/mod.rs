@@ -1,11 +1,22 @@
-//! The CUDA kernels, one op a file: parameters and their checks, the plan of a launch, and two ways to launch.
+//! CUDA ops, one per file: parameter checks, launch plan, and two launch functions.
 //!
-//! - [`crate::abi`] has the structs of parameters, the same that C callers fill: device addresses, shapes, strides.
-//!   `validate` checks one, `plan` says what a launch of it takes (both pure), and the unsafe `launch_raw` launches it on a
-//!   caller's stream: nothing is allocated, nothing waits, and it may be captured into a CUDA graph.
-//! - The safe launch takes our own [`Buffer`]s and finds the rest in their lengths.
+//! - `launch_raw` (unsafe) takes a parameter struct of [`crate::abi`], as C callers fill it: device addresses, shapes, strides.
+//!   It enqueues the op on a stream of the caller.
+//! - `launch` (safe) takes [`Buffer`]s and derives addresses and sizes from them.
+//! - `validate` checks a parameter struct, and `plan` returns its kernel, grid and workspace size. Both are pure functions.
 //!
-//! All ops may be called from several threads. They know pointers and streams, no models.
+//! Common to all ops:
+//! - A launch allocates nothing, does not synchronise and reads nothing back. It may be captured in a CUDA graph once the
+//!   kernel is loaded ([`Device::preload`]). Errors of the kernel are reported by later calls on the stream.
+//! - Launches may come from several threads.
+//! - Matrices are row-major. Rows and addresses of matrices are aligned to 16 bytes.
+//! - Launches cover `max_rows` rows. The number of rows that are computed is read on the device, so that it may change between
+//!   replays of a graph.
+//! - Contents of device memory, such as indices, are checked by the kernels. Where a `failed` flag is given, an invalid index sets it
+//!   to `DLLM_INDEX_FAILED` (-2).
+//!
+//! Ops depend on device memory and streams only, not on models. Three modules are not ops of the runner: [`tiles`] (helper
+//! that builds lists for [`attention`]), [`merge_state`] (for engine authors) and [`read_bandwidth`] (a measurement).
 
 pub mod advance;
 pub mod attention;
@@ -30,20 +41,21 @@ use bytemuck::Pod;
 use half::{bf16, f16};
 use std::ffi::c_void;
 
-/// What a launch takes.
+/// Kernel, launch configuration and workspace size of a launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Plan {
     /// Name of the kernel.
     pub kernel: &'static str,
-    /// Blocks.
+    /// Blocks in each dimension.
     pub grid: [u32; 3],
-    /// Threads of a block.
+    /// Threads per block.
     pub block: u32,
-    /// Bytes of workspace, zeroed before the first use; 0 for ops that need none.
+    /// Bytes of workspace, to be zeroed before the first use; 0 for ops without workspace.
     pub workspace_bytes: u64,
 }
 
-/// Launches what was planned.
+/// Enqueues the planned kernel.
 ///
 /// # Safety
 /// As the op's `launch_raw`.
@@ -59,29 +71,29 @@ unsafe fn launch<P: Copy>(
     unsafe { device.launch(stream, Launch { module, kernel, grid, block, shared_bytes: 0 }, params) }
 }
 
-/// Scratch memory of an op that needs some, made by the op's `workspace`. Every launch leaves it ready for the next, so that
-/// a captured graph can be replayed.
+/// Workspace in device memory, allocated by the op's `workspace` function. Every launch restores its counters to zero, so that
+/// it can be used by the next launch, or a replay of a captured graph. At most one launch at a time may use it.
 pub struct Workspace {
     memory: Buffer<u8>,
-    layout: Layout,
+    layout: WorkspaceLayout,
 }
 
-/// Where counters lie in a workspace: the op, and the sizes that this depends on.
+/// Layout of the counters in a workspace: the op, and the sizes that the layout depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Layout(&'static str, [i32; 3]);
+struct WorkspaceLayout(&'static str, [i32; 3]);
 
 impl Workspace {
-    /// Zeroed memory of the size that `plan` asks.
-    fn new(stream: &Stream, plan: &Plan, layout: Layout) -> Result<Workspace> {
+    /// Allocates zeroed memory of the size in `plan`.
+    fn new(stream: &Stream, plan: &Plan, layout: WorkspaceLayout) -> Result<Workspace> {
         let bytes = usize::try_from(plan.workspace_bytes)
             .map_err(|_| Error::argument("workspace_bytes", "a size that memory can have", plan.workspace_bytes))?;
         Ok(Workspace { memory: stream.zeros(bytes)?, layout })
     }
 }
 
-/// An element type of activations and weights.
+/// Element type of activations and weights: bf16, f16 or f32. Each op documents the types it takes.
 pub trait Element: Pod {
-    /// The type as a number of the ABI.
+    /// Value of the type in the ABI.
     const DTYPE: abi::dllm_dtype;
 }
 impl Element for bf16 {

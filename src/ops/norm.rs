@@ -1,4 +1,7 @@
 //! Residual add and RMSNorm: the kernels of `cuda/any/norm.cu`.
+//!
+//! Computes `x += delta`, then `out = x / sqrt(mean(x^2) + eps) * weight` per row. Sums are f32. The sum, the normalised row and the
+//! product are each rounded to the element type, in the order of the reference implementations. Element types: bf16, f16, f32.
 
 use super::{Element, Plan, buffers, validate};
 use crate::abi::{self, dllm_norm_params};
@@ -6,11 +9,15 @@ use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
 use std::ffi::c_void;
 
-/// Elements that a block holds in its registers.
-const MOST_WIDTH: i64 = 8192;
+/// Maximum number of elements of a row, which a block holds in registers.
+const MAX_WIDTH: i64 = 8192;
 
-/// Checks every field but what the addresses point to. Memory that may not overlap is compared by addresses: columns of
-/// one matrix, with its stride, may stand side by side.
+/// Checks all fields without reading the memory that the addresses point to. Calls no driver.
+///
+/// Memory that must not overlap is compared by addresses. Columns of one matrix with the same stride do not overlap.
+///
+/// # Errors
+/// [`Error::Argument`] with the field, the expected and the found value.
 pub fn validate(params: &dllm_norm_params) -> Result<()> {
     validate::struct_size::<dllm_norm_params>(params.size)?;
     let element_bytes = validate::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16, abi::DLLM_F32])?;
@@ -22,7 +29,7 @@ pub fn validate(params: &dllm_norm_params) -> Result<()> {
     validate::optional("count", params.count, 4)?;
     validate::width("width", params.width, element_bytes)?;
     let width = i64::from(params.width);
-    validate::within("width", width, 1, MOST_WIDTH)?;
+    validate::within("width", width, 1, MAX_WIDTH)?;
     validate::stride("x_stride", params.x_stride, width, element_bytes)?;
     validate::stride("out_stride", params.out_stride, width, element_bytes)?;
     if params.delta != 0 {
@@ -34,27 +41,24 @@ pub fn validate(params: &dllm_norm_params) -> Result<()> {
         return Err(Error::argument("eps", "a finite number, at least 0", params.eps));
     }
 
-    let place =
+    let region =
         |name, address, stride| validate::Region::new(name, address, params.max_rows, stride, width, element_bytes);
-    let x = place("x", params.x, params.x_stride);
-    let out = place("out", params.out, params.out_stride);
+    let x = region("x", params.x, params.x_stride);
+    let out = region("out", params.out, params.out_stride);
     let weight = validate::Region::new("weight", params.weight, 1, width, width, element_bytes);
     [x, out, weight].into_iter().try_for_each(validate::Region::fits_address_space)?;
     [x, weight].into_iter().try_for_each(|other| out.disjoint_from(other))?;
     if params.delta != 0 {
-        let delta_rows = match params.delta_row {
-            0 => params.max_rows,
-            _ => params.num_delta_rows,
-        };
+        let delta_rows = if params.delta_row == 0 { params.max_rows } else { params.num_delta_rows };
         validate::size("num_delta_rows", delta_rows)?;
-        let delta = validate::Region { rows: delta_rows, ..place("delta", params.delta, params.delta_stride) };
+        let delta = validate::Region { rows: delta_rows, ..region("delta", params.delta, params.delta_stride) };
         delta.fits_address_space()?;
         out.disjoint_from(delta)?;
     }
     Ok(())
 }
 
-/// What a launch takes: a block of 256 threads for each row.
+/// Returns the plan of a launch: a block of 256 threads per row.
 pub fn plan(params: &dllm_norm_params) -> Plan {
     let kernel = match params.dtype as abi::dllm_dtype {
         abi::DLLM_BF16 => "norm_bf16",
@@ -64,14 +68,15 @@ pub fn plan(params: &dllm_norm_params) -> Plan {
     Plan { kernel, grid: [params.max_rows.max(1) as u32, 1, 1], block: 256, workspace_bytes: 0 }
 }
 
-/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads.
+/// Enqueues the kernel on `stream`. Allocates nothing, does not synchronise, and may be captured in a graph. May be called from
+/// several threads.
 ///
 /// # Errors
 /// As [`validate`]; the driver's.
 ///
 /// # Safety
 /// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
-///    is there until the work is done and graphs that hold it are destroyed.
+///    lives until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_norm_params`] gives, until the work is done.
 /// 3. With a `delta`, `x` overlaps no other memory of the struct.
 pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_norm_params) -> Result<()> {
@@ -80,29 +85,28 @@ pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_nor
     unsafe { super::launch(device, stream, "norm", plan(params), params) }
 }
 
-/// The rows that a safe launch normalises. All matrices are packed: rows of as many elements as `weight` has, one after
-/// the other.
+/// Inputs and outputs of [`launch`]. All matrices are packed, with rows of `width` elements, the length of `weight`.
 pub struct Norm<'a, T> {
-    /// Rows that the launch has room for.
+    /// Maximum number of rows of the launch.
     pub max_rows: usize,
-    /// `[1]`: how many of them there are; all, if not given.
+    /// Number of rows, read on the device, `[1]`; `None`: the maximum number.
     pub count: Option<&'a Buffer<i32>>,
-    /// `[max_rows, width]`, the residual stream; written where something is added.
+    /// Residual stream `[max_rows, width]`; written only with `delta`.
     pub x: &'a mut Buffer<T>,
-    /// `[max_rows, width]`, with `delta_row` `[any, width]`: added to `x` first.
+    /// Rows that are added to `x`: `[max_rows, width]`, or `[num_delta_rows, width]` with `delta_row`. `None`: nothing is added.
     pub delta: Option<&'a Buffer<T>>,
-    /// `[max_rows]`: the row of `delta` that is added to each row, one out of range, -1 say, for nothing; the same, if not
-    /// given.
+    /// Row of `delta` that is added to each row of `x`, `[max_rows]`. Nothing is added for an index out of range, for example -1.
+    /// `None`: row i of `delta` is added to row i of `x`.
     pub delta_row: Option<&'a Buffer<i32>>,
-    /// `[width]`: its length is the width, a multiple of 16 bytes and at most 8,192 elements.
+    /// Weight `[width]`. The width is a multiple of 16 bytes, and at most 8,192 elements.
     pub weight: &'a Buffer<T>,
-    /// Added to the mean square.
+    /// Value that is added to the mean square; finite, at least 0.
     pub eps: f32,
-    /// `[max_rows, width]`
+    /// Output `[max_rows, width]`.
     pub out: &'a mut Buffer<T>,
 }
 
-/// Launches on our buffers, and returns.
+/// Enqueues the op on [`Buffer`]s of `stream`; otherwise as [`launch_raw`].
 ///
 /// # Errors
 /// [`crate::Error::Argument`] when a buffer is too short or belongs to another stream, or as [`validate`]; the driver's.
@@ -128,7 +132,7 @@ pub fn launch<T: Element>(stream: &Stream, norm: Norm<T>) -> Result<()> {
         num_delta_rows: buffers::count("delta", delta.map_or(0, |delta| delta.len() / width))?,
         reserved: 0,
     };
-    // SAFETY: addresses and sizes come from buffers of this stream; `x` and `out` are borrowed alone; the kernel checks
+    // SAFETY: addresses and sizes come from buffers of this stream; `x` and `out` are borrowed exclusively; the kernel checks
     // every row of `delta`.
     unsafe { launch_raw(stream.device(), stream.raw(), &params) }
 }

@@ -1,4 +1,7 @@
-//! The bandwidth that reading can reach: the kernel of `cuda/any/read_bandwidth.cu`. Not part of any model.
+//! Probe of the memory read bandwidth: the kernel of `cuda/any/read_bandwidth.cu`.
+//!
+//! This is a measurement for benchmarks and `dllm doctor`, not an op of the runner. It reads memory and discards the values;
+//! its rate is the roof of every kernel that is bound by reads.
 
 use super::{Plan, buffers, validate};
 use crate::abi::dllm_read_bandwidth_params;
@@ -6,33 +9,37 @@ use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
 use std::ffi::c_void;
 
-/// Bytes that a block reads.
+/// Bytes that one block reads.
 const TILE: u64 = 64 << 10;
 
-/// Checks every field but what the addresses point to.
+/// Checks all fields without reading the memory that the addresses point to. Calls no driver.
+///
+/// # Errors
+/// [`Error::Argument`] with the field, the expected and the found value.
 pub fn validate(params: &dllm_read_bandwidth_params) -> Result<()> {
     validate::struct_size::<dllm_read_bandwidth_params>(params.size)?;
     validate::address("source", params.source, 16)?;
     validate::address("sink", params.sink, 4)?;
-    match params.bytes.is_multiple_of(16) && (16..=TILE * i32::MAX as u64).contains(&params.bytes) {
-        true => Ok(()),
-        false => Err(Error::argument("bytes", "a multiple of 16, at least 16", params.bytes)),
+    if !params.bytes.is_multiple_of(16) || !(16..=TILE * i32::MAX as u64).contains(&params.bytes) {
+        return Err(Error::argument("bytes", "a multiple of 16, at least 16", params.bytes));
     }
+    Ok(())
 }
 
-/// What a launch takes: a block of 512 threads for each 64 KiB.
+/// Returns the plan of a launch: a block of 512 threads per 64 KiB.
 pub fn plan(params: &dllm_read_bandwidth_params) -> Plan {
     Plan { kernel: "read_bandwidth", grid: [params.bytes.div_ceil(TILE) as u32, 1, 1], block: 512, workspace_bytes: 0 }
 }
 
-/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads.
+/// Enqueues the kernel on `stream`. Allocates nothing, does not synchronise, and may be captured in a graph. May be called from
+/// several threads.
 ///
 /// # Errors
 /// As [`validate`]; the driver's.
 ///
 /// # Safety
 /// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
-///    is there until the work is done and graphs that hold it are destroyed.
+///    lives until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_read_bandwidth_params`] gives, until the work is done.
 pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_read_bandwidth_params) -> Result<()> {
     validate(params)?;
@@ -40,10 +47,12 @@ pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_rea
     unsafe { super::launch(device, stream, "read_bandwidth", plan(params), params) }
 }
 
-/// Reads all of `source`, and returns. `sink` has one element.
+/// Enqueues reads of all bytes of `source`; otherwise as [`launch_raw`]. `sink` has one element; its contents are
+/// meaningless.
 ///
 /// # Errors
-/// [`Error::Argument`] when a buffer belongs to another stream or `source` is no multiple of 16 bytes; the driver's.
+/// [`Error::Argument`] when a buffer belongs to another stream, or the length of `source` is not a multiple of 16 bytes, at
+/// least 16; the driver's.
 pub fn launch(stream: &Stream, source: &Buffer<u8>, sink: &mut Buffer<u32>) -> Result<()> {
     let params = dllm_read_bandwidth_params {
         size: size_of::<dllm_read_bandwidth_params>() as u64,
@@ -55,11 +64,13 @@ pub fn launch(stream: &Stream, source: &Buffer<u8>, sink: &mut Buffer<u32>) -> R
     unsafe { launch_raw(stream.device(), stream.raw(), &params) }
 }
 
-/// Bytes a second at which the device reads: the roof of whatever is bound by reading. The median of `repetitions` over
-/// `bytes` after one that is not timed. Waits for the device.
+/// Measures the read bandwidth in bytes per second: the roof of kernels that are bound by reads.
+///
+/// Reads `bytes` bytes (a multiple of 16), once untimed and then `repetitions` times, at least once. Returns the rate of the
+/// median time. Allocates the memory and synchronises with the stream; it cannot be captured.
 ///
 /// # Errors
-/// No memory for `bytes`; a driver that does not tell times ([`crate::gpu::Device::tells_times`]); the driver's.
+/// As [`launch`], [`Stream::zeros`] and [`Stream::time_ms`].
 pub fn read_rate(stream: &Stream, bytes: usize, repetitions: usize) -> Result<f64> {
     let _settle = stream.sync_on_drop();
     let (source, mut sink) = (stream.zeros::<u8>(bytes)?, stream.zeros::<u32>(1)?);

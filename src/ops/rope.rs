@@ -1,14 +1,19 @@
-//! Rotary embedding of queries and keys, and keys and values into the cache: the kernels of `cuda/any/rope.cu`.
+//! Rotary position embedding of queries and keys, with a copy of keys and values to the cache: the kernels of `cuda/any/rope.cu`.
+//!
+//! The form is half-split (NeoX): element i of a head pairs with element i + head_dim / 2. Products and sums are f32.
+//! [`angles`] computes the table of cosines and sines. Element types: bf16, f16.
 
 use super::{Element, Plan, buffers, validate};
 use crate::abi::{self, dllm_rope_params};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
-use crate::reference::rope::Angles;
 use crate::tensor::Heads;
 use std::ffi::c_void;
 
-/// Checks every field but what the addresses point to.
+/// Checks all fields without reading the memory that the addresses point to. Calls no driver.
+///
+/// # Errors
+/// [`Error::Argument`] with the field, the expected and the found value.
 pub fn validate(params: &dllm_rope_params) -> Result<()> {
     validate::struct_size::<dllm_rope_params>(params.size)?;
     let element_bytes = validate::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16])?;
@@ -28,7 +33,7 @@ pub fn validate(params: &dllm_rope_params) -> Result<()> {
     let (kv_width, heads) = (num_kv_heads * head_dim, num_heads + 2 * num_kv_heads);
     // A row has at most 65,535 blocks.
     validate::within("num_heads + 2 num_kv_heads", heads, 1, 65_535 * 256 * 8 / head_dim)?;
-    // With a cache for keys alone, values need not be there.
+    // With a cache for keys only, rows need not hold values.
     let without_values = params.k_cache != 0 && params.v_cache == 0;
     let qkv_width = heads * head_dim - if without_values { kv_width } else { 0 };
     validate::stride("qkv_stride", params.qkv_stride, qkv_width, element_bytes)?;
@@ -53,7 +58,8 @@ pub fn validate(params: &dllm_rope_params) -> Result<()> {
     })
 }
 
-/// What a launch takes: a thread for each pair of 16 bytes that is rotated, and for each 16 bytes of values that are cached.
+/// Returns the plan of a launch: blocks of 256 threads, with a thread per pair of 16-byte vectors that is rotated, and per
+/// 16 bytes of values that are cached.
 pub fn plan(params: &dllm_rope_params) -> Plan {
     let kernel = match params.dtype as abi::dllm_dtype {
         abi::DLLM_BF16 => "rope_bf16",
@@ -66,63 +72,81 @@ pub fn plan(params: &dllm_rope_params) -> Plan {
     Plan { kernel, grid: [params.max_rows.max(1) as u32, parts, 1], block: 256, workspace_bytes: 0 }
 }
 
-/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads.
+/// Enqueues the kernel on `stream`. Allocates nothing, does not synchronise, and may be captured in a graph. May be called from
+/// several threads.
 ///
 /// # Errors
 /// As [`validate`]; the driver's.
 ///
 /// # Safety
 /// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
-///    is there until the work is done and graphs that hold it are destroyed.
+///    lives until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_rope_params`] gives, until the work is done.
-/// 3. `qkv`, `k_cache` and `v_cache` overlap neither one another nor other memory of the struct.
-/// 4. No two rows have the same `cache_row`, but for -1.
+/// 3. `qkv`, `k_cache` and `v_cache` overlap neither each other nor other memory of the struct.
+/// 4. No two rows have the same `cache_row`, except -1.
 pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_rope_params) -> Result<()> {
     validate(params)?;
     // SAFETY: as promised by the caller.
     unsafe { super::launch(device, stream, "rope", plan(params), params) }
 }
 
-/// The table of angles: `[num_positions, head_dim / 2]` pairs of cosine and sine, as the originals form them.
+/// Computes the table of angles on the host and copies it to the device: `[num_positions, head_dim / 2]` pairs (cosine, sine)
+/// for the positions from 0 on. Allocates; cannot be captured.
+///
+/// Values are formed as in the reference implementations. The frequency `theta^(-2i / head_dim)` is rounded to f32, and so is the
+/// angle, position times frequency. Cosine and sine of the angle are computed in f64 and rounded to f32.
+///
+/// # Errors
+/// [`Error::Argument`] when `head_dim` is not within 2 to 65,536; as [`Stream::upload`].
 pub fn angles(stream: &Stream, theta: f32, head_dim: usize, num_positions: usize) -> Result<Buffer<[f32; 2]>> {
     validate::within("head_dim", head_dim as i64, 2, 1 << 16)?;
-    let mut angles = Angles::default();
-    angles.extend(theta, head_dim, num_positions);
-    let pairs = (0..num_positions).flat_map(|position| angles.at(position)).map(|(cos, sin)| [*cos, *sin]);
-    stream.upload(&pairs.collect::<Vec<_>>())
+    stream.upload(&angle_table(theta, head_dim, num_positions))
 }
 
-/// Where a safe launch leaves keys and values. Rows are packed: `num_kv_heads * head_dim` elements, one after the other.
+fn angle_table(theta: f32, head_dim: usize, num_positions: usize) -> Vec<[f32; 2]> {
+    let frequency = |pair: usize| (1.0 / f64::from(theta).powf((2 * pair) as f64 / head_dim as f64)) as f32;
+    let frequencies: Vec<f32> = (0..head_dim / 2).map(frequency).collect();
+    let mut table = Vec::with_capacity(num_positions * frequencies.len());
+    for position in 0..num_positions {
+        table.extend(frequencies.iter().map(|frequency| {
+            let angle = f64::from(position as f32 * frequency);
+            [angle.cos() as f32, angle.sin() as f32]
+        }));
+    }
+    table
+}
+
+/// Cache that [`launch`] writes keys and values to. Rows are packed, with `num_kv_heads * head_dim` elements.
 pub struct Caches<'a, T> {
-    /// `[any, num_kv_heads * head_dim]`, rotated keys.
+    /// Rotated keys `[cache rows, num_kv_heads * head_dim]`.
     pub k: &'a mut Buffer<T>,
-    /// The same for values; without it rows are `[q | k]`.
+    /// Values, in the same layout; `None`: rows of `qkv` are `[q | k]`, and no values are copied.
     pub v: Option<&'a mut Buffer<T>>,
-    /// `[max_rows]`: where a row's key and value go, -1 nowhere.
+    /// Cache row of each row of `qkv`, `[max_rows]`; -1: the row is not copied.
     pub row: &'a Buffer<i32>,
 }
 
-/// The rows that a safe launch rotates. Rows are packed: `[q | k | v]` or `[q | k]`, one after the other.
+/// Inputs and outputs of [`launch`]. Rows are packed: `[q | k | v]`, or `[q | k]` with a cache for keys only.
 pub struct Rope<'a, T> {
-    /// Head counts and widths. A head is 32, 64 or 128 wide.
+    /// Head counts and width; `head_dim` is 32, 64 or 128.
     pub heads: Heads,
-    /// `[max_rows, (num_heads + 2 num_kv_heads) * head_dim]`; with a cache for keys alone
-    /// `[max_rows, (num_heads + num_kv_heads) * head_dim]`.
+    /// Rows that are rotated in place: `[max_rows, (num_heads + 2 num_kv_heads) * head_dim]`, or
+    /// `[max_rows, (num_heads + num_kv_heads) * head_dim]` with a cache for keys only.
     pub qkv: &'a mut Buffer<T>,
-    /// `[max_rows]`: its length is the number of rows that the launch has room for.
+    /// Position of each row, `[max_rows]`; the length gives the maximum number of rows.
     pub positions: &'a Buffer<i32>,
-    /// `[1]`: how many of them there are; all, if not given.
+    /// Number of rows, read on the device, `[1]`; `None`: the maximum number.
     pub count: Option<&'a Buffer<i32>>,
-    /// Of [`angles`], for the same width of a head; positions must be below its rows.
+    /// Table of [`angles`] for the same `head_dim`. Positions must be below its number of rows.
     pub angles: &'a Buffer<[f32; 2]>,
-    /// Where keys and values go; nowhere, if not given.
+    /// Cache for keys and values; `None`: nothing is copied.
     pub caches: Option<Caches<'a, T>>,
-    /// `[1]`: set to -2 when a position or cache row was out of range and its row left out.
+    /// Flag `[1]`, set to -2 when a position or cache row is out of range. Such a row is left unchanged.
     pub failed: Option<&'a mut Buffer<i32>>,
 }
 
-/// Launches on our buffers, and returns. When two rows go to the same row of the cache, either may be what stays, or a
-/// mixture.
+/// Enqueues the op on [`Buffer`]s of `stream`; otherwise as [`launch_raw`]. When two rows have the same cache row, it holds elements
+/// of either.
 ///
 /// # Errors
 /// [`Error::Argument`] when a buffer is too short or belongs to another stream, or as [`validate`]; the driver's.
@@ -130,7 +154,7 @@ pub fn launch<T: Element>(stream: &Stream, rope: Rope<T>) -> Result<()> {
     let Rope { heads, qkv, positions, count, angles, caches, failed } = rope;
     let Heads { num_heads, num_kv_heads, head_dim } = heads;
     let max_rows = positions.len();
-    // Counts as 32 bits first: their products fit into 128, and no width below is 0.
+    // Check that counts fit into 32 bits first, so that products below cannot overflow. No width below is 0.
     let [heads_i32, kv_heads_i32, head_dim_i32] = [
         buffers::count("num_heads", num_heads)?,
         buffers::count("num_kv_heads", num_kv_heads)?,
@@ -170,8 +194,8 @@ pub fn launch<T: Element>(stream: &Stream, rope: Rope<T>) -> Result<()> {
         params.num_cache_rows =
             buffers::count("caches", v.as_ref().map_or(k.len(), |v| k.len().min(v.len())) / kv_width)?;
     }
-    // SAFETY: addresses and sizes come from buffers of this stream, what is written is borrowed alone, and the kernel
-    // checks every position and cache row. Two rows for one row of the cache mix their elements, no more.
+    // SAFETY: addresses and sizes come from buffers of this stream, outputs are borrowed exclusively, and the kernel
+    // checks every position and cache row. Two rows with one cache row only mix their elements.
     unsafe { launch_raw(stream.device(), stream.raw(), &params) }
 }
 
@@ -201,6 +225,21 @@ mod tests {
             dtype: abi::DLLM_BF16 as i32,
             reserved: 0,
         }
+    }
+
+    /// Values from an implementation in Python, whose floats are f64.
+    #[test]
+    fn angles_are_known() {
+        let row =
+            |theta, head_dim, position| angle_table(theta, head_dim, position + 1)[position * head_dim / 2..].to_vec();
+        assert_eq!(row(10_000.0, 4, 0), [[1.0, 0.0], [1.0, 0.0]]);
+        assert_eq!(row(10_000.0, 4, 1), [[0.540_302_3, 0.841_470_96], [0.999_95, 0.009_999_833]]);
+        assert_eq!(row(10_000.0, 4, 3), [[-0.989_992_5, 0.141_12], [0.999_550_04, 0.029_995_5]]);
+        // Angles of thousands: a frequency or an angle in f64 would change the third digit.
+        let far = row(500_000.0, 32, 4095);
+        assert_eq!(far.len(), 16);
+        assert_eq!(far[..2], [[-0.065_975_994, -0.997_821_2], [0.999_633_2, 0.027_083_058]]);
+        assert_eq!(far[2..4], [[-0.758_821_96, 0.651_298_1], [-0.553_398_97, -0.832_916_3]]);
     }
 
     #[test]

@@ -1,4 +1,7 @@
-//! The gate of the feed-forward layer: the kernels of `cuda/any/swiglu.cu`.
+//! SwiGLU gate of the feed-forward layer, `out = silu(gate) * up` with `silu(x) = x / (1 + e^-x)`: the kernels of
+//! `cuda/any/swiglu.cu`.
+//!
+//! `silu(gate)` is rounded to the element type before the product. Element types: bf16, f16, f32.
 
 use super::{Element, Plan, buffers, validate};
 use crate::abi::{self, dllm_swiglu_params};
@@ -6,13 +9,17 @@ use crate::error::Result;
 use crate::gpu::{Buffer, Device, Stream};
 use std::ffi::c_void;
 
-/// Vectors of 16 bytes of the output row that a block owns.
+/// Number of 16-byte vectors of the output row that one block computes.
 const TILE_VECTORS: i64 = 1024;
-/// Blocks in the second dimension of a grid.
-const MOST_TILES: i64 = 65_535;
+/// Maximum number of blocks in the second dimension of a grid.
+const MAX_TILES: i64 = 65_535;
 
-/// Checks every field but what the addresses point to. Memory that may not overlap is compared by addresses: columns of
-/// one matrix, with its stride, may stand side by side.
+/// Checks all fields without reading the memory that the addresses point to. Calls no driver.
+///
+/// Memory that must not overlap is compared by addresses. Columns of one matrix with the same stride do not overlap.
+///
+/// # Errors
+/// [`crate::Error::Argument`] with the field, the expected and the found value.
 pub fn validate(params: &dllm_swiglu_params) -> Result<()> {
     validate::struct_size::<dllm_swiglu_params>(params.size)?;
     let element_bytes = validate::dtype(params.dtype, &[abi::DLLM_BF16, abi::DLLM_F16, abi::DLLM_F32])?;
@@ -21,23 +28,23 @@ pub fn validate(params: &dllm_swiglu_params) -> Result<()> {
     validate::optional("count", params.count, 4)?;
     validate::width("width", params.width, element_bytes)?;
     let width = i64::from(params.width);
-    validate::within("width", width, 1, MOST_TILES * TILE_VECTORS * 16 / element_bytes)?;
+    validate::within("width", width, 1, MAX_TILES * TILE_VECTORS * 16 / element_bytes)?;
     validate::stride("gate_up_stride", params.gate_up_stride, 2 * width, element_bytes)?;
     validate::stride("out_stride", params.out_stride, width, element_bytes)?;
     validate::size("max_rows", params.max_rows)?;
     validate::reserved(params.reserved)?;
 
-    let place = |name, address, stride, width| {
+    let region = |name, address, stride, width| {
         validate::Region::new(name, address, params.max_rows, stride, width, element_bytes)
     };
-    let gate_up = place("gate_up", params.gate_up, params.gate_up_stride, 2 * width);
-    let out = place("out", params.out, params.out_stride, width);
+    let gate_up = region("gate_up", params.gate_up, params.gate_up_stride, 2 * width);
+    let out = region("out", params.out, params.out_stride, width);
     gate_up.fits_address_space()?;
     out.fits_address_space()?;
     out.disjoint_from(gate_up)
 }
 
-/// What a launch takes: a block of 256 threads for each row and each 16 KiB of it.
+/// Returns the plan of a launch: a block of 256 threads per row and 16 KiB of the row.
 pub fn plan(params: &dllm_swiglu_params) -> Plan {
     let (kernel, element_bytes) = match params.dtype as abi::dllm_dtype {
         abi::DLLM_BF16 => ("swiglu_bf16", 2),
@@ -48,14 +55,15 @@ pub fn plan(params: &dllm_swiglu_params) -> Plan {
     Plan { kernel, grid: [params.max_rows.max(1) as u32, tiles, 1], block: 256, workspace_bytes: 0 }
 }
 
-/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads.
+/// Enqueues the kernel on `stream`. Allocates nothing, does not synchronise, and may be captured in a graph. May be called from
+/// several threads.
 ///
 /// # Errors
 /// As [`validate`]; the driver's.
 ///
 /// # Safety
 /// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
-///    is there until the work is done and graphs that hold it are destroyed.
+///    lives until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_swiglu_params`] gives, until the work is done.
 pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_swiglu_params) -> Result<()> {
     validate(params)?;
@@ -63,21 +71,21 @@ pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_swi
     unsafe { super::launch(device, stream, "swiglu", plan(params), params) }
 }
 
-/// The rows that a safe launch computes. Both matrices are packed: rows one after the other.
+/// Inputs and outputs of [`launch`]. Both matrices are packed.
 pub struct Swiglu<'a, T> {
-    /// Rows that the launch has room for.
+    /// Maximum number of rows of the launch.
     pub max_rows: usize,
-    /// `[1]`: how many of them there are; all, if not given.
+    /// Number of rows, read on the device, `[1]`; `None`: the maximum number.
     pub count: Option<&'a Buffer<i32>>,
-    /// Elements of a row of `out`; a multiple of 16 bytes.
+    /// Number of elements of a row of `out`; a multiple of 16 bytes.
     pub width: usize,
-    /// `[max_rows, 2 * width]`: gate, up.
+    /// Input `[max_rows, 2 * width]`: the gate, then the up projection.
     pub gate_up: &'a Buffer<T>,
-    /// `[max_rows, width]`
+    /// Output `[max_rows, width]`.
     pub out: &'a mut Buffer<T>,
 }
 
-/// Launches on our buffers, and returns.
+/// Enqueues the op on [`Buffer`]s of `stream`; otherwise as [`launch_raw`].
 ///
 /// # Errors
 /// [`crate::Error::Argument`] when a buffer is too short or belongs to another stream, or as [`validate`]; the driver's.
@@ -95,7 +103,7 @@ pub fn launch<T: Element>(stream: &Stream, swiglu: Swiglu<T>) -> Result<()> {
         dtype: T::DTYPE as i32,
         reserved: 0,
     };
-    // SAFETY: addresses and sizes come from buffers of this stream, and `out` is borrowed alone.
+    // SAFETY: addresses and sizes come from buffers of this stream, and `out` is borrowed exclusively.
     unsafe { launch_raw(stream.device(), stream.raw(), &params) }
 }
 

@@ -1,18 +1,21 @@
-//! Which key tiles each query tile visits: builders of the lists that [`attention`](super::attention) takes. Host code; only
-//! [`TileLists::upload`] knows a device.
+//! Lists of the key tiles that each query tile visits, for the block sparsity of [`attention`](super::attention).
 //!
-//! A *query tile* is [`QUERY_TILE`] query rows of one sequence, a *key tile* [`KEY_TILE`] of its keys: those of the prefix
-//! cache, then the live block, then the suffix cache, counted from 0 over all three. A sequence's first query row is taken
-//! to stand where its live keys begin, so key and query positions are of one kind.
+//! This is a helper for engine authors, not an op: it has no kernel, and the runner of this crate does not use it. The
+//! builders run on the host; [`TileLists::upload`] copies lists to a device.
 //!
-//! Lists are exact in tiles: a tile of which any key is wanted is visited whole. An empty list is allowed and gives zeros,
-//! and a log-sum-exp of minus infinity. Lists depend on lengths: when those change on the device, so must the lists, or the
-//! new keys of a list's tiles are visited and those past them are not.
+//! A *query tile* is [`QUERY_TILE`] query rows of one sequence. A *key tile* is [`KEY_TILE`] of its keys. Keys are numbered
+//! from 0 over prefix cache, live block and suffix cache, in this order. The first query row of a sequence is assumed to have
+//! the position of its first live key, so that positions of keys and queries can be compared.
+//!
+//! - Lists are exact to a tile: when any key of a tile is selected, the whole tile is visited.
+//! - An empty list is allowed. Its rows get zeros and a log-sum-exp of minus infinity.
+//! - Lists depend on the lengths of the segments. When lengths on the device grow without new lists, new keys are visited only
+//!   where they fall into listed tiles.
 //!
 //! ```
 //! use dllm_kernels::ops::tiles::{Batch, Sequence, TileLists};
 //!
-//! // A block of 32 rows behind a prefix of 256 keys, with 400 keys after it: those within 64 of it, then each third tile.
+//! // A block of 32 rows between 256 prefix keys and 400 suffix keys: the first 64 suffix keys, then every third tile.
 //! let sequences = [Sequence { rows: 32, keys: [256, 32, 400] }];
 //! let batch = Batch { sequences: &sequences, max_sequence_rows: 32 };
 //! let lists = TileLists::pruned_suffix(&batch, 64, 3)?;
@@ -25,111 +28,112 @@ use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Stream};
 use std::ops::Range;
 
-/// Keys of a sequence above which the kernels do not read; its rows, at most.
-const MOST_KEYS: usize = 1 << 30;
-/// Tiles in all lists of a launch, at most.
-const MOST_TILES: usize = 1 << 30;
-/// Lists of a launch, at most.
-const MOST_LISTS: usize = 1 << 30;
+/// Maximum number of keys of a sequence, and of its rows. The kernels do not read further keys.
+const MAX_KEYS: usize = 1 << 30;
+/// Maximum number of tiles in all lists of a launch.
+const MAX_TILES: usize = 1 << 30;
+/// Maximum number of lists of a launch.
+const MAX_LISTS: usize = 1 << 30;
 
-/// Rows and keys of one sequence.
+/// Numbers of query rows and keys of one sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sequence {
-    /// Query rows; the first stands at position `keys[0]`.
+    /// Number of query rows; the first has position `keys[0]`.
     pub rows: usize,
-    /// Keys of the prefix cache, the live block and the suffix cache. For a pass over the block and all behind it the builders
-    /// may be told where the block ends, whichever segment holds the rest: only the order of the keys counts.
+    /// Numbers of keys of the prefix cache, the live block and the suffix cache. The builders use the order of the keys only,
+    /// so the end of the block may be given here although one segment holds the block and the keys after it.
     pub keys: [usize; 3],
 }
 
 impl Sequence {
-    /// Keys in all three segments.
+    /// Returns the number of keys in all three segments; saturates.
     pub fn num_keys(&self) -> usize {
         self.keys.iter().fold(0, |sum, keys| sum.saturating_add(*keys))
     }
 
-    /// Key tiles.
+    /// Returns the number of key tiles.
     pub fn key_tiles(&self) -> usize {
         self.num_keys().div_ceil(KEY_TILE)
     }
 
-    /// Tiles that have any of these keys.
+    /// Returns the tiles that hold any of the given keys.
     fn tiles_of(&self, keys: Range<usize>) -> Range<usize> {
         let end = keys.end.min(self.num_keys());
         if keys.start < end { keys.start / KEY_TILE..end.div_ceil(KEY_TILE) } else { 0..0 }
     }
 }
 
-/// The sequences of a launch.
+/// Sequences of a launch.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
-    /// All of them, in the order of `cu_rows`.
+    /// All sequences, in the order of `cu_rows`.
     pub sequences: &'a [Sequence],
-    /// As the launch is told it: at least the rows of every sequence. It says how many lists a sequence has.
+    /// The `max_sequence_rows` of the launch: an upper bound of the rows of each sequence. It determines the number of lists per
+    /// sequence.
     pub max_sequence_rows: usize,
 }
 
 impl Batch<'_> {
-    /// Lists that each sequence has, of each head.
+    /// Number of lists per sequence, and per head if heads have their own.
     fn query_tiles(&self) -> usize {
         self.max_sequence_rows.div_ceil(QUERY_TILE)
     }
 
-    /// Checks the batch; how many lists it has.
+    /// Checks the batch and returns the number of its lists.
     fn num_lists(&self, per_head: Option<usize>) -> Result<usize> {
         self.check()?;
         if per_head == Some(0) {
             return Err(Error::argument("per_head", "at least 1 head", 0));
         }
         let lists = self.sequences.len().saturating_mul(self.query_tiles()).saturating_mul(per_head.unwrap_or(1));
-        match lists <= MOST_LISTS {
-            true => Ok(lists),
-            false => Err(Error::argument("tile_offsets", format!("at most {MOST_LISTS} lists"), lists)),
+        if lists > MAX_LISTS {
+            return Err(Error::argument("tile_offsets", format!("at most {MAX_LISTS} lists"), lists));
         }
+        Ok(lists)
     }
 
     fn check(&self) -> Result<()> {
-        if self.max_sequence_rows > MOST_KEYS {
-            return Err(Error::argument("max_sequence_rows", format!("at most {MOST_KEYS}"), self.max_sequence_rows));
+        if self.max_sequence_rows > MAX_KEYS {
+            return Err(Error::argument("max_sequence_rows", format!("at most {MAX_KEYS}"), self.max_sequence_rows));
         }
         for (s, sequence) in self.sequences.iter().enumerate() {
             if sequence.rows > self.max_sequence_rows {
                 let expected = format!("at least the rows of sequence {s}, {}", sequence.rows);
                 return Err(Error::argument("max_sequence_rows", expected, self.max_sequence_rows));
             }
-            if sequence.num_keys() > MOST_KEYS {
+            if sequence.num_keys() > MAX_KEYS {
                 let found = format!("{} in sequence {s}", sequence.num_keys());
-                return Err(Error::argument("keys", format!("at most {MOST_KEYS} keys"), found));
+                return Err(Error::argument("keys", format!("at most {MAX_KEYS} keys"), found));
             }
         }
         Ok(())
     }
 }
 
-/// The place of a list.
+/// Position of a list in [`TileLists`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Region {
+struct ListPosition {
     sequence: usize,
     query_tile: usize,
     head: usize,
 }
 
-/// Lists of key tiles, as the kernels read them.
+/// Lists of key tiles in the layout that the kernels read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TileLists {
-    /// `[num_sequences * query_tiles * (per_head or 1) + 1]`, ascending from 0: where each list begins in `indices`, and the
-    /// end. Sequence by sequence, in it query tile by query tile, in that head by head.
+    /// Begin of each list in `indices`, and the end: `[num_sequences * query_tiles * (per_head or 1) + 1]`, ascending from 0. Lists
+    /// are ordered by sequence, then query tile, then head.
     pub offsets: Vec<i32>,
-    /// Key tiles. The builders' lists ascend, but for those that come from the caller.
+    /// Key tiles of all lists. Lists of the builders ascend, except those of [`TileLists::from_lists`].
     pub indices: Vec<i32>,
-    /// Key/value heads, when each has lists of its own.
+    /// Number of key/value heads when each has its own lists; `None` when heads share them.
     pub per_head: Option<usize>,
-    /// Lists that a sequence has of each head.
+    /// Number of lists per sequence and head: `max_sequence_rows / QUERY_TILE`, rounded up.
     pub query_tiles: usize,
 }
 
 impl TileLists {
-    /// All key tiles.
+    /// Returns lists of all key tiles.
     ///
     /// # Errors
     /// As [`TileLists::from_lists`], but for the lists.
@@ -137,7 +141,7 @@ impl TileLists {
         TileLists::build(batch, None, |place, list| list.extend(0..batch.sequences[place.sequence].key_tiles() as i32))
     }
 
-    /// The tiles that have a key at most `window` positions from a row of the query tile.
+    /// Returns lists of the tiles that hold a key at most `window` positions away from a row of the query tile.
     ///
     /// # Errors
     /// As [`TileLists::from_lists`], but for the lists.
@@ -152,11 +156,13 @@ impl TileLists {
         })
     }
 
-    /// The prefix and the live block; of the suffix the tiles that have one of its first `near` keys, and of the others each
-    /// `every`-th: the `every`-th, the one `every` after it, and so on; none with 0, all with 1. The same lists for all rows.
+    /// Returns lists of the prefix, the live block and a part of the suffix; the same lists for all rows.
     ///
-    /// A near window with a thinned rest is what DPad (Chen et al., arXiv:2508.14148) keeps of the suffix; there, what is
-    /// kept grows sparser with the distance, and single tokens are kept, not tiles.
+    /// Of the suffix, all tiles that hold one of its first `near` keys are listed, and every `every`-th of the tiles after them,
+    /// beginning with the `every`-th. With `every == 0` no further tile is listed, with 1 all are.
+    ///
+    /// DPad (Chen et al., arXiv:2508.14148) prunes the suffix in a similar way: it keeps a near window and a part of the rest.
+    /// There, the kept part gets sparser with the distance, and consists of tokens instead of tiles.
     ///
     /// # Errors
     /// As [`TileLists::from_lists`], but for the lists.
@@ -173,12 +179,12 @@ impl TileLists {
         })
     }
 
-    /// The `k` tiles of the highest scores, all where there are no more than that; ties go to the lowest tile, and NaN counts
-    /// as minus infinity. Lists ascend.
+    /// Returns lists of the `k` tiles with the highest scores, or of all tiles when a sequence has fewer. Ties go to the lowest
+    /// tile, and NaN counts as minus infinity. Lists ascend.
     ///
-    /// `scores` is `[num_sequences, query_tiles, per_head or 1, key_tiles]` row-major, with `key_tiles` at least those of every
-    /// sequence; scores of tiles and query tiles that a sequence does not have are not looked at. With `per_head` key/value
-    /// heads each has lists of its own.
+    /// `scores` is `[num_sequences, query_tiles, per_head or 1, key_tiles]`, row-major. `key_tiles` is at least the number of
+    /// tiles of each sequence. Scores of tiles and query tiles that a sequence does not have are ignored. With `per_head` each of
+    /// that number of key/value heads has its own lists.
     ///
     /// # Errors
     /// As [`TileLists::from_lists`], but for the lists; [`Error::Argument`] when `key_tiles` or `scores` is too small.
@@ -202,7 +208,7 @@ impl TileLists {
         TileLists::build(batch, per_head, |place, list| {
             let at = ((place.sequence * query_tiles + place.query_tile) * heads + place.head) * key_tiles;
             let scores = &scores[at..at + batch.sequences[place.sequence].key_tiles()];
-            // Adding 0 makes one zero of the two.
+            // Adding 0 turns minus zero into zero.
             let score = |tile: i32| match scores[tile as usize] {
                 score if score.is_nan() => f32::NEG_INFINITY,
                 score => score + 0.0,
@@ -218,12 +224,14 @@ impl TileLists {
         })
     }
 
-    /// Lists of the caller: one for each sequence, in it one for each query tile, in that one for each head, if `per_head`.
-    /// Their order is kept.
+    /// Returns the given lists, ordered by sequence, then query tile, then head (with `per_head`). The order of tiles in a list
+    /// is kept.
     ///
     /// # Errors
-    /// [`Error::Argument`] when a sequence has more rows than `max_sequence_rows` or more keys than the kernels read, 2^30; when
-    /// the lists, or the tiles of all of them, are more than 2^30, or `per_head` is 0; and as [`TileLists::validate`].
+    /// As [`TileLists::validate`], and [`Error::Argument`] when
+    /// - a sequence has more rows than `max_sequence_rows`, or more than 2^30 keys;
+    /// - there are more than 2^30 lists, or more than 2^30 tiles in all of them;
+    /// - `per_head` is 0.
     pub fn from_lists<L: AsRef<[i32]>>(batch: &Batch, per_head: Option<usize>, lists: &[L]) -> Result<TileLists> {
         let mut made = TileLists::new(batch, per_head)?;
         for list in lists {
@@ -233,32 +241,36 @@ impl TileLists {
         Ok(made)
     }
 
-    /// Without lists yet.
+    /// Checks the batch and returns a value without lists.
     fn new(batch: &Batch, per_head: Option<usize>) -> Result<TileLists> {
         batch.num_lists(per_head)?;
         Ok(TileLists { offsets: vec![0], indices: Vec::new(), per_head, query_tiles: batch.query_tiles() })
     }
 
-    /// Appends a list.
+    /// Appends the list that `list` writes.
     fn push(&mut self, list: impl FnOnce(&mut Vec<i32>)) -> Result<()> {
         list(&mut self.indices);
-        if self.indices.len() > MOST_TILES {
-            let expected = format!("at most {MOST_TILES} tiles in all lists");
+        if self.indices.len() > MAX_TILES {
+            let expected = format!("at most {MAX_TILES} tiles in all lists");
             return Err(Error::argument("tile_indices", expected, self.indices.len()));
         }
         self.offsets.push(self.indices.len() as i32);
         Ok(())
     }
 
-    /// All lists; those of query tiles that a sequence does not have are empty.
-    fn build(batch: &Batch, per_head: Option<usize>, mut list: impl FnMut(Region, &mut Vec<i32>)) -> Result<TileLists> {
+    /// Returns the lists that `list` writes. Lists of query tiles that a sequence does not have are empty.
+    fn build(
+        batch: &Batch,
+        per_head: Option<usize>,
+        mut list: impl FnMut(ListPosition, &mut Vec<i32>),
+    ) -> Result<TileLists> {
         let mut lists = TileLists::new(batch, per_head)?;
         for (s, sequence) in batch.sequences.iter().enumerate() {
             for query_tile in 0..batch.query_tiles() {
                 for head in 0..per_head.unwrap_or(1) {
                     lists.push(|indices| {
                         if query_tile * QUERY_TILE < sequence.rows {
-                            list(Region { sequence: s, query_tile, head }, indices);
+                            list(ListPosition { sequence: s, query_tile, head }, indices);
                         }
                     })?;
                 }
@@ -267,10 +279,10 @@ impl TileLists {
         Ok(lists)
     }
 
-    /// The tiles that a query tile visits, of a key/value head (any, where heads share their lists).
+    /// Returns the tiles that a query tile visits for a key/value head. `head` is ignored when heads share their lists.
     ///
     /// # Panics
-    /// When there is no such list.
+    /// When there is no such sequence, query tile or head.
     pub fn list(&self, sequence: usize, query_tile: usize, head: usize) -> &[i32] {
         let head = if self.per_head.is_some() { head } else { 0 };
         let heads = self.per_head.unwrap_or(1);
@@ -279,12 +291,14 @@ impl TileLists {
         &self.indices[self.offsets[list] as usize..self.offsets[list + 1] as usize]
     }
 
-    /// Checks what the kernels rely on for a right result: as many lists as the batch has, each tile at most once in a list,
-    /// and within the sequence's keys. The order within a list is free. (Whatever stands in lists, the kernels stay within
-    /// memory: tiles past the keys count as empty, and a tile listed twice counts twice.)
+    /// Checks the conditions for correct results: the number of lists is that of the batch, each tile occurs at most once in a
+    /// list, and all tiles are within the sequence's keys. The order in a list is free.
+    ///
+    /// Invalid lists do not lead to invalid memory accesses: tiles past the keys count as empty, and a tile that is listed twice
+    /// counts twice.
     ///
     /// # Errors
-    /// [`Error::Argument`] with the sequence, the query tile, the head and what was found there.
+    /// [`Error::Argument`] with the sequence, the query tile, the head and the invalid tile.
     pub fn validate(&self, batch: &Batch) -> Result<()> {
         let lists = batch.num_lists(self.per_head)?;
         let (query_tiles, heads) = (batch.query_tiles(), self.per_head.unwrap_or(1));
@@ -304,19 +318,18 @@ impl TileLists {
             };
             return Err(Error::argument("tile_offsets", expected, found));
         }
-        // The last list, plus one, that had a tile.
+        // By tile: 1 plus the last list that held it.
         let mut seen = Vec::<usize>::new();
         for (i, pair) in self.offsets.windows(2).enumerate() {
             let (sequence, query_tile, head) = (i / heads / query_tiles, i / heads % query_tiles, i % heads);
             let key_tiles = batch.sequences[sequence].key_tiles();
             seen.resize(seen.len().max(key_tiles), 0);
             for tile in &self.indices[pair[0] as usize..pair[1] as usize] {
-                let known = usize::try_from(*tile).ok().filter(|tile| *tile < key_tiles);
-                let found = match known {
+                let found = match usize::try_from(*tile).ok().filter(|tile| *tile < key_tiles) {
                     None => format!("tile {tile}"),
-                    Some(known) if seen[known] == i + 1 => format!("tile {tile} twice"),
-                    Some(known) => {
-                        seen[known] = i + 1;
+                    Some(index) if seen[index] == i + 1 => format!("tile {tile} twice"),
+                    Some(index) => {
+                        seen[index] = i + 1;
                         continue;
                     }
                 };
@@ -328,7 +341,7 @@ impl TileLists {
         Ok(())
     }
 
-    /// Copies the lists to the device.
+    /// Copies the lists to the device of `stream`. Cannot be captured.
     ///
     /// # Errors
     /// The driver's.
@@ -336,8 +349,8 @@ impl TileLists {
         self.upload_with_room(stream, self.indices.len())
     }
 
-    /// Copies the lists to the device, with room for `num_indices` tiles in all lists, so that later lists can be written over
-    /// them with [`DeviceTiles::write`] while a captured graph goes on reading the same memory.
+    /// Copies the lists to memory with room for `num_indices` tiles in all lists. [`DeviceTiles::write`] can then replace them
+    /// by other lists, and a captured graph reads these from the same memory. Cannot be captured.
     ///
     /// # Errors
     /// [`Error::Argument`] when the lists have more tiles than that; the driver's.
@@ -353,7 +366,7 @@ impl TileLists {
     }
 }
 
-/// Lists on a device.
+/// Tile lists in device memory.
 #[derive(Debug)]
 pub struct DeviceTiles {
     offsets: Buffer<i32>,
@@ -363,16 +376,16 @@ pub struct DeviceTiles {
 }
 
 impl DeviceTiles {
-    /// What a launch of [`attention`](super::attention) takes. Its `max_sequence_rows` must be that of the lists' batch, and
-    /// its key/value heads those of the lists, if each has its own.
+    /// Returns the lists for [`Attention`](super::attention::Attention). Its `max_sequence_rows` must be that of the lists'
+    /// batch, and its number of key/value heads that of the lists, if heads have their own.
     pub fn tiles(&self) -> Tiles<'_> {
         Tiles { offsets: &self.offsets, indices: &self.indices, per_head: self.per_head.is_some() }
     }
 
-    /// Writes other lists over these.
+    /// Replaces the lists, in stream order. Cannot be captured.
     ///
     /// # Errors
-    /// [`Error::Argument`] when there are not as many lists, or there is no room for their tiles; the driver's.
+    /// [`Error::Argument`] when the number of lists differs, or there is no room for their tiles; the driver's.
     pub fn write(&mut self, lists: &TileLists) -> Result<()> {
         let shape = |per_head: Option<usize>, query_tiles, offsets: usize| {
             let heads = per_head.map_or("shared by all heads".into(), |heads| format!("for {heads} heads"));
@@ -397,230 +410,4 @@ impl DeviceTiles {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn batch(sequences: &[Sequence]) -> Batch<'_> {
-        Batch { sequences, max_sequence_rows: sequences.iter().map(|s| s.rows).max().unwrap_or(0) }
-    }
-
-    fn sequence(rows: usize, keys: [usize; 3]) -> Sequence {
-        Sequence { rows, keys }
-    }
-
-    /// The tiles for which `wanted` holds of any of their keys, by trying all.
-    fn by_key(sequence: &Sequence, wanted: impl Fn(usize) -> bool) -> Vec<i32> {
-        let mut tiles: Vec<i32> =
-            (0..sequence.num_keys()).filter(|key| wanted(*key)).map(|key| (key / KEY_TILE) as i32).collect();
-        tiles.dedup();
-        tiles
-    }
-
-    /// Sequences around the edges of tiles, none among them, and rows that the launch has room for beyond them.
-    fn sequences() -> impl Strategy<Value = (Vec<Sequence>, usize)> {
-        let length = prop_oneof![Just(0usize), 1usize..4, 60usize..70, 120usize..200, 0usize..500];
-        let one = (
-            prop_oneof![Just(0usize), 1usize..40, 120usize..140, 0usize..600],
-            [length.clone(), length.clone(), length],
-        )
-            .prop_map(|(rows, keys)| Sequence { rows, keys });
-        (prop::collection::vec(one, 0..4), 0usize..300).prop_map(|(sequences, more)| {
-            let most = sequences.iter().map(|s| s.rows).max().unwrap_or(0);
-            (sequences, most + more)
-        })
-    }
-
-    /// Each list with its sequence and its query rows, positions of its queries; lists without rows must be empty.
-    fn each_list(batch: &Batch, lists: &TileLists, check: impl Fn(usize, usize, &Sequence, Range<usize>, &[i32])) {
-        lists.validate(batch).unwrap();
-        assert_eq!(lists.query_tiles, batch.max_sequence_rows.div_ceil(128));
-        for (s, sequence) in batch.sequences.iter().enumerate() {
-            for query_tile in 0..lists.query_tiles {
-                let rows = query_tile * 128..sequence.rows.min(query_tile * 128 + 128);
-                let list = lists.list(s, query_tile, 0);
-                match rows.is_empty() {
-                    true => assert_eq!(list, [0i32; 0]),
-                    false => check(s, query_tile, sequence, rows, list),
-                }
-            }
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn dense_and_windows_are_what_the_masks_say((sequences, max_sequence_rows) in sequences(), window in prop_oneof![Just(0usize), 0usize..300, Just(usize::MAX)]) {
-            let batch = Batch { sequences: &sequences, max_sequence_rows };
-            each_list(&batch, &TileLists::dense(&batch).unwrap(), |_, _, sequence, _, list| {
-                assert_eq!(list, by_key(sequence, |_| true));
-            });
-            each_list(&batch, &TileLists::sliding_window(&batch, window).unwrap(), |_, _, sequence, rows, list| {
-                let near = |key: usize| rows.clone().any(|row| (sequence.keys[0] + row).abs_diff(key) <= window);
-                assert_eq!(list, by_key(sequence, near));
-            });
-        }
-
-        #[test]
-        fn pruned_suffixes_are_what_the_mask_says((sequences, max_sequence_rows) in sequences(), near in prop_oneof![Just(0usize), 0usize..300, Just(usize::MAX)], every in prop_oneof![0usize..6, Just(usize::MAX)]) {
-            let batch = Batch { sequences: &sequences, max_sequence_rows };
-            each_list(&batch, &TileLists::pruned_suffix(&batch, near, every).unwrap(), |_, _, sequence, _, list| {
-                let suffix = sequence.keys[0] + sequence.keys[1];
-                let mut want = by_key(sequence, |key| key < suffix || key - suffix < near);
-                let mut far = 0;
-                for tile in by_key(sequence, |_| true) {
-                    if want.contains(&tile) {
-                        continue;
-                    }
-                    far += 1;
-                    if far == every {
-                        want.push(tile);
-                        far = 0;
-                    }
-                }
-                assert_eq!(list, want);
-            });
-        }
-
-        #[test]
-        fn the_best_are_taken((sequences, max_sequence_rows) in sequences(), k in 0usize..12, heads in 1usize..3, seed: u64) {
-            let batch = Batch { sequences: &sequences, max_sequence_rows };
-            let key_tiles = sequences.iter().map(Sequence::key_tiles).max().unwrap_or(0) + 1;
-            let count = sequences.len() * batch.query_tiles() * heads * key_tiles;
-            // Few different scores, so that many are equal.
-            let kinds = [0.0, -0.0, 1.0, 2.5, -3.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
-            let mix = |i: usize| (seed ^ i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 61;
-            let scores: Vec<f32> = (0..count).map(|i| kinds[mix(i) as usize]).collect();
-            let lists = TileLists::top_k(&batch, Some(heads), k, &scores, key_tiles).unwrap();
-            lists.validate(&batch).unwrap();
-            for (s, sequence) in sequences.iter().enumerate() {
-                for query_tile in 0..lists.query_tiles {
-                    for head in 0..heads {
-                        let scores = &scores[((s * lists.query_tiles + query_tile) * heads + head) * key_tiles..];
-                        let score = |tile: usize| if scores[tile].is_nan() { f32::NEG_INFINITY } else { scores[tile] };
-                        let all = 0..if query_tile * 128 < sequence.rows { sequence.key_tiles() } else { 0 };
-                        // A tile is taken if fewer than k come before it.
-                        let before = |tile: usize, other: usize| score(other) > score(tile) || score(other) == score(tile) && other < tile;
-                        let want: Vec<i32> = all.clone()
-                            .filter(|tile| all.clone().filter(|other| before(*tile, *other)).count() < k)
-                            .map(|tile| tile as i32)
-                            .collect();
-                        prop_assert_eq!(lists.list(s, query_tile, head), want);
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn known_lists() {
-        let sequences = [sequence(130, [100, 130, 50]), sequence(1, [0, 1, 0]), sequence(0, [64, 0, 0])];
-        let batch = batch(&sequences);
-        let dense = TileLists::dense(&batch).unwrap();
-        assert_eq!(dense.offsets, [0, 5, 10, 11, 11, 11, 11]);
-        assert_eq!(dense.indices, [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]);
-        // Rows 0 to 127 stand at 100 to 227, the last two at 228 and 229.
-        let window = TileLists::sliding_window(&batch, 28).unwrap();
-        assert_eq!((window.list(0, 0, 0), window.list(0, 1, 0)), (&[1, 2, 3][..], &[3, 4][..]));
-        let own = TileLists::sliding_window(&batch, 0).unwrap();
-        assert_eq!((own.list(0, 1, 0), own.list(1, 0, 0)), (&[3][..], &[0][..]));
-    }
-
-    /// Queries that stand behind all keys see nothing through a small window.
-    #[test]
-    fn queries_beyond_the_keys() {
-        let sequences = [sequence(200, [10, 20, 0])];
-        let lists = TileLists::sliding_window(&batch(&sequences), 5).unwrap();
-        assert_eq!((lists.list(0, 0, 0), lists.list(0, 1, 0)), (&[0][..], &[][..]));
-    }
-
-    #[test]
-    fn lists_of_the_caller_keep_their_order() {
-        let sequences = [sequence(5, [100, 5, 0]), sequence(5, [10, 5, 0])];
-        let lists =
-            TileLists::from_lists(&batch(&sequences), Some(2), &[vec![1, 0], vec![], vec![0], vec![0]]).unwrap();
-        assert_eq!((lists.list(0, 0, 0), lists.list(0, 0, 1), lists.list(1, 0, 1)), (&[1, 0][..], &[][..], &[0][..]));
-    }
-
-    #[test]
-    fn wrong_lists_are_named() {
-        let sequences = [sequence(129, [100, 129, 0]), sequence(5, [10, 5, 0])];
-        let batch = batch(&sequences);
-        let refused = |lists: &[&[i32]], per_head, says: &str| {
-            let error = TileLists::from_lists(&batch, per_head, lists).unwrap_err().to_string();
-            assert!(error.contains(says), "{error}");
-        };
-        refused(
-            &[&[0, 3], &[1, 2, 1], &[], &[]],
-            None,
-            "at most once, found tile 1 twice in sequence 0, query tile 1, head 0",
-        );
-        refused(
-            &[&[0, 3], &[1], &[1], &[]],
-            None,
-            "each of 1 key tiles at most once, found tile 1 in sequence 1, query tile 0",
-        );
-        refused(
-            &[&[0], &[-1], &[], &[]],
-            None,
-            "tile_indices: expected each of 4 key tiles at most once, found tile -1",
-        );
-        refused(&[&[0], &[4], &[], &[]], None, "found tile 4 in sequence 0, query tile 1");
-        refused(&[&[0], &[0], &[0]], None, "tile_offsets: expected 4 lists and the end, found 4");
-        refused(&[&[0][..]; 4], Some(2), "tile_offsets: expected 8 lists and the end, found 5");
-        refused(&[&[0]], Some(0), "per_head: expected at least 1 head");
-        let eight: [&[i32]; 8] = [&[0], &[0], &[0], &[2, 2], &[], &[], &[], &[]];
-        refused(&eight, Some(2), "found tile 2 twice in sequence 0, query tile 1, head 1");
-
-        let good = TileLists::dense(&batch).unwrap();
-        let wrong = |change: fn(&mut TileLists), says: &str| {
-            let mut lists = good.clone();
-            change(&mut lists);
-            let error = lists.validate(&batch).unwrap_err().to_string();
-            assert!(error.contains(says), "{error}");
-        };
-        wrong(|l| l.query_tiles = 1, "query_tiles: expected 2, found 1");
-        wrong(|l| l.offsets.clear(), "tile_offsets: expected 4 lists and the end, found 0");
-        wrong(
-            |l| l.offsets[1] = 9,
-            "tile_offsets: expected ascending from 0 to the number of indices, 9, found 9 before 8",
-        );
-        wrong(|l| l.offsets[0] = -1, "found -1 to 9");
-        wrong(|l| l.indices.push(0), "to the number of indices, 10, found 0 to 9");
-    }
-
-    #[test]
-    fn wrong_sizes_are_named() {
-        let short = [sequence(5, [0, 5, 0])];
-        let says = |result: Result<TileLists>, says: &str| {
-            let error = result.unwrap_err().to_string();
-            assert!(error.contains(says), "{error}");
-        };
-        let few = Batch { sequences: &short, max_sequence_rows: 4 };
-        says(TileLists::dense(&few), "max_sequence_rows: expected at least the rows of sequence 0, 5, found 4");
-        let many = [sequence(5, [1 << 30, 5, 0])];
-        says(TileLists::dense(&batch(&many)), "keys: expected at most 1073741824 keys, found 1073741829 in sequence 0");
-        let huge = Batch { sequences: &short, max_sequence_rows: usize::MAX };
-        says(TileLists::dense(&huge), "max_sequence_rows: expected at most 1073741824, found");
-        let many = [sequence(5, [usize::MAX, 5, 0])];
-        says(TileLists::sliding_window(&batch(&many), 3), "keys: expected at most");
-        says(TileLists::top_k(&batch(&short), None, 1, &[], 0), "key_tiles: expected at least 1, found 0");
-        says(TileLists::top_k(&batch(&short), None, 1, &[0.0; 3], 2), "scores: expected 1 x 2 scores, found 3");
-        says(TileLists::top_k(&batch(&short), Some(0), 1, &[], 1), "per_head: expected at least 1 head");
-        // Without keys no score is missing; the lists alone would fill all memory.
-        let keyless = [sequence(5, [0, 0, 0])];
-        says(
-            TileLists::top_k(&batch(&keyless), Some(usize::MAX), 1, &[], 0),
-            "tile_offsets: expected at most 1073741824 lists",
-        );
-        let mut no_heads = TileLists::dense(&batch(&[])).unwrap();
-        no_heads.per_head = Some(0);
-        says(no_heads.validate(&batch(&short)).map(|()| no_heads.clone()), "per_head: expected at least 1 head");
-    }
-
-    #[test]
-    fn an_empty_batch_has_no_lists() {
-        let lists = TileLists::dense(&batch(&[])).unwrap();
-        assert_eq!((lists.offsets.as_slice(), lists.query_tiles), (&[0][..], 0));
-        lists.validate(&batch(&[])).unwrap();
-    }
-}
+mod tests;

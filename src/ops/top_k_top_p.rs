@@ -1,5 +1,8 @@
-//! The least logit that top-p and top-k keep: the kernel of `cuda/any/top_k_top_p.cu`. What it writes is the `min_logit` of
-//! [`super::unmask`].
+//! Logit threshold of top-p and top-k sampling per masked row: the kernel of `cuda/any/top_k_top_p.cu`.
+//!
+//! For each masked row it writes the smallest logit that top-p, then top-k, keep. [`unmask`](super::unmask) takes it as
+//! `min_logit`, and treats lower logits as minus infinity. Probabilities are summed as integers, so results do not depend on
+//! the order of the additions. Element types of the logits: bf16, f16, f32.
 
 use super::unmask::RowTable;
 use super::{Element, Plan, buffers, validate};
@@ -8,7 +11,10 @@ use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
 use std::ffi::c_void;
 
-/// Checks every field but what the addresses point to.
+/// Checks all fields without reading the memory that the addresses point to. Calls no driver.
+///
+/// # Errors
+/// [`Error::Argument`] with the field, the expected and the found value.
 pub fn validate(params: &dllm_top_k_top_p_params) -> Result<()> {
     validate::struct_size::<dllm_top_k_top_p_params>(params.size)?;
     validate::address("logits", params.logits, 16)?;
@@ -16,7 +22,7 @@ pub fn validate(params: &dllm_top_k_top_p_params) -> Result<()> {
     validate::address("rows", params.rows, 16)?;
     validate::optional("count", params.count, 4)?;
     validate::address("tokens", params.tokens, 4)?;
-    validate::address("cut", params.min_logit, 4)?;
+    validate::address("min_logit", params.min_logit, 4)?;
     validate::size("max_rows", params.max_rows)?;
     validate::within("num_tokens", params.num_tokens.into(), 0, i32::MAX.into())?;
     validate::within("num_logits_rows", params.num_logits_rows.into(), 0, i32::MAX.into())?;
@@ -36,7 +42,7 @@ pub fn validate(params: &dllm_top_k_top_p_params) -> Result<()> {
         .fits_address_space()
 }
 
-/// What a launch takes: a block of 1,024 threads for each row.
+/// Returns the plan of a launch: a block of 1,024 threads per row.
 pub fn plan(params: &dllm_top_k_top_p_params) -> Plan {
     let kernel = match params.dtype as u32 {
         abi::DLLM_BF16 => "top_k_top_p_bf16",
@@ -46,54 +52,55 @@ pub fn plan(params: &dllm_top_k_top_p_params) -> Plan {
     Plan { kernel, grid: [params.max_rows.max(1) as u32, 1, 1], block: 1024, workspace_bytes: 0 }
 }
 
-/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads.
+/// Enqueues the kernel on `stream`. Allocates nothing, does not synchronise, and may be captured in a graph. May be called from
+/// several threads.
 ///
 /// # Errors
 /// As [`validate`]; the driver's.
 ///
 /// # Safety
 /// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
-///    is there until the work is done and graphs that hold it are destroyed.
+///    lives until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_top_k_top_p_params`] gives, until the work is done.
-/// 3. `min_logit` overlaps nothing else of the struct.
+/// 3. `min_logit` overlaps no other memory of the struct.
 pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_top_k_top_p_params) -> Result<()> {
     validate(params)?;
     // SAFETY: as promised by the caller.
     unsafe { super::launch(device, stream, "top_k_top_p", plan(params), params) }
 }
 
-/// What a safe launch reads and writes, and what it keeps.
+/// Inputs and outputs of [`launch`].
 pub struct TopKTopP<'a, T> {
-    /// `[any, vocab_size]`
+    /// Logits `[num_logits_rows, vocab_size]`.
     pub logits: &'a Buffer<T>,
-    /// The same, unconditional, for guidance.
+    /// Logits of the unconditional sequences, in the same layout. Ignored when `cfg_scale` is 0.
     pub uncond_logits: Option<&'a Buffer<T>>,
-    /// Width of a row.
+    /// Number of logits of a row, below 2^24.
     pub vocab_size: usize,
-    /// Elements from row to row; a multiple of 16 bytes.
+    /// Elements from one row to the next; a multiple of 16 bytes.
     pub logits_stride: usize,
-    /// Which rows.
+    /// Rows of the batch.
     pub rows: &'a RowTable,
-    /// The batch's tokens.
+    /// Tokens of the batch, `[num_tokens]`.
     pub tokens: &'a Buffer<i32>,
-    /// Keep the shortest run of most probable tokens whose probabilities sum to more than this.
+    /// Keeps the fewest most probable tokens whose probabilities sum to more than this value, 0 to 1; `None`: all.
     pub top_p: Option<f32>,
-    /// Keep the k largest logits, and those equal to the k-th.
+    /// Keeps the k largest logits, and those equal to the k-th; `None`: all.
     pub top_k: Option<usize>,
-    /// Temperature of those probabilities; 0 counts as 1.
+    /// Temperature of the probabilities: 1e-6 to 1e6, or 0, which counts as 1.
     pub temperature: f32,
-    /// Guidance w, above 0; needs unconditional logits, which are not looked at when it is 0.
+    /// Scale w of classifier-free guidance, above 0 with `uncond_logits`; 0 without guidance.
     pub cfg_scale: f32,
-    /// The token of masked positions; other rows get minus infinity.
+    /// Mask token. Rows whose token is another one get minus infinity.
     pub mask_token: u32,
-    /// `[rows]`: the cut of each.
+    /// Output: threshold of each row, `[rows]`.
     pub min_logit: &'a mut Buffer<f32>,
 }
 
-/// Launches on our buffers, and returns. Without rows it launches nothing.
+/// Enqueues the op on [`Buffer`]s of `stream`; otherwise as [`launch_raw`]. Without rows nothing is enqueued.
 ///
 /// # Errors
-/// [`Error::Argument`] when a buffer is too short, belongs to another stream, or a number is out of range; the driver's.
+/// [`Error::Argument`] when a buffer is too short or belongs to another stream, or a value is out of range; the driver's.
 pub fn launch<T: Element>(stream: &Stream, args: TopKTopP<T>) -> Result<()> {
     let TopKTopP { logits, uncond_logits, vocab_size, logits_stride, rows, tokens, min_logit, .. } = args;
     if rows.is_empty() {
@@ -115,7 +122,7 @@ pub fn launch<T: Element>(stream: &Stream, args: TopKTopP<T>) -> Result<()> {
         rows: buffers::buffer("rows", rows.rows(), 0, stream)?,
         count: 0,
         tokens: buffers::buffer("tokens", tokens, 0, stream)?,
-        min_logit: buffers::buffer("cut", min_logit, rows.len(), stream)?,
+        min_logit: buffers::buffer("min_logit", min_logit, rows.len(), stream)?,
         logits_stride: logits_stride as i64,
         max_rows: buffers::count("rows", rows.len())?,
         num_tokens: buffers::count("tokens", tokens.len())?,
@@ -123,7 +130,7 @@ pub fn launch<T: Element>(stream: &Stream, args: TopKTopP<T>) -> Result<()> {
         vocab_size: buffers::count("vocab_size", vocab_size)?,
         mask_token: buffers::count("mask_token", args.mask_token as usize)?,
         dtype: T::DTYPE as i32,
-        // More than there are keeps all, as 0 does.
+        // From vocab_size on all are kept.
         top_k: args.top_k.map_or(0, |k| k.min(vocab_size)) as i32,
         top_p: args.top_p.unwrap_or(1.0),
         temperature: args.temperature,

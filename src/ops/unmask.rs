@@ -1,6 +1,18 @@
-//! From logits to committed tokens: the kernel of `cuda/any/unmask.cu`.
+//! Sampling and commit of masked tokens from logits, in one launch: the kernel of `cuda/any/unmask.cu`.
+//!
+//! For each masked row the op samples a token and computes its confidence. For each sequence it then selects the rows to
+//! commit by a [`Policy`], and writes their tokens in place. Rows whose token is not the mask token are skipped.
+//!
+//! - The mask token is never chosen. Where its logit is the largest it counts as minus infinity.
+//! - NaN logits count as minus infinity, plus infinity as the largest finite value.
+//! - Ties go to the lowest token, then to the first row.
+//! - Random numbers are Philox, keyed by seed, step, position and token. Results do not depend on the batch.
+//! - Element types of the logits: bf16, f16, f32; arithmetic in f32.
+//!
+//! The policies are those of LLaDA (arXiv:2502.09992), Dream (arXiv:2508.15487) and Fast-dLLM (arXiv:2505.22618, sections 3.2
+//! and 3.3).
 
-use super::{Element, Layout, Plan, Workspace, buffers, validate};
+use super::{Element, Plan, Workspace, WorkspaceLayout, buffers, validate};
 use crate::abi::{self, dllm_unmask_params, dllm_unmask_row};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
@@ -8,10 +20,13 @@ use crate::sampling::Confidence;
 use std::collections::HashSet;
 use std::ffi::c_void;
 
-/// Logits of a row that one block looks at; `kChunk` of the kernel.
+/// Number of logits of a row that one block reads; `kChunk` of the kernel.
 const CHUNK: u32 = 8192;
 
-/// Checks every field but what the addresses point to.
+/// Checks all fields without reading the memory that the addresses point to. Calls no driver.
+///
+/// # Errors
+/// [`Error::Argument`] with the field, the expected and the found value.
 pub fn validate(params: &dllm_unmask_params) -> Result<()> {
     validate::struct_size::<dllm_unmask_params>(params.size)?;
     validate::address("logits", params.logits, 16)?;
@@ -30,8 +45,8 @@ pub fn validate(params: &dllm_unmask_params) -> Result<()> {
         ("quota", params.quota),
         ("commit_before", params.commit_before),
         ("steps", params.steps),
-        ("cut", params.min_logit),
-        ("chosen", params.predicted),
+        ("min_logit", params.min_logit),
+        ("predicted", params.predicted),
         ("confidence", params.confidence),
     ] {
         validate::optional(name, address, 4)?;
@@ -71,9 +86,10 @@ pub fn validate(params: &dllm_unmask_params) -> Result<()> {
     validate::workspace(params.workspace, params.workspace_bytes, &plan(params))
 }
 
-/// What a launch takes: a block of 256 threads for each 8,192 logits of each row.
+/// Returns the plan of a launch: a block of 256 threads per row and 8,192 logits of the row.
 ///
-/// Logits without guidance, cut, temperature and with probabilities as confidences take the plain form of the kernel.
+/// The plain form of the kernel serves launches without guidance, `min_logit` and temperature whose confidences are
+/// probabilities; the general form serves all others.
 pub fn plan(params: &dllm_unmask_params) -> Plan {
     let plain = params.uncond_logits == 0
         && params.min_logit == 0
@@ -96,20 +112,20 @@ pub fn plan(params: &dllm_unmask_params) -> Plan {
     Plan { kernel, grid: [chunks, rows, 1], block: 256, workspace_bytes }
 }
 
-/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads, with a
-/// workspace each.
+/// Enqueues the kernel on `stream`. Allocates nothing, does not synchronise, and may be captured in a graph. May be called from
+/// several threads; each launch in flight needs a workspace of its own.
 ///
 /// # Errors
-/// As [`validate`]; the driver's. Rows without a finite logit are told in `failed`.
+/// As [`validate`]; the driver's. Rows without a finite logit are reported in `failed`.
 ///
 /// # Safety
 /// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
-///    is there until the work is done and graphs that hold it are destroyed.
+///    lives until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_unmask_params`] gives, until the work is done.
-/// 3. What is written overlaps nothing else of the struct.
-/// 4. `cu_rows` ascends from 0, each row's `sequence` is the one that owns it there, and no two rows have the same token.
+/// 3. Memory that the launch writes overlaps no other memory of the struct.
+/// 4. `cu_rows` ascends from 0, each row's `sequence` is the one whose range holds it, and no two rows have the same `token`.
 ///    Otherwise results are wrong, and the workspace must be zeroed again.
-/// 5. The workspace was zeroed before its first use, and is used by one launch at a time, with the same `max_rows`,
+/// 5. The workspace was zeroed before its first use. One launch at a time uses it, always with the same `max_rows`,
 ///    `num_sequences` and `vocab_size`.
 pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_unmask_params) -> Result<()> {
     validate(params)?;
@@ -117,42 +133,43 @@ pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_unm
     unsafe { super::launch(device, stream, "unmask", plan(params), params) }
 }
 
-/// The rows of a batch that may be committed, on the device.
+/// Table of the rows of a batch that may be committed, in device memory.
 pub struct RowTable {
-    /// One at least.
+    /// At least one element.
     rows: Buffer<dllm_unmask_row>,
     len: usize,
     cu_rows: Buffer<i32>,
 }
 
-/// A row of a [`RowTable`].
+/// One row of a [`RowTable`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
-    /// Index of its token in the batch's tokens.
+    /// Index of the row's token in the batch's tokens; distinct for all rows.
     pub token: usize,
-    /// The row of logits that predicts it: with Dream, that of the position before.
+    /// Row of the logits that predicts the token. Dream: the row of the position before (logit shift).
     pub logits_row: usize,
-    /// Its position in its sequence.
+    /// Position in the sequence; keys the random numbers and breaks ties.
     pub position: usize,
 }
 
 impl RowTable {
-    /// The rows of each sequence, positions ascending.
+    /// Uploads the rows of each sequence, with ascending positions.
     ///
     /// # Errors
-    /// [`Error::Argument`] when positions do not ascend, two rows have the same token, or a number does not fit 32 bits; the driver's.
+    /// [`Error::Argument`] when positions do not ascend, two rows have the same `token`, or a value does not fit into 32 bits; as
+    /// [`Stream::upload`].
     pub fn new(stream: &Stream, sequences: &[Vec<Row>]) -> Result<RowTable> {
         let mut rows = Vec::new();
         let mut tokens = HashSet::new();
         let mut cu_rows = vec![0];
-        for (sequence, of_sequence) in sequences.iter().enumerate() {
-            if !of_sequence.is_sorted_by(|a, b| a.position < b.position) {
+        for (sequence, sequence_rows) in sequences.iter().enumerate() {
+            if !sequence_rows.is_sorted_by(|a, b| a.position < b.position) {
                 return Err(Error::argument("rows", "ascending positions", format!("others in sequence {sequence}")));
             }
-            for row in of_sequence {
+            for row in sequence_rows {
                 if !tokens.insert(row.token) {
                     let found = format!("{} twice, in sequence {sequence} again", row.token);
-                    return Err(Error::argument("rows", "tokens of their own", found));
+                    return Err(Error::argument("rows", "distinct tokens", found));
                 }
                 rows.push(dllm_unmask_row {
                     token: buffers::count("token", row.token)?,
@@ -164,22 +181,22 @@ impl RowTable {
             cu_rows.push(buffers::count("rows", rows.len())?);
         }
         let len = rows.len();
-        // The kernel loads a row before it knows that there is none.
+        // The kernel loads a row before it checks whether it exists.
         rows.resize(len.max(1), dllm_unmask_row::default());
         Ok(RowTable { rows: stream.upload(&rows)?, len, cu_rows: stream.upload(&cu_rows)? })
     }
 
-    /// Rows of all sequences.
+    /// Number of rows of all sequences.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there is no row.
+    /// Whether there are no rows.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Sequences.
+    /// Number of sequences.
     pub fn num_sequences(&self) -> usize {
         self.cu_rows.len() - 1
     }
@@ -189,40 +206,43 @@ impl RowTable {
     }
 }
 
-/// Which masked rows of a sequence to commit.
+/// Rule that selects the masked rows of a sequence to commit.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub enum Policy<'a> {
-    /// The best so many of each sequence: `[num_sequences]`.
+    /// Commits the given number of rows with the highest confidence per sequence, `[num_sequences]` (LLaDA, Dream).
     Fixed(&'a Buffer<i32>),
-    /// The best, and all others with at least this confidence.
+    /// Commits the row with the highest confidence, and all others whose confidence is at least `threshold` (Fast-dLLM).
     Threshold {
-        /// Least confidence.
+        /// Minimum confidence.
         threshold: f32,
-        /// Among how many of the best, `[num_sequences]`; among all, if not given.
+        /// Only this number of rows with the highest confidence per sequence may be committed, `[num_sequences]`; `None`: all.
+        /// For 0 no row of the sequence is committed.
         top_n: Option<&'a Buffer<i32>>,
     },
-    /// Fast-dLLM's factor.
+    /// Commits the n rows with the highest confidence, with the largest n for which `(n + 1) (1 - confidence_n) <= factor`
+    /// (Fast-dLLM, section 3.3); at least one row, and all rows if only the last fails. The factor is above 0.
     Factor(f32),
 }
 
-/// How a row's token and confidence come about, and which rows are committed.
+/// Configuration of sampling, confidence and commit.
 #[derive(Clone, Copy, Debug)]
 pub struct UnmaskConfig<'a> {
-    /// What ranks the rows.
+    /// Confidence that ranks the rows.
     pub confidence: Confidence,
-    /// Which are committed.
+    /// Rule that selects the rows to commit.
     pub policy: Policy<'a>,
-    /// 0 takes the argmax; above, tokens are drawn from softmax(logits / temperature).
+    /// 0: the token is the argmax. 1e-6 to 1e6: it is drawn from softmax(logits / temperature) by the Gumbel-max config.
     pub temperature: f32,
-    /// Whether confidences are taken after the temperature (Dream) or from the plain logits (LLaDA).
+    /// Whether confidences are computed after the temperature (Dream) or from the plain logits (LLaDA).
     pub tempered_confidence: bool,
-    /// Guidance w, above 0; needs unconditional logits, which are not looked at when it is 0.
+    /// Scale w of classifier-free guidance, logits = u + (w + 1) (c - u): above 0 with unconditional logits u; 0 without guidance.
     pub cfg_scale: f32,
-    /// Above 0, with [`Policy::Fixed`], rows are drawn from softmax(confidence / alg_temp).
+    /// 0: rows are ranked by confidence. Above 0, with [`Policy::Fixed`] only: rows are drawn from softmax(confidence / alg_temp).
     pub alg_temp: f32,
     /// Seed of every random number.
     pub seed: u64,
-    /// The token of masked positions, which is never chosen.
+    /// Mask token, which is never chosen.
     pub mask_token: u32,
 }
 
@@ -231,49 +251,54 @@ unsafe impl bytemuck::Zeroable for dllm_unmask_row {}
 // SAFETY: as above.
 unsafe impl bytemuck::Pod for dllm_unmask_row {}
 
-/// What a safe launch reads and writes.
+/// Inputs and outputs of [`launch`].
 pub struct Unmask<'a, T> {
-    /// `[any, vocab_size]`
+    /// Logits `[num_logits_rows, vocab_size]`.
     pub logits: &'a Buffer<T>,
-    /// The same, unconditional, for guidance.
+    /// Logits of the unconditional sequences, in the same layout. Ignored when `cfg_scale` is 0.
     pub uncond_logits: Option<&'a Buffer<T>>,
-    /// Width of a row.
+    /// Number of logits of a row, at most 2^30.
     pub vocab_size: usize,
-    /// Elements from row to row; a multiple of 16 bytes.
+    /// Elements from one row to the next; a multiple of 16 bytes.
     pub logits_stride: usize,
-    /// Which rows.
+    /// Rows that may be committed.
     pub rows: &'a RowTable,
-    /// The batch's tokens, read and written.
+    /// Tokens of the batch, `[num_tokens]`, read and written.
     pub tokens: &'a mut Buffer<i32>,
-    /// `[num_sequences]`: positions from here on are scored but not committed.
+    /// Rows at this position and later ones are predicted but not committed, `[num_sequences]`; `None`: no limit.
     pub commit_before: Option<&'a Buffer<i32>>,
-    /// `[num_sequences]`: forwards that each sequence has had; keys the random numbers.
+    /// Number of forwards that each sequence took part in, `[num_sequences]`; keys the random numbers. `None`: 0.
     pub steps: Option<&'a Buffer<i32>>,
-    /// `[rows]`, from [`super::top_k_top_p`].
+    /// Logits below this value count as minus infinity, `[rows]`: the output of [`top_k_top_p`](super::top_k_top_p).
     pub min_logit: Option<&'a Buffer<f32>>,
-    /// What becomes of them.
+    /// Results.
     pub outcome: &'a mut Outcome,
-    /// Of the size that [`plan`] asks for these rows and this vocabulary: see [`workspace`].
+    /// Workspace of [`workspace`], for these rows and this vocabulary.
     pub workspace: &'a mut Workspace,
 }
 
-/// What unmask tells, on the device.
+/// Results of a launch, in device memory.
 pub struct Outcome {
-    /// `[num_sequences]`: rows that could be committed and still are masked.
+    /// Number of rows that could be committed and are still masked, `[num_sequences]`.
     pub masks_left: Buffer<i32>,
-    /// `[num_sequences]`: rows committed.
+    /// Number of rows committed, `[num_sequences]`.
     pub committed: Buffer<i32>,
-    /// `[num_sequences]`: position of the first row without a finite logit, -1 when there is none; -2 when the row table
-    /// points outside the tokens or logits. A sequence that failed commits nothing.
+    /// Status of each sequence, `[num_sequences]`. A sequence that failed commits nothing.
+    /// - -1: no failure;
+    /// - -2: the row table points outside the tokens or logits;
+    /// - otherwise: the position of the first row without a finite logit.
     pub failed: Buffer<i32>,
-    /// `[rows]`: each masked row's token, -1 elsewhere.
+    /// Predicted token of each masked row, -1 for other rows, `[rows]`.
     pub predicted: Buffer<i32>,
-    /// `[rows]`: each masked row's confidence, 0 elsewhere.
+    /// Confidence of each masked row, 0 for other rows, `[rows]`.
     pub confidence: Buffer<f32>,
 }
 
 impl Outcome {
-    /// Room for what becomes of these rows.
+    /// Allocates the results for the given rows, without initialising them.
+    ///
+    /// # Errors
+    /// As [`Stream::alloc`].
     pub fn new(stream: &Stream, rows: &RowTable) -> Result<Outcome> {
         let (num_rows, num_sequences) = (rows.len(), rows.num_sequences());
         Ok(Outcome {
@@ -286,7 +311,10 @@ impl Outcome {
     }
 }
 
-/// A workspace for launches over these rows and this vocabulary.
+/// Allocates a workspace for launches over the given rows and vocabulary size.
+///
+/// # Errors
+/// [`Error::Argument`] when a size does not fit into 32 bits; as [`Stream::alloc`].
 pub fn workspace(stream: &Stream, rows: &RowTable, vocab_size: usize) -> Result<Workspace> {
     let params = dllm_unmask_params {
         max_rows: buffers::count("rows", rows.len().max(1))?,
@@ -297,30 +325,32 @@ pub fn workspace(stream: &Stream, rows: &RowTable, vocab_size: usize) -> Result<
     Workspace::new(stream, &plan(&params), layout(&params))
 }
 
-/// What the places of the workspace's counters depend on.
-fn layout(params: &dllm_unmask_params) -> Layout {
-    Layout("unmask", [params.num_sequences, params.max_rows, params.vocab_size])
+/// Returns the layout of the workspace, whose counters depend on these sizes.
+fn layout(params: &dllm_unmask_params) -> WorkspaceLayout {
+    WorkspaceLayout("unmask", [params.num_sequences, params.max_rows, params.vocab_size])
 }
 
-/// Launches on our buffers, and returns. A table without sequences or rows launches nothing.
+/// Enqueues the op on [`Buffer`]s of `stream`; otherwise as [`launch_raw`]. Without sequences nothing is
+/// enqueued.
 ///
 /// # Errors
-/// [`Error::Argument`] when a buffer is too short, belongs to another stream, or the rule is out of range; the driver's.
-pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, rule: &UnmaskConfig) -> Result<()> {
+/// [`Error::Argument`] when a buffer is too short or belongs to another stream, or a value of `config` is out of range; the
+/// driver's.
+pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, config: &UnmaskConfig) -> Result<()> {
     let Unmask { logits, uncond_logits, vocab_size, logits_stride, rows, tokens, .. } = unmask;
     let Unmask { commit_before, steps, min_logit, outcome, workspace, .. } = unmask;
     let (num_rows, num_sequences) = (rows.len(), rows.num_sequences());
     if num_sequences == 0 {
         return Ok(());
     }
-    let guided = |_: &&Buffer<T>| rule.cfg_scale != 0.0;
+    let guided = |_: &&Buffer<T>| config.cfg_scale != 0.0;
     let num_logits_rows = buffers::num_rows("logits", logits.len(), vocab_size, logits_stride)?;
-    let (policy, quota, threshold, factor) = match rule.policy {
+    let (policy, quota, threshold, factor) = match config.policy {
         Policy::Fixed(quota) => (abi::DLLM_POLICY_FIXED, Some(quota), 0.0, 0.0),
         Policy::Threshold { threshold, top_n } => (abi::DLLM_POLICY_THRESHOLD, top_n, threshold, 0.0),
         Policy::Factor(factor) => (abi::DLLM_POLICY_FACTOR, None, 0.0, factor),
     };
-    let confidence_kind = match rule.confidence {
+    let confidence_kind = match config.confidence {
         Confidence::Probability => abi::DLLM_CONFIDENCE_PROBABILITY,
         Confidence::Margin => abi::DLLM_CONFIDENCE_MARGIN,
         Confidence::Entropy => abi::DLLM_CONFIDENCE_ENTROPY,
@@ -336,29 +366,29 @@ pub fn launch<T: Element>(stream: &Stream, unmask: Unmask<T>, rule: &UnmaskConfi
         quota: buffers::optional("quota", quota, num_sequences, stream)?,
         commit_before: buffers::optional("commit_before", commit_before, num_sequences, stream)?,
         steps: buffers::optional("steps", steps, num_sequences, stream)?,
-        min_logit: buffers::optional("cut", min_logit, num_rows, stream)?,
+        min_logit: buffers::optional("min_logit", min_logit, num_rows, stream)?,
         masks_left: buffers::buffer("masks_left", &outcome.masks_left, num_sequences, stream)?,
         committed: buffers::buffer("committed", &outcome.committed, num_sequences, stream)?,
         failed: buffers::buffer("failed", &outcome.failed, num_sequences, stream)?,
-        predicted: buffers::buffer("chosen", &outcome.predicted, num_rows, stream)?,
+        predicted: buffers::buffer("predicted", &outcome.predicted, num_rows, stream)?,
         confidence: buffers::buffer("confidence", &outcome.confidence, num_rows, stream)?,
         workspace: 0,
         workspace_bytes: 0,
-        seed: rule.seed,
+        seed: config.seed,
         logits_stride: logits_stride as i64,
         max_rows: buffers::count("rows", num_rows.max(1))?,
         num_sequences: buffers::count("sequences", num_sequences)?,
         num_tokens: buffers::count("tokens", tokens.len())?,
         num_logits_rows,
         vocab_size: buffers::count("vocab_size", vocab_size)?,
-        mask_token: buffers::count("mask_token", rule.mask_token as usize)?,
+        mask_token: buffers::count("mask_token", config.mask_token as usize)?,
         dtype: T::DTYPE as i32,
         confidence_kind: confidence_kind as i32,
         policy: policy as i32,
-        tempered_confidence: rule.tempered_confidence.into(),
-        temperature: rule.temperature,
-        cfg_scale: rule.cfg_scale,
-        alg_temp: rule.alg_temp,
+        tempered_confidence: config.tempered_confidence.into(),
+        temperature: config.temperature,
+        cfg_scale: config.cfg_scale,
+        alg_temp: config.alg_temp,
         threshold,
         factor,
         reserved: 0,

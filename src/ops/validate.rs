@@ -1,43 +1,39 @@
-//! Checks of the parameter fields that several ops share. Each error names the field, the expected and the found value.
+//! Checks of parameter fields that several ops share. Each error has the field, the expected and the found value.
 
 use super::Plan;
 use crate::abi;
 use crate::error::{Error, Result};
 
-/// Bytes of an element of one of the types that an op takes.
+/// Checks that an element type is one of those that an op takes, and returns its bytes.
 pub fn dtype(dtype: i32, taken: &[abi::dllm_dtype]) -> Result<i64> {
-    let known = taken.iter().any(|t| *t as i64 == i64::from(dtype));
-    let names = ["bf16 (0)", "f16 (1)", "f32 (2)"];
-    let taken: Vec<_> = taken.iter().filter_map(|t| names.get(*t as usize)).copied().collect();
-    match dtype {
-        _ if !known => Err(Error::argument("dtype", taken.join(" or "), dtype)),
-        2 => Ok(4),
-        _ => Ok(2),
+    if !taken.iter().any(|t| *t as i64 == i64::from(dtype)) {
+        let names = ["bf16 (0)", "f16 (1)", "f32 (2)"];
+        let taken: Vec<_> = taken.iter().filter_map(|t| names.get(*t as usize)).copied().collect();
+        return Err(Error::argument("dtype", taken.join(" or "), dtype));
     }
+    Ok(if dtype as abi::dllm_dtype == abi::DLLM_F32 { 4 } else { 2 })
 }
 
-/// A size or count that is at least 1 and at most `most`.
-pub fn within(name: &'static str, value: i64, least: i64, most: i64) -> Result<()> {
-    match (least..=most).contains(&value) {
-        true => Ok(()),
-        false => Err(Error::argument(name, format!("{least} to {most}"), value)),
-    }
+/// Checks that `min <= value <= max`.
+pub fn within(name: &'static str, value: i64, min: i64, max: i64) -> Result<()> {
+    if (min..=max).contains(&value) { Ok(()) } else { Err(Error::argument(name, format!("{min} to {max}"), value)) }
 }
 
-/// A size that is at least 1.
+/// Checks that a size is at least 1.
 pub fn size(name: &'static str, value: i32) -> Result<()> {
     within(name, value.into(), 1, i32::MAX.into())
 }
 
-/// The size field.
+/// Checks the `size` field, which is the size of the struct `P`.
 pub fn struct_size<P>(size: u64) -> Result<()> {
-    match size == size_of::<P>() as u64 {
-        true => Ok(()),
-        false => Err(Error::argument("size", format!("{}, the size of this version's struct", size_of::<P>()), size)),
+    if size == size_of::<P>() as u64 {
+        Ok(())
+    } else {
+        Err(Error::argument("size", format!("{}, the size of this version's struct", size_of::<P>()), size))
     }
 }
 
-/// An address that must be there, aligned to `align` bytes.
+/// Checks that an address is not 0, and aligned to `align` bytes.
 pub fn address(name: &'static str, address: u64, align: u64) -> Result<()> {
     match address {
         0 => Err(Error::argument(name, "a device address", "0")),
@@ -45,7 +41,7 @@ pub fn address(name: &'static str, address: u64, align: u64) -> Result<()> {
     }
 }
 
-/// An address that may be 0.
+/// Checks that an address is 0 or aligned to `align` bytes.
 pub fn optional(name: &'static str, address: u64, align: u64) -> Result<()> {
     match address % align {
         0 => Ok(()),
@@ -53,27 +49,27 @@ pub fn optional(name: &'static str, address: u64, align: u64) -> Result<()> {
     }
 }
 
-/// A stride in bytes between rows of `row_bytes`.
+/// Checks a stride in bytes between rows of `row_bytes`.
 pub fn stride_bytes(name: &'static str, stride: i64, row_bytes: i64) -> Result<()> {
-    match stride >= row_bytes && stride % 16 == 0 {
-        true => Ok(()),
-        false => Err(Error::argument(name, format!("a multiple of 16 bytes, at least {row_bytes}"), stride)),
+    if stride >= row_bytes && stride % 16 == 0 {
+        Ok(())
+    } else {
+        Err(Error::argument(name, format!("a multiple of 16 bytes, at least {row_bytes}"), stride))
     }
 }
 
-/// A stride in elements of `element_bytes` between rows of `width` elements.
+/// Checks a stride in elements of `element_bytes` between rows of `width` elements.
 pub fn stride(name: &'static str, stride: i64, width: i64, element_bytes: i64) -> Result<()> {
     let unit = 16 / element_bytes;
-    match stride >= width && stride % unit == 0 {
-        true => Ok(()),
-        false => {
-            let expected = format!("a multiple of {unit} elements (16 bytes), at least the width, {width}");
-            Err(Error::argument(name, expected, stride))
-        }
+    if stride >= width && stride % unit == 0 {
+        Ok(())
+    } else {
+        let expected = format!("a multiple of {unit} elements (16 bytes), at least the width, {width}");
+        Err(Error::argument(name, expected, stride))
     }
 }
 
-/// A width in elements that 16-byte loads divide.
+/// Checks that a row of `width` elements is a multiple of 16 bytes.
 pub fn width(name: &'static str, width: i32, element_bytes: i64) -> Result<()> {
     size(name, width)?;
     let unit = 16 / element_bytes;
@@ -83,23 +79,21 @@ pub fn width(name: &'static str, width: i32, element_bytes: i64) -> Result<()> {
     }
 }
 
-/// A number.
+/// Checks that a value is neither infinite nor NaN.
 pub fn finite(name: &'static str, value: f32) -> Result<()> {
-    match value.is_finite() {
-        true => Ok(()),
-        false => Err(Error::argument(name, "a finite number", value)),
-    }
+    if value.is_finite() { Ok(()) } else { Err(Error::argument(name, "a finite number", value)) }
 }
 
-/// A temperature. Below the least, its reciprocal times a difference of logits is no longer a number.
+/// Checks a temperature. Below 1e-6, its reciprocal times a difference of logits could overflow to NaN.
 pub fn temperature(name: &'static str, value: f32) -> Result<()> {
-    match value == 0.0 || (1e-6..=1e6).contains(&value) {
-        true => Ok(()),
-        false => Err(Error::argument(name, "0, or 1e-6 to 1e6", value)),
+    if value == 0.0 || (1e-6..=1e6).contains(&value) {
+        Ok(())
+    } else {
+        Err(Error::argument(name, "0, or 1e-6 to 1e6", value))
     }
 }
 
-/// Guidance: above 0 with unconditional logits, 0 without.
+/// Checks a guidance scale: above 0 with unconditional logits, 0 without.
 pub fn guidance(cfg_scale: f32, uncond_logits: u64) -> Result<()> {
     match (cfg_scale, uncond_logits) {
         (0.0, 0) => Ok(()),
@@ -109,12 +103,12 @@ pub fn guidance(cfg_scale: f32, uncond_logits: u64) -> Result<()> {
     }
 }
 
-/// A flag.
+/// Checks that a flag is 0 or 1.
 pub fn flag(name: &'static str, value: i32) -> Result<()> {
     within(name, value.into(), 0, 1)
 }
 
-/// A field that this version does not use.
+/// Checks that a reserved field is 0.
 pub fn reserved(value: i32) -> Result<()> {
     match value {
         0 => Ok(()),
@@ -122,7 +116,7 @@ pub fn reserved(value: i32) -> Result<()> {
     }
 }
 
-/// Where the rows of a matrix lie; its fields have been checked one by one.
+/// Memory region of the rows of a matrix, whose fields were checked one by one.
 #[derive(Clone, Copy)]
 pub struct Region {
     pub name: &'static str,
@@ -133,9 +127,9 @@ pub struct Region {
 }
 
 impl Region {
-    /// Of rows of `width` elements, `stride` elements from one to the next.
+    /// Returns the region of rows of `width` elements, `stride` elements apart.
     pub fn new(name: &'static str, address: u64, rows: i32, stride: i64, width: i64, element_bytes: i64) -> Region {
-        // Past i64 there is no memory either; `fits_address_space` says so.
+        // A saturated stride is rejected by `fits_address_space`.
         let stride_bytes = stride.saturating_mul(element_bytes);
         Region { name, address, rows, stride_bytes, row_bytes: width * element_bytes }
     }
@@ -147,43 +141,42 @@ impl Region {
             + i128::from(self.row_bytes)
     }
 
-    /// That no row is so far away that its address wraps around.
+    /// Checks that no row extends past the 64-bit address space.
     pub fn fits_address_space(self) -> Result<()> {
-        match self.end() <= i128::from(u64::MAX) {
-            true => Ok(()),
-            false => {
-                let found = format!("{} rows, {} bytes apart, from {:#x}", self.rows, self.stride_bytes, self.address);
-                Err(Error::argument(self.name, "rows within 64-bit addresses", found))
-            }
+        if self.end() <= i128::from(u64::MAX) {
+            Ok(())
+        } else {
+            let found = format!("{} rows, {} bytes apart, from {:#x}", self.rows, self.stride_bytes, self.address);
+            Err(Error::argument(self.name, "rows within 64-bit addresses", found))
         }
     }
 
-    /// That no row overlaps one of `other`. Columns of one matrix, with its stride, may stand side by side; with
-    /// different strides not even the gaps may hold the other's rows.
+    /// Checks that no row overlaps a row of `other`. Columns of one matrix, with the same stride, may be interleaved. With
+    /// different strides, the gaps between rows must not hold rows of the other region either.
     pub fn disjoint_from(self, other: Region) -> Result<()> {
         let (begin, other_begin) = (i128::from(self.address), i128::from(other.address));
         let disjoint = self.end() <= other_begin || other.end() <= begin;
         let stride = i128::from(self.stride_bytes);
         let column = (other_begin - begin).rem_euclid(stride);
-        let side_by_side = self.stride_bytes == other.stride_bytes
+        let is_interleaved = self.stride_bytes == other.stride_bytes
             && column >= i128::from(self.row_bytes)
             && column + i128::from(other.row_bytes) <= stride;
-        match disjoint || side_by_side {
-            true => Ok(()),
-            false => {
-                let found = format!("{:#x}, {} at {:#x}", self.address, other.name, other.address);
-                Err(Error::argument(self.name, format!("memory that does not overlap {}", other.name), found))
-            }
+        if disjoint || is_interleaved {
+            Ok(())
+        } else {
+            let found = format!("{:#x}, {} at {:#x}", self.address, other.name, other.address);
+            Err(Error::argument(self.name, format!("memory that does not overlap {}", other.name), found))
         }
     }
 }
 
-/// Workspace of at least what the plan asks.
+/// Checks that a workspace has at least the bytes of the plan.
 pub fn workspace(address: u64, bytes: u64, plan: &Plan) -> Result<()> {
     self::address("workspace", address, 16)?;
-    match bytes >= plan.workspace_bytes {
-        true => Ok(()),
-        false => Err(Error::argument("workspace_bytes", format!("at least {}", plan.workspace_bytes), bytes)),
+    if bytes >= plan.workspace_bytes {
+        Ok(())
+    } else {
+        Err(Error::argument("workspace_bytes", format!("at least {}", plan.workspace_bytes), bytes))
     }
 }
 
@@ -195,14 +188,14 @@ mod tests {
     fn overlap_and_the_end_of_memory_are_seen() {
         let region =
             |address, rows, stride_bytes, row_bytes| Region { name: "out", address, rows, stride_bytes, row_bytes };
-        let apart = |a: Region, b: Region| (a.disjoint_from(b).is_ok(), b.disjoint_from(a).is_ok());
+        let disjoint = |a: Region, b: Region| (a.disjoint_from(b).is_ok(), b.disjoint_from(a).is_ok());
         let rows = region(1000, 3, 64, 48);
-        assert_eq!(apart(rows, region(1000, 3, 64, 48)), (false, false));
-        assert_eq!(apart(rows, region(1176, 3, 64, 48)), (true, true), "behind the last row, before its stride ends");
-        assert_eq!(apart(rows, region(1160, 1, 16, 16)), (false, false));
-        assert_eq!(apart(rows, region(1048, 3, 64, 16)), (true, true), "side by side");
-        assert_eq!(apart(rows, region(1032, 3, 64, 16)), (false, false));
-        assert_eq!(apart(rows, region(1048, 9, 32, 16)), (false, false), "other strides");
+        assert_eq!(disjoint(rows, region(1000, 3, 64, 48)), (false, false));
+        assert_eq!(disjoint(rows, region(1176, 3, 64, 48)), (true, true), "after the last row, before its stride ends");
+        assert_eq!(disjoint(rows, region(1160, 1, 16, 16)), (false, false));
+        assert_eq!(disjoint(rows, region(1048, 3, 64, 16)), (true, true), "interleaved");
+        assert_eq!(disjoint(rows, region(1032, 3, 64, 16)), (false, false));
+        assert_eq!(disjoint(rows, region(1048, 9, 32, 16)), (false, false), "other strides");
         assert!(region(u64::MAX - 100, 2, 64, 16).fits_address_space().is_ok());
         assert!(region(u64::MAX - 100, 3, 64, 16).fits_address_space().is_err());
         let far = Region::new("out", 16, i32::MAX, i64::MAX, 8, 4).fits_address_space().unwrap_err().to_string();

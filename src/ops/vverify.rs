@@ -1,13 +1,20 @@
-//! V-verify: which rows of V turned most since the previous step. The kernels of `cuda/any/vverify.cu`; dLLM-Cache,
-//! section 3.3.
+//! V-verify: selection of the rows whose value vectors changed most since the previous step. The kernels of
+//! `cuda/any/vverify.cu`; dLLM-Cache (Liu et al., arXiv:2506.06295), section 3.3.
+//!
+//! The change of a row is measured by the cosine similarity of its fresh and its cached value vector. Of the n rows of a sequence,
+//! the `floor(n * ratio)` rows with the lowest similarity are selected, and listed in ascending order. Ties go to the first row; a
+//! similarity that is NaN counts as the lowest. Element types: bf16, f16, with sums in f32; elements must be below 1e19.
 
-use super::{Element, Layout, Plan, Workspace, buffers, validate};
+use super::{Element, Plan, Workspace, WorkspaceLayout, buffers, validate};
 use crate::abi::{DLLM_BF16, DLLM_F16, dllm_vverify_params};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Device, Stream};
 use std::ffi::c_void;
 
-/// Checks every field but what the addresses point to.
+/// Checks all fields without reading the memory that the addresses point to. Calls no driver.
+///
+/// # Errors
+/// [`Error::Argument`] with the field, the expected and the found value.
 pub fn validate(params: &dllm_vverify_params) -> Result<()> {
     validate::struct_size::<dllm_vverify_params>(params.size)?;
     let element_bytes = validate::dtype(params.dtype, &[DLLM_BF16, DLLM_F16])?;
@@ -37,16 +44,13 @@ pub fn validate(params: &dllm_vverify_params) -> Result<()> {
     validate::stride("fresh_stride", params.fresh_stride, params.width.into(), element_bytes)?;
     validate::stride("cached_stride", params.cached_stride, params.width.into(), element_bytes)?;
     validate::size("max_rows", params.max_rows)?;
-    let place = |name, address, rows, stride| {
+    let region = |name, address, rows, stride| {
         validate::Region::new(name, address, rows, stride, params.width.into(), element_bytes)
     };
-    let fresh_rows = match params.fresh_row {
-        0 => params.max_rows,
-        _ => params.num_fresh_rows,
-    };
+    let fresh_rows = if params.fresh_row == 0 { params.max_rows } else { params.num_fresh_rows };
     validate::size("num_fresh_rows", fresh_rows)?;
-    place("fresh", params.fresh, fresh_rows, params.fresh_stride).fits_address_space()?;
-    place("cached", params.cached, params.num_cached_rows.max(1), params.cached_stride).fits_address_space()?;
+    region("fresh", params.fresh, fresh_rows, params.fresh_stride).fits_address_space()?;
+    region("cached", params.cached, params.num_cached_rows.max(1), params.cached_stride).fits_address_space()?;
     validate::size("num_sequences", params.num_sequences)?;
     validate::size("num_cached_rows", params.num_cached_rows)?;
     validate::within("num_listed", params.num_listed.into(), 0, i32::MAX.into())?;
@@ -57,8 +61,8 @@ pub fn validate(params: &dllm_vverify_params) -> Result<()> {
     validate::workspace(params.workspace, params.workspace_bytes, &plan(params))
 }
 
-/// What a launch takes: a block of 256 threads for each row, and in the workspace 8 bytes for each row, or for each
-/// sequence where those are more.
+/// Returns the plan of a launch: a block of 256 threads per row, and 8 bytes of workspace per row or sequence, whichever are
+/// more.
 pub fn plan(params: &dllm_vverify_params) -> Plan {
     let kernel = match params.dtype {
         1 => "vverify_f16",
@@ -68,23 +72,22 @@ pub fn plan(params: &dllm_vverify_params) -> Plan {
     Plan { kernel, grid: [params.max_rows.max(1) as u32, 1, 1], block: 256, workspace_bytes: 8 * slots as u64 }
 }
 
-/// Launches on a caller's stream and returns. May be captured into a graph; may be called from several threads, with a
-/// workspace each.
+/// Enqueues the kernel on `stream`. Allocates nothing, does not synchronise, and may be captured in a graph. May be called from
+/// several threads; each launch in flight needs a workspace of its own.
 ///
-/// Nothing that `cu_rows`, `fresh_row`, `cached_row` and `first_selected` hold makes the kernel leave its memory, or the
-/// workspace unfit for the next launch. Where `cu_rows` does not ascend from 0 to at most `max_rows`, the end of a sequence
-/// counts as no less than its beginning and no more than `max_rows`. Where parts of the output lists overlap, either may be
-/// what stays.
+/// No contents of `cu_rows`, `fresh_row`, `cached_row` and `first_selected` lead to invalid memory accesses or make the
+/// workspace unusable for the next launch. In `cu_rows`, the end of a sequence is clamped to between its begin and
+/// `max_rows`. Where parts of the output lists overlap, they hold elements of either part.
 ///
 /// # Errors
 /// As [`validate`]; the driver's.
 ///
 /// # Safety
 /// 1. `stream` is a stream of the device's primary context, or null for the legacy default stream. `device` or a clone of it
-///    is there until the work is done and graphs that hold it are destroyed.
+///    lives until the work is done and graphs that hold it are destroyed.
 /// 2. The addresses are of device memory of the sizes that [`dllm_vverify_params`] gives, until the work is done.
-/// 3. What the launch writes (`indices`, `selected`, `cu_selected`, `similarity`, `failed`, the workspace, and `cached` with
-///    `update_cached`) overlaps no other memory of the struct, and nothing else uses it meanwhile.
+/// 3. Memory that the launch writes (`indices`, `selected`, `cu_selected`, `similarity`, `failed`, the workspace, and `cached` with
+///    `update_cached`) overlaps no other memory of the struct, and nothing else uses it until the work is done.
 /// 4. The workspace was zeroed before the first use, and only launches of this op have written to it since.
 /// 5. With `update_cached`, no two rows have the same `cached_row`.
 pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_vverify_params) -> Result<()> {
@@ -93,66 +96,70 @@ pub unsafe fn launch_raw(device: &Device, stream: *mut c_void, params: &dllm_vve
     unsafe { super::launch(device, stream, "vverify", plan(params), params) }
 }
 
-/// Numbers of rows, of which those of the selected ones are listed.
+/// Integers per row, from which those of the selected rows are gathered.
 pub struct Table<'a> {
-    /// `[max_rows]`
+    /// Value of each row, `[max_rows]`.
     pub values: &'a Buffer<i32>,
-    /// Out, as long as `indices`: beside each row there its value.
+    /// Output, of the length of `indices`: `selected[j] = values[indices[j]]`.
     pub selected: &'a mut Buffer<i32>,
 }
 
-/// The rows that a safe launch compares. All matrices are packed: rows of `width` elements, one after the other.
+/// Inputs and outputs of [`launch`]. Both matrices are packed, with rows of `width` elements.
 pub struct VVerify<'a, T> {
-    /// Elements of a row, all key/value heads; a multiple of 8.
+    /// Number of elements of a row, of all key/value heads; a multiple of 8.
     pub width: usize,
-    /// Share of a sequence's rows to select, 0 to 1, rounded down to whole rows.
+    /// Share rho of each sequence's rows to select, 0 to 1. The number of rows is rounded down.
     pub ratio: f64,
-    /// `[max_rows, width]`, with `fresh_row` `[any, width]`.
+    /// Values of this step, `[max_rows, width]`; with `fresh_row` `[num_fresh_rows, width]`.
     pub fresh: &'a Buffer<T>,
-    /// `[max_rows]`: where each row's values stand in `fresh`; the same, if not given. Its length, else that of `fresh`,
-    /// gives the number of rows that the launch has room for.
+    /// Row of `fresh` that holds each row's values, `[max_rows]`; `None`: row i. Its length, or else the number of rows of `fresh`,
+    /// gives the maximum number of rows.
     pub fresh_row: Option<&'a Buffer<i32>>,
-    /// `[any, width]`: the rows of the previous step.
+    /// Values of the previous step, `[num_cached_rows, width]`; written with `update_cached`.
     pub cached: &'a mut Buffer<T>,
-    /// `[max_rows]`: the cached row of each row; the same, if not given.
+    /// Row of `cached` that holds each row's previous values, `[max_rows]`; `None`: row i.
     pub cached_row: Option<&'a Buffer<i32>>,
-    /// Whether the fresh rows are written over the cached ones, after the comparison.
+    /// Whether the fresh rows replace the cached ones after the comparison.
     pub update_cached: bool,
-    /// `[num_sequences + 1]`: sequence s owns the rows `cu_rows[s]..cu_rows[s + 1]`. Its length gives the number of
-    /// sequences.
+    /// Sequence s has the rows `cu_rows[s]..cu_rows[s + 1]`; `[num_sequences + 1]`, ascending from 0. The length gives the number
+    /// of sequences.
     pub cu_rows: &'a Buffer<i32>,
-    /// Out, `[max_rows]`, with `first_selected` of any length: the selected rows, each sequence's together and ascending;
-    /// all else is left as it is.
+    /// Output: selected rows, ascending within each sequence, `[max_rows]`; with `first_selected` of any length. Other elements
+    /// are not written.
     pub indices: &'a mut Buffer<i32>,
-    /// What is listed beside `indices`.
+    /// Tables whose values are gathered for the selected rows.
     pub tables: [Option<Table<'a>>; 3],
-    /// `[num_sequences]`: where each sequence's part of `indices` begins; one after the other, if not given.
+    /// Begin of each sequence's part of `indices`, `[num_sequences]`; `None`: parts are contiguous.
     pub first_selected: Option<&'a Buffer<i32>>,
-    /// Out, `[num_sequences + 1]`: how many are selected before each sequence, and in all.
+    /// Output: number of selected rows before each sequence, and in total, `[num_sequences + 1]`.
     pub cu_selected: &'a mut Buffer<i32>,
-    /// Out, `[max_rows]`: the cosines; minus infinity where there is none. Rows without a sequence are left as they are.
+    /// Output: cosine similarity of each row, `[max_rows]`; minus infinity instead of NaN. Rows outside of all sequences are not
+    /// written.
     pub similarity: Option<&'a mut Buffer<f32>>,
-    /// `[1]`: set to -2 when a `fresh_row` or `cached_row` was out of range, whose row counts as turned most, or a
-    /// selected row found no place in `indices`.
+    /// Flag `[1]`, set to -2 when a `fresh_row` or `cached_row` is out of range, or when a selected row does not fit into
+    /// `indices`. A row with an index out of range counts as changed most.
     pub failed: Option<&'a mut Buffer<i32>>,
-    /// From [`workspace`], with room for these rows.
+    /// Workspace of [`workspace`], for at least these numbers of rows and sequences.
     pub workspace: &'a mut Workspace,
 }
 
-/// Counters have the same places whatever the shape.
-const LAYOUT: Layout = Layout("vverify", [0; 3]);
+/// Layout of the workspace, which does not depend on the shape.
+const LAYOUT: WorkspaceLayout = WorkspaceLayout("vverify", [0; 3]);
 
-/// A workspace for launches with room for so many rows and sequences, or fewer. It is for this op only.
+/// Allocates a workspace for launches of this op with at most `max_rows` rows and `num_sequences` sequences.
+///
+/// # Errors
+/// [`Error::Argument`] when a size does not fit into 32 bits; as [`Stream::alloc`].
 pub fn workspace(stream: &Stream, max_rows: usize, num_sequences: usize) -> Result<Workspace> {
     let slots = buffers::count("max_rows", max_rows.max(num_sequences))?;
     Workspace::new(stream, &plan(&dllm_vverify_params { max_rows: slots, ..Default::default() }), LAYOUT)
 }
 
-/// Launches on our buffers, and returns. When two rows with `update_cached` have the same cached row, either may be what
-/// stays, and what the other is compared with.
+/// Enqueues the op on [`Buffer`]s of `stream`; otherwise as [`launch_raw`]. When two rows have the same
+/// cached row with `update_cached`, it holds elements of either, and the other may be compared with the new elements.
 ///
 /// # Errors
-/// [`Error::Argument`] when a buffer is too short or belongs to another stream, or the ratio is not one; the driver's.
+/// [`Error::Argument`] when a buffer is too short or belongs to another stream, or `ratio` is not within 0 to 1; the driver's.
 pub fn launch<T: Element>(stream: &Stream, rows: VVerify<T>) -> Result<()> {
     let VVerify { width, ratio, fresh, fresh_row, cached, cached_row, update_cached, first_selected, .. } = rows;
     validate::within("width", width as i64, 1, i32::MAX.into())?;
@@ -161,9 +168,9 @@ pub fn launch<T: Element>(stream: &Stream, rows: VVerify<T>) -> Result<()> {
     let listed = first_selected.map_or(max_rows, |_| rows.indices.len().max(1));
     let (mut tables, mut selected) = ([0; 3], [0; 3]);
     for (k, table) in rows.tables.iter().enumerate() {
-        let (values, listed_values) = (table.as_ref().map(|t| t.values), table.as_ref().map(|t| &*t.selected));
+        let (values, selected_values) = (table.as_ref().map(|t| t.values), table.as_ref().map(|t| &*t.selected));
         tables[k] = buffers::optional("tables.values", values, max_rows, stream)?;
-        selected[k] = buffers::optional("tables.selected", listed_values, listed, stream)?;
+        selected[k] = buffers::optional("tables.selected", selected_values, listed, stream)?;
     }
     let (workspace, workspace_bytes) = buffers::workspace(rows.workspace, LAYOUT, stream)?;
     let params = dllm_vverify_params {
@@ -199,8 +206,8 @@ pub fn launch<T: Element>(stream: &Stream, rows: VVerify<T>) -> Result<()> {
         dtype: T::DTYPE as i32,
         update_cached: update_cached.into(),
     };
-    // SAFETY: addresses and sizes come from buffers of this stream, each borrowed as it is used; the kernel checks every
-    // index. With a workspace of another op or two equal cached rows the results are wrong, and still in their memory.
+    // SAFETY: addresses and sizes come from buffers of this stream, and outputs are borrowed exclusively; the kernel checks
+    // every index. The workspace has this op's layout. Two equal cached rows only mix their elements.
     unsafe { launch_raw(stream.device(), stream.raw(), &params) }
 }
 
@@ -246,8 +253,8 @@ mod tests {
         assert_eq!(plan(&params()), want);
         let sequences = dllm_vverify_params { num_sequences: 7, dtype: 1, ..params() };
         assert_eq!(plan(&sequences), Plan { kernel: "vverify_f16", workspace_bytes: 56, ..want });
-        let most = dllm_vverify_params { max_rows: i32::MAX, ..params() };
-        assert_eq!(plan(&most).workspace_bytes, 8 * (i32::MAX as u64));
+        let largest = dllm_vverify_params { max_rows: i32::MAX, ..params() };
+        assert_eq!(plan(&largest).workspace_bytes, 8 * (i32::MAX as u64));
     }
 
     #[test]

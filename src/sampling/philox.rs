@@ -1,21 +1,21 @@
-//! Philox 4x32-10, the counter-based random numbers of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"
+//! Philox 4x32-10, the counter-based random number generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"
 //! (SC 2011).
 //!
-//! A number is a function of what it is for, (seed, purpose, step, position, token), and of nothing else: the same on
-//! every backend, whatever the order of work and whatever else is in the batch.
+//! A random number is a function of (seed, purpose, step, position, token) only. It is the same on every backend, in every
+//! order of execution and in every batch.
 
-/// What a random number decides; part of the counter, so that purposes never share numbers.
+/// Use of a random number. It is part of the counter, so that different purposes never share numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     /// Gumbel noise on a token's logit.
     Token = 0,
-    /// A random confidence.
+    /// Random confidence of a candidate.
     Confidence = 1,
     /// Gumbel noise on a position's rank (`alg_temp`).
     Rank = 2,
 }
 
-/// Ten rounds over a 128-bit counter with a 64-bit key.
+/// Computes ten Philox rounds of a 128-bit counter with a 64-bit key.
 pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for round in 0..10 {
         if round > 0 {
@@ -28,7 +28,7 @@ pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     counter
 }
 
-/// Uniform in (0, 1): the middle of one of 2^52 equal parts, so never 0 or 1.
+/// Returns a uniform random number in (0, 1): the middle of one of 2^52 equal intervals, never 0 or 1.
 pub fn uniform(seed: u64, purpose: Purpose, step: usize, position: usize, token: usize) -> f64 {
     let counter = [token as u32, position as u32, step as u32, purpose as u32];
     let word = philox(counter, [seed as u32, (seed >> 32) as u32]);
@@ -36,7 +36,7 @@ pub fn uniform(seed: u64, purpose: Purpose, step: usize, position: usize, token:
     (bits as f64 + 0.5) / (1u64 << 52) as f64
 }
 
-/// Standard Gumbel noise, `-ln(-ln u)`.
+/// Returns standard Gumbel noise, `-ln(-ln u)` of [`uniform`].
 pub fn gumbel(seed: u64, purpose: Purpose, step: usize, position: usize, token: usize) -> f64 {
     -(-uniform(seed, purpose, step, position, token).ln()).ln()
 }
@@ -45,7 +45,7 @@ pub fn gumbel(seed: u64, purpose: Purpose, step: usize, position: usize, token: 
 mod tests {
     use super::*;
 
-    /// The known answers that the authors publish with their code.
+    /// Known answers that the authors publish with their code.
     #[test]
     fn known_answers() {
         assert_eq!(philox([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn uniform_is_uniform() {
+    fn uniform_has_the_moments_of_its_distribution() {
         let draws: Vec<f64> = (0..100_000).map(|t| uniform(7, Purpose::Token, 3, 9, t)).collect();
         assert!(draws.iter().all(|u| *u > 0.0 && *u < 1.0));
         let mean = draws.iter().sum::<f64>() / draws.len() as f64;

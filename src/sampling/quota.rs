@@ -1,68 +1,95 @@
-//! How many tokens a fixed schedule commits in each step.
+//! Quota schedules: the number of tokens that a pass commits with a fixed policy.
 
-/// How many of a sequence's masks a pass commits, or among how many it chooses.
+use super::sequence::SequenceState;
+
+/// Rule for the quota of a pass: the number of masked tokens that the pass commits, or considers for a threshold. Passes
+/// of a block are counted from 0.
 #[derive(Clone, Debug, PartialEq)]
 pub enum QuotaSchedule {
-    /// As many as there are.
+    /// No limit.
     Unlimited,
-    /// `initial_masks / steps`, the first `initial_masks % steps` passes one more; after `steps` passes one.
+    /// LLaDA: `initial_masks / steps`, and one more in the first `initial_masks % steps` passes. 1 after `steps` passes.
     Llada {
-        /// Passes of the schedule, at least one.
+        /// Number of passes of the schedule, at least 1.
         steps: usize,
     },
-    /// Pass i the share `ratios[i]` of the masks that are left, rounded down; the last all of them.
+    /// Dream: pass i commits the share `ratios[i]` of the remaining masks, rounded down. The last pass commits all of them.
     Dream(Vec<f32>),
-    /// `per_step`, and as many as earlier passes have left over; a sequence that has something left over after its last
-    /// pass gets another.
+    /// Fast-dLLM's threshold for Dream without blocks: `per_step` positions and those that earlier passes rejected. A
+    /// sequence that rejects positions in its last pass gets one more pass.
     CarryOver,
 }
 
-/// LLaDA: what step `i` commits of `masked` tokens over `steps` steps; the first `masked % steps` steps one more than
-/// the rest.
-pub fn llada_quota(masked: usize, steps: usize, i: usize) -> usize {
-    masked / steps + usize::from(i < masked % steps)
+impl QuotaSchedule {
+    /// Returns the quota of pass `pass` of a sequence with `masks` masked tokens in its `quota_range`.
+    pub fn next(&self, sequence: &SequenceState, pass: usize, masks: usize) -> usize {
+        match self {
+            QuotaSchedule::Unlimited => usize::MAX,
+            // Masks of the prompt may have used up a part of the schedule; it goes on with one token per pass.
+            QuotaSchedule::Llada { steps } if pass >= *steps => 1,
+            QuotaSchedule::Llada { steps } => llada_quota(sequence.initial_masks, *steps, pass),
+            QuotaSchedule::Dream(ratios) => dream_quota(ratios, pass, masks),
+            QuotaSchedule::CarryOver => (sequence.per_step + sequence.deficit).min(masks),
+        }
+    }
+
+    /// Updates a sequence after pass `pass`, which had this quota and committed `committed` tokens. Only
+    /// [`QuotaSchedule::CarryOver`] has state.
+    pub fn update(&self, sequence: &mut SequenceState, pass: usize, quota: usize, committed: usize) {
+        if let QuotaSchedule::CarryOver = self {
+            sequence.deficit = quota - committed;
+            if pass + 1 >= sequence.max_passes && sequence.deficit > 0 {
+                sequence.max_passes += 1;
+                sequence.per_step = 0;
+            }
+        }
+    }
 }
 
-/// Dream: `t = linspace(1, eps, steps + 1)`; step i commits the share `1 - t[i + 1] / t[i]` of the masks that are left,
-/// the last step all of them.
+/// Returns LLaDA's quota of step `step`, for `masks` masked tokens over `steps` steps (at least 1).
+pub fn llada_quota(masks: usize, steps: usize, step: usize) -> usize {
+    masks / steps + usize::from(step < masks % steps)
+}
+
+/// Dream's schedule: `t = linspace(1, eps, steps + 1)`. Step i commits the share `1 - t[i + 1] / t[i]` of the remaining
+/// masks, and the last step commits all of them.
 #[derive(Clone, Debug)]
 pub struct DreamSchedule {
     timesteps: Vec<f32>,
 }
 
 impl DreamSchedule {
-    /// A schedule of `steps` steps, at least one.
+    /// Creates a schedule of `steps` steps, at least 1, that ends at the timestep `eps`.
     pub fn new(steps: usize, eps: f64) -> DreamSchedule {
-        // In f32 with one rounding a point, from both ends towards the middle, as the original's linspace is formed.
+        // As the reference implementation's linspace: in f32, with one rounding per point, from both ends to the middle.
         let (start, end) = (1.0f32, eps as f32);
         let step = (end - start) / steps as f32;
-        let timestep = |i: usize| match i < steps.div_ceil(2) {
-            true => step.mul_add(i as f32, start),
-            false => step.mul_add(-((steps - i) as f32), end),
+        let timestep = |i: usize| {
+            if i < steps.div_ceil(2) { step.mul_add(i as f32, start) } else { step.mul_add(-((steps - i) as f32), end) }
         };
         DreamSchedule { timesteps: (0..=steps).map(timestep).collect() }
     }
 
-    /// The points t, `steps + 1` of them.
+    /// Returns the `steps + 1` timesteps.
     pub fn timesteps(&self) -> &[f32] {
         &self.timesteps
     }
 
-    /// The share of each step, `1 - t[i + 1] / t[i]`.
+    /// Returns the share of each step, `1 - t[i + 1] / t[i]`.
     pub fn ratios(&self) -> Vec<f32> {
         self.timesteps.windows(2).map(|pair| 1.0 - pair[1] / pair[0]).collect()
     }
 
-    /// How many of `masked` tokens step `i` commits; all of them from the last step on.
-    pub fn quota(&self, i: usize, masked: usize) -> usize {
-        dream_quota(&self.ratios(), i, masked)
+    /// Returns the quota of step `step` with `masks` masked tokens; from the last step on all of them.
+    pub fn quota(&self, step: usize, masks: usize) -> usize {
+        dream_quota(&self.ratios(), step, masks)
     }
 }
 
-/// The same, by the shares of the steps.
-pub fn dream_quota(ratios: &[f32], i: usize, masked: usize) -> usize {
-    match ratios.get(i) {
-        Some(ratio) if i + 1 < ratios.len() => (masked as f32 * ratio) as usize,
-        _ => masked,
+/// Returns Dream's quota of step `step` from the shares of [`DreamSchedule::ratios`].
+pub fn dream_quota(ratios: &[f32], step: usize, masks: usize) -> usize {
+    match ratios.get(step) {
+        Some(ratio) if step + 1 < ratios.len() => (masks as f32 * ratio) as usize,
+        _ => masks,
     }
 }

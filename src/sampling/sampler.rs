@@ -1,8 +1,8 @@
 //! The CPU sampler: from logits to committed tokens.
 //!
-//! Each candidate gets a token (argmax, or a sample) and a confidence; then each sequence commits some of its candidates. Sources:
-//! LLaDA (low-confidence remasking), Fast-dLLM sections 3.2 and 3.3 (threshold, factor), Dream (top-p, top-k, margin, entropy). NaN
-//! logits count as minus infinity, plus infinity as the largest finite value.
+//! The sampler predicts a token (argmax, or a sample) and a confidence for each candidate. Then each sequence commits some
+//! of its candidates. Sources: LLaDA (low-confidence remasking), Fast-dLLM sections 3.2 and 3.3 (threshold, factor), Dream
+//! (top-p, top-k, margin, entropy). NaN logits count as minus infinity, plus infinity as the largest finite value.
 
 use super::commit::{Candidates, Prediction, ranks, select};
 use super::params::{Confidence, SamplingParams};
@@ -13,7 +13,8 @@ use rayon::prelude::*;
 /// Predicts a token for each candidate, and applies the commit rule of each sequence. Returns one prediction per candidate, in
 /// order.
 ///
-/// `logits` is `[n, vocab_size]` for n candidates; with guidance `[2 n, vocab_size]`, unconditional rows last. It is overwritten.
+/// `logits` is `[n, vocab_size]` for n candidates; with guidance `[2 n, vocab_size]`, unconditional rows last. It is
+/// overwritten.
 ///
 /// # Errors
 /// [`Error::NoFiniteLogit`] names the first candidate whose row has no finite logit.
@@ -35,7 +36,7 @@ pub fn sample(
     };
     let rows = rows.par_chunks_exact_mut(vocab_size).zip(&positions).enumerate();
     let scored: Vec<Option<Prediction>> = rows.map(score).collect();
-    // Collecting into a Result in parallel would name any of several failures, not the first.
+    // Collecting into a Result in parallel could report any of several failures instead of the first.
     let prediction = |(prediction, (group, position)): (Option<Prediction>, &(&Candidates, usize))| {
         prediction.ok_or(Error::NoFiniteLogit { sequence: group.sequence, position: *position, step: group.step })
     };
@@ -61,8 +62,8 @@ fn guide(conditional: &mut [f32], unconditional: &[f32], scale: f32) {
     }
 }
 
-/// Returns the token and the confidence of one row; `None` when only the mask token has a finite logit, or none has. The row is
-/// overwritten.
+/// Returns the token and the confidence of one row of logits, or `None` when no token but the mask token has a finite
+/// logit. The row is overwritten.
 pub fn score_row(row: &mut [f32], params: &SamplingParams, step: usize, position: usize) -> Option<(u32, f64)> {
     for l in row.iter_mut() {
         *l = if l.is_nan() { f32::NEG_INFINITY } else { l.min(f32::MAX) };
@@ -81,9 +82,12 @@ pub fn score_row(row: &mut [f32], params: &SamplingParams, step: usize, position
     }
     let token = if params.temperature > 0.0 {
         // Noise does not change minus infinity: dropped tokens are never drawn, and need no random number.
-        let noised = row.iter().enumerate().map(|(token, l)| match is_mask(token) || *l == f32::NEG_INFINITY {
-            true => f64::NEG_INFINITY,
-            false => *l as f64 + params.temperature * gumbel(params.seed, Purpose::Token, step, position, token),
+        let noised = row.iter().enumerate().map(|(token, l)| {
+            if is_mask(token) || *l == f32::NEG_INFINITY {
+                f64::NEG_INFINITY
+            } else {
+                *l as f64 + params.temperature * gumbel(params.seed, Purpose::Token, step, position, token)
+            }
         });
         argmax(noised)?.0
     } else {
@@ -108,8 +112,8 @@ pub fn score_row(row: &mut [f32], params: &SamplingParams, step: usize, position
     Some((token as u32, confidence))
 }
 
-/// Logits further than this below the largest, in units of the temperature, are ignored: 2^24 terms of e^-60 are below the
-/// rounding of a sum that holds e^0.
+/// Distance below the largest logit, in units of the temperature, beyond which logits are ignored. 2^24 terms of e^-60 are
+/// below the rounding of a sum that contains e^0.
 const REACH: f64 = 60.0;
 
 /// Returns the sum of `e^((l - max) / scale)` in f64, over the terms that can change its last bit.
@@ -118,7 +122,7 @@ fn total(row: &[f32], max: f64, scale: f64) -> f64 {
     row.iter().filter(|l| **l >= floor).map(|l| ((*l as f64 - max) / scale).exp()).sum()
 }
 
-/// Returns index and value of the largest element, the lowest index on ties; `None` when all are minus infinity.
+/// Returns index and value of the largest element, the lowest index on ties, or `None` when all are minus infinity.
 fn argmax(values: impl Iterator<Item = f64>) -> Option<(usize, f64)> {
     let mut best = None;
     let mut max = f64::NEG_INFINITY;
@@ -130,8 +134,8 @@ fn argmax(values: impl Iterator<Item = f64>) -> Option<(usize, f64)> {
     best.map(|i| (i, max))
 }
 
-/// Returns the least logit that top-p, and then top-k, keep, for probabilities `softmax(row / temperature)`. Minus infinity keeps
-/// all logits.
+/// Returns the smallest logit that top-p and then top-k keep, for probabilities `softmax(row / temperature)`. Minus infinity
+/// keeps all logits.
 pub fn min_kept_logit(row: &[f32], temperature: f64, top_p: Option<f64>, top_k: Option<usize>) -> f32 {
     let descending = |a: &f32, b: &f32| b.total_cmp(a);
     let mut cut = f32::NEG_INFINITY;
@@ -190,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn nan_and_infinities() {
+    fn nan_and_infinite_logits() {
         let mut row = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 2.0];
         assert_eq!(score_row(&mut row, &plain(), 0, 0), Some((1, 1.0)));
         for all in [f32::NAN, f32::NEG_INFINITY] {
@@ -208,10 +212,10 @@ mod tests {
     }
 
     #[test]
-    fn the_mask_is_never_chosen() {
+    fn mask_token_is_never_predicted() {
         let unmask = SamplingParams { mask_token: Some(1), ..plain() };
         assert_eq!(score_row(&mut [1.0, 5.0, 1.0], &unmask, 0, 0), Some((0, 0.5)));
-        // Behind another token it counts as ever.
+        // When another token is the argmax, the mask token contributes to the sum as usual.
         assert_eq!(score_row(&mut [1.0, 1.0, 0.0], &unmask, 0, 0), score_row(&mut [1.0, 1.0, 0.0], &plain(), 0, 0));
         assert_eq!(score_row(&mut [f32::NAN, 5.0, f32::NEG_INFINITY], &unmask, 0, 0), None);
         for (top_k, logits) in [(None, [0.0, 9.0, 1.0]), (Some(1), [0.0, 9.0, 1.0]), (Some(2), [0.0, 1.0, 2.0])] {
@@ -223,13 +227,13 @@ mod tests {
     }
 
     #[test]
-    fn one_token_vocabulary() {
+    fn margin_of_a_one_token_vocabulary() {
         let unmask = SamplingParams { confidence: Confidence::Margin, ..plain() };
         assert_eq!(score_row(&mut [-4.0], &unmask, 0, 0), Some((0, 1.0)));
     }
 
     #[test]
-    fn selections() {
+    fn commit_rules_select_by_rank() {
         let c = [0.5, 0.9, 0.2, 0.9];
         assert_eq!(select(&c, &c, CommitRule::Quota(3)), [1, 3, 0]);
         assert_eq!(select(&c, &c, CommitRule::Quota(0)), [0usize; 0]);
@@ -243,20 +247,20 @@ mod tests {
         }
     }
 
-    /// Every count that the factor rule can give, against its definition in the paper's terms.
+    /// Compares the number of commits of the factor rule with its definition in the paper.
     #[test]
-    fn factor() {
-        let take = |c: &[f64], f| select(c, c, CommitRule::Factor(f)).len();
-        assert_eq!(take(&[0.1], 1.0), 1);
-        assert_eq!(take(&[0.9, 0.1], 1.0), 2); // the quirk: n = 2
-        assert_eq!(take(&[0.9, 0.7, 0.1], 1.0), 3); // the quirk: only the lowest fails
-        assert_eq!(take(&[0.9, 0.1, 0.1], 1.0), 1);
-        assert_eq!(take(&[0.9, 0.7, 0.1, 0.1], 1.0), 2);
-        assert_eq!(take(&[0.99; 6], 1.0), 6);
-        assert_eq!(take(&[0.9, 1.0 - 1.0 / 3.0, 0.0, 0.0], 1.0), 2); // equality with a bound is accepted
+    fn factor_rule_follows_the_paper() {
+        let count = |c: &[f64], f| select(c, c, CommitRule::Factor(f)).len();
+        assert_eq!(count(&[0.1], 1.0), 1);
+        assert_eq!(count(&[0.9, 0.1], 1.0), 2); // special case n = 2
+        assert_eq!(count(&[0.9, 0.7, 0.1], 1.0), 3); // special case: only the lowest fails
+        assert_eq!(count(&[0.9, 0.1, 0.1], 1.0), 1);
+        assert_eq!(count(&[0.9, 0.7, 0.1, 0.1], 1.0), 2);
+        assert_eq!(count(&[0.99; 6], 1.0), 6);
+        assert_eq!(count(&[0.9, 1.0 - 1.0 / 3.0, 0.0, 0.0], 1.0), 2); // equality with a bound is accepted
     }
 
-    /// Draws follow softmax(logits / temperature), within five standard deviations, and never a filtered token.
+    /// Samples follow softmax(logits / temperature) within five standard deviations, and never are a dropped token.
     #[test]
     fn samples_follow_the_distribution() {
         let logits = [1.0f32, 0.0, 2.0, -1.0];

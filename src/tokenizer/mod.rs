@@ -45,7 +45,7 @@ pub struct Tokenizer {
     file: PathBuf,
     /// Rows of the embedding matrix.
     vocab_size: usize,
-    /// Where a template was looked for, for the error when there is none.
+    /// Files that were searched for a template, for the error when there is none.
     config_file: PathBuf,
     template: Option<ChatTemplate>,
     end_tokens: Vec<u32>,
@@ -57,7 +57,7 @@ impl Tokenizer {
     /// `vocab_size` is the number of rows of the embedding matrix.
     ///
     /// # Errors
-    /// [`Error::Io`] for a file that is missing beside the others or cannot be read, [`Error::Format`],
+    /// [`Error::Io`] for a file that is missing while the others are there, or cannot be read, [`Error::Format`],
     /// [`Error::Config`] and [`Error::Tokenizer`] for one that is malformed, declares a token that the tokenizer does not
     /// place at the declared id, or holds a token whose id is not below `vocab_size`.
     pub fn open(dir: &Path, vocab_size: usize) -> Result<Option<Tokenizer>> {
@@ -143,7 +143,7 @@ impl Tokenizer {
             Some(template) => template.render(message),
             None => Err(text_error(
                 &self.config_file,
-                "no chat_template (a string, or a list with one named \"default\"), and no chat_template.jinja beside it",
+                "no chat_template (a string, or a list with one named \"default\"), and no chat_template.jinja in the same directory",
             )),
         }
     }
@@ -155,7 +155,7 @@ impl Tokenizer {
     }
 }
 
-/// What `tokenizer_config.json` and `special_tokens_map.json` say.
+/// Contents of `tokenizer_config.json` and `special_tokens_map.json`.
 struct TokenizerConfig {
     /// Path of `tokenizer_config.json`, whether or not it exists.
     path: PathBuf,

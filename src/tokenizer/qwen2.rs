@@ -1,6 +1,6 @@
 //! The byte-level BPE of Qwen2, which Dream 7B, Dream-Coder and DiffuCoder took over with two tokens more.
 //!
-//! Those checkpoints have no `tokenizer.json`: the vocabulary is `vocab.json`, the merges `merges.txt`, the added
+//! These checkpoints have no `tokenizer.json`: the vocabulary is `vocab.json`, the merges `merges.txt`, and the added
 //! tokens stand with their ids in `tokenizer_config.json` (`added_tokens_decoder`) or, in older checkpoints, in
 //! `added_tokens.json`. Normaliser, pre-tokenizer and decoder are in the code of transformers'
 //! `tokenization_qwen2.py`; they are built here from the same parts.

@@ -141,6 +141,7 @@ fn launch_unmask(
         Policy::Fixed => unmask::Policy::Fixed(quota),
         Policy::Threshold(t) => unmask::Policy::Threshold { threshold: t as f32, top_n: Some(quota) },
         Policy::Factor(factor) => unmask::Policy::Factor(factor as f32),
+        other => panic!("{other:?} has no counterpart"),
     };
     let config = UnmaskConfig {
         confidence: Confidence::Probability,

@@ -153,7 +153,7 @@ fn no_memory() {
         }
         let long = Options { gen_length: 1 << 23, ..Options::default() };
         let result = generate(&open(&checkpoint), &long, &vec![vec![1]; 1000]);
-        refused(result, "Unavailable", &["1000 sequences", "MiB of memory", "MiB are free"]);
+        refused(result, "OutOfMemory", &["1000 sequences", "MiB of memory", "MiB are free"]);
     }
 }
 

@@ -85,7 +85,7 @@ fn survives(dir: &Path) -> std::result::Result<(), TestCaseError> {
                 let mask = model.config().mask_token_id;
                 prop_assert!(output.tokens.iter().all(|tokens| tokens.len() == 2 && !tokens.contains(&mask)));
             }
-            Err(Error::NoFiniteLogit { .. } | Error::Argument { .. } | Error::Unavailable(_)) => {}
+            Err(Error::NoFiniteLogit { .. } | Error::Argument { .. } | Error::OutOfMemory { .. }) => {}
             Err(other) => prop_assert!(false, "{other:?}"),
         }
     }

@@ -3,7 +3,7 @@
 //! bf16.
 //!
 //! V-verify uses the rows that the device selected, and this backend measures how far they are from its own selection. A second
-//! instance that does not round stands for the CPU there.
+//! instance, without rounding, serves as the CPU there.
 
 use dllm_kernels::Result;
 use dllm_kernels::backend::cpu::linear::Matrix;

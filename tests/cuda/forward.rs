@@ -94,7 +94,7 @@ fn run(test_model: &TestModel, case: &Value, tensors: &Tensors, errors: &mut Err
     };
     let block: Range<usize> = if later.is_some() { size("start")..size("end") } else { 0..length };
     for (call, pass) in passes {
-        let window = pass.window(&block, 0, length);
+        let window = pass.rows(&block, 0, length);
         let windows: Vec<_> = (0..batch).map(|s| QueryRows::new(s, window.clone(), length)).collect();
         let index: Vec<usize> = (0..batch * window.len()).collect();
         let tokens = token_rows(tensors, &format!("{name}.ids{call}"), batch);

@@ -1,159 +1,69 @@
-//! `out = x W^T + bias` for f32 activations and weights that stay as the checkpoint has them (bf16, f16, f32).
+//! `out = x W^T + bias` for f32 activations and weights in the checkpoint's element type (bf16, f16, f32).
 //!
-//! On AMX, bf16 weights go to `amx.rs`. Everything else here, with one kernel for any number of rows. A panel of weight
-//! rows is widened once into a scratch that stays in L2, read row after row as it lies in memory, and then swept with
-//! register tiles (`tile.rs`) over activations packed lane by lane; meanwhile the next panel is prefetched. The weights
-//! are read once per 256 rows. Work is split over panels; no sum is ever split, so neither threads nor the number of rows
-//! change a bit. Bound: multiply-adds from 32 rows on (`DLLM_CPU=avx512 cargo bench --bench linear` prints their roof).
+//! With AMX, bf16 weights are multiplied by `amx.rs`. All other products use the kernel of this file, for any number of
+//! rows:
+//!
+//! 1. A panel of weight rows is widened once, in memory order, into a scratch that stays in L2.
+//! 2. Register tiles (`tile.rs`) multiply it by all packed rows of a sweep, while the next panel is prefetched.
+//!
+//! The weights are read once per 256 rows. Panels are divided among threads and no sum is ever split, so that neither
+//! the number of threads nor the number of rows changes a bit. Bound: MACs from 32 rows on
+//! (`DLLM_CPU=avx512 cargo bench --bench linear` prints their roof).
 
+pub use super::matrix::Matrix;
+use super::scratch::{LANES, SUMS_STRIDE, SWEEP, SharedOut, from_cache_line, with_scratch};
 use super::simd::{Isa, Simd, dispatch};
 use super::tile::{max_vectors, tile};
 use super::transpose::transpose;
-use crate::tensor::{Dtype, Tensor};
+use crate::tensor::Dtype;
 use rayon::prelude::*;
-use std::cell::RefCell;
-use std::ops::Range;
 
 /// Weight rows of a panel: one task.
 const PANEL: usize = 48;
-/// Weight rows between two helpings of prefetches: a multiple of every tile's.
+/// Weight rows between two groups of prefetches: a multiple of every register tile's rows.
 const ROWS: usize = 24;
 /// Columns widened, packed and multiplied at a time: 2 KiB of a bf16 row, long enough for the hardware prefetcher.
-/// (Blocks of 128, whose activations would stay in L1, were slower: the sums come and go too often.)
+/// Blocks of 128, whose activations would stay in L1, were slower: they load and store the sums too often.
 const DEPTH: usize = 1024;
-/// Row stride of the widened panel: off the powers of two, which would all fall into the same cache sets.
+/// Row stride of the widened panel, in floats: not a power of two, which would map all rows to the same cache sets.
 const STRIDE: usize = DEPTH + 16;
-/// Rows of activations per sweep, so that the scratch stays small however long the sequence.
-pub(super) const SWEEP: usize = 256;
-/// Row stride of the sums.
-pub(super) const SUMS: usize = SWEEP + 16;
-/// Packed activations are padded to this many rows, on every instruction set.
-const LANES: usize = 16;
 
-/// A weight matrix `[rows, cols]`, row-major, stacked from one or more tensors of the checkpoint (QKV, gate and up)
-/// and read in place, with an optional bias.
-#[derive(Clone, Debug)]
-pub struct Matrix {
-    parts: Vec<Tensor>,
-    rows: usize,
-    cols: usize,
-    pub(super) bias: Option<Vec<f32>>,
-}
-
-impl Matrix {
-    /// Stacks tensors `[rows_i, cols]` of one `cols`; `bias` has one value per stacked row, or is empty.
-    ///
-    /// # Panics
-    /// When the shapes do not fit; the caller has checked them against the configuration.
-    pub fn new(parts: Vec<Tensor>, bias: Vec<f32>) -> Matrix {
-        assert!(parts.iter().all(|p| p.shape().len() == 2), "not a matrix");
-        let cols = parts.first().map_or(0, |p| p.shape()[1]);
-        assert!(cols > 0 && parts.iter().all(|p| p.shape()[1] == cols), "stacked matrices differ in width");
-        let rows = parts.iter().map(|p| p.shape()[0]).sum();
-        assert!(bias.is_empty() || bias.len() == rows, "bias does not fit its matrix");
-        Matrix { parts, rows, cols, bias: (!bias.is_empty()).then_some(bias) }
-    }
-
-    /// Some of the output features, as a matrix of its own: the same weights, read in the same place.
-    ///
-    /// # Panics
-    /// When there are not so many.
-    pub fn part(&self, rows: Range<usize>) -> Matrix {
-        assert!(rows.start < rows.end && rows.end <= self.rows, "{rows:?} of {}", self.rows);
-        let mut parts = Vec::new();
-        let mut first = 0;
-        for part in &self.parts {
-            let here = first..first + part.shape()[0];
-            first = here.end;
-            let (start, end) = (rows.start.max(here.start), rows.end.min(here.end));
-            if start < end {
-                parts.push(part.rows(start - here.start..end - here.start));
-            }
-        }
-        Matrix::new(parts, self.bias.as_ref().map_or(vec![], |bias| bias[rows].to_vec()))
-    }
-
-    /// Output features.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Input features.
-    pub fn cols(&self) -> usize {
-        self.cols
-    }
-
-    /// Bytes of row `n` and their element type.
-    pub(super) fn row(&self, mut n: usize) -> (&[u8], Dtype) {
-        for part in &self.parts {
-            let rows = part.shape()[0];
-            if n < rows {
-                let bytes = self.cols * part.dtype().size();
-                return (&part.bytes()[n * bytes..(n + 1) * bytes], part.dtype());
-            }
-            n -= rows;
-        }
-        unreachable!("row beyond the matrix: callers stay below rows()")
-    }
-
-    /// Whether every tile of weights lies whole in one bf16 tensor.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    pub(super) fn fits_amx(&self) -> bool {
-        use super::amx::{BLOCK, STEP};
-        let fits = |part: &Tensor| part.dtype() == Dtype::Bf16 && part.shape()[0].is_multiple_of(BLOCK);
-        self.cols.is_multiple_of(STEP) && self.parts.iter().all(fits)
-    }
-
-    /// Row `n`, widened into `out` (an embedding look-up).
-    pub fn row_into(&self, n: usize, out: &mut [f32]) {
-        let (bytes, dtype) = self.row(n);
-        dtype.widen(bytes, out);
-    }
-}
-
-/// Floats that [`linear`] needs for the packed activations of `rows` rows of width `cols`.
+/// Returns the number of floats that [`linear`] needs for the packed activations of `rows` rows of width `cols`.
 pub fn packed_len(rows: usize, cols: usize) -> usize {
-    let floats = rows.min(SWEEP).next_multiple_of(LANES) * cols;
-    // On AMX three bf16 each; and room to begin at a cache line.
-    LANES + if has_amx() { floats.div_ceil(2) * 3 } else { floats }
-}
-
-fn has_amx() -> bool {
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    return super::amx::available();
-    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-    return false;
+    if super::amx::available() {
+        return super::amx::packed_len(rows, cols);
+    }
+    rows.min(SWEEP).next_multiple_of(LANES) * cols + LANES // room to start at a cache line
 }
 
-/// Bytes of scratch per thread.
-pub const SCRATCH_BYTES: usize = (PANEL * STRIDE + PANEL * SUMS + LANES) * size_of::<f32>();
+/// Floats of scratch per thread: the widened panel, its sums, and room to start at a cache line.
+const SCRATCH_LEN: usize = PANEL * STRIDE + PANEL * SUMS_STRIDE + LANES;
+/// Bytes of scratch per thread, with every instruction set.
+pub const SCRATCH_BYTES: usize = SCRATCH_LEN * size_of::<f32>();
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+const _: () = assert!(super::amx::SCRATCH_LEN <= SCRATCH_LEN);
 
-thread_local! {
-    pub(super) static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
-
-/// The part of a buffer that begins at a cache line: vectors, and tiles of AMX still more, load slowly across two.
-pub(super) fn from_cache_line(buffer: &mut [f32]) -> &mut [f32] {
-    let line = buffer.as_ptr().align_offset(64).min(buffer.len());
-    &mut buffer[line..]
-}
-
-/// `out[m][n] = sum over k of x[m][k] * w[n][k] (+ bias[n])` for m < rows. `x` is `[rows, w.cols()]` and `out`
-/// `[rows, w.rows()]`, both row-major; `packed` holds at least [`packed_len`] floats.
+/// Computes `out[m][n] = sum over k of x[m][k] * w[n][k] (+ bias[n])` for m < rows. `x` is `[rows, w.cols()]` and `out`
+/// `[rows, w.rows()]`, both row-major. `packed` is scratch of at least [`packed_len`] floats.
 ///
 /// # Panics
 /// When a slice is too short.
 pub fn linear(x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, packed: &mut [f32]) {
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if has_amx() && w.fits_amx() {
+    if super::amx::available() && super::amx::fits(w) {
         return super::amx::linear(x, w, out, rows, packed);
     }
     linear_on(Isa::detect(), x, w, out, rows, packed);
 }
 
+/// Computes [`linear`] with the kernel of this file, on the instruction set `isa`.
 fn linear_on(isa: Isa, x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, packed: &mut [f32]) {
-    let (k, n) = (w.cols, w.rows);
-    assert!(x.len() >= rows * k && out.len() >= rows * n && packed.len() >= packed_len(rows, k), "buffer too short");
+    let (k, n) = (w.cols(), w.rows());
+    assert!(
+        x.len() >= rows * k && out.len() >= rows * n && packed.len() >= packed_len(rows, k),
+        "buffer too short for {rows} rows"
+    );
     for m0 in (0..rows).step_by(SWEEP) {
         let m = SWEEP.min(rows - m0);
         let x = &x[m0 * k..(m0 + m) * k];
@@ -161,20 +71,18 @@ fn linear_on(isa: Isa, x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, pack
         let packed = &mut from_cache_line(packed)[..padded * k];
         packed.par_chunks_mut(padded * DEPTH).enumerate().for_each(|(block, packed)| {
             let k0 = block * DEPTH;
-            // SAFETY: `isa` was detected; the last chunk holds the columns that are left.
+            // SAFETY: `isa` was detected; the last chunk holds the remaining columns.
             unsafe { dispatch!(isa, pack(x: &[f32], m: usize, k: usize, k0: usize, packed: &mut [f32])) };
         });
-        let out = Out(out[m0 * n..(m0 + m) * n].as_mut_ptr());
+        let out = SharedOut(out[m0 * n..(m0 + m) * n].as_mut_ptr());
         let packed = &*packed;
         (0..n.div_ceil(PANEL)).into_par_iter().for_each(|panel| {
             let out = &out;
-            SCRATCH.with_borrow_mut(|scratch| {
-                scratch.resize(SCRATCH_BYTES / size_of::<f32>(), 0.0);
-                let scratch = from_cache_line(scratch);
+            with_scratch(SCRATCH_LEN, |scratch| {
                 // SAFETY: `isa` was detected; panels write disjoint columns of `out`, which holds m rows of n floats.
                 unsafe {
-                    dispatch!(isa, panel_of(
-                        w: &Matrix, panel: usize, packed: &[f32], m: usize, out: &Out, scratch: &mut [f32],
+                    dispatch!(isa, multiply_panel(
+                        w: &Matrix, panel: usize, packed: &[f32], m: usize, out: &SharedOut, scratch: &mut [f32],
                     ))
                 }
             });
@@ -182,18 +90,14 @@ fn linear_on(isa: Isa, x: &[f32], w: &Matrix, out: &mut [f32], rows: usize, pack
     }
 }
 
-/// Where the panels write; each to columns of its own.
-pub(super) struct Out(pub(super) *mut f32);
-// SAFETY: see the write in `panel_of`: tasks touch disjoint elements.
-unsafe impl Sync for Out {}
-
-/// Rows `m0..` of a sweep as tiles: (first row, rows) with the widest tile the registers hold.
+/// Returns the register tiles of a sweep of `padded` rows as (first row, rows), each as wide as the registers allow.
 fn tiles<S: Simd>(padded: usize) -> impl Iterator<Item = (usize, usize)> {
     let width = max_vectors::<S>() * S::LANES;
     (0..padded).step_by(width).map(move |m0| (m0, width.min(padded - m0)))
 }
 
-/// Columns `k0..` of `x [m, k]` into `packed`: tile by tile, `[depth][tile rows]`; rows beyond `m` are zero.
+/// Packs the columns of `x [m, k]` from `k0` on into `packed`, tile by tile as `[depth][tile rows]`. Rows beyond `m` are
+/// zero.
 ///
 /// # Safety
 /// 1. The CPU has `S`. 2. `packed` has at most `k - k0` columns.
@@ -212,33 +116,41 @@ unsafe fn pack<S: Simd>(x: &[f32], m: usize, k: usize, k0: usize, packed: &mut [
     }
 }
 
-/// Weight rows `panel * PANEL ..` times all packed rows, written to their columns of `out`.
+/// Multiplies the weight rows from `panel * PANEL` on by all packed rows, and writes their columns of `out`.
 ///
 /// # Safety
-/// 1. The CPU has `S`. 2. `out` holds `[m, w.rows()]` and nobody else touches this panel's columns.
+/// 1. The CPU has `S`. 2. `out` holds `[m, w.rows()]`, and no other thread accesses this panel's columns.
 #[inline(always)]
-unsafe fn panel_of<S: Simd>(w: &Matrix, panel: usize, packed: &[f32], m: usize, out: &Out, scratch: &mut [f32]) {
+unsafe fn multiply_panel<S: Simd>(
+    w: &Matrix,
+    panel: usize,
+    packed: &[f32],
+    m: usize,
+    out: &SharedOut,
+    scratch: &mut [f32],
+) {
     let n0 = panel * PANEL;
-    let nl = PANEL.min(w.rows - n0);
+    let nl = PANEL.min(w.rows() - n0);
     let padded = m.next_multiple_of(LANES);
     let (wide, sums) = scratch.split_at_mut(PANEL * STRIDE);
-    for k0 in (0..w.cols).step_by(DEPTH) {
-        let depth = DEPTH.min(w.cols - k0);
+    for k0 in (0..w.cols()).step_by(DEPTH) {
+        let depth = DEPTH.min(w.cols() - k0);
         for n in 0..nl {
             let (bytes, dtype) = w.row(n0 + n);
             let bytes = &bytes[k0 * dtype.size()..(k0 + depth) * dtype.size()];
             // SAFETY: the CPU has S.
             unsafe { widen::<S>(dtype, bytes, &mut wide[n * STRIDE..n * STRIDE + depth]) };
         }
-        // What is widened next: the same rows further on, or the next panel from its start.
-        let (next_row, next_k) = if k0 + DEPTH < w.cols { (n0, k0 + DEPTH) } else { (n0 + PANEL, 0) };
-        let mut ahead = Ahead { w, row: next_row, end: (next_row + PANEL).min(w.rows), k0: next_k, byte: 0 };
+        // The next panel to widen: the following columns of these rows, or the first columns of the next rows.
+        let (next_row, next_k) = if k0 + DEPTH < w.cols() { (n0, k0 + DEPTH) } else { (n0 + PANEL, 0) };
+        let mut prefetcher =
+            Prefetcher { w, row: next_row, end: (next_row + PANEL).min(w.rows()), k0: next_k, byte: 0 };
         let lines = (PANEL * DEPTH * 2 / 64).div_ceil(tiles::<S>(padded).count() * nl.div_ceil(ROWS));
         let block = &packed[k0 * padded..(k0 + depth) * padded];
         for (m0, lanes) in tiles::<S>(padded) {
             for n in (0..nl).step_by(ROWS) {
-                ahead.prefetch(lines);
-                // SAFETY: wide holds nl rows, the block `depth x lanes` of this tile, sums nl rows.
+                prefetcher.prefetch(lines);
+                // SAFETY: `wide` holds nl rows, `block` this tile's `[depth, lanes]`, `sums` nl rows.
                 unsafe {
                     tile::<S, STRIDE>(
                         ROWS.min(nl - n),
@@ -247,36 +159,40 @@ unsafe fn panel_of<S: Simd>(w: &Matrix, panel: usize, packed: &[f32], m: usize, 
                         wide.as_ptr().add(n * STRIDE),
                         1,
                         block.as_ptr().add(m0 * depth),
-                        sums.as_mut_ptr().add(n * SUMS + m0),
-                        SUMS,
+                        sums.as_mut_ptr().add(n * SUMS_STRIDE + m0),
+                        SUMS_STRIDE,
                         k0 > 0,
                     );
                 }
             }
         }
     }
-    if let Some(bias) = &w.bias {
+    if let Some(bias) = w.bias() {
         for n in 0..nl {
-            for s in &mut sums[n * SUMS..n * SUMS + m] {
+            for s in &mut sums[n * SUMS_STRIDE..n * SUMS_STRIDE + m] {
                 *s += bias[n0 + n];
             }
         }
     }
-    // SAFETY: sums is `[nl, m]`; rows below m and this panel's columns of out.
-    unsafe { transpose(sums.as_ptr(), SUMS, out.0.add(n0), w.rows, nl, m) };
+    // SAFETY: sums is `[nl, m]`; the write covers m rows of this panel's columns of out.
+    unsafe { transpose(sums.as_ptr(), SUMS_STRIDE, out.0.add(n0), w.rows(), nl, m) };
 }
 
-/// Walks over the cache lines of a panel, a few at a time, so that they arrive while the panel before is worked on.
-/// (All at once they would only queue up: a core has a dozen or so requests under way.)
-struct Ahead<'a> {
+/// Prefetches the cache lines of a panel, a few at a time, while the previous panel is multiplied. All at once they
+/// would queue: a core has about a dozen requests in flight.
+struct Prefetcher<'a> {
     w: &'a Matrix,
+    /// Next row; `end` is the end of the panel.
     row: usize,
     end: usize,
+    /// First column of the panel.
     k0: usize,
+    /// Next byte of `row`, counted from column `k0`.
     byte: usize,
 }
 
-impl Ahead<'_> {
+impl Prefetcher<'_> {
+    /// Prefetches the next `lines` cache lines.
     #[inline(always)]
     fn prefetch(&mut self, mut lines: usize) {
         while lines > 0 && self.row < self.end {
@@ -285,7 +201,7 @@ impl Ahead<'_> {
             let bytes = &bytes[..bytes.len().min(DEPTH * dtype.size())];
             while lines > 0 && self.byte < bytes.len() {
                 #[cfg(target_arch = "x86_64")]
-                // SAFETY: a hint, and the address lies in `bytes`.
+                // SAFETY: a hint, and the address is within `bytes`.
                 unsafe {
                     use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
                     _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().add(self.byte).cast());
@@ -300,7 +216,7 @@ impl Ahead<'_> {
     }
 }
 
-/// `bytes` of `dtype`, widened to f32.
+/// Widens `bytes` of type `dtype` to f32 into `out`.
 ///
 /// # Safety
 /// The CPU has `S`.
@@ -344,11 +260,11 @@ mod tests {
         (0..len).map(|_| next()).collect()
     }
 
-    /// Every way to compute a product on this machine; None is the matrix unit.
+    /// Every kernel that can compute the product on this machine; `None` is AMX.
     fn paths(w: &Matrix) -> Vec<Option<Isa>> {
         let mut paths: Vec<_> = Isa::available().into_iter().map(Some).collect();
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if has_amx() && w.fits_amx() {
+        if crate::backend::cpu::amx::available() && crate::backend::cpu::amx::fits(w) {
             paths.push(None);
         }
         paths
@@ -361,7 +277,7 @@ mod tests {
         }
     }
 
-    /// Against f64 sums, for every instruction set of this machine, element type, and sizes off every tile.
+    /// Compares with f64 sums: every instruction set of this machine, every element type, sizes that fill no tile.
     #[test]
     fn equals_f64_sums() {
         let odd = [(1, 1, 1), (3, 65, 129), (17, 64, 128), (33, 100, 300), (70, 24, 257), (300, 7, 40)];
@@ -398,9 +314,9 @@ mod tests {
         }
     }
 
-    /// A part of the outputs is what it is among all of them, bit for bit: across tensors and within, with their biases.
+    /// A part of the outputs equals the same columns of the whole product bit for bit, across tensors and with biases.
     #[test]
-    fn parts_are_what_they_are_among_all() {
+    fn part_equals_columns_of_the_whole() {
         let (rows, n, k) = (33, 64, 160);
         let tensors = [2, 3, 4].map(|seed| test_tensor(Dtype::Bf16, &[n, k], &noise(n * k, seed)));
         let w = Matrix::new(tensors.to_vec(), noise(3 * n, 5));
@@ -413,7 +329,7 @@ mod tests {
             linear(&x, &w.part(part.clone()), &mut got, rows, &mut vec![0.0; packed_len(rows, k)]);
             for r in 0..rows {
                 let want = &all[r * 3 * n..][part.clone()];
-                // On AMX a part that is no whole tile takes the other way, and rounds otherwise.
+                // With AMX, a part that cuts a tile is multiplied by the other kernel, which rounds differently.
                 let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-5;
                 let equal = part.start % n == 0 && part.end % n == 0;
                 let got = &got[r * width..(r + 1) * width];
@@ -422,9 +338,9 @@ mod tests {
         }
     }
 
-    /// A row's bits do not depend on the rows beside it.
+    /// The bits of a row do not depend on the other rows of the batch.
     #[test]
-    fn rows_do_not_depend_on_their_company() {
+    fn rows_are_batch_invariant() {
         for (rows, n, k) in [(261, 130, 515), (261, 160, 1120)] {
             let w = Matrix::new(vec![test_tensor(Dtype::Bf16, &[n, k], &noise(n * k, 2))], vec![]);
             let x = noise(rows * k, 1);

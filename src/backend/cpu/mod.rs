@@ -5,8 +5,10 @@
 mod amx;
 pub mod attention;
 pub mod linear;
+mod matrix;
 mod norm;
 mod rope;
+mod scratch;
 mod simd;
 mod swiglu;
 mod tile;
@@ -87,10 +89,16 @@ impl KvCache {
 
 /// A zeroed vector of `rows * width` floats, or an error when there is no memory for it.
 fn zeroed(what: &str, sizes: &[usize]) -> Result<Vec<f32>> {
-    let fail = || Error::Unavailable(format!("no memory for {what} of {sizes:?} f32"));
-    let len = sizes.iter().try_fold(1usize, |a, b| a.checked_mul(*b)).ok_or_else(fail)?;
+    let no_memory = |len: Option<usize>| Error::OutOfMemory {
+        what: format!("{what} of {sizes:?} f32"),
+        memory: "memory",
+        needed_bytes: len.map(|len| (len as u64).saturating_mul(4)),
+        free_bytes: None,
+        cause: String::new(),
+    };
+    let len = sizes.iter().try_fold(1usize, |a, b| a.checked_mul(*b)).ok_or_else(|| no_memory(None))?;
     // Pages that are never written never take memory.
-    bytemuck::allocation::try_zeroed_vec(len).map_err(|()| fail())
+    bytemuck::allocation::try_zeroed_vec(len).map_err(|()| no_memory(Some(len)))
 }
 
 /// Elements of a row `[q | k | v]`, or `[q | k]` without values.

@@ -1,8 +1,8 @@
-//! The few vector instructions that the CPU kernels are written in, once per instruction set.
+//! Vector operations of the CPU kernels, implemented once per instruction set.
 //!
-//! A kernel is a generic `#[inline(always)]` function over [`Simd`]; [`dispatch!`](super::dispatch) instantiates it
-//! inside a `#[target_feature]` function per set and picks one at run time. Results differ between sets by rounding
-//! (the plain set has no fused multiply-add); on one machine they are always the same.
+//! A kernel is a generic `#[inline(always)]` function over [`Simd`]. [`dispatch!`](super::dispatch) instantiates it in one
+//! `#[target_feature]` function per instruction set and selects one at run time. Results differ between instruction sets
+//! by rounding (the portable one has no FMA); on one machine they are always the same.
 
 use std::sync::OnceLock;
 
@@ -18,7 +18,8 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The best set of this machine that the environment variable `DLLM_CPU` (`plain`, `avx2`, `avx512`, `amx`) allows.
+    /// Returns the best instruction set of this machine that the environment variable `DLLM_CPU` (`plain`, `avx2`,
+    /// `avx512`, `amx`) allows.
     pub fn detect() -> Isa {
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| {
@@ -32,7 +33,7 @@ impl Isa {
         })
     }
 
-    /// Every set that this machine can run, best first.
+    /// Returns every instruction set that this machine supports, best first.
     pub fn available() -> Vec<Isa> {
         let mut sets = Vec::new();
         #[cfg(target_arch = "x86_64")]
@@ -49,8 +50,8 @@ impl Isa {
     }
 }
 
-/// The best that `DLLM_CPU` allows: `plain`, `avx2`, `avx512` or (the default) `amx`. To reproduce on one machine what
-/// another computes, and to keep a host process from being granted the matrix unit.
+/// Best instruction set that `DLLM_CPU` allows: `plain`, `avx2`, `avx512` or `amx` (the default). It serves to reproduce
+/// the results of another machine, and to prevent that the process requests AMX.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum IsaCap {
     Portable,
@@ -60,7 +61,7 @@ pub enum IsaCap {
 }
 
 impl IsaCap {
-    /// Read once. A word that is none of the four allows everything.
+    /// Returns the limit of this process. `DLLM_CPU` is read once; any other value allows everything.
     pub fn of_process() -> IsaCap {
         static LIMIT: OnceLock<IsaCap> = OnceLock::new();
         *LIMIT.get_or_init(|| match std::env::var("DLLM_CPU").as_deref() {
@@ -72,11 +73,11 @@ impl IsaCap {
     }
 }
 
-/// A vector of `LANES` f32.
+/// Operations on vectors of `LANES` f32.
 ///
 /// # Safety
 /// Every method requires that the CPU has the implementor's instruction set; loads and stores also require that
-/// `LANES` elements (no alignment) are valid behind the pointer.
+/// `LANES` elements are valid from the pointer on, at any alignment.
 #[allow(clippy::missing_safety_doc)] // stated once, above
 pub trait Simd: Copy {
     type V: Copy;
@@ -87,26 +88,28 @@ pub trait Simd: Copy {
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
-    /// The larger; `b` when either is NaN. `min` likewise.
+    /// The larger operand; `b` when either is NaN.
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller operand; `b` when either is NaN.
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The nearest whole number.
     unsafe fn round(n: Self::V) -> Self::V;
-    /// `a * 2^n` for whole `n` within the exponents of f32.
+    /// `a * 2^n` for whole `n` in the exponent range of f32.
     unsafe fn scale_pow2(a: Self::V, n: Self::V) -> Self::V;
-    /// `LANES` bf16 behind `p`, widened.
+    /// Loads `LANES` bf16 from `p` and widens them.
     unsafe fn widen_bf16(p: *const u8) -> Self::V;
-    /// `LANES` f16 behind `p`, widened.
+    /// Loads `LANES` f16 from `p` and widens them.
     unsafe fn widen_f16(p: *const u8) -> Self::V;
 
-    /// e^x for x in [-87, 88] (outside: clamped to it), relative error below 2e-7. Range reduction by ln 2 in two
-    /// parts, then the degree-6 Taylor polynomial on [-ln2/2, ln2/2].
+    /// e^x, with x clamped to [-87, 88] and a relative error below 2e-7. Range reduction by ln 2 in two terms, then the
+    /// degree-6 Taylor polynomial on [-ln2/2, ln2/2].
     #[inline(always)]
     unsafe fn exp(x: Self::V) -> Self::V {
         // SAFETY: forwarded from the caller.
         unsafe {
-            // x stands second: min and max give their second operand when one is NaN, so NaN comes through.
+            // x is the second operand: min and max return it when it is NaN, so that NaN propagates.
             let x = Self::min(Self::splat(88.0), Self::max(Self::splat(-87.0), x));
             let n = Self::round(Self::mul(x, Self::splat(std::f32::consts::LOG2_E)));
             let r = Self::fma(n, Self::splat(-0.693_359_4), x);
@@ -120,24 +123,24 @@ pub trait Simd: Copy {
     }
 }
 
-/// Ordinary Rust; the compiler makes of it what the target's baseline allows.
+/// Vectors of 8 lanes in portable Rust, compiled for the target's baseline.
 #[derive(Clone, Copy)]
 pub struct Portable;
 
-const PLAIN_LANES: usize = 8;
+const PORTABLE_LANES: usize = 8;
 
 #[inline(always)]
-fn plain(f: impl Fn(usize) -> f32) -> [f32; PLAIN_LANES] {
+fn lanes(f: impl Fn(usize) -> f32) -> [f32; PORTABLE_LANES] {
     std::array::from_fn(f)
 }
 
-// SAFETY of the blocks in this impl: the caller vouches for LANES elements behind each pointer.
+// SAFETY of the blocks in this impl: the caller guarantees LANES valid elements from each pointer on.
 impl Simd for Portable {
-    type V = [f32; PLAIN_LANES];
-    const LANES: usize = PLAIN_LANES;
+    type V = [f32; PORTABLE_LANES];
+    const LANES: usize = PORTABLE_LANES;
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::V {
-        [x; PLAIN_LANES]
+        [x; PORTABLE_LANES]
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self::V {
@@ -151,47 +154,47 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
-        plain(|i| a[i] + b[i])
+        lanes(|i| a[i] + b[i])
     }
     #[inline(always)]
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
-        plain(|i| a[i] * b[i])
+        lanes(|i| a[i] * b[i])
     }
     #[inline(always)]
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V {
-        plain(|i| a[i] / b[i])
+        lanes(|i| a[i] / b[i])
     }
     #[inline(always)]
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
-        plain(|i| if a[i] > b[i] { a[i] } else { b[i] })
+        lanes(|i| if a[i] > b[i] { a[i] } else { b[i] })
     }
     #[inline(always)]
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
-        plain(|i| if a[i] < b[i] { a[i] } else { b[i] })
+        lanes(|i| if a[i] < b[i] { a[i] } else { b[i] })
     }
     #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-        plain(|i| a[i] * b[i] + c[i])
+        lanes(|i| a[i] * b[i] + c[i])
     }
     #[inline(always)]
     unsafe fn round(n: Self::V) -> Self::V {
-        plain(|i| (n[i] + n[i].signum() * 0.5) as i32 as f32)
+        lanes(|i| (n[i] + n[i].signum() * 0.5) as i32 as f32)
     }
     #[inline(always)]
     unsafe fn scale_pow2(a: Self::V, n: Self::V) -> Self::V {
-        plain(|i| a[i] * f32::from_bits(((n[i] as i32 + 127) as u32) << 23))
+        lanes(|i| a[i] * f32::from_bits(((n[i] as i32 + 127) as u32) << 23))
     }
     #[inline(always)]
     unsafe fn widen_bf16(p: *const u8) -> Self::V {
         // SAFETY: as above.
-        let raw = unsafe { p.cast::<[[u8; 2]; PLAIN_LANES]>().read_unaligned() };
-        plain(|i| f32::from_bits((u16::from_le_bytes(raw[i]) as u32) << 16))
+        let raw = unsafe { p.cast::<[[u8; 2]; PORTABLE_LANES]>().read_unaligned() };
+        lanes(|i| f32::from_bits((u16::from_le_bytes(raw[i]) as u32) << 16))
     }
     #[inline(always)]
     unsafe fn widen_f16(p: *const u8) -> Self::V {
         // SAFETY: as above.
-        let raw = unsafe { p.cast::<[[u8; 2]; PLAIN_LANES]>().read_unaligned() };
-        plain(|i| half::f16::from_le_bytes(raw[i]).to_f32())
+        let raw = unsafe { p.cast::<[[u8; 2]; PORTABLE_LANES]>().read_unaligned() };
+        lanes(|i| half::f16::from_le_bytes(raw[i]).to_f32())
     }
 }
 
@@ -203,19 +206,19 @@ mod x86 {
     use super::Simd;
     use std::arch::x86_64::*;
 
-    /// One thin method per instruction; the caller vouches for the instruction set and the pointers.
+    /// Defines one thin method per instruction. The caller guarantees the instruction set and the pointers.
     macro_rules! instructions {
         ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $ty:ty),*) -> $ret:ty = $body:expr;)*) => {
             $($(#[$doc])*
             #[inline(always)]
             unsafe fn $name($($arg: $ty),*) -> $ret {
-                // SAFETY: the trait's contract: instruction set present, LANES elements behind each pointer.
+                // SAFETY: the trait's contract: instruction set present, LANES elements valid from each pointer on.
                 unsafe { $body }
             })*
         };
     }
 
-    /// 16 lanes.
+    /// AVX-512F: 16 lanes.
     #[derive(Clone, Copy)]
     pub struct Avx512;
 
@@ -240,7 +243,7 @@ mod x86 {
         }
     }
 
-    /// 8 lanes.
+    /// AVX2 with FMA and F16C: 8 lanes.
     #[derive(Clone, Copy)]
     pub struct Avx2;
 
@@ -269,22 +272,22 @@ mod x86 {
     }
 }
 
-/// Calls `$kernel::<S>(...)` with `S` for `$isa`, inside a function compiled for that instruction set.
+/// Calls `$kernel::<S>(...)` with the [`Simd`] type of `$isa`, in a function compiled for that instruction set.
 ///
-/// The kernel must be an `#[inline(always)] unsafe fn`, generic over one [`Simd`]; the arguments are local variables
-/// of the names and types given.
+/// The kernel must be an `#[inline(always)] unsafe fn`, generic over one [`Simd`]. The arguments are local variables with
+/// the given names and types.
 macro_rules! dispatch {
     ($isa:expr, $kernel:ident($($arg:ident: $ty:ty),* $(,)?)) => {{
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx512f")]
         unsafe fn avx512($($arg: $ty),*) {
-            // SAFETY: forwarded; the set is enabled here.
+            // SAFETY: the caller's conditions; the instruction set is enabled here.
             unsafe { $kernel::<$crate::backend::cpu::simd::Avx512>($($arg),*) }
         }
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx2,fma,f16c")]
         unsafe fn avx2($($arg: $ty),*) {
-            // SAFETY: forwarded; the set is enabled here.
+            // SAFETY: the caller's conditions; the instruction set is enabled here.
             unsafe { $kernel::<$crate::backend::cpu::simd::Avx2>($($arg),*) }
         }
         match $isa {
@@ -298,8 +301,8 @@ macro_rules! dispatch {
 }
 pub(crate) use dispatch;
 
-/// Runs `chains` rounds of 24 independent multiply-adds and returns their floating-point operations: divided by the time
-/// taken, the roof that matrix products are measured against.
+/// Runs `chains` rounds of 24 independent vector FMAs and returns the number of floating-point operations. Divided by the
+/// time taken, it is the roof of matrix products.
 pub fn fma_roof(chains: u64) -> u64 {
     let isa = Isa::detect();
     let mut sum = 0.0f32;
@@ -314,6 +317,8 @@ pub fn fma_roof(chains: u64) -> u64 {
     chains * 24 * 2 * lanes
 }
 
+/// Runs `chains` rounds of 24 independent FMAs and stores one lane of their sum, so that none is optimised away.
+///
 /// # Safety
 /// The CPU has `S`.
 #[inline(always)]

@@ -1,4 +1,4 @@
-//! `silu(gate) * up`, vectorised: a full forward of a small model spends a tenth of its time in scalar `exp` otherwise.
+//! `silu(gate) * up`, vectorised. With scalar `exp`, a full forward of a small model spends a tenth of its time here.
 
 use super::simd::{Isa, Simd, dispatch};
 use rayon::prelude::*;
@@ -16,7 +16,7 @@ pub fn swiglu(gate_up: &[f32], width: usize, out: &mut [f32], rows: usize) {
     });
 }
 
-/// One row; the three slices are equally long.
+/// Computes one row. The three slices have equal lengths.
 ///
 /// # Safety
 /// The CPU has `S`.
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn nan_and_extremes_come_through() {
+    fn handles_nan_and_extremes() {
         let gate_up = [f32::NAN, 1e30, -1e30, 0.0, 1.0, 1.0, 1.0, 1.0];
         let mut wide: Vec<f32> = Vec::new();
         for half in gate_up.chunks(4) {

@@ -1,19 +1,19 @@
-//! The one inner loop of the CPU backend: a tile of products, held in registers.
+//! Inner loop of the CPU matrix products and attention: a tile of sums held in registers.
 //!
 //! `c[n][m] (+)= sum over k of w[n][k] * x[k][m]`, with the rows of activations `m` in the vector lanes and the weights
-//! `n` broadcast. Every output is one chain of multiply-adds in the order of k, whatever tile it lies in: a row's
-//! result does not depend on how many rows stand beside it. (A dot product along k, as GEMV kernels do it, would be no
-//! faster from 16 rows on and would tie the bits to the tile shape.)
+//! `n` broadcast. Every output is one chain of MACs in the order of k in every tile shape, so that the bits of a row do not
+//! depend on the number of rows. A dot product along k, as in GEMV kernels, would be no faster from 16 rows on, and its
+//! bits would depend on the tile shape.
 
 use super::simd::Simd;
 
-/// `c[n][m] = (accumulate ? c[n][m] : 0) + sum over p < k of w[n * WN + p * wk] * x[p * lanes + m]`
+/// Computes `c[n][m] = (accumulate ? c[n][m] : 0) + sum over p < k of w[n * WN + p * wk] * x[p * lanes + m]`
 /// for n < NR and m < lanes = MV * LANES.
 ///
 /// # Safety
 /// 1. The CPU has `S`. 2. All addresses named above are valid, `c` for writes and unaliased; `c` rows are `cs` apart.
 #[inline(always)]
-// A kernel's addresses, which a struct would hide; and loops over registers, which must unroll to constant indices.
+// The operands of a kernel read best as arguments. The loops index register arrays, so that they unroll.
 #[allow(clippy::too_many_arguments, clippy::needless_range_loop)]
 unsafe fn block<S: Simd, const MV: usize, const NR: usize, const WN: usize>(
     k: usize,
@@ -57,12 +57,14 @@ unsafe fn block<S: Simd, const MV: usize, const NR: usize, const WN: usize>(
     }
 }
 
-/// Number of vectors across a tile of activations at most: 4 of 16 lanes, or 2 of 8 (16 registers there, not 32).
+/// Returns the maximum number of vectors across a tile of activations: 4 of 16 lanes (32 registers), or 2 of 8 lanes
+/// (16 registers).
 pub const fn max_vectors<S: Simd>() -> usize {
     if S::LANES >= 16 { 4 } else { 2 }
 }
 
-/// [`block`] over `n` weight rows and `mv` vectors of activation rows: the widest blocks that the registers hold.
+/// Computes [`block`] over `n` weight rows and `mv` vectors of activation rows, in the largest blocks that fit in
+/// registers.
 ///
 /// # Safety
 /// As [`block`], for all `n` rows; `mv <= max_vectors::<S>()`.
@@ -79,7 +81,7 @@ pub unsafe fn tile<S: Simd, const WN: usize>(
     cs: usize,
     accumulate: bool,
 ) {
-    /// Steps of `$nr` rows, then of 4, then single ones.
+    /// Computes `$nr` rows at a time, then 4, then single rows.
     macro_rules! rows {
         ($mv:literal, $nr:literal) => {{
             let mut i = 0;

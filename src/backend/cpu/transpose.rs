@@ -1,10 +1,10 @@
-//! Matrix transposition, 4 x 4 at a time: activations change between `[rows, width]` and `[width, rows]` at every
-//! product, and element by element that would take a tenth of the time.
+//! Matrix transposition in blocks of 4 x 4. Every product transposes activations between `[rows, width]` and
+//! `[width, rows]`; element by element, this would take a tenth of its time.
 
-/// `dst[c * dst_stride + r] = src[r * src_stride + c]` for r < rows, c < cols.
+/// Copies `dst[c * dst_stride + r] = src[r * src_stride + c]` for r < rows, c < cols.
 ///
 /// # Safety
-/// The elements named above are valid, those of `dst` for writes, and the two do not overlap.
+/// The elements named above are valid: in `src` for reads, in `dst` for writes. The two do not overlap.
 #[inline(always)]
 pub unsafe fn transpose(
     src: *const f32,
@@ -19,7 +19,7 @@ pub unsafe fn transpose(
         let (whole_rows, whole_cols) = (rows / 4 * 4, cols / 4 * 4);
         for r in (0..whole_rows).step_by(4) {
             for c in (0..whole_cols).step_by(4) {
-                four(src.add(r * src_stride + c), src_stride, dst.add(c * dst_stride + r), dst_stride);
+                transpose_4x4(src.add(r * src_stride + c), src_stride, dst.add(c * dst_stride + r), dst_stride);
             }
         }
         for r in 0..rows {
@@ -30,13 +30,13 @@ pub unsafe fn transpose(
     }
 }
 
-/// One 4 x 4 block.
+/// Transposes one 4 x 4 block.
 ///
 /// # Safety
 /// As [`transpose`].
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-unsafe fn four(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+unsafe fn transpose_4x4(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
     use std::arch::x86_64::*;
     // SAFETY: SSE is part of x86-64; the caller's condition for the addresses.
     unsafe {
@@ -52,13 +52,13 @@ unsafe fn four(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: us
     }
 }
 
-/// One 4 x 4 block.
+/// Transposes one 4 x 4 block.
 ///
 /// # Safety
 /// As [`transpose`].
 #[cfg(not(target_arch = "x86_64"))]
 #[inline(always)]
-unsafe fn four(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+unsafe fn transpose_4x4(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
     for r in 0..4 {
         for c in 0..4 {
             // SAFETY: the caller's condition.
@@ -72,7 +72,7 @@ mod tests {
     use super::transpose;
 
     #[test]
-    fn all_small_shapes() {
+    fn transposes_all_small_shapes() {
         for rows in 0..10 {
             for cols in 0..10 {
                 let src: Vec<f32> = (0..rows * 13).map(|i| i as f32).collect();

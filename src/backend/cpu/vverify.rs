@@ -1,14 +1,17 @@
-//! V-verify: cosine similarity with several partial sums per row, and the rows with the lowest.
+//! V-verify: selection of the rows with the lowest cosine similarity to their cached rows.
 
 use rayon::prelude::*;
 
-/// Guards the division for zero vectors.
+/// Lower bound of a vector's norm, against division by zero.
 const EPS: f64 = 1e-8;
 /// Partial sums of a dot product.
 const LANES: usize = 8;
 
-/// Returns the `count` rows whose cosine similarity with the cached row is lowest, ascending. Ties go to the lower row; NaN counts
-/// as the lowest. `runs` holds two ranges of (fresh, cached) rows of `width` floats, numbered one after the other.
+/// Returns the `count` rows with the lowest cosine similarity to their cached rows, in ascending row order. Ties go to the
+/// lower row. NaN counts as the lowest similarity.
+///
+/// `runs` holds two pairs of (fresh, cached) rows of `width` floats; the rows of the second follow those of the first in
+/// the numbering.
 pub fn vverify(runs: [(&[f32], &[f32]); 2], width: usize, count: usize) -> Vec<usize> {
     if count == 0 {
         return vec![];
@@ -21,8 +24,8 @@ pub fn vverify(runs: [(&[f32], &[f32]); 2], width: usize, count: usize) -> Vec<u
     lowest_of(&similarity, count)
 }
 
-/// Returns the cosine similarity. It is exactly 1 for equal vectors: all three sums are formed in the same order, and one root is
-/// taken of their product.
+/// Returns the cosine similarity of `a` and `b`. It is exactly 1 for equal vectors: all three sums add in the same order,
+/// and the root is taken of the product of the squared norms.
 fn cosine(a: &[f32], b: &[f32]) -> f64 {
     let mut sums = [[0.0f64; LANES]; 3];
     let mut add = |a: &[f32], b: &[f32]| {
@@ -40,7 +43,7 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
     dot / (aa.max(EPS * EPS) * bb.max(EPS * EPS)).sqrt()
 }
 
-/// Returns the `count` lowest of the similarities, in position order.
+/// Returns the indices of the `count` lowest similarities, ascending.
 fn lowest_of(similarity: &[f64], count: usize) -> Vec<usize> {
     // Adding 0 makes -0 equal to 0.
     let rank = |i: usize| if similarity[i].is_nan() { f64::NEG_INFINITY } else { similarity[i] + 0.0 };
@@ -60,14 +63,14 @@ mod tests {
         (0..len as u32).map(|i| ((i.wrapping_mul(2_654_435_761) ^ seed) >> 16) as f32 / 32768.0 - 1.0).collect()
     }
 
-    /// In two runs, of a third of the rows and of the rest.
-    fn two(fresh: &[f32], cached: &[f32], width: usize, count: usize) -> Vec<usize> {
-        let at = fresh.len() / width / 3 * width;
-        vverify([(&fresh[..at], &cached[..at]), (&fresh[at..], &cached[at..])], width, count)
+    /// Calls [`vverify`] with the first third of the rows as one run and the remaining rows as the other.
+    fn in_two_runs(fresh: &[f32], cached: &[f32], width: usize, count: usize) -> Vec<usize> {
+        let split = fresh.len() / width / 3 * width;
+        vverify([(&fresh[..split], &cached[..split]), (&fresh[split..], &cached[split..])], width, count)
     }
 
     #[test]
-    fn equals_the_oracle() {
+    fn equals_the_reference() {
         for width in [1, 7, 8, 64, 129] {
             let (fresh, cached) = (noise(40 * width, 1), noise(40 * width, 77));
             for (a, b) in fresh.chunks(width).zip(cached.chunks(width)) {
@@ -75,21 +78,21 @@ mod tests {
             }
             for count in [0, 1, 13, 40] {
                 let want = reference::vverify(&fresh, &cached, width, (count as f64 + 0.5) / 40.5);
-                // Of one element each, cosines are 1 or -1 up to the last bit.
-                assert!(width == 1 || two(&fresh, &cached, width, count) == want, "{width} {count}");
+                // Cosines of one-element vectors are 1 or -1 up to the last bit.
+                assert!(width == 1 || in_two_runs(&fresh, &cached, width, count) == want, "{width} {count}");
             }
         }
     }
 
-    /// Where nothing has changed, position decides.
+    /// Rows without a change tie, and the lower rows are selected.
     #[test]
-    fn equal_rows_tie() {
+    fn ties_go_to_the_lower_row() {
         let rows = noise(50 * 33, 3);
-        assert_eq!(two(&rows, &rows, 33, 7), [0, 1, 2, 3, 4, 5, 6]);
+        assert_eq!(in_two_runs(&rows, &rows, 33, 7), [0, 1, 2, 3, 4, 5, 6]);
         let mut one = rows.clone();
         one[20 * 33] += 1.0;
-        assert_eq!(two(&one, &rows, 33, 3), [0, 1, 20]);
+        assert_eq!(in_two_runs(&one, &rows, 33, 3), [0, 1, 20]);
         one[30 * 33] = f32::NAN;
-        assert_eq!(two(&one, &rows, 33, 1), [30]);
+        assert_eq!(in_two_runs(&one, &rows, 33, 1), [30]);
     }
 }

@@ -1,6 +1,6 @@
 //! Launches that several methods of the backend share, with the parameters that all of them have in common.
 
-use super::{BF16, Cuda, KvCache, bytes, checked_i32, op_heads, unprepared};
+use super::{BF16, Cuda, KvCache, bytes, checked_i32, unprepared};
 use crate::abi;
 use crate::error::Result;
 use crate::gpu::Buffer;
@@ -79,8 +79,8 @@ impl Cuda {
             let [k, v] = cache.layer(layer);
             params.k_cache = k;
             params.v_cache = if params.qkv_stride == heads.qkv_width() as i64 { v } else { 0 };
-            params.cache_stride = cache.width as i64;
-            params.num_cache_rows = checked_i32("positions", cache.positions)?;
+            params.cache_stride = cache.width() as i64;
+            params.num_cache_rows = checked_i32("positions", cache.positions())?;
         }
         // SAFETY: buffers of the session, of these sizes. Positions and cache rows are checked on the device, and the metadata
         // names no cache row twice.
@@ -97,7 +97,7 @@ impl Cuda {
     ) -> Result<()> {
         let Some(session) = &self.session else { return Err(unprepared()) };
         let Heads { num_heads, num_kv_heads, head_dim } = heads;
-        let splits = ops::attention::splits(longest, op_heads(heads), self.multiprocessors);
+        let splits = ops::attention::splits(longest, heads, self.multiprocessors);
         let params = abi::dllm_attention_params {
             size: size_of::<abi::dllm_attention_params>() as u64,
             workspace: session.workspace.address(),

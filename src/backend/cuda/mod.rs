@@ -6,12 +6,14 @@
 
 mod batch;
 mod decode_state;
+mod kv_cache;
 mod launches;
 mod sampler;
 mod staging;
 
 pub use batch::CudaBatch;
 pub(crate) use decode_state::{DecodeSizes, DecodeState, RowTable, RunStart, TableRow};
+pub use kv_cache::KvCache;
 pub(crate) use sampler::{SamplingInputs, SamplingKey};
 use staging::{Staging, Uploader};
 
@@ -75,29 +77,6 @@ impl Activations {
             Activations::Bf16(buffer) => buffer.address(),
             Activations::F32(buffer) => buffer.address(),
         }
-    }
-}
-
-/// Keys (rotated) and values `[layers, positions, width]`.
-pub struct KvCache {
-    k: Buffer<bf16>,
-    v: Buffer<bf16>,
-    positions: usize,
-    width: usize,
-}
-
-impl KvCache {
-    /// Device addresses of the keys and values of a layer.
-    fn layer(&self, layer: usize) -> [u64; 2] {
-        let bytes = bytes(layer * self.positions * self.width);
-        [self.k.address() + bytes, self.v.address() + bytes]
-    }
-
-    /// A segment for attention, by tables of starts and lengths per sequence.
-    fn segment(&self, layer: usize, [start, len]: [u64; 2]) -> Result<abi::dllm_segment> {
-        let [k, v] = self.layer(layer);
-        let (stride, num_rows) = (self.width as i64, checked_i32("positions", self.positions)?);
-        Ok(abi::dllm_segment { k, v, start, len, k_stride: stride, v_stride: stride, num_rows, ..Default::default() })
     }
 }
 
@@ -170,12 +149,6 @@ fn unprepared() -> Error {
     Error::Unavailable("the CUDA backend was not prepared for a session".into())
 }
 
-/// The head counts in the type of the attention op.
-fn op_heads(heads: Heads) -> ops::attention::Heads {
-    let Heads { num_heads, num_kv_heads, head_dim } = heads;
-    ops::attention::Heads { num_heads, num_kv_heads, head_dim }
-}
-
 /// Floats of workspace that attention needs in any pass within `limits`.
 pub(crate) fn attention_workspace(limits: &SessionLimits, multiprocessors: usize) -> usize {
     let workspace_len = |longest: usize| {
@@ -188,8 +161,8 @@ pub(crate) fn attention_workspace(limits: &SessionLimits, multiprocessors: usize
 
 /// Floats of workspace that attention needs for `rows` query rows, at most `longest` of one sequence.
 pub(crate) fn attention_workspace_of(heads: Heads, rows: usize, longest: usize, multiprocessors: usize) -> usize {
-    let splits = ops::attention::splits(longest, op_heads(heads), multiprocessors);
-    ops::attention::workspace_len(rows, op_heads(heads), splits)
+    let splits = ops::attention::splits(longest, heads, multiprocessors);
+    ops::attention::workspace_len(rows, heads, splits)
 }
 
 /// Bytes of workspace that V-verify needs in any pass within `limits`.
@@ -251,7 +224,7 @@ impl Backend for Cuda {
 
     fn kv_cache(&self, layers: usize, positions: usize, width: usize) -> Result<KvCache> {
         let elements = || self.stream.alloc(layers * positions * width);
-        Ok(KvCache { k: elements()?, v: elements()?, positions, width })
+        Ok(KvCache::new(elements()?, elements()?, positions, width))
     }
 
     fn batch(&self, limits: &SessionLimits) -> Result<CudaBatch> {
@@ -442,7 +415,7 @@ impl Backend for Cuda {
         (cache, layer): (&mut KvCache, usize),
     ) -> Result<()> {
         let (Some(tables), Some(values)) = (batch.update_tables(), values) else { return Ok(()) };
-        let ([_, cached], width) = (cache.layer(layer), cache.width);
+        let ([_, cached], width) = (cache.layer(layer), cache.width());
         let LaunchBucket { rows, selected, .. } = batch.bucket();
         let compares = |update: &&UpdateRanges| update.num_selected() < update.num_others();
         let compared_ratio = batch.updates().iter().find(compares).and_then(|update| update.ratio);
@@ -468,7 +441,7 @@ impl Backend for Cuda {
                 max_rows: checked_i32("rows", rows)?,
                 num_sequences: checked_i32("sequences", batch.max_sequences())?,
                 num_fresh_rows: checked_i32("rows", rows)?,
-                num_cached_rows: checked_i32("positions", cache.positions)?,
+                num_cached_rows: checked_i32("positions", cache.positions())?,
                 num_listed: checked_i32("rows", selected)?,
                 width: checked_i32("width", width)?,
                 dtype: BF16,
@@ -483,7 +456,7 @@ impl Backend for Cuda {
         if compared_ratio.is_some() && batch.updates().iter().all(|update| update.always.is_empty()) {
             return Ok(());
         }
-        self.copy(Copy::Scatter, [values.address(), cached], width, (tables.value_rows, rows), cache.positions)
+        self.copy(Copy::Scatter, [values.address(), cached], width, (tables.value_rows, rows), cache.positions())
     }
 
     fn selected_rows(&self, batch: &CudaBatch) -> Result<Vec<Vec<usize>>> {

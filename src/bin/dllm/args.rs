@@ -11,11 +11,6 @@ use std::str::FromStr;
 /// Path of the sample checkpoint in the repository.
 const SAMPLE_MODEL: &str = "models/tiny-math";
 
-/// Returns the error for an argument out of its range. `name` is the flag without its dashes.
-pub fn argument(name: &'static str, expected: impl Into<String>, found: impl ToString) -> Error {
-    Error::Argument { name, expected: expected.into(), found: found.to_string() }
-}
-
 /// Parser for `--threads`.
 pub fn threads() -> RangedU64ValueParser<usize> {
     RangedU64ValueParser::new().range(1..=4096)
@@ -44,6 +39,7 @@ pub fn cache() -> impl TypedValueParser<Value = CacheMode> {
             CacheMode::Adaptive => {
                 "dLLM-Cache: also cache attention and MLP outputs of all positions, refreshed in part"
             }
+            _ => "",
         })
     }))
 }
@@ -167,7 +163,7 @@ impl Decoding {
             let message = error.to_string();
             let message = message.lines().next().unwrap_or_default().trim_start_matches("error: ");
             let expected = "flags of generate as key=value, separated by commas";
-            argument("setting", expected, format!("{setting:?}: {message}"))
+            Error::argument("setting", expected, format!("{setting:?}: {message}"))
         })?;
         Ok(parsed.decoding)
     }
@@ -194,6 +190,7 @@ impl Decoding {
                 Policy::Fixed => Policy::Fixed,
                 Policy::Threshold(default) => Policy::Threshold(self.threshold.unwrap_or(default)),
                 Policy::Factor(default) => Policy::Factor(self.factor.unwrap_or(default)),
+                other => other,
             },
             confidence: self.confidence.or(default.confidence),
             temperature: self.temperature.unwrap_or(default.temperature),
@@ -236,7 +233,7 @@ impl Decoding {
     /// [`Error::Argument`] when it is not.
     pub fn check_family(&self, family: Family) -> Result<()> {
         match self.preset {
-            Some(preset) if preset.family() != family => Err(argument(
+            Some(preset) if preset.family() != family => Err(Error::argument(
                 "preset",
                 format!("one for {family}"),
                 format!("{}, for {}", preset.name, preset.family()),
@@ -284,6 +281,6 @@ pub fn model_dir(given: Option<&Path>) -> Result<PathBuf> {
              dllm-kernels, which has {SAMPLE_MODEL}, or pass --model DIR with a downloaded LLaDA or Dream checkpoint",
             executable.display()
         );
-        argument("model", "a checkpoint directory", found)
+        Error::argument("model", "a checkpoint directory", found)
     })
 }

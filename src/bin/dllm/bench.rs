@@ -5,7 +5,7 @@ mod originals;
 mod summary;
 mod timed;
 
-use crate::args::{argument, length, model_dir, threads};
+use crate::args::{length, model_dir, threads};
 use crate::machine::{Device, Place, Roofs, device};
 use crate::output::{INTERRUPT, catch_interrupts, interrupted, note, print, print_json};
 use crate::report::{shape, shape_config};
@@ -190,9 +190,11 @@ pub fn run(args: &Bench) -> Result<()> {
     for mode in &setup.modes {
         mode.options(&setup).validate(&setup.config, &prompts).map_err(|error| match error {
             // The prompt of this command has other flags.
-            Error::Argument { name: "prompt", expected, found } => {
-                argument(if args.prompt_ids.is_empty() { "prompt-length" } else { "prompt-ids" }, expected, found)
-            }
+            Error::Argument { name: "prompt", expected, found } => Error::argument(
+                if args.prompt_ids.is_empty() { "prompt-length" } else { "prompt-ids" },
+                expected,
+                found,
+            ),
             other => other,
         })?;
     }
@@ -266,7 +268,11 @@ fn setup(args: &Bench) -> Result<Setup> {
     // Checked before a prompt of that length is allocated; `validate` checks the rest.
     let window = config.max_sequence_length;
     if args.prompt_length > window {
-        return Err(argument("prompt-length", format!("at most the model's {window} positions"), args.prompt_length));
+        return Err(Error::argument(
+            "prompt-length",
+            format!("at most the model's {window} positions"),
+            args.prompt_length,
+        ));
     }
     let prompt = if args.prompt_ids.is_empty() {
         random_prompt(&config, args.prompt_length, args.seed)?
@@ -325,7 +331,7 @@ fn random_prompt(config: &Config, len: usize, seed: u64) -> Result<Vec<u32>> {
     let special = |id: &u32| *id == config.mask_token_id || config.eos_token_ids.contains(id);
     let ids: Vec<u32> = (0..config.vocab_size as u32).filter(|id| !special(id)).collect();
     if ids.is_empty() {
-        return Err(argument("prompt-ids", "tokens for a prompt", "a vocabulary of special tokens only"));
+        return Err(Error::argument("prompt-ids", "tokens for a prompt", "a vocabulary of special tokens only"));
     }
     let mut state = seed;
     let mut next = || {

@@ -235,9 +235,9 @@ fn settings(args: &Eval) -> Result<Vec<(String, Decoding)>> {
 fn mode(options: &Options) -> String {
     let mut name = format!("cache={},policy={}", options.cache, options.policy.name());
     match options.policy {
-        Policy::Fixed => {}
         Policy::Threshold(threshold) => name += &format!(",threshold={threshold}"),
         Policy::Factor(factor) => name += &format!(",factor={factor}"),
+        _ => {}
     }
     let default = Options { cache: options.cache, ..Options::default() };
     for (flag, value, usual) in [

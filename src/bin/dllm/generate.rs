@@ -1,6 +1,6 @@
 //! `dllm generate`: generates answers to prompts.
 
-use crate::args::{Decoding, argument, model_dir};
+use crate::args::{Decoding, model_dir};
 use crate::machine::{Machine, Place};
 use crate::output::{self, INTERRUPT, OutputFile, io_error};
 use crate::watch::Watch;
@@ -88,7 +88,7 @@ impl Generate {
         }
         let tokenizer = tokenizer.ok_or_else(|| {
             let found = format!("text, but {} has no tokenizer.json or vocab.json", dir.display());
-            argument("prompt-ids", "a prompt of token ids", found)
+            Error::argument("prompt-ids", "a prompt of token ids", found)
         })?;
         let mut chat = self.chat;
         let prompts = match (&self.prompt_file, self.prompt.is_empty()) {

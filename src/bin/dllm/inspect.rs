@@ -1,12 +1,12 @@
 //! `dllm inspect`: shows the architecture of a checkpoint or public model, and the memory of a decode.
 
-use crate::args::{argument, cache, length, threads};
+use crate::args::{cache, length, threads};
 use crate::output::{print, print_json};
 use crate::report::{bytes, count, shape, shape_config, table};
 use dllm_kernels::engine::Model;
 use dllm_kernels::model::weights::Dtype;
 use dllm_kernels::model::{Config, Weights};
-use dllm_kernels::{CacheMode, Options, Result};
+use dllm_kernels::{CacheMode, Error, Options, Result};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -158,8 +158,10 @@ fn open(args: &Inspect) -> Result<(String, Config, Vec<TensorLine>)> {
         shape,
     };
     let Some(dir) = &args.dir else {
-        let name =
-            args.shape.as_deref().ok_or_else(|| argument("shape", "a checkpoint directory or --shape", "neither"))?;
+        let name = args
+            .shape
+            .as_deref()
+            .ok_or_else(|| Error::argument("shape", "a checkpoint directory or --shape", "neither"))?;
         let config = shape_config(name)?;
         let tensors = config.tensors().into_iter().map(|(name, shape)| line(name, Dtype::Bf16, shape)).collect();
         return Ok((name.into(), config, tensors));
@@ -184,7 +186,7 @@ fn answer(args: &Inspect, source: String, config: Config, tensors: Vec<TensorLin
     let window = config.max_sequence_length;
     if args.gen_length > window || args.prompt_length > window - args.gen_length {
         let expected = format!("at most the model's {window} positions, with gen-length {}", args.gen_length);
-        return Err(argument("prompt-length", expected, args.prompt_length));
+        return Err(Error::argument("prompt-length", expected, args.prompt_length));
     }
     let token = u32::from(config.mask_token_id == 0);
     let prompts = [vec![token; args.prompt_length]];

@@ -8,6 +8,10 @@ use clap::Args;
 use dllm_kernels::gpu;
 use dllm_kernels::{Error, Model, Result};
 
+/// Part of the device name that the CUDA emulator reports.
+#[cfg(feature = "cuda")]
+const EMULATOR_NAME: &str = "software device"; // words: allow
+
 /// Value of `--device`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
@@ -85,7 +89,7 @@ impl Place {
             return Ok(Place { name: "cpu".into(), device: None });
         };
         let device = gpu::Device::open(ordinal).map_err(|error| {
-            Error::Unavailable(format!("--device cuda:{ordinal}: {error}; run `dllm doctor` for details"))
+            Error::NoDevice(format!("--device cuda:{ordinal}: {error}; run `dllm doctor` for details"))
         })?;
         note(format_args!(
             "note: --device cuda is experimental: it has been tested on a CUDA emulator, not yet on a GPU"
@@ -98,7 +102,7 @@ impl Place {
     pub fn open(device: Device) -> Result<Place> {
         match device {
             Device::Cpu => Ok(Place { name: "cpu".into() }),
-            Device::Cuda(n) => Err(Error::Unavailable(format!(
+            Device::Cuda(n) => Err(Error::NoDevice(format!(
                 "--device cuda:{n}: this build has no CUDA; build dllm with the feature cuda"
             ))),
         }
@@ -109,9 +113,7 @@ impl Place {
     pub fn roofs(&self) -> Result<Option<Roofs>> {
         let Some(device) = &self.device else { return Ok(None) };
         // Drivers older than 570 report no times, and those of the CUDA emulator have no meaning.
-        if !gpu::Device::tells_times()? || self.name.contains("software device")
-        /* words: allow */
-        {
+        if !gpu::Device::supports_timing()? || self.name.contains(EMULATOR_NAME) {
             return Ok(None);
         }
         let bytes_per_second = dllm_kernels::ops::read_bandwidth::read_rate(&device.stream()?, 2 << 30, 30)?;

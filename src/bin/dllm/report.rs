@@ -1,8 +1,7 @@
 //! Numbers and tables for text output, and the shapes of public models.
 
-use crate::args::argument;
 use clap::builder::PossibleValuesParser;
-use dllm_kernels::{Config, Result};
+use dllm_kernels::{Config, Error, Result};
 
 /// Parser for `--shape`.
 pub fn shape() -> PossibleValuesParser {
@@ -12,9 +11,9 @@ pub fn shape() -> PossibleValuesParser {
 /// Returns the configuration of the public model `name`.
 ///
 /// # Errors
-/// [`Error::Argument`](dllm_kernels::Error::Argument) for an unknown name.
+/// [`Error::Argument`] for an unknown name.
 pub fn shape_config(name: &str) -> Result<Config> {
-    Config::shape(name).ok_or_else(|| argument("shape", format!("one of {}", Config::SHAPES.join(", ")), name))
+    Config::shape(name).ok_or_else(|| Error::argument("shape", format!("one of {}", Config::SHAPES.join(", ")), name))
 }
 
 /// Formats a size in the binary unit that gives a number below 1024.

@@ -52,7 +52,7 @@ struct PassTables {
 /// Checks that the kernels can run a model of this shape.
 ///
 /// # Errors
-/// [`Error::Unavailable`] names the first size that they do not support.
+/// [`Error::Unsupported`] names the first size that they do not support.
 pub fn check_model(config: &Config) -> Result<()> {
     let d_model_fits = config.d_model.is_multiple_of(8) && config.d_model <= 8192;
     let sizes = [
@@ -64,9 +64,7 @@ pub fn check_model(config: &Config) -> Result<()> {
     ];
     match sizes.into_iter().find(|(.., fits)| !fits) {
         None => Ok(()),
-        Some((name, found, expected, _)) => {
-            Err(Error::Unavailable(format!("the CUDA kernels need {name} to be {expected}, found {found}")))
-        }
+        Some((name, found, expected, _)) => Err(Error::unsupported(name, expected, found)),
     }
 }
 
@@ -74,8 +72,8 @@ impl<'m> CudaEngine<'m> {
     /// Allocates the buffers of a decode.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] when the kernels cannot run the model, or the device does not have enough free memory; the driver's
-    /// errors.
+    /// [`Error::Unsupported`] when the kernels cannot run the model; [`Error::OutOfMemory`] when the device does not have enough
+    /// free memory; the driver's errors.
     pub fn new(transformer: &'m Transformer<Cuda>, device: &Device, config: SessionConfig) -> Result<CudaEngine<'m>> {
         let model = transformer.config();
         check_model(model)?;
@@ -83,11 +81,11 @@ impl<'m> CudaEngine<'m> {
         let what = format!("{sequences} sequences of up to {} positions", config.longest());
         for (counted, found, limit) in [
             ("positions that may be committed in a pass", candidates, MAX_CANDIDATES),
-            ("sequences, with guidance twice as many,", config.limits(model).sequences, MAX_SEQUENCES),
+            ("sequences (with guidance each counts twice)", config.limits(model).sequences, MAX_SEQUENCES),
         ] {
             if found > limit {
-                let message = format!("{what} have {found} {counted} of which the kernels take {limit}");
-                return Err(Error::Unavailable(message));
+                let (expected, found) = (format!("at most {limit} {counted}"), format!("{found} in {what}"));
+                return Err(Error::Unsupported { what: "the CUDA kernels".into(), expected, found });
             }
         }
         let needed = device_bytes(&config, model, device.multiprocessors()?)?.iter().sum();
@@ -213,7 +211,7 @@ impl<'m> CudaEngine<'m> {
 
 impl Drop for CudaEngine<'_> {
     fn drop(&mut self) {
-        // The weights may be freed next, and the stream does not own them. An error here belongs to work whose result nobody reads.
+        // The weights may be freed next, and the stream does not own them. The error would belong to discarded work.
         let _ = self.stream().synchronize();
     }
 }

@@ -99,9 +99,9 @@ fn request(setup: &Setup, folder: &str) -> Value {
         let mut fields = json!({ "name": mode.name(), "cache": options.cache.name(), "steps": options.steps() });
         fields["policy"] = options.policy.name().into();
         match options.policy {
-            Policy::Fixed => {}
             Policy::Threshold(threshold) => fields["threshold"] = threshold.into(),
             Policy::Factor(factor) => fields["factor"] = factor.into(),
+            _ => {}
         }
         fields
     });

@@ -4,7 +4,6 @@ use super::Doctor;
 use super::case::{Case, Entry, ErrorBound};
 use super::machine::{Build, Loads, Machine, NEEDED, modules, modules_text};
 use super::ops;
-use crate::args::argument;
 use crate::output::{print, print_json};
 use crate::report::count;
 use dllm_kernels::gpu::{Buffer, Device, Stream, blas};
@@ -98,16 +97,16 @@ pub fn run(args: &Doctor) -> Result<()> {
 fn examine(args: &Doctor, report: &mut Report) -> Result<()> {
     let show = |text: &str| if args.json { Ok(()) } else { print(text) };
     show(&report.build.text())?;
-    let machine = Machine::this().map_err(|error| Error::Unavailable(format!("{error}; {NEEDED}")))?;
+    let machine = Machine::this().map_err(|error| Error::NoDevice(format!("{error}; {NEEDED}")))?;
     show(&machine.text())?;
     let (devices, is_software) = (machine.count(), machine.is_software(args.device));
     report.machine = Some(machine);
     if devices == 0 {
-        return Err(Error::Unavailable(format!("expected a CUDA device, found none; {NEEDED}")));
+        return Err(Error::NoDevice(format!("expected a CUDA device, found none; {NEEDED}")));
     }
     if args.device >= devices {
         let expected = format!("a device from 0 to {}", devices - 1);
-        return Err(argument("device", expected, args.device));
+        return Err(Error::argument("device", expected, args.device));
     }
     (report.device, report.software) = (Some(args.device), is_software);
     let device = Device::open(args.device)?;
@@ -118,7 +117,7 @@ fn examine(args: &Doctor, report: &mut Report) -> Result<()> {
     }
 
     let mut bench = Bench::new(&device, is_software)?;
-    if Device::tells_times()? {
+    if Device::supports_timing()? {
         bench.measure_roofs(&device, report);
     } else {
         show("times    not measured: they need a driver of 570 or later\n")?;
@@ -161,7 +160,7 @@ impl Bench {
         let stream = device.stream()?;
         let evicting = stream.zeros(if is_software { 1 << 16 } else { EVICTING_BYTES })?;
         let sink = stream.zeros(1)?;
-        let is_timed = !is_software && Device::tells_times()?;
+        let is_timed = !is_software && Device::supports_timing()?;
         Ok(Bench { stream, is_software, is_timed, evicting, sink, read_gb_per_s: f64::NAN })
     }
 
