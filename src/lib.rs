@@ -6,7 +6,7 @@
 //! (feature `tokenizers`). `Model::to_device` uploads the weights to a CUDA device (feature `cuda`), where the generator then
 //! decodes.
 //!
-//! Host engines call single ops on their own device pointers and stream: `ops` has one module per kernel, `gpu` has devices,
+//! Other inference engines call single ops on their own device pointers and stream: `ops` has one module per kernel, `gpu` has devices,
 //! streams and buffers, and `abi` has the parameter structs that C, C++ and Rust share.
 //!
 //! A [`Model`] can be shared between threads; each decode has its own buffers. CPU work runs on the current rayon pool.

@@ -282,7 +282,7 @@ fn without_a_change_position_decides() {
 
 /// Logits that were never compared with unconditional logits cannot be guided: an error names sequence and position.
 #[test]
-fn twins_that_never_ran() {
+fn unconditional_sequences_that_never_ran() {
     let model = model(Family::Llada);
     let options = Options { cfg_scale: 1.0, cfg_interval: 2, ..options(5, 3, 0.25) };
     let tokens = [vec![1, 2], vec![MASK; GEN]].concat();

@@ -597,7 +597,7 @@ def test_sources(mutant):
         stem = source_path(mutant).with_suffix("")
         return [source_path(mutant), *stem.glob("*.rs")]
     name = mutant.test.split("::")[0]
-    folders = [ROOT / "tests", ROOT / "tests/ops"]
+    folders = [ROOT / "tests"]
     return [path for folder in folders for path in [folder / f"{name}.rs", *folder.glob(f"{name}/**/*.rs")]]
 
 

@@ -3,7 +3,7 @@
 use super::UpdateRanges;
 use crate::tensor::Heads;
 
-/// Rows of one sequence in a pass: the visible keys `start .. end` of the sequence.
+/// Query rows of one sequence in a pass: the positions `start .. end`. They can attend to the keys `0 .. num_keys`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SequenceRows {
     /// Index of the sequence in the batch. Unconditional sequences of guidance come after all others.
@@ -49,18 +49,18 @@ pub struct SessionLimits {
     pub selects_rows: bool,
 }
 
-/// Padded sizes of a pass. One captured graph serves all passes of the same bucket.
+/// Padded sizes of a pass. A captured graph serves passes of one kind with the same bucket, plan and sampling parameters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct LaunchBucket {
     /// Rows.
     pub rows: usize,
-    /// Rows of one sequence.
+    /// Rows of the sequence with the most rows.
     pub longest: usize,
     /// Rows that need logits.
     pub logit_rows: usize,
     /// Rows that run in layers with a [`super::RowUpdate`].
     pub selected: usize,
-    /// Rows of one sequence that run in such layers.
+    /// Rows of the sequence with the most rows that run in such layers.
     pub longest_selected: usize,
 }
 

@@ -28,7 +28,7 @@ pub enum Residual<'a, B: Backend> {
     None,
     /// Row i of this buffer is added to row i.
     Rows(&'a B::Buffer),
-    /// Cached features are added: row `first_row + p`, where p is the row's place in the cache.
+    /// Cached features are added: row `first_row + p`, where p is the sequence's `cache_base` plus the position.
     Features(&'a B::Buffer, usize),
 }
 
@@ -44,7 +44,7 @@ pub trait Backend: Sized {
     type Matrix;
     /// A weight vector.
     type Vector;
-    /// Rotated keys and values, `[layers, positions, kv_width]` each, of all sequences.
+    /// Keys, which are rotated, and values, `[layers, positions, kv_width]` each, of all sequences.
     type KvCache;
     /// Metadata of a pass, as the device stores it.
     type Batch;

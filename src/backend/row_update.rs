@@ -34,8 +34,8 @@ impl QkvRows {
 pub struct RowUpdate {
     /// Rows that are always recomputed.
     pub always: UpdateAlways,
-    /// Share of the other rows that are recomputed: those whose values changed most since they were cached. The cached values of
-    /// all other rows are then replaced. `None`: no other row is recomputed, and cached values stay.
+    /// Share of the other rows that are recomputed: those whose values changed most since they were cached. V-verify then stores
+    /// the fresh values of all of them, selected or not. `None`: no other row is recomputed, and cached values stay.
     pub others: Option<Ratio>,
 }
 

@@ -77,9 +77,9 @@ impl FromStr for CacheMode {
 /// Kind of a forward pass: the part of the sequence that it computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PassKind {
-    /// All positions.
+    /// All positions, up to the end of the suffix window.
     Full,
-    /// The response, and the masks of the prompt with every position after the first of them.
+    /// The response, with Dream also the row before it, and every position after the first mask of the prompt.
     Response,
     /// The block and every position after it.
     Suffix,

@@ -24,8 +24,8 @@ pub struct Generation {
     pub elapsed: Duration,
     /// Whether the decode was interrupted. The tokens then contain mask tokens.
     pub interrupted: bool,
-    /// Multiply-accumulates (MACs) of matrix products and attention in these passes. On a CUDA device this includes first layers
-    /// that were enqueued in advance and discarded.
+    /// Multiply-accumulates (MACs) of matrix products and attention in these passes. On a CUDA device this includes padded
+    /// logit rows, and first layers that were enqueued in advance and discarded.
     pub macs: u64,
     end_tokens: Vec<u32>,
 }
@@ -48,7 +48,8 @@ impl Generation {
     }
 }
 
-/// Generates answers with a model. A generator can be used any number of times, and from several threads.
+/// Generates answers with a model. A generator can be used any number of times, and from several threads. The setters of optional
+/// settings also accept `None`, the default.
 ///
 /// ```
 /// # fn main() -> dllm_kernels::Result<()> {
@@ -100,7 +101,7 @@ impl<'m> Generator<'m> {
         self
     }
 
-    /// The options, to change them in place. An optional setting can be set back to `None` here.
+    /// The options, to change them in place.
     pub fn options_mut(&mut self) -> &mut Options {
         &mut self.options
     }
@@ -115,9 +116,9 @@ impl<'m> Generator<'m> {
         /// See [`Options::gen_length`].
         gen_length: usize;
         /// See [`Options::block_length`].
-        block_length: usize;
+        block_length: impl Into<Option<usize>>;
         /// See [`Options::steps`].
-        steps: usize;
+        steps: impl Into<Option<usize>>;
         /// See [`Options::cache`].
         cache: CacheMode;
         /// See [`Options::prompt_interval`].
@@ -125,29 +126,31 @@ impl<'m> Generator<'m> {
         /// See [`Options::response_interval`].
         response_interval: usize;
         /// See [`Options::refresh_ratio`].
-        refresh_ratio: f64;
+        refresh_ratio: impl Into<Option<f64>>;
         /// See [`Options::refresh_prompt_every`].
         refresh_prompt_every: usize;
         /// See [`Options::vicinity`].
         vicinity: usize;
         /// See [`Options::suffix_window`].
-        suffix_window: usize;
+        suffix_window: impl Into<Option<usize>>;
         /// See [`Options::policy`].
         policy: Policy;
         /// See [`Options::confidence`].
-        confidence: Confidence;
+        confidence: impl Into<Option<Confidence>>;
         /// See [`Options::temperature`].
         temperature: f64;
         /// See [`Options::alg_temp`].
         alg_temp: f64;
         /// See [`Options::top_p`].
-        top_p: f64;
+        top_p: impl Into<Option<f64>>;
         /// See [`Options::top_k`].
-        top_k: usize;
+        top_k: impl Into<Option<usize>>;
         /// See [`Options::cfg_scale`].
         cfg_scale: f64;
         /// See [`Options::cfg_interval`].
         cfg_interval: usize;
+        /// See [`Options::eps`].
+        eps: f64;
         /// See [`Options::seed`].
         seed: u64;
         /// See [`Options::early_stop`].
@@ -161,9 +164,10 @@ impl<'m> Generator<'m> {
     /// # Errors
     /// - [`crate::Error::Argument`], before any work, when options or prompts do not fit the model.
     /// - [`crate::Error::OutOfMemory`] when there is no memory for the decode.
+    /// - [`crate::Error::Unsupported`] when the batch is larger than the CUDA kernels support.
     /// - [`crate::Error::NoFiniteLogit`] when the logits of a candidate are not finite.
     /// - The driver's errors, on a CUDA device.
-    pub fn generate(&self, prompts: &[Vec<u32>]) -> Result<Generation> {
+    pub fn generate(&self, prompts: &[impl AsRef<[u32]>]) -> Result<Generation> {
         self.generate_observed(prompts, &mut ())
     }
 
@@ -171,13 +175,14 @@ impl<'m> Generator<'m> {
     ///
     /// # Errors
     /// As [`Generator::generate`].
-    pub fn generate_observed(&self, prompts: &[Vec<u32>], observer: &mut dyn Observer) -> Result<Generation> {
+    pub fn generate_observed(&self, prompts: &[impl AsRef<[u32]>], observer: &mut dyn Observer) -> Result<Generation> {
         let config = self.model.config();
-        self.options.validate(config, prompts)?;
+        let prompts: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.as_ref().to_vec()).collect();
+        self.options.validate(config, &prompts)?;
         self.model.check(&self.options.requirements())?;
-        let mut engine = self.model.engine(self.options.sizes(config, prompts))?;
+        let mut engine = self.model.engine(self.options.sizes(config, &prompts))?;
         let start = Instant::now();
-        let decoded = decode(&mut *engine, config, prompts, &self.options, self.interrupt, observer)?;
+        let decoded = decode(&mut *engine, config, &prompts, &self.options, self.interrupt, observer)?;
         Ok(Generation {
             tokens: decoded.tokens,
             nfe: decoded.nfe,

@@ -1,4 +1,8 @@
 //! From prompts to answers: options, the published decoding algorithms, and the loops that run them over an engine.
+//!
+//! The path of one step: [`Generator::generate`] calls [`decode`], which calls the function of the selected algorithm
+//! (`algorithms`). That function describes the passes over each block (`block_loop`). They run one at a time on the host
+//! (`host_loop`), or all of them on the device (`device_loop`).
 
 mod algorithms;
 mod block_loop;

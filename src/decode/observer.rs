@@ -15,12 +15,12 @@ pub struct Step<'a> {
     pub sequences: Vec<SequenceStep<'a>>,
 }
 
-/// One sequence of a [`Step`]. Positions count from the start of the prompt.
+/// One sequence of a [`Step`]. Positions count from the start of the prompt, except in `selected_rows`.
 #[derive(Clone, Debug)]
 pub struct SequenceStep<'a> {
     /// Whether the sequence was active. An inactive sequence had no candidates.
     pub active: bool,
-    /// Positions that the pass computed.
+    /// Positions of this kind of pass. With the adaptive cache these are all positions, although fewer may be computed.
     pub window: Range<usize>,
     /// The block being decoded.
     pub block: Range<usize>,
@@ -51,7 +51,7 @@ pub trait Observer {
     /// Receives the result of each forward pass.
     fn step(&mut self, _step: &Step) {}
 
-    /// Receives the final tokens of a sequence, from the start of its generated region. Called after each block, and at the end.
+    /// Receives the final tokens of a sequence, from the start of its generated region. Called after each block.
     fn finalized(&mut self, _sequence: usize, _tokens: &[u32]) {}
 }
 

@@ -16,7 +16,8 @@ pub enum Policy {
     /// 3.3). In (0, 1].
     Threshold(f64),
     /// Fast-dLLM's factor f (section 3.3): the n most confident tokens, with the largest n for which
-    /// `(n + 1) (1 - c_n) < f`, where `c_n` is the n-th confidence. Finite and above 0; a larger factor commits more.
+    /// `(n + 1) (1 - c_n) <= f`, where `c_n` is the n-th confidence. At least one token, and all if
+    /// only the last fails. Finite and above 0; a larger factor commits more.
     Factor(f64),
 }
 
@@ -63,7 +64,8 @@ impl std::str::FromStr for Policy {
 /// # assert_eq!(options.block_length(), 32);
 /// ```
 ///
-/// [`Options::validate`] checks the ranges. An option of another cache or policy than the selected one has no effect.
+/// [`Options::validate`] checks the ranges. An option of another cache or policy than the selected one must be
+/// in range too, and has no effect.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Number of tokens to generate for each prompt, at least 1. Prompt and generated tokens must fit the model's context.
@@ -131,7 +133,7 @@ pub struct Options {
     /// Last timestep of Dream's schedule, in (0, 1). Applies to Dream with [`Policy::Fixed`]. Default: 0.001.
     pub eps: f64,
     /// Seed of every random number. The random numbers of a sequence do not depend on the batch: equal prompts of a batch
-    /// get equal answers, and another seed gives another answer. Default: 0.
+    /// get equal answers, and another seed draws other numbers. Default: 0.
     pub seed: u64,
     /// Whether a sequence ends at its first end-of-text token that has no mask before it. Such tokens are the model's and
     /// `end_tokens`. Default: false.

@@ -75,8 +75,8 @@ pub trait DecodeEngine {
 /// Number of kernels and products in a captured pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct KernelCounts {
-    /// Of the first layer, which computes all rows. Partial layers have other counts.
+    /// Nodes of the first layer, without the embedding. Partial layers have other counts.
     pub layer: usize,
-    /// Of the whole pass.
+    /// Nodes of both graphs.
     pub pass: usize,
 }

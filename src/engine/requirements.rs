@@ -1,9 +1,9 @@
-//! Properties of a decode that an engine may not support, and the checks of the engines.
+//! Properties of a decode that some engines do not support, and the checks of the engines.
 
 #[cfg(feature = "cuda")]
 use crate::error::{Error, Result};
 
-/// Properties of a decode that an engine may not support. The caller fills the fields; an engine checks them before any
+/// Properties of a decode that some engines do not support. The caller fills the fields; an engine checks them before any
 /// work.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct EngineRequirements {

@@ -186,7 +186,7 @@ impl<B: Backend> Session<'_, B> {
         backend.linear(&b.normed, head, None, &mut b.logits, rows)
     }
 
-    /// Returns the multiply-accumulates of matrix products and attention in these layers of pass `pass`, without padded rows.
+    /// Returns the multiply-accumulates of matrix products and attention in these layers of pass `pass`, without padded query rows; padded logit rows count.
     /// Index `num_layers` is the head.
     pub(crate) fn pass_macs(&self, pass: usize, plan: &dyn CachePlan, range: Range<usize>) -> u64 {
         let Transformer { config, layers, .. } = self.transformer;

@@ -133,7 +133,7 @@ impl<'m, B: Backend> Session<'m, B> {
         self.selected = observed.then(Vec::new);
     }
 
-    /// The rows that V-verify selected in the last pass; empty when it was not observed.
+    /// The rows that V-verify selected since the last call of `observe`; empty when passes are not observed.
     pub fn selected_rows(&self) -> &[SelectedRows] {
         self.selected.as_deref().unwrap_or_default()
     }
@@ -256,11 +256,11 @@ impl<'m, B: Backend> Session<'m, B> {
 
     /// Runs one pass over `tokens`, one vector per sequence. The logits of row `logit_rows[i]` become row i of the logits buffer.
     ///
-    /// `hidden`, when given, receives the residual stream after the embedding and after every layer but the last, and the output
-    /// of the final norm.
+    /// `hidden`, when given, receives the residual stream `[rows, d_model]` after the embedding and after every layer but the last,
+    /// and the output of the final norm, `[logit rows, d_model]`.
     ///
     /// # Errors
-    /// The device's; the CPU has none.
+    /// Errors of the device. The CPU backend returns none.
     ///
     /// # Panics
     /// When the pass is larger than the [`SessionConfig`] allows, a token is not in the vocabulary, the plan uses a cache that the

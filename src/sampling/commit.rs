@@ -17,8 +17,8 @@ pub enum CommitRule {
         /// Number of candidates that are considered.
         top_n: usize,
     },
-    /// Fast-dLLM's factor f: the n most confident candidates while `(n + 1) (1 - c_n) < f`, where `c_n` is the confidence of the
-    /// n-th.
+    /// Fast-dLLM's factor f: the n most confident candidates with the largest n for which `(n + 1) (1 - c_n) <= f`, where `c_n` is
+    /// the confidence of the n-th. At least one; all candidates if only the last one fails.
     Factor(f64),
 }
 

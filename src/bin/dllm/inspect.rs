@@ -161,7 +161,7 @@ fn open(args: &Inspect) -> Result<(String, Config, Vec<TensorLine>)> {
         let name = args
             .shape
             .as_deref()
-            .ok_or_else(|| Error::argument("shape", "a checkpoint directory or --shape", "neither"))?;
+            .ok_or_else(|| Error::argument("DIR", "a checkpoint directory or --shape", "neither"))?;
         let config = shape_config(name)?;
         let tensors = config.tensors().into_iter().map(|(name, shape)| line(name, Dtype::Bf16, shape)).collect();
         return Ok((name.into(), config, tensors));
