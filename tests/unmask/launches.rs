@@ -115,7 +115,7 @@ fn wrong_calls_name_the_field() {
     let row = |token, position| Row { token, logits_row: 0, position };
     let table = |rows: &[Vec<Row>]| RowTable::new(&stream, rows).err().unwrap().to_string();
     assert!(table(&[vec![row(0, 1), row(1, 1)]]).contains("rows: expected ascending positions"));
-    assert!(table(&[vec![row(0, 0)], vec![row(0, 0)]]).contains("rows: expected tokens of their own, found 0 twice"));
+    assert!(table(&[vec![row(0, 0)], vec![row(0, 0)]]).contains("rows: expected distinct tokens, found 0 twice"));
     assert!(table(&[vec![row(1 << 40, 0)]]).contains("token: expected at most 2147483647"));
     assert!(error(&|_, c| c.commit_rule = vec![CommitRule::Factor(0.0)]).contains("factor: expected a number above 0"));
     assert!(error(&|_, c| c.stride = 60).contains("at least the width, 64"));
