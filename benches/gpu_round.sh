@@ -30,7 +30,11 @@ python=${PYTHON:-python3}
 
 # Small cases of the tests; a name that does not exist fails the stage. Long cases and those that provoke driver errors are left out.
 declare -A small=(
-  [advance]="failures lies_do_no_harm masks_and_ends_at_every_position numbers_that_cannot_be replays unmasks_by_itself"
+  [advance]="graph::on_device::unmasks_without_the_host invalid_device_data::on_device::counters_wrap
+    invalid_device_data::on_device::failures invalid_device_data::on_device::invalid_carry_over_schedules
+    invalid_device_data::on_device::invalid_dream_schedules invalid_device_data::on_device::invalid_llada_schedules
+    invalid_device_data::on_device::ranges_outside_the_tokens states::on_device::masks_and_ends_at_every_position
+    states::on_device::replays"
   [attention]="invalid_device_data::on_device::a_graph_follows_the_device invalid_device_data::on_device::absent_segments
     invalid_device_data::on_device::in_place_from_a_projection invalid_device_data::on_device::without_lse reference::on_device::equals_pytorch
     the_same_bits_in_every_order"
@@ -45,11 +49,17 @@ declare -A small=(
   [gather_scatter]="copies_elements_of_every_type copies_rows counts_on_the_device leaves_them_out_without_a_failure_word leaves_out_rows_out_of_range replays"
   [tiles]="lists_change_under_a_graph lists_of_the_caller"
   [swiglu]="counts_on_the_device equals_the_reference passes_on_what_is_not_finite replays same_bits_whatever_else_runs"
-  [unmask]="a_graph_unmasks_everything dreams_shift_is_a_row_map golden::llada guidance indices_out_of_range min_logits
-    nan_and_infinities positions_past_the_window_are_scored_and_left rows_drawn_by_alg_temp rows_without_a_finite_logit
-    sequences_without_rows_or_masks the_mask_token_is_never_chosen the_same_bits_in_every_order"
-  [vverify]="a_captured_launch_follows_its_maps a_captured_launch_follows_the_device cached_rows_by_a_map
-    fresh_rows_by_a_map gather_takes_the_selected_rows golden_cases lies_in_cu_rows_do_no_harm room_for_more_rows_than_there_are what_is_not_a_number_counts_as_turned_most"
+  [unmask]="commits::once_on_device::positions_past_the_window_are_scored_and_left commits::once_on_device::rows_drawn_by_alg_temp
+    commits::once_on_device::sequences_without_rows_or_masks confidences::once_on_device::dreams_shift_is_a_row_map
+    confidences::once_on_device::guidance filters::once_on_device::min_logits golden::once_on_device::llada
+    launches::once_on_device::a_graph_unmasks_everything launches::once_on_device::indices_out_of_range
+    launches::once_on_device::the_same_bits_in_every_order logits::once_on_device::nan_and_infinities
+    logits::once_on_device::rows_without_a_finite_logit logits::once_on_device::the_mask_token_is_never_chosen"
+  [vverify]="launches::on_device::a_captured_launch_follows_its_maps launches::on_device::a_captured_launch_follows_the_device
+    launches::on_device::gather_takes_the_selected_rows launches::on_device::invalid_cu_rows
+    maps::on_device::cached_rows_by_a_map maps::on_device::fresh_rows_by_a_map
+    selection::on_device::fewer_rows_than_the_maximum selection::on_device::golden_cases
+    selection::on_device::nan_counts_as_the_lowest"
 )
 
 die() {
@@ -70,7 +80,10 @@ programs() {
 pack() {
   cd "$(dirname "$here")" || return 1
   local tests=() benches=() file name path stem bytes
-  for file in $(grep -l '^mod common;' tests/*.rs); do tests+=(--test "$(basename "$file" .rs)"); done
+  for file in $(grep -l '^mod common;' tests/*.rs tests/*/main.rs); do
+    file=${file%/main.rs}
+    tests+=(--test "$(basename "$file" .rs)")
+  done
   for file in $(grep -l '^mod gpu;' benches/*.rs); do benches+=(--bench "$(basename "$file" .rs)"); done
   rm -rf "$folder"
   local content
@@ -92,8 +105,8 @@ pack() {
   # Without paths of this machine.
   for path in "$content"/tests/*; do
     name=$(basename "$path")
-    if grep -rn CARGO_MANIFEST_DIR "tests/$name.rs" $(ls -d "tests/$name" 2>/dev/null); then
-      echo "tests/$name.rs finds files by a path of this machine: use common::golden_dir or common::model_dir" >&2
+    if grep -rn CARGO_MANIFEST_DIR $(ls -d "tests/$name.rs" "tests/$name" 2>/dev/null); then
+      echo "tests/$name finds files by a path of this machine: use common::golden_dir or common::model_dir" >&2
       return 1
     fi
   done

@@ -1,7 +1,7 @@
-//! Residual add and RMSNorm compared with the reference, through the launch code of the library.
+//! Compares residual add and RMSNorm, launched by the shipped code, with the reference in f64.
 //!
-//! The residual stream must be bit-equal: one rounding of an exact sum. The result must be that of the reference for a
-//! scale within [`SCALE`] of the exact one: both of its roundings keep order, so it lies between the results for the ends.
+//! The residual stream must be bit-equal: it is one rounding of an exact sum. The kernel's scale is within [`SCALE`] of the exact
+//! one. Both roundings of the result are monotonic, so the result must be between those for the two ends of the scale.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -27,9 +27,9 @@ on_device! {
     wrong_sizes_are_errors,
 }
 
-/// Relative error of the scale: a sum of squares in f32 with at most 40 roundings on the way of each (the square, 31
-/// within a thread, 8 between threads), division and eps, of which the square root halves the error; and the roundings of
-/// root and reciprocal. Half a unit in the last place each.
+/// Bound of the relative error of the scale. The sum of squares in f32 rounds each square at most 40 times (the square itself, 31
+/// sums within a thread, 8 between threads); division and eps round twice more. The square root halves these errors. Root and
+/// reciprocal add one rounding each. A rounding is half a unit in the last place.
 const SCALE: f64 = (42.0 / 2.0 + 2.0) / (1 << 24) as f64;
 
 #[derive(Clone)]
@@ -50,7 +50,7 @@ impl<T: Float> Case<T> {
         Case { width, x, delta: Some(delta), delta_row: None, weight, eps: 1e-5, count: None }
     }
 
-    /// One row without delta, with weights of 1.
+    /// Makes one row without delta, with weights of 1.
     fn row(x: &[f32]) -> Case<T> {
         let x: Vec<T> = x.iter().map(|x| T::of(*x)).collect();
         Case {
@@ -64,7 +64,7 @@ impl<T: Float> Case<T> {
         }
     }
 
-    /// `x` and `out` after a launch, with what lies between their rows.
+    /// Launches norm and returns `x` and `out`, including the elements between their rows.
     fn run(&self) -> [Vec<T>; 2] {
         let (width, stream) = (self.width, stream());
         let rows = self.x.len() / width;
@@ -94,7 +94,7 @@ impl<T: Float> Case<T> {
             num_delta_rows: delta_row.as_ref().map_or(0, |_| self.delta.as_ref().map_or(0, Vec::len) / width) as i32,
             reserved: 0,
         };
-        // SAFETY: the buffers are as large as the struct says, and stay until the stream has been waited for.
+        // SAFETY: the buffers are as large as the struct says, and stay until the stream is synchronised.
         unsafe { norm::launch_raw(stream.device(), stream.raw(), &params) }.unwrap();
         [x.read().unwrap(), out.read().unwrap()]
     }
@@ -129,7 +129,7 @@ impl<T: Float> Case<T> {
     }
 }
 
-/// One vector, widths that fill no round of the block's 256 threads, and those of the models.
+/// Widths of one vector, of a fraction of the 256 threads of a block, and of published models.
 fn equals_the_reference() {
     fn check<T: Float>() {
         let random = &mut Random(1);
@@ -153,7 +153,7 @@ fn counts_on_the_device() {
     }
 }
 
-/// Rows of delta in another order, more and fewer than there are of x; those out of range add nothing.
+/// Rows of delta in any order, more and fewer than rows of x. Rows out of range add nothing.
 fn adds_rows_by_a_map() {
     fn check<T: Float>() {
         let random = &mut Random(6);
@@ -173,13 +173,13 @@ fn adds_rows_by_a_map() {
         let case = Case::<T>::new(random, 6, 24);
         let [mapped, plain] = [Some((0..6).collect()), None].map(|delta_row| Case { delta_row, ..case.clone() }.run());
         for (mapped, plain) in mapped.iter().zip(&plain) {
-            same_bits("each its own", mapped, plain);
+            same_bits("identity map", mapped, plain);
         }
-        // Nothing added is not a zero added: minus zero stays, and so do the bits of a NaN.
+        // Nothing is added, not even a zero: minus zero and the bits of a NaN remain.
         let edge = [-0.0, f32::NAN, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
         let case = Case { delta: Some(vec![T::of(0.0); 8]), delta_row: Some(vec![-1]), ..Case::<T>::row(&edge) };
         case.check("nothing added");
-        // Without a delta the map is not looked at.
+        // Without a delta the map is ignored.
         Case { delta: None, ..case }.check("no delta");
     }
     check::<bf16>();
@@ -187,7 +187,7 @@ fn adds_rows_by_a_map() {
     check::<f32>();
 }
 
-/// A row's bits are its own: they depend neither on the order of threads nor on the other rows.
+/// The bits of a row depend neither on the order of threads nor on the other rows.
 fn same_bits_whatever_else_runs() {
     let (width, rows) = (3584, 6);
     let case = Case::<f32>::new(&mut Random(3), rows, width);
@@ -203,7 +203,7 @@ fn same_bits_whatever_else_runs() {
     }
 }
 
-/// Sums halfway between two neighbours, where the type's steps are 2.
+/// Sums halfway between two neighbours, where neighbours are 2 apart.
 fn rounds_ties_to_even() {
     fn check<T: Float>(step: f32) {
         let unit = [step, step + 2.0, step + 4.0, step + 6.0];
@@ -222,9 +222,9 @@ fn passes_on_what_is_not_finite() {
     fn check<T: Float>() {
         let (nan, inf) = (f32::NAN, f32::INFINITY);
         let row = [1.0, -2.0, 3.0, -4.0, 0.0, -0.0, 0.5, 8.0];
-        let with = |place: usize, value: f32| {
+        let with = |index: usize, value: f32| {
             let mut row = row;
-            row[place] = value;
+            row[index] = value;
             Case::<T>::row(&row)
         };
         with(3, nan).check("NaN");
@@ -245,14 +245,14 @@ fn passes_on_what_is_not_finite() {
     check::<bf16>();
     check::<f16>();
     check::<f32>();
-    // f16 itself overflows long before f32 does.
+    // f16 overflows at much smaller values than f32.
     let case = Case::<f16>::row(&[f16::LARGEST, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
     Case { delta: Some(vec![f16::of(16.0); 8]), ..case.clone() }.check("a sum that is infinite");
     Case { delta: Some(vec![f16::of(15.0); 8]), ..case.clone() }.check("a sum that is the largest number");
     Case { weight: vec![f16::of(f16::LARGEST); 8], ..case }.check("a result that is infinite");
 }
 
-/// Squares that overflow f32 make a row of zeros, as in the reference implementations; the f64 reference has no such limit.
+/// Squares beyond the range of f32 give a row of zeros, as in the reference implementations. In f64 they do not overflow.
 fn overflows_like_f32() {
     fn check<T: Float>() {
         let large: Vec<f32> = [1e18, 1e19, -2e19, T::LARGEST].into_iter().cycle().take(8).collect();
@@ -265,7 +265,7 @@ fn overflows_like_f32() {
     Case::<f16>::row(&[f16::LARGEST; 4096]).check("large");
 }
 
-/// One capture of the safe launch; the map changes on the device.
+/// One capture of the safe launch, while the map changes on the device.
 fn replays_with_a_map() {
     let (random, stream) = (&mut Random(7), stream());
     let (rows, width, eps) = (4, 24, 1e-5);
@@ -286,7 +286,7 @@ fn replays_with_a_map() {
         case.check("as replayed");
         map.write(&delta_row).unwrap();
         x.write(&case.x).unwrap();
-        // SAFETY: the buffers are still there, and of this stream.
+        // SAFETY: the buffers live, and belong to this stream.
         unsafe { graph.launch() }.unwrap();
         let [want_x, want_out] = case.run();
         same_bits("x", &spread(&x.read().unwrap(), width, width + 8), &want_x);
@@ -294,7 +294,7 @@ fn replays_with_a_map() {
     }
 }
 
-/// One capture of the safe launch; count and rows change on the device, and each replay follows them.
+/// One capture of the safe launch, while count and rows change on the device.
 fn replays() {
     device().preload().unwrap();
     let (random, stream) = (&mut Random(5), stream());
@@ -323,7 +323,7 @@ fn replays() {
         for _ in 0..2 {
             x.write(&fresh.x).unwrap();
             out.write(&vec![poison(); rows * width]).unwrap();
-            // SAFETY: the buffers are still there, and of this stream.
+            // SAFETY: the buffers live, and belong to this stream.
             unsafe { graph.launch() }.unwrap();
             same_bits("x", &x.read().unwrap(), &want[0]);
             same_bits("out", &out.read().unwrap(), &want[1]);

@@ -1,5 +1,6 @@
-//! Rotary embedding and the writes to the cache compared with the reference, through the launch code of the library. The reference
-//! defines every rounding, so all must be bit-equal: the rotated rows, the cache, and the memory that must stay untouched.
+//! Compares rotary embedding and the writes to the cache, launched by the shipped code, with the reference.
+//!
+//! The reference defines every rounding. So the rotated rows, the cache, and the elements that must not be written are bit-equal.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -39,12 +40,12 @@ struct Case<T> {
     num_cache_rows: usize,
     cache_row: Vec<i32>,
     count: Option<i32>,
-    /// Whether rows have values, and there is a cache for them.
+    /// Whether rows have values, and a cache for them.
     values: bool,
 }
 
-/// Outputs of a launch, with the padding between rows: qkv, keys, values.
-type Left<T> = [Vec<T>; 3];
+/// Results of a launch, including the elements between rows: qkv, cached keys, cached values.
+type Output<T> = [Vec<T>; 3];
 
 impl<T: Float> Case<T> {
     fn new(random: &mut Random, rows: usize, heads: Heads) -> Case<T> {
@@ -66,25 +67,25 @@ impl<T: Float> Case<T> {
         self.heads.num_kv_heads * self.heads.head_dim
     }
 
-    /// Of a row of qkv.
+    /// Returns the width of a row of qkv.
     fn width(&self) -> usize {
         self.heads.qkv_width() - if self.values { 0 } else { self.kv_width() }
     }
 
-    /// Of rows of qkv and of the caches.
+    /// Returns the strides of qkv and of the caches.
     fn strides(&self) -> [usize; 2] {
         [self.width() + 8, self.kv_width() + 16]
     }
 
-    /// The same rows, and no values.
+    /// Returns the same rows without values.
     fn without_values(&self) -> Case<T> {
         let width = self.width() - self.kv_width();
         let qkv = self.qkv.chunks_exact(self.width()).flat_map(|row| &row[..width]).copied().collect();
         Case { qkv, values: false, ..self.clone() }
     }
 
-    /// Outputs of a launch, and its reported failure.
-    fn run(&self) -> (Left<T>, i32) {
+    /// Launches rope and returns its results and the failure code.
+    fn run(&self) -> (Output<T>, i32) {
         let [qkv_stride, cache_stride] = self.strides();
         let stream = stream();
         let qkv = stream.upload(&spread(&self.qkv, self.width(), qkv_stride)).unwrap();
@@ -115,13 +116,13 @@ impl<T: Float> Case<T> {
             dtype: T::DTYPE as i32,
             reserved: 0,
         };
-        // SAFETY: the buffers are as large as the struct says, and stay until the stream has been waited for.
+        // SAFETY: the buffers are as large as the struct says, and stay until the stream is synchronised.
         unsafe { rope::launch_raw(stream.device(), stream.raw(), &params) }.unwrap();
         ([qkv, k, v].map(|buffer| buffer.read().unwrap()), failed.read().unwrap()[0])
     }
 
-    /// The same by the reference.
-    fn want(&self) -> (Left<T>, i32) {
+    /// Returns the results of the reference.
+    fn want(&self) -> (Output<T>, i32) {
         let (width, kv_width) = (self.width(), self.kv_width());
         let mut angles = Angles::default();
         angles.extend(THETA, self.heads.head_dim, NUM_POSITIONS);
@@ -130,18 +131,19 @@ impl<T: Float> Case<T> {
         let mut failed = DLLM_NONE_FAILED;
         let counted = self.count.map_or(self.positions.len(), |count| count.max(0) as usize);
         for (i, row) in qkv.chunks_exact_mut(width).enumerate().take(counted) {
-            let (position, to) = (self.positions[i], self.cache_row[i]);
-            if !(0..NUM_POSITIONS as i32).contains(&position) || !(-1..self.num_cache_rows as i32).contains(&to) {
+            let (position, cache_row) = (self.positions[i], self.cache_row[i]);
+            if !(0..NUM_POSITIONS as i32).contains(&position) || !(-1..self.num_cache_rows as i32).contains(&cache_row)
+            {
                 failed = DLLM_INDEX_FAILED;
                 continue;
             }
-            let (turned, values) = row.split_at_mut(if self.values { width - kv_width } else { width });
-            let mut wide = widened(turned);
+            let (rotated, values) = row.split_at_mut(if self.values { width - kv_width } else { width });
+            let mut wide = widened(rotated);
             rotate_rounded(&mut wide, self.heads.head_dim, angles.at(position as usize), T::round);
-            turned.copy_from_slice(&narrowed::<T>(&wide));
-            if let Ok(to) = usize::try_from(to) {
-                k[to * kv_width..][..kv_width].copy_from_slice(&turned[turned.len() - kv_width..]);
-                v[to * kv_width..][..values.len()].copy_from_slice(values);
+            rotated.copy_from_slice(&narrowed::<T>(&wide));
+            if let Ok(cache_row) = usize::try_from(cache_row) {
+                k[cache_row * kv_width..][..kv_width].copy_from_slice(&rotated[rotated.len() - kv_width..]);
+                v[cache_row * kv_width..][..values.len()].copy_from_slice(values);
             }
         }
         let [qkv_stride, cache_stride] = self.strides();
@@ -161,7 +163,7 @@ impl<T: Float> Case<T> {
     }
 }
 
-/// All widths of a head; one head, groups, and the shapes of the models.
+/// Every head dimension; one head, groups, and the shapes of published models.
 fn equals_the_reference() {
     fn check<T: Float>() {
         let random = &mut Random(1);
@@ -186,17 +188,17 @@ fn counts_on_the_device() {
 
 fn leaves_out_rows_out_of_range() {
     let case = Case::<f16>::new(&mut Random(3), 5, heads(4, 2, 32));
-    for place in [0, 4] {
+    for row in [0, 4] {
         for wrong in [-1, NUM_POSITIONS as i32, i32::MAX, i32::MIN] {
             let mut case = case.clone();
-            case.positions[place] = wrong;
+            case.positions[row] = wrong;
             case.check("position");
-            case.count = Some(4); // rows past the count are not read
+            case.count = Some(4); // rows from the count on are not read
             case.check("position");
         }
         for wrong in [-2, 8, i32::MAX, i32::MIN] {
             let mut case = case.clone();
-            case.cache_row[place] = wrong;
+            case.cache_row[row] = wrong;
             case.check("cache row");
         }
     }
@@ -210,7 +212,7 @@ fn rows_may_stay_out_of_the_cache() {
     Case { cache_row: vec![-1; 5], ..case }.check("all");
 }
 
-/// The safe launch, where there are no caches; and with them.
+/// The safe launch, without and with caches.
 fn rotates_without_caches() {
     let case = Case::<bf16>::new(&mut Random(5), 5, heads(28, 4, 128));
     let (width, kv_width, [qkv_stride, cache_stride]) = (case.heads.qkv_width(), case.kv_width(), case.strides());
@@ -238,10 +240,10 @@ fn rotates_without_caches() {
     }
 }
 
-/// Rows `[q | k]`, and a cache for keys: what they get is what they get with values.
+/// Rows `[q | k]` with a cache for keys: the results are those with values.
 fn caches_keys_alone() {
     fn check<T: Float>() {
-        // Where pairs fill the block's 256 threads, and where threads are left over that would have had values.
+        // Pairs that fill the 256 threads of a block, and pairs that leave threads without work.
         for (num_heads, num_kv_heads, head_dim) in [(1, 1, 32), (14, 2, 64), (28, 4, 128), (32, 32, 128)] {
             let case = Case::<T>::new(&mut Random(9), 5, heads(num_heads, num_kv_heads, head_dim));
             let mut alone = case.without_values();
@@ -273,10 +275,10 @@ fn caches_keys_alone() {
     same_bits("keys", &spread(&k.read().unwrap(), case.kv_width(), cache_stride), &want_k);
 }
 
-/// A row's bits are its own: they depend neither on the order of threads nor on the other rows.
+/// The bits of a row depend neither on the order of threads nor on the other rows.
 fn same_bits_whatever_else_runs() {
     let case = Case::<bf16>::new(&mut Random(6), 4, heads(14, 2, 64));
-    let bits = |left: Left<bf16>| left.map(|buffer| buffer.into_iter().map(bf16::to_bits).collect::<Vec<_>>());
+    let bits = |output: Output<bf16>| output.map(|buffer| buffer.into_iter().map(bf16::to_bits).collect::<Vec<_>>());
     let [qkv, k, v] = in_every_order(|| bits(case.run().0));
     let [qkv_stride, cache_stride] = case.strides();
     for (i, row) in case.qkv.chunks_exact(case.heads.qkv_width()).enumerate() {
@@ -299,14 +301,14 @@ fn passes_on_what_is_not_finite() {
         for value in &mut case.qkv {
             *value = edge[random.below(edge.len())];
         }
-        case.positions = (0..40).collect(); // 0 turns nothing
+        case.positions = (0..40).collect(); // position 0 rotates nothing
         case.check("edges");
     }
     check::<bf16>();
     check::<f16>();
 }
 
-/// One capture of the safe launch; positions, cache rows and count change on the device, and each replay follows them.
+/// One capture of the safe launch, while positions, cache rows and count change on the device.
 fn replays() {
     device().preload().unwrap();
     let (random, stream, shape) = (&mut Random(8), stream(), heads(4, 2, 32));
@@ -336,7 +338,7 @@ fn replays() {
             for cache in [&mut k, &mut v] {
                 cache.write(&vec![poison(); cache.len()]).unwrap();
             }
-            // SAFETY: the buffers are still there, and of this stream.
+            // SAFETY: the buffers live, and belong to this stream.
             unsafe { graph.launch() }.unwrap();
             let [qkv_stride, cache_stride] = case.strides();
             let spread = |packed: Vec<f16>, width, stride| spread(&packed, width, stride);

@@ -1,83 +1,111 @@
-//! The decoding rules between two passes: which sequences stay active, and how many tokens the next pass may commit.
-//!
-//! The loops of [`crate::decode`] say the same with blocks and policies; here it is said of one state after the other.
+//! Advance: between two passes over a block, which sequences continue and how many tokens the next pass may commit.
 
+use crate::sampling::QuotaSchedule;
 use std::ops::Range;
 
-/// Number of tokens that a sequence may commit in each pass of a block.
-#[derive(Clone, Debug, PartialEq)]
-pub enum QuotaSchedule {
-    /// Any number.
-    Unlimited,
-    /// LLaDA: the masks at the start of the block, spread over this number of steps.
-    Llada(usize),
-    /// Dream: of the masks that are left, step i commits the share `ratios[i]`, the last step all.
-    Dream(Vec<f32>),
-    /// Fast-dLLM's threshold for Dream without blocks.
-    CarryOver,
-}
-
-/// A sequence in a block. Positions count from its beginning.
+/// State of one sequence in a block. Positions count from the start of the sequence.
+///
+/// It repeats fields of [`crate::sampling::SequenceState`], which describes a sequence before the first pass of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sequence {
-    /// Its tokens among those of the batch.
+    /// Range of its tokens among the tokens of the batch.
     pub tokens: Range<usize>,
     /// First generated position.
     pub generated: usize,
-    /// It takes part as long as one of these positions is masked.
+    /// The sequence is active while a position of this range is masked.
     pub active_range: Range<usize>,
-    /// Positions whose masks are left to the schedule.
+    /// [`QuotaSchedule::Dream`] and [`QuotaSchedule::CarryOver`] count the masks of this range.
     pub quota_range: Range<usize>,
-    /// Masks of the block when it began.
+    /// Masks of `active_range` at the start of the block.
     pub initial_masks: usize,
-    /// Positions to look at in each step.
+    /// [`QuotaSchedule::CarryOver`]: positions that each pass considers.
     pub per_step: usize,
-    /// Positions rejected so far.
+    /// [`QuotaSchedule::CarryOver`]: positions that earlier passes considered and rejected.
     pub deficit: usize,
-    /// Passes of this block, at most.
+    /// Largest number of passes over this block.
     pub max_passes: usize,
-    /// Passes that it has taken part in.
+    /// Passes in which the sequence was active.
     pub forwards: usize,
-    /// Number of tokens that the next pass may commit; `None` when the sequence is not active.
+    /// Number of tokens that the next pass may commit; `None` when the sequence is inactive.
     pub quota: Option<usize>,
-    /// Whether an end-of-text token has no mask before it.
+    /// Whether an end-of-text token precedes every mask of the generated positions.
     pub ended: bool,
 }
 
-/// A sequence without a finite logit, or with an index out of range.
+/// Failure of a sequence: a row without a finite logit, or an index out of range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Failure {
-    /// Which.
+    /// Index of the sequence.
     pub sequence: usize,
-    /// Value that unmask reports for the sequence.
+    /// Position or code that unmask reported.
     pub position: i32,
-    /// Passes that it had taken part in.
+    /// Passes in which the sequence had been active before.
     pub step: usize,
 }
 
-/// A batch in a block.
+/// State of a batch in a block.
 #[derive(Clone, Debug, PartialEq)]
 pub struct State {
-    /// Its schedule.
+    /// Schedule of the quotas.
     pub schedule: QuotaSchedule,
-    /// Passes of this block so far.
+    /// Passes over this block so far.
     pub pass: usize,
     /// Passes so far.
     pub passes: usize,
-    /// Passes in which a sequence was active.
+    /// Passes so far in which a sequence was active.
     pub nfe: usize,
-    /// The first failure.
+    /// First failure.
     pub failure: Option<Failure>,
-    /// The sequences.
+    /// Sequences of the batch.
     pub sequences: Vec<Sequence>,
-    /// The token of masked positions.
+    /// Mask token.
     pub mask: i32,
-    /// Tokens that end a text early; empty: none does.
+    /// Tokens that end a text; without any, no sequence ends early.
     pub end_tokens: Vec<i32>,
 }
 
+impl Sequence {
+    /// Returns an active sequence that consists of one block of masks. It has no limit of passes, and a quota of 0.
+    pub fn new(tokens: Range<usize>) -> Sequence {
+        let len = tokens.len();
+        Sequence {
+            tokens,
+            generated: 0,
+            active_range: 0..len,
+            quota_range: 0..len,
+            initial_masks: len,
+            per_step: 0,
+            deficit: 0,
+            max_passes: usize::MAX,
+            forwards: 0,
+            quota: Some(0),
+            ended: false,
+        }
+    }
+
+    /// Returns the quota of pass `pass` over the block, with `masks` masks in `quota_range`.
+    fn next_quota(&self, schedule: &QuotaSchedule, pass: usize, masks: usize) -> usize {
+        match schedule {
+            QuotaSchedule::Unlimited => usize::MAX,
+            QuotaSchedule::Llada { steps } if pass >= *steps => 1,
+            QuotaSchedule::Llada { steps } => {
+                self.initial_masks / steps + usize::from(pass < self.initial_masks % steps)
+            }
+            QuotaSchedule::Dream(ratios) if pass + 1 >= ratios.len() => masks,
+            QuotaSchedule::Dream(ratios) => ((masks as f32 * ratios[pass]) as usize).min(masks),
+            QuotaSchedule::CarryOver => (self.per_step + self.deficit).min(masks),
+        }
+    }
+}
+
 impl State {
-    /// Updates the state after a pass: its `tokens`, the number of tokens committed per sequence, and the failures.
+    /// Returns the state of a batch before its first pass. No token ends a text.
+    pub fn new(schedule: QuotaSchedule, sequences: Vec<Sequence>, mask: i32) -> State {
+        State { schedule, pass: 0, passes: 0, nfe: 0, failure: None, sequences, mask, end_tokens: vec![] }
+    }
+
+    /// Advances the state after a pass. `tokens` are the tokens of the batch after the pass. `committed` is the number of
+    /// tokens that the pass committed and `failed` the failed position, both per sequence.
     pub fn advance(&mut self, tokens: &[i32], committed: &[usize], failed: &[Option<i32>]) {
         self.passes += 1;
         self.nfe += usize::from(self.active() > 0);
@@ -104,31 +132,18 @@ impl State {
                     sequence.per_step = 0;
                 }
             }
-            let goes_on = failed[s].is_none()
+            let continues = failed[s].is_none()
                 && !sequence.ended
                 && self.pass < sequence.max_passes
                 && masks(sequence.active_range.clone()) > 0;
             sequence.quota =
-                goes_on.then(|| sequence.next_quota(&self.schedule, self.pass, masks(sequence.quota_range.clone())));
+                continues.then(|| sequence.next_quota(&self.schedule, self.pass, masks(sequence.quota_range.clone())));
         }
     }
 
-    /// Sequences that take part in the next pass.
+    /// Returns the number of sequences that are active in the next pass.
     pub fn active(&self) -> usize {
         self.sequences.iter().filter(|sequence| sequence.quota.is_some()).count()
-    }
-}
-
-impl Sequence {
-    fn next_quota(&self, schedule: &QuotaSchedule, pass: usize, masks: usize) -> usize {
-        match schedule {
-            QuotaSchedule::Unlimited => usize::MAX,
-            QuotaSchedule::Llada(steps) if pass >= *steps => 1,
-            QuotaSchedule::Llada(steps) => self.initial_masks / steps + usize::from(pass < self.initial_masks % steps),
-            QuotaSchedule::Dream(ratios) if pass + 1 >= ratios.len() => masks,
-            QuotaSchedule::Dream(ratios) => ((masks as f32 * ratios[pass]) as usize).min(masks),
-            QuotaSchedule::CarryOver => (self.per_step + self.deficit).min(masks),
-        }
     }
 }
 
@@ -139,52 +154,39 @@ mod tests {
     const MASK: i32 = 9;
 
     fn sequence(tokens: Range<usize>, quota: usize) -> Sequence {
-        let len = tokens.len();
-        Sequence {
-            tokens,
-            generated: 0,
-            active_range: 0..len,
-            quota_range: 0..len,
-            initial_masks: len,
-            per_step: 0,
-            deficit: 0,
-            max_passes: usize::MAX,
-            forwards: 0,
-            quota: Some(quota),
-            ended: false,
-        }
+        Sequence { quota: Some(quota), ..Sequence::new(tokens) }
     }
 
     fn state(schedule: QuotaSchedule, sequences: Vec<Sequence>) -> State {
-        let (mask, end_tokens) = (MASK, vec![]);
-        State { schedule, pass: 0, passes: 0, nfe: 0, failure: None, sequences, mask, end_tokens }
+        State::new(schedule, sequences, MASK)
     }
 
-    /// Quotas of a sequence of `masks` masks that always uses up its quota.
+    /// Returns the quotas of all passes over a sequence of `masks` masks, when every pass uses up its quota.
     fn quotas(schedule: QuotaSchedule, first: usize, masks: usize) -> Vec<usize> {
         let mut state = state(schedule, vec![sequence(0..masks, first)]);
         let (mut tokens, mut quotas) = (vec![MASK; masks], vec![]);
         while let Some(quota) = state.sequences[0].quota {
             quotas.push(quota);
-            let initial_masks: Vec<usize> = (0..masks).filter(|i| tokens[*i] == MASK).take(quota).collect();
-            initial_masks.iter().for_each(|i| tokens[*i] = 1);
-            state.advance(&tokens, &[initial_masks.len()], &[None]);
+            let committed: Vec<usize> = (0..masks).filter(|i| tokens[*i] == MASK).take(quota).collect();
+            committed.iter().for_each(|i| tokens[*i] = 1);
+            state.advance(&tokens, &[committed.len()], &[None]);
         }
         assert_eq!((state.pass, state.nfe), (quotas.len(), quotas.len()));
         quotas
     }
 
     #[test]
-    fn schedules_end_when_nothing_is_left() {
+    fn schedules_end_without_masks() {
         assert_eq!(quotas(QuotaSchedule::Unlimited, usize::MAX, 5), [usize::MAX]);
-        assert_eq!(quotas(QuotaSchedule::Llada(3), 3, 8), [3, 3, 2]);
-        // A fourth of 8, then of 6 and of 5; the last step takes the rest.
+        assert_eq!(quotas(QuotaSchedule::Llada { steps: 3 }, 3, 8), [3, 3, 2]);
+        // A quarter of 8, then of 6 and of 5; the last step commits the rest.
         assert_eq!(quotas(QuotaSchedule::Dream(vec![0.25; 4]), 2, 8), [2, 1, 1, 4]);
     }
 
     #[test]
-    fn lladas_schedule_goes_on_by_ones() {
-        let mut state = state(QuotaSchedule::Llada(2), vec![Sequence { initial_masks: 4, ..sequence(0..6, 2) }]);
+    fn lladas_schedule_continues_with_one_token() {
+        let mut state =
+            state(QuotaSchedule::Llada { steps: 2 }, vec![Sequence { initial_masks: 4, ..sequence(0..6, 2) }]);
         let mut quotas = vec![];
         for _ in 0..4 {
             state.advance(&[MASK; 6], &[0], &[None]);
@@ -194,13 +196,13 @@ mod tests {
     }
 
     #[test]
-    fn what_was_rejected_is_looked_at_again() {
-        let among = Sequence { per_step: 2, max_passes: 2, ..sequence(0..4, 2) };
-        let mut state = state(QuotaSchedule::CarryOver, vec![among]);
+    fn rejected_positions_are_considered_again() {
+        let carrying = Sequence { per_step: 2, max_passes: 2, ..sequence(0..4, 2) };
+        let mut state = state(QuotaSchedule::CarryOver, vec![carrying]);
         state.advance(&[1, MASK, MASK, MASK], &[1], &[None]);
         assert_eq!((state.sequences[0].deficit, state.sequences[0].quota), (1, Some(3)));
         state.advance(&[1, MASK, MASK, 1], &[1], &[None]);
-        // The steps are used up: further ones look at what was rejected, and no more.
+        // After the last step, further passes consider the rejected positions only.
         let Sequence { per_step, deficit, max_passes, quota, .. } = state.sequences[0];
         assert_eq!((per_step, deficit, max_passes, quota), (0, 2, 3, Some(2)));
         state.advance(&[1, 1, MASK, 1], &[1], &[None]);
@@ -210,21 +212,21 @@ mod tests {
     }
 
     #[test]
-    fn sequences_end_early_where_no_mask_stands_before() {
-        let after = |tokens: [i32; 4]| {
+    fn sequences_end_at_an_end_token_before_all_masks() {
+        let advanced = |tokens: [i32; 4]| {
             let generated = Sequence { generated: 1, ..sequence(0..4, 1) };
             let mut state = State { end_tokens: vec![7, 8], ..state(QuotaSchedule::Unlimited, vec![generated]) };
             state.advance(&tokens, &[1], &[None]);
             (state.sequences[0].ended, state.active())
         };
-        assert_eq!(after([1, 8, MASK, MASK]), (true, 0));
-        assert_eq!(after([MASK, 1, 7, MASK]), (true, 0));
-        assert_eq!(after([7, MASK, 7, 1]), (false, 1), "in the prompt, and behind a mask");
-        assert_eq!(after([7, 1, 1, 1]), (false, 0));
+        assert_eq!(advanced([1, 8, MASK, MASK]), (true, 0));
+        assert_eq!(advanced([MASK, 1, 7, MASK]), (true, 0));
+        assert_eq!(advanced([7, MASK, 7, 1]), (false, 1), "in the prompt, and after a mask");
+        assert_eq!(advanced([7, 1, 1, 1]), (false, 0));
     }
 
     #[test]
-    fn sequences_go_on_by_themselves() {
+    fn sequences_continue_independently() {
         let mut state = state(
             QuotaSchedule::Unlimited,
             vec![
@@ -241,7 +243,7 @@ mod tests {
         tokens[2] = 1;
         state.advance(&tokens, &[1, 0, 0, 0], &[None; 4]);
         assert_eq!(active(&state), [false, false, false, true]);
-        // A mask that comes back changes nothing.
+        // A mask that reappears changes nothing.
         state.advance(&[MASK; 12], &[0; 4], &[None; 4]);
         assert_eq!(active(&state), [false, false, false, true]);
         let forwards: Vec<usize> = state.sequences.iter().map(|s| s.forwards).collect();
@@ -254,7 +256,7 @@ mod tests {
         state.sequences[0].quota = None;
         state.sequences[3].forwards = 5;
         state.advance(&[MASK; 4], &[0; 4], &[Some(0), None, None, None]);
-        assert_eq!((state.failure, state.active()), (None, 3), "one that takes no part does not fail");
+        assert_eq!((state.failure, state.active()), (None, 3), "an inactive sequence does not fail");
         state.advance(&[MASK; 4], &[0; 4], &[None, None, Some(-2), Some(4)]);
         let failure = Some(Failure { sequence: 2, position: -2, step: 1 });
         assert_eq!((state.failure, state.active()), (failure, 1));

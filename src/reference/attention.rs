@@ -1,10 +1,10 @@
-//! Attention, written for reading: f64, one query row and head at a time.
+//! Attention in f64, one query row and head at a time.
 
 use crate::backend::SequenceRows;
 use crate::tensor::Heads;
 
-/// One query and head over its keys and values, all of `head_dim` elements: the result, and the natural log-sum-exp of the
-/// scaled scores. Without keys: zeros and minus infinity.
+/// Returns the attention of one query over pairs of keys and values, and the natural log-sum-exp of the scaled scores. All
+/// vectors are `[head_dim]`. Without keys the result is zeros and minus infinity.
 pub fn attend(query: &[f64], keys_values: &[(&[f64], &[f64])], scale: f64) -> (Vec<f64>, f64) {
     let dot = |key: &[f64]| query.iter().zip(key).map(|(q, k)| q * k).sum::<f64>();
     let scores: Vec<f64> = keys_values.iter().map(|(key, _)| dot(key) * scale).collect();
@@ -21,7 +21,11 @@ pub fn attend(query: &[f64], keys_values: &[(&[f64], &[f64])], scale: f64) -> (V
     (out, max + total.ln())
 }
 
-/// The same as [`crate::backend::cpu::attention::attention`], by definition.
+/// Computes the attention of every sequence of a batch, with the arguments of the CPU backend.
+///
+/// `qkv` is `[rows, heads.qkv_width()]`, `out` `[rows, num_heads * head_dim]`, sequence after sequence. A row attends to the
+/// rows of its sequence; with `cache`, which holds keys and values `[positions, num_kv_heads * head_dim]`, to all
+/// positions of its sequence. Keys of rows in the batch are read from `qkv`.
 pub fn attention(qkv: &[f32], heads: Heads, spans: &[SequenceRows], cache: Option<(&[f32], &[f32])>, out: &mut [f32]) {
     let Heads { num_heads, num_kv_heads, head_dim } = heads;
     let (width, kv_width) = (heads.qkv_width(), num_kv_heads * head_dim);
@@ -34,12 +38,12 @@ pub fn attention(qkv: &[f32], heads: Heads, spans: &[SequenceRows], cache: Optio
                 let query = &qkv[row * width + head * head_dim..][..head_dim];
                 let key_value = |position: usize| match cache {
                     Some((k, v)) if !(span.start..span.end).contains(&position) => {
-                        let at = (span.cache_base + position) * kv_width + kv;
-                        (&k[at..at + head_dim], &v[at..at + head_dim])
+                        let offset = (span.cache_base + position) * kv_width + kv;
+                        (&k[offset..offset + head_dim], &v[offset..offset + head_dim])
                     }
                     _ => {
-                        let at = (first + position - span.start) * width + num_heads * head_dim + kv;
-                        (&qkv[at..at + head_dim], &qkv[at + kv_width..at + kv_width + head_dim])
+                        let offset = (first + position - span.start) * width + num_heads * head_dim + kv;
+                        (&qkv[offset..offset + head_dim], &qkv[offset + kv_width..offset + kv_width + head_dim])
                     }
                 };
                 let score = |position| {

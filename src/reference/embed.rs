@@ -1,18 +1,18 @@
-//! Embedding rows of tokens.
+//! Embedding: copies the table row of each selected token.
 
-/// `out[i] = table[tokens[index[i]]]` for every row of `width` elements. A row whose index or token is out of range is left
-/// as it was; whether there was none.
+/// Computes `out[i] = table[tokens[index[i]]]` for rows of `width` elements: `table` is `[vocab_size, width]`, `out`
+/// `[index.len(), width]`. A row whose index or token is out of range is left unchanged. Returns whether all were in range.
 pub fn embed<T: Copy>(table: &[T], width: usize, tokens: &[i32], index: &[i32], out: &mut [T]) -> bool {
-    let at = |index: i32| usize::try_from(index).ok();
-    let mut all_known = true;
-    for (index, to) in index.iter().zip(out.chunks_exact_mut(width)) {
-        let token = at(*index).and_then(|index| tokens.get(index));
-        match token.and_then(|token| table.chunks_exact(width).nth(at(*token)?)) {
-            Some(from) => to.copy_from_slice(from),
-            None => all_known = false,
+    let mut all_in_range = true;
+    for (index, out) in index.iter().zip(out.chunks_exact_mut(width)) {
+        let token = usize::try_from(*index).ok().and_then(|index| tokens.get(index));
+        let token = token.and_then(|token| usize::try_from(*token).ok());
+        match token.and_then(|token| table.chunks_exact(width).nth(token)) {
+            Some(row) => out.copy_from_slice(row),
+            None => all_in_range = false,
         }
     }
-    all_known
+    all_in_range
 }
 
 #[cfg(test)]

@@ -1,29 +1,29 @@
 //! Gather and scatter of rows by an index list.
 
-/// `target[i] = source[index[i]]` for every row of `width` elements. A row whose index is out of range is left as it was;
-/// whether there was none.
+/// Computes `target[i] = source[index[i]]` for rows of `width` elements. A row of `target` whose index is out of range is left
+/// unchanged. Returns whether all indices were in range.
 pub fn gather<T: Copy>(source: &[T], width: usize, index: &[i32], target: &mut [T]) -> bool {
-    let mut all_known = true;
+    let mut all_in_range = true;
     for (index, to) in index.iter().zip(target.chunks_exact_mut(width)) {
         match usize::try_from(*index).ok().and_then(|row| source.chunks_exact(width).nth(row)) {
             Some(from) => to.copy_from_slice(from),
-            None => all_known = false,
+            None => all_in_range = false,
         }
     }
-    all_known
+    all_in_range
 }
 
-/// `target[index[i]] = source[i]` for every row of `width` elements. A row whose index is out of range goes nowhere;
-/// whether there was none.
+/// Computes `target[index[i]] = source[i]` for rows of `width` elements. A row of `source` whose index is out of range is not
+/// copied. Returns whether all indices were in range.
 pub fn scatter<T: Copy>(source: &[T], width: usize, index: &[i32], target: &mut [T]) -> bool {
-    let mut all_known = true;
+    let mut all_in_range = true;
     for (index, from) in index.iter().zip(source.chunks_exact(width)) {
         match usize::try_from(*index).ok().and_then(|row| target.chunks_exact_mut(width).nth(row)) {
             Some(to) => to.copy_from_slice(from),
-            None => all_known = false,
+            None => all_in_range = false,
         }
     }
-    all_known
+    all_in_range
 }
 
 #[cfg(test)]

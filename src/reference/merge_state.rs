@@ -1,7 +1,9 @@
-//! Merging two attentions of the same query over different keys.
+//! Merge of two attention states: the results of one query over two disjoint sets of keys.
 
-/// Weights of the two sides: `e^(l - lse)` each, with `lse = ln(e^a + e^b)`. A side without keys, whose log-sum-exp is minus
-/// infinity, counts nothing; plus infinity outweighs what is finite; NaN, or plus infinity on both sides, gives NaN.
+/// Returns the weights of the two states, `e^(a_lse - lse)` and `e^(b_lse - lse)`, and `lse = ln(e^a_lse + e^b_lse)`.
+///
+/// A state without keys has a log-sum-exp of minus infinity and weight 0. Plus infinity outweighs every finite value. NaN, or
+/// plus infinity on both sides, gives NaN.
 pub fn merge_weights(a_lse: f64, b_lse: f64) -> ([f64; 2], f64) {
     match (a_lse == f64::NEG_INFINITY, b_lse == f64::NEG_INFINITY) {
         (true, true) => ([0.0, 0.0], f64::NEG_INFINITY),
@@ -14,11 +16,12 @@ pub fn merge_weights(a_lse: f64, b_lse: f64) -> ([f64; 2], f64) {
     }
 }
 
-/// `out = weight_a a + weight_b b` and the log-sum-exp of both. What a side without keys holds is not looked at.
+/// Returns the merged values `weight_a * a + weight_b * b`, `[head_dim]`, and the merged log-sum-exp. The values of a state
+/// without keys are ignored.
 pub fn merge((a, a_lse): (&[f64], f64), (b, b_lse): (&[f64], f64)) -> (Vec<f64>, f64) {
     let ([a_weight, b_weight], lse) = merge_weights(a_lse, b_lse);
-    let share = |weight: f64, lse: f64, x: f64| if lse == f64::NEG_INFINITY { 0.0 } else { weight * x };
-    let out = a.iter().zip(b).map(|(a, b)| share(a_weight, a_lse, *a) + share(b_weight, b_lse, *b)).collect();
+    let weighted = |weight: f64, lse: f64, x: f64| if lse == f64::NEG_INFINITY { 0.0 } else { weight * x };
+    let out = a.iter().zip(b).map(|(a, b)| weighted(a_weight, a_lse, *a) + weighted(b_weight, b_lse, *b)).collect();
     (out, lse)
 }
 
@@ -28,13 +31,13 @@ mod tests {
     use crate::reference::attention::attend;
 
     #[test]
-    fn halves_of_an_attention_make_the_whole() {
+    fn parts_merge_to_the_whole() {
         let keys: Vec<[f64; 2]> = (0..7).map(|i| [(i as f64).sin(), (i as f64 * 1.7).cos()]).collect();
         let values: Vec<[f64; 2]> = (0..7).map(|i| [i as f64, -(i as f64).sqrt()]).collect();
         let all: Vec<(&[f64], &[f64])> = keys.iter().zip(&values).map(|(k, v)| (&k[..], &v[..])).collect();
         let (want, want_lse) = attend(&[1.3, -0.4], &all, 0.7);
-        for cut in 0..=7 {
-            let [a, b] = [&all[..cut], &all[cut..]].map(|part| attend(&[1.3, -0.4], part, 0.7));
+        for first in 0..=7 {
+            let [a, b] = [&all[..first], &all[first..]].map(|part| attend(&[1.3, -0.4], part, 0.7));
             let (out, lse) = merge((&a.0, a.1), (&b.0, b.1));
             assert!((lse - want_lse).abs() < 1e-14, "{lse} {want_lse}");
             assert!(out.iter().zip(&want).all(|(x, y)| (x - y).abs() < 1e-14), "{out:?} {want:?}");
@@ -42,7 +45,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_keys_is_not_looked_at() {
+    fn states_without_keys_are_ignored() {
         let (none, nan, x) = (f64::NEG_INFINITY, [f64::NAN; 2], [1.5, -2.0]);
         assert_eq!(merge((&nan, none), (&x, 3.0)), (x.to_vec(), 3.0));
         assert_eq!(merge((&x, 3.0), (&nan, none)), (x.to_vec(), 3.0));

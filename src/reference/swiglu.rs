@@ -1,25 +1,23 @@
-//! SwiGLU's gate.
+//! SwiGLU: `silu(gate) * up`.
 
-/// `out[i] = silu(gate[i]) * up[i]`, `silu(x) = x / (1 + e^-x)`; the shortest slice counts.
-pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
-        *o = g / (1.0 + (-g).exp()) * u;
-    }
-}
-
-/// `x / (1 + e^-x)`. An exponential beyond f32 is infinite, as in f32 arithmetic: below -88.7 the
-/// result is minus zero, and that of minus infinity is NaN.
+/// Returns `x / (1 + e^-x)`. An exponential beyond f32 is infinite, as in the f32 arithmetic of the reference
+/// implementations: below -88.7 the result is minus zero, for minus infinity it is NaN.
 pub fn silu(x: f64) -> f64 {
-    let exponential = match (-x).exp() {
-        e if e > f64::from(f32::MAX) => f64::INFINITY,
-        e => e,
-    };
-    x / (1.0 + exponential)
+    let exponential = (-x).exp();
+    x / (1.0 + if exponential > f64::from(f32::MAX) { f64::INFINITY } else { exponential })
 }
 
-/// `out = round(round(silu) * up)`, in the order of the reference implementations; `silu` is that of the gate.
+/// Returns `round(round(silu) * up)`, where `silu` is the [`silu`] of the gate. The reference implementations round in this
+/// order.
 pub fn swiglu_rounded(silu: f64, up: f64, round: impl Fn(f64) -> f64) -> f64 {
     round(round(silu) * up)
+}
+
+/// Computes `out[i] = silu(gate[i]) * up[i]`, rounded once. All three slices have the same length.
+pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+        *out = (silu(f64::from(*gate)) * f64::from(*up)) as f32;
+    }
 }
 
 #[cfg(test)]
@@ -28,7 +26,7 @@ mod tests {
     use half::bf16;
 
     #[test]
-    fn silu_is_known_at_a_few_places() {
+    fn silu_of_known_values() {
         assert_eq!(silu(0.0), 0.0);
         assert!((silu(1.0) - 0.731_058_578_630_004_9).abs() < 1e-15);
         assert!((silu(-2.0) + 0.238_405_844_044_234_4).abs() < 1e-15);

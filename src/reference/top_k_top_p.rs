@@ -6,6 +6,9 @@
 /// probabilities sum to more than `top_p`; 1 or more keeps all. Top-k keeps the `top_k` largest of the logits that top-p
 /// keeps; 0 keeps all. Tokens whose logit equals the result are kept. The row holds no NaN and no plus infinity.
 pub fn min_kept_logit(row: &[f32], temperature: f64, top_p: Option<f64>, top_k: Option<usize>) -> f32 {
+    if top_p.is_none() && top_k.is_none() {
+        return f32::NEG_INFINITY;
+    }
     let mut sorted = row.to_vec();
     sorted.sort_by(|a, b| b.total_cmp(a));
     let mut smallest = f32::NEG_INFINITY;

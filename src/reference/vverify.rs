@@ -1,31 +1,31 @@
-//! V-verify (dLLM-Cache section 3.3): which response tokens changed most since the previous step.
+//! V-verify (dLLM-Cache section 3.3): the rows whose values changed most since they were cached.
 
-/// Guards the division for zero vectors.
+/// Smallest norm in the denominator: keeps the cosine of a zero vector at 0.
 const EPS: f64 = 1e-8;
 
-/// Cosine similarity of two vectors; 1 for equal ones.
+/// Returns the cosine similarity of two vectors; exactly 1 for equal ones.
 pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| *a as f64 * *b as f64).sum::<f64>();
-    // One root of the product: the product of two roots is not always what was squared.
+    // One root of the product: the product of two roots of `dot(a, a)` may differ from `dot(a, a)`.
     dot(a, b) / (dot(a, a).max(EPS * EPS) * dot(b, b).max(EPS * EPS)).sqrt()
 }
 
-/// The `floor(n * ratio)` rows of `fresh` (`[n, width]`) whose cosine with the same row of `cached` is lowest, in
-/// position order. Ties go to the lower index; a cosine that is not a number counts as the lowest.
+/// Returns the `floor(n * ratio)` rows of `fresh` whose cosine with the same row of `cached` is lowest, ascending. Both
+/// matrices are `[n, width]`. Ties go to the lower row. NaN counts as the lowest.
 pub fn vverify(fresh: &[f32], cached: &[f32], width: usize, ratio: f64) -> Vec<usize> {
     let rows = fresh.chunks_exact(width).zip(cached.chunks_exact(width));
     let similarity: Vec<f64> = rows.map(|(a, b)| cosine(a, b)).collect();
     lowest(&similarity, ratio)
 }
 
-/// The `floor(n * ratio)` lowest of n cosines, as in [`vverify`].
+/// Returns the indices of the `floor(n * ratio)` lowest of n cosines, by the rules of [`vverify`].
 pub fn lowest(similarity: &[f64], ratio: f64) -> Vec<usize> {
     lowest_of(similarity, (similarity.len() as f64 * ratio) as usize)
 }
 
-/// The `count` lowest of the cosines, as in [`vverify`].
+/// Returns the indices of the `count` lowest cosines, by the rules of [`vverify`].
 pub fn lowest_of(similarity: &[f64], count: usize) -> Vec<usize> {
-    // 0 is added so that -0 ties with 0.
+    // Adding 0 makes -0 equal to 0.
     let rank = |i: usize| if similarity[i].is_nan() { f64::NEG_INFINITY } else { similarity[i] + 0.0 };
     let mut order: Vec<usize> = (0..similarity.len()).collect();
     order.sort_by(|a, b| rank(*a).total_cmp(&rank(*b)));
@@ -34,16 +34,17 @@ pub fn lowest_of(similarity: &[f64], count: usize) -> Vec<usize> {
     order
 }
 
-/// Writes numbers of the selected rows into a list, one after the other from element `first` on; whether all had a place.
-pub fn place(selected: &[i32], first: i32, list: &mut [i32]) -> bool {
-    let mut all_placed = true;
-    for (place, number) in (i64::from(first)..).zip(selected) {
-        match usize::try_from(place).ok().and_then(|place| list.get_mut(place)) {
-            Some(to) => *to = *number,
-            None => all_placed = false,
+/// Writes `selected` into `list`, from element `first` on. Elements outside the list are left out. Returns whether there
+/// were none.
+pub fn write_selected(selected: &[i32], first: i32, list: &mut [i32]) -> bool {
+    let mut all_written = true;
+    for (index, row) in (i64::from(first)..).zip(selected) {
+        match usize::try_from(index).ok().and_then(|index| list.get_mut(index)) {
+            Some(element) => *element = *row,
+            None => all_written = false,
         }
     }
-    all_placed
+    all_written
 }
 
 #[cfg(test)]
@@ -67,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_number_counts_as_the_lowest() {
+    fn nan_counts_as_the_lowest() {
         assert_eq!(lowest(&[-1.0, f64::NAN, 0.0, -f64::NAN], 0.5), [1, 3]);
         let (fresh, cached) = ([1.0, 0.0, f32::NAN, 0.0, f32::INFINITY, 0.0], [-1.0, 0.0, 1.0, 0.0, 1.0, 0.0]);
         assert_eq!(vverify(&fresh, &cached, 2, 0.67), [1, 2]);
@@ -81,11 +82,15 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_place_is_left_out() {
+    fn elements_outside_the_list_are_left_out() {
         let mut list = [0; 4];
-        assert!(place(&[7, 8], 1, &mut list));
+        assert!(write_selected(&[7, 8], 1, &mut list));
         assert_eq!(list, [0, 7, 8, 0]);
-        assert!(!place(&[1, 2], 3, &mut list) && !place(&[3, 4], -1, &mut list) && !place(&[5], i32::MAX, &mut list));
+        assert!(
+            !write_selected(&[1, 2], 3, &mut list)
+                && !write_selected(&[3, 4], -1, &mut list)
+                && !write_selected(&[5], i32::MAX, &mut list)
+        );
         assert_eq!(list, [4, 7, 8, 1]);
     }
 }

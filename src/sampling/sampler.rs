@@ -170,25 +170,10 @@ mod tests {
     use super::*;
     use crate::sampling::CommitRule;
 
-    fn plain() -> SamplingParams {
-        SamplingParams {
-            confidence: Confidence::Probability,
-            temperature: 0.0,
-            tempered_confidence: false,
-            f32_confidence: false,
-            top_p: None,
-            top_k: None,
-            cfg_scale: 0.0,
-            alg_temp: 0.0,
-            seed: 0,
-            mask_token: None,
-        }
-    }
-
     #[test]
     fn ties_go_to_the_lowest_token() {
         let mut row = [1.0, 3.0, 3.0, 3.0];
-        let (token, confidence) = score_row(&mut row, &plain(), 0, 0).unwrap();
+        let (token, confidence) = score_row(&mut row, &SamplingParams::default(), 0, 0).unwrap();
         assert_eq!(token, 1);
         assert!((confidence - 1.0 / (3.0 + (-2f64).exp())).abs() < 1e-15);
     }
@@ -196,40 +181,44 @@ mod tests {
     #[test]
     fn nan_and_infinite_logits() {
         let mut row = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 2.0];
-        assert_eq!(score_row(&mut row, &plain(), 0, 0), Some((1, 1.0)));
+        assert_eq!(score_row(&mut row, &SamplingParams::default(), 0, 0), Some((1, 1.0)));
         for all in [f32::NAN, f32::NEG_INFINITY] {
-            assert_eq!(score_row(&mut [all; 5], &plain(), 0, 0), None);
+            assert_eq!(score_row(&mut [all; 5], &SamplingParams::default(), 0, 0), None);
         }
-        let group = Candidates {
+        let candidates = Candidates {
             sequence: 3,
             step: 2,
             positions: vec![8, 9],
             commit_before: 10,
             commit_rule: CommitRule::Quota(1),
         };
-        let error = sample(&mut [1.0, 2.0, f32::NAN, f32::NAN], 2, &[group], &plain()).unwrap_err();
+        let error =
+            sample(&mut [1.0, 2.0, f32::NAN, f32::NAN], 2, &[candidates], &SamplingParams::default()).unwrap_err();
         assert!(matches!(error, Error::NoFiniteLogit { sequence: 3, position: 9, step: 2 }), "{error}");
     }
 
     #[test]
     fn mask_token_is_never_predicted() {
-        let unmask = SamplingParams { mask_token: Some(1), ..plain() };
-        assert_eq!(score_row(&mut [1.0, 5.0, 1.0], &unmask, 0, 0), Some((0, 0.5)));
+        let params = SamplingParams { mask_token: Some(1), ..SamplingParams::default() };
+        assert_eq!(score_row(&mut [1.0, 5.0, 1.0], &params, 0, 0), Some((0, 0.5)));
         // When another token is the argmax, the mask token contributes to the sum as usual.
-        assert_eq!(score_row(&mut [1.0, 1.0, 0.0], &unmask, 0, 0), score_row(&mut [1.0, 1.0, 0.0], &plain(), 0, 0));
-        assert_eq!(score_row(&mut [f32::NAN, 5.0, f32::NEG_INFINITY], &unmask, 0, 0), None);
+        assert_eq!(
+            score_row(&mut [1.0, 1.0, 0.0], &params, 0, 0),
+            score_row(&mut [1.0, 1.0, 0.0], &SamplingParams::default(), 0, 0)
+        );
+        assert_eq!(score_row(&mut [f32::NAN, 5.0, f32::NEG_INFINITY], &params, 0, 0), None);
         for (top_k, logits) in [(None, [0.0, 9.0, 1.0]), (Some(1), [0.0, 9.0, 1.0]), (Some(2), [0.0, 1.0, 2.0])] {
-            let unmask = SamplingParams { temperature: 5.0, top_k, ..unmask.clone() };
+            let params = SamplingParams { temperature: 5.0, top_k, ..params.clone() };
             for position in 0..1000 {
-                assert_ne!(score_row(&mut logits.clone(), &unmask, 0, position).unwrap().0, 1);
+                assert_ne!(score_row(&mut logits.clone(), &params, 0, position).unwrap().0, 1);
             }
         }
     }
 
     #[test]
     fn margin_of_a_one_token_vocabulary() {
-        let unmask = SamplingParams { confidence: Confidence::Margin, ..plain() };
-        assert_eq!(score_row(&mut [-4.0], &unmask, 0, 0), Some((0, 1.0)));
+        let params = SamplingParams { confidence: Confidence::Margin, ..SamplingParams::default() };
+        assert_eq!(score_row(&mut [-4.0], &params, 0, 0), Some((0, 1.0)));
     }
 
     #[test]
@@ -242,8 +231,8 @@ mod tests {
         assert_eq!(select(&c, &c, CommitRule::Threshold(0.95)), [1]);
         assert_eq!(select(&c, &c, CommitRule::ThresholdTopN { threshold: 0.1, top_n: 2 }), [1, 3]);
         assert_eq!(select(&c, &c, CommitRule::ThresholdTopN { threshold: 0.1, top_n: 0 }), [0usize; 0]);
-        for selection in [CommitRule::Quota(2), CommitRule::Threshold(0.1), CommitRule::Factor(1.0)] {
-            assert_eq!(select(&[], &[], selection), [0usize; 0]);
+        for rule in [CommitRule::Quota(2), CommitRule::Threshold(0.1), CommitRule::Factor(1.0)] {
+            assert_eq!(select(&[], &[], rule), [0usize; 0]);
         }
     }
 
@@ -264,13 +253,14 @@ mod tests {
     #[test]
     fn samples_follow_the_distribution() {
         let logits = [1.0f32, 0.0, 2.0, -1.0];
-        let unmask = SamplingParams { temperature: 0.7, top_k: Some(3), tempered_confidence: true, ..plain() };
+        let params =
+            SamplingParams { temperature: 0.7, top_k: Some(3), tempered_confidence: true, ..SamplingParams::default() };
         let draws = 20_000;
         let mut counts = [0usize; 4];
         let weight = |l: f32| (l as f64 / 0.7).exp();
         let total: f64 = logits[..3].iter().map(|l| weight(*l)).sum();
         for position in 0..draws {
-            let (token, confidence) = score_row(&mut logits.clone(), &unmask, 4, position).unwrap();
+            let (token, confidence) = score_row(&mut logits.clone(), &params, 4, position).unwrap();
             counts[token as usize] += 1;
             assert!((confidence - weight(logits[token as usize]) / total).abs() < 1e-12);
         }
@@ -285,12 +275,12 @@ mod tests {
     /// A quota under `alg_temp` draws positions by softmax(confidence / alg_temp).
     #[test]
     fn alg_temp_draws_positions() {
-        let unmask = SamplingParams { alg_temp: 0.5, ..plain() };
+        let params = SamplingParams { alg_temp: 0.5, ..SamplingParams::default() };
         let confidences = [0.2, 0.8];
         let draws = 20_000;
         let first = (0..draws)
             .filter(|step| {
-                let ranks = ranks(&confidences, &[5, 6], &unmask, *step);
+                let ranks = ranks(&confidences, &[5, 6], &params, *step);
                 select(&confidences, &ranks, CommitRule::Quota(1)) == [0]
             })
             .count();

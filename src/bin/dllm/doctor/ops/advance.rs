@@ -11,7 +11,8 @@ use dllm_kernels::abi::{
 };
 use dllm_kernels::gpu::{Buffer, Pinned, Stream};
 use dllm_kernels::ops::advance;
-use dllm_kernels::reference::advance::{QuotaSchedule, Sequence, State};
+use dllm_kernels::reference::advance::{Sequence, State};
+use dllm_kernels::sampling::QuotaSchedule;
 
 const END: i32 = 7;
 /// Progress counters for the host: passes, forwards, active, and sequence, position and step of the first failure.
@@ -21,7 +22,7 @@ pub fn entries(small: bool) -> Vec<Entry> {
     let sequences = pick(small, 16, 4);
     vec![
         Entry::with_dtype("advance", format!("{sequences} sequences of 256, LLaDA's schedule"), "i32", move |stream| {
-            Batch::new(stream, sequences, 256, QuotaSchedule::Llada(8), false)
+            Batch::new(stream, sequences, 256, QuotaSchedule::Llada { steps: 8 }, false)
         }),
         Entry::with_dtype("advance", "5 of 77, carry-over, ends and a failure".into(), "i32", |stream| {
             Batch::new(stream, 5, 77, QuotaSchedule::CarryOver, true)
@@ -75,7 +76,7 @@ fn on_device(sequence: &Sequence) -> dllm_advance_sequence {
 
 fn control(state: &State) -> dllm_advance_control {
     let (schedule, steps) = match &state.schedule {
-        QuotaSchedule::Llada(steps) => (DLLM_SCHEDULE_LLADA, *steps),
+        QuotaSchedule::Llada { steps } => (DLLM_SCHEDULE_LLADA, *steps),
         _ => (DLLM_SCHEDULE_CARRY_OVER, 0),
     };
     let failure = state.failure;

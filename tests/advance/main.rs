@@ -1,0 +1,12 @@
+//! Compares advance, launched by the shipped code, with the reference and with the loops of the host.
+//!
+//! All results must be equal: they are integers, computed from integers and from one f32 product each in Dream's schedule.
+#![cfg(feature = "cuda")]
+
+mod case;
+#[path = "../common/mod.rs"]
+mod common;
+mod graph;
+mod invalid_device_data;
+mod loops;
+mod states;
