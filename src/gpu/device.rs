@@ -242,3 +242,24 @@ impl Drop for Inner {
         }
     }
 }
+
+// Unit tests do not load the CUDA emulator.
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_driver_is_an_error() {
+        match Device::count() {
+            // The machine has a driver, and perhaps no device.
+            Ok(count) => {
+                let error = Device::open(count).unwrap_err();
+                assert!(matches!(error, Error::NoDevice(_)), "{error}");
+            }
+            Err(error) => {
+                assert_eq!(error.to_string(), "no CUDA driver: libcuda was not found");
+                assert!(matches!(Device::open(0), Err(Error::NoDevice(_))));
+            }
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! What a user gives to the library and to `dllm`: commands, checkpoints, tokenizers, and invalid input.
+
+mod bad_input;
+#[cfg(feature = "cli")]
+mod commands;
+#[path = "../common/mod.rs"]
+mod common;
+#[cfg(all(feature = "cli", feature = "cuda", target_os = "linux", target_arch = "x86_64"))]
+mod doctor;
+#[cfg(feature = "cli")]
+mod quality;
+#[cfg(feature = "tokenizers")]
+mod tokenizer;

@@ -1,0 +1,73 @@
+//! The shipped checkpoint has the same accuracy on its first 100 problems as with the reference implementations
+//! (`models/tiny-math/originals.md`), for every cache and policy.
+
+use std::process::Command;
+
+/// Settings of the adaptive cache with one token per step: (prompt interval, response interval, refresh ratio, accuracy of the
+/// reference implementation).
+const ADAPTIVE: [(usize, usize, f64, f64); 3] = [(25, 2, 0.25, 0.59), (25, 8, 0.25, 0.19), (25, 8, 0.0, 0.05)];
+
+#[test]
+#[cfg_attr(debug_assertions, ignore = "needs --release: minutes without optimisation")]
+fn adaptive_accuracy_equals_the_reference() {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let setting = |(prompt, response, ratio, _): &(usize, usize, f64, f64)| {
+        let intervals = format!("prompt-interval={prompt},response-interval={response},refresh-ratio={ratio}");
+        ["--setting".to_string(), format!("cache=adaptive,policy=fixed,{intervals}")]
+    };
+    let output = Command::new(env!("CARGO_BIN_EXE_dllm"))
+        .args(["eval", "--model", &format!("{root}/models/tiny-math"), "--limit", "100", "--gen-length", "64"])
+        .args(["--problems", &format!("{root}/models/tiny-math/eval/problems_0shot.jsonl"), "--json"])
+        .args(ADAPTIVE.iter().flat_map(setting))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let rows: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(rows.len(), ADAPTIVE.len());
+    for (row, (.., accuracy)) in rows.iter().zip(ADAPTIVE) {
+        println!("{row}");
+        let got = row["accuracy"].as_f64().unwrap();
+        assert!(
+            (got - accuracy).abs() <= 0.0101,
+            "{row}: expected accuracy {accuracy}, as the reference implementation"
+        );
+        assert_eq!((&row["problems"], row["nfe"].as_f64()), (&100.into(), Some(64.0)));
+    }
+}
+
+#[test]
+#[cfg_attr(debug_assertions, ignore = "needs --release: minutes without optimisation")]
+fn accuracy_equals_the_reference() {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let output = Command::new(env!("CARGO_BIN_EXE_dllm"))
+        .args(["eval", "--model", &format!("{root}/models/tiny-math"), "--limit", "100", "--gen-length", "64"])
+        .args(["--problems", &format!("{root}/models/tiny-math/eval/problems_0shot.jsonl"), "--json"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let rows: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
+    // Cache, policy, and the reference implementation's accuracy and forwards per problem.
+    let expected = [
+        ("none", "fixed", 0.94, 64.0),
+        ("none", "threshold", 0.78, 8.1),
+        ("prefix", "fixed", 0.95, 64.0),
+        ("prefix", "threshold", 0.83, 8.5),
+        ("dual", "fixed", 0.95, 64.0),
+        ("dual", "threshold", 0.83, 8.6),
+    ];
+    assert_eq!(rows.len(), expected.len());
+    for (cache, policy, accuracy, nfe) in expected {
+        let row = rows.iter().find(|r| {
+            let setting = r["setting"].as_str().unwrap();
+            setting.contains(&format!("cache={cache}")) && setting.contains(&format!("policy={policy}"))
+        });
+        let row = row.unwrap_or_else(|| panic!("no row for {cache}, {policy}"));
+        println!("{row}");
+        assert_eq!(row["problems"], 100);
+        let got = row["accuracy"].as_f64().unwrap();
+        assert!((got - accuracy).abs() <= 0.0101, "{cache}, {policy}: accuracy {got}, expected {accuracy}");
+        // The cached functions of the reference implementation (June revision) may run one unnecessary forward per block.
+        let got = row["nfe"].as_f64().unwrap();
+        assert!(got <= nfe + 0.2 && got >= nfe - 2.0, "{cache}, {policy}: {got} forwards, expected {nfe}");
+    }
+}

@@ -1,0 +1,239 @@
+//! The device of a test, the orders in which the CUDA emulator runs threads, and the comparison of results.
+
+use bytemuck::{Pod, Zeroable};
+use dllm_kernels::gpu::{Device, Stream};
+use dllm_kernels::ops::Element;
+use half::{bf16, f16};
+use std::fmt::Debug;
+use std::sync::OnceLock;
+
+/// The device that `DLLM_TEST_DEVICE` names: `soft` (the CUDA emulator, default) or `gpu`. A machine without it fails the test; it
+/// is never skipped.
+pub fn device() -> Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    let open = || {
+        match std::env::var("DLLM_TEST_DEVICE").as_deref() {
+            Ok("gpu") => {}
+            Err(_) | Ok("soft") => softgpu::install(),
+            Ok(other) => panic!("DLLM_TEST_DEVICE: expected soft or gpu, found {other}"),
+        }
+        Device::open(0).unwrap()
+    };
+    DEVICE.get_or_init(open).clone()
+}
+
+/// Creates a stream on the device.
+pub fn stream() -> Stream {
+    device().stream().unwrap()
+}
+
+/// Makes tests of these functions, which need a device. The CUDA emulator runs each one with the threads of kernels in several
+/// orders; anything that it reports fails the test.
+macro_rules! on_device {
+    ($($test:ident),* $(,)?) => {
+        mod on_device {
+            $(
+                #[test]
+                #[cfg_attr(
+                    not(all(target_os = "linux", target_arch = "x86_64")),
+                    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+                )]
+                fn $test() {
+                    crate::common::in_every_order(super::$test);
+                }
+            )*
+        }
+    };
+}
+pub(crate) use on_device;
+
+/// Makes tests of these functions, which need a device and take too long to run in several orders.
+macro_rules! once_on_device {
+    ($($test:ident),* $(,)?) => {
+        mod once_on_device {
+            $(
+                #[test]
+                #[cfg_attr(
+                    not(all(target_os = "linux", target_arch = "x86_64")),
+                    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+                )]
+                fn $test() {
+                    crate::common::device();
+                    super::$test();
+                    crate::common::assert_nothing_reported();
+                }
+            )*
+        }
+    };
+}
+pub(crate) use once_on_device;
+
+/// Runs `work` with the threads of kernels in several orders, or twice on a GPU. Panics when a result differs.
+pub fn in_every_order<R: PartialEq + Debug>(mut work: impl FnMut() -> R) -> R {
+    device();
+    if !softgpu::active() {
+        let result = work();
+        assert_eq!(work(), result, "the second run differs");
+        return result;
+    }
+    let seed = softgpu::get(softgpu::Opt::Seed);
+    let result = work();
+    assert_eq!(softgpu::report(), "");
+    for other in [0, 1, 2, 3].into_iter().filter(|other| *other != seed) {
+        softgpu::set(softgpu::Opt::Seed, other);
+        assert_eq!(work(), result, "with the threads in order {other}");
+        assert_eq!(softgpu::report(), "");
+    }
+    softgpu::set(softgpu::Opt::Seed, seed);
+    result
+}
+
+/// Runs [`in_every_order`] for work that checks its own results.
+pub fn in_several_orders(mut work: impl FnMut()) {
+    in_every_order(&mut work);
+}
+
+/// Panics when the CUDA emulator has reported an error in this thread's calls.
+pub fn assert_nothing_reported() {
+    if softgpu::active() {
+        assert_eq!(softgpu::report(), "");
+    }
+}
+
+/// Element type with conversions from f32 (rounded to nearest, ties to even) and to f32.
+pub trait Float: Element + Zeroable + PartialEq + Debug {
+    const NAME: &str;
+    /// Smallest positive number; it is subnormal.
+    const SMALLEST: f32;
+    const LARGEST: f32;
+    fn of(x: f32) -> Self;
+    fn f32(self) -> f32;
+    fn f64(self) -> f64 {
+        self.f32().into()
+    }
+    /// Rounds a result in f64 as a kernel does: to f32, then to this type.
+    fn round(x: f64) -> f64 {
+        Self::of(x as f32).f64()
+    }
+}
+impl Float for bf16 {
+    const NAME: &str = "bf16";
+    const SMALLEST: f32 = f32::from_bits(0x1_0000);
+    const LARGEST: f32 = f32::from_bits(0x7f7f_0000);
+    fn of(x: f32) -> bf16 {
+        bf16::from_f32(x)
+    }
+    fn f32(self) -> f32 {
+        self.to_f32()
+    }
+}
+impl Float for f16 {
+    const NAME: &str = "f16";
+    const SMALLEST: f32 = 1.0 / (1 << 24) as f32;
+    const LARGEST: f32 = 65504.0;
+    fn of(x: f32) -> f16 {
+        f16::from_f32(x)
+    }
+    fn f32(self) -> f32 {
+        self.to_f32()
+    }
+}
+impl Float for f32 {
+    const NAME: &str = "f32";
+    const SMALLEST: f32 = f32::from_bits(1);
+    const LARGEST: f32 = f32::MAX;
+    fn of(x: f32) -> f32 {
+        x
+    }
+    fn f32(self) -> f32 {
+        self
+    }
+}
+
+/// Deterministic random numbers (xorshift64*).
+pub struct Random(pub u64);
+impl Random {
+    pub fn bits(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.bits() >> 33) as usize % n
+    }
+    /// Approximately normal number with variance 1.
+    pub fn normal(&mut self) -> f32 {
+        let unit = |random: &mut Random| (random.bits() >> 40) as f32 / (1u64 << 24) as f32;
+        ((0..12).map(|_| unit(self)).sum::<f32>() - 6.0).clamp(-4.0, 4.0)
+    }
+    /// Uniform number in [-1, 1).
+    pub fn number(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+    /// `len` normal numbers.
+    pub fn floats<T: Float>(&mut self, len: usize) -> Vec<T> {
+        (0..len).map(|_| T::of(self.normal())).collect()
+    }
+    /// `len` distinct numbers below `n`, in random order.
+    pub fn distinct(&mut self, len: usize, n: usize) -> Vec<i32> {
+        let mut all: Vec<i32> = (0..n as i32).collect();
+        for i in 0..len {
+            let other = i + self.below(n - i);
+            all.swap(i, other);
+        }
+        all.truncate(len);
+        all
+    }
+}
+
+pub fn widened<T: Float>(x: &[T]) -> Vec<f64> {
+    x.iter().map(|x| x.f64()).collect()
+}
+
+pub fn narrowed<T: Float>(x: &[f64]) -> Vec<T> {
+    x.iter().map(|x| T::of(*x as f32)).collect()
+}
+
+/// Marker for memory that must not be read or written: all bits are ones, which is NaN for floats.
+pub fn poison<T: Pod>() -> T {
+    bytemuck::pod_read_unaligned(&[0xff; 16][..size_of::<T>()])
+}
+
+/// Places rows of `width` elements `stride` apart, with poison after each.
+pub fn spread<T: Pod>(packed: &[T], width: usize, stride: usize) -> Vec<T> {
+    let gap = vec![poison(); stride - width];
+    packed.chunks_exact(width).flat_map(|row| row.iter().chain(&gap)).copied().collect()
+}
+
+/// Panics when bits differ. All NaNs are equal, except poison, which only equals itself.
+#[track_caller]
+pub fn same_bits<T: Float>(what: &str, got: &[T], want: &[T]) {
+    assert_eq!(got.len(), want.len(), "{} {what}", T::NAME);
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        let any_nan = want.f32().is_nan() && !is_poison(want);
+        let same = if any_nan { got.f32().is_nan() } else { bytemuck::bytes_of(got) == bytemuck::bytes_of(want) };
+        assert!(same, "{} {what}: element {i}: {got:?}, expected {want:?}", T::NAME);
+    }
+}
+
+fn is_poison<T: Pod>(x: &T) -> bool {
+    bytemuck::bytes_of(x) == bytemuck::bytes_of(&poison::<T>())
+}
+
+/// Panics when an element is not between the two elements of `ends`, which may be in either order. It must be NaN where one of them
+/// is NaN, and poison where the first is poison.
+#[track_caller]
+pub fn within<T: Float>(what: &str, got: &[T], ends: [&[T]; 2]) {
+    let [one, other] = ends;
+    assert!(got.len() == one.len() && got.len() == other.len(), "{} {what}", T::NAME);
+    for (i, ((got, one), other)) in got.iter().zip(one).zip(other).enumerate() {
+        let [x, a, b] = [got, one, other].map(|x| x.f32());
+        let fits = match (is_poison(one), a.is_nan() || b.is_nan()) {
+            (true, _) => is_poison(got),
+            (false, true) => x.is_nan(),
+            (false, false) => a.min(b) <= x && x <= a.max(b),
+        };
+        assert!(fits, "{} {what}: element {i}: {got:?}, expected {one:?} to {other:?}", T::NAME);
+    }
+}

@@ -1,0 +1,33 @@
+//! Recorded decodes of the reference implementations, step by step. The CPU reproduces every token; the device gets the CPU's tokens
+//! before each pass.
+
+use super::lockstep::{TestModel, decode_in_lockstep};
+use super::margin::Tally;
+use crate::common::recorded::{compare, json, names, numbers, options};
+use dllm_kernels::decode::trace::Trace;
+use std::collections::BTreeMap;
+
+pub fn recorded_decodes() {
+    let models: BTreeMap<_, TestModel> = ["tiny-llada", "tiny-llada-b", "tiny-dream"]
+        .into_iter()
+        .map(|name| (name, TestModel::recorded(name)))
+        .collect();
+    let (mut all, mut replayed) = (Tally::default(), 0);
+    for name in names("trajectory_") {
+        let case = json(&format!("{name}.json"));
+        if case["algorithm"].as_str().unwrap().starts_with("dllm_cache.") {
+            continue; // see feature_cache.rs
+        }
+        let test_model = &models[case["model"].as_str().unwrap()];
+        let options = options(&case);
+        let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
+        let mut trace = Trace::default();
+        let (decoded, tally) = decode_in_lockstep(test_model, &options, &prompts, &name, &mut trace);
+        compare(&name, &case, test_model.model.config(), &options, &decoded, &trace);
+        all.add(tally);
+        replayed += 1;
+    }
+    println!("{replayed} decodes: {all}");
+    // The weights are random, so the two best tokens are often close. The bounds are twice the observed shares.
+    all.assert_few([0.055, 0.032], [0.6, 0.9]);
+}
