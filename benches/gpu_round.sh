@@ -2,6 +2,7 @@
 # One measurement round on a machine with a GPU and without Rust; see docs/benchmarks.md.
 #
 #   benches/gpu_round.sh pack         where cargo is: packs everything for a round into target/gpu_round, below 64 MiB
+#   benches/gpu_round.sh check        where cargo is: checks that the small cases that it names exist
 #   benches/gpu_round.sh [stage ...]  where the GPU is, in a copy of that folder: runs all stages, or these
 #
 # stages  doctor    dllm doctor: the machine, and every op compared with its reference
@@ -28,7 +29,7 @@ if [[ -e $here/commit ]]; then folder=$here; else folder=$(dirname "$here")/targ
 device=${DLLM_ROUND_DEVICE:-gpu}
 python=${PYTHON:-python3}
 
-# Small cases of the tests; a name that does not exist fails the stage. Long cases and those that provoke driver errors are left out.
+# Small cases of the tests by module; a name that does not exist fails the stage, and 'check'. Long cases and those that provoke driver errors are left out.
 declare -A small=(
   [advance]="graph::on_device::unmasks_without_the_host invalid_device_data::on_device::counters_wrap
     invalid_device_data::on_device::failures invalid_device_data::on_device::invalid_carry_over_schedules
@@ -38,7 +39,7 @@ declare -A small=(
   [attention]="invalid_device_data::on_device::a_graph_follows_the_device invalid_device_data::on_device::absent_segments
     invalid_device_data::on_device::in_place_from_a_projection invalid_device_data::on_device::without_lse reference::on_device::equals_pytorch
     the_same_bits_in_every_order"
-  [device]="each_thread_has_its_own_stream every_module_has_its_kernels"
+  [driver]="each_thread_has_its_own_stream every_module_has_its_kernels"
   [blas]="blas_multiplies pinned_memory_goes_to_the_device"
   [cuda]="element_types feature_cache_masks_in_the_prompt logits_are_within_the_margin tied_head"
   [embed]="counts_on_the_device embeds_every_token_of_every_type embeds_rows leaves_out_rows_out_of_range replays"
@@ -77,20 +78,55 @@ programs() {
     sed -n "s/.*\"kind\":\[\"$kind\"\].*\"name\":\"\([^\"]*\)\",\"src_path\".*\"executable\":\"\([^\"]*\)\".*/\1 \2/p"
 }
 
+# The test programs whose tests use a device.
+test_programs=(ops engine device)
+
+# Prints the modules of a test program whose tests use a device. Each runs in a process of its own, because after a failed kernel a
+# CUDA context refuses everything else.
+modules() {
+  "$1" --list --format terse 2>/dev/null | sed -n 's/^\([a-z_]*\)::.*: test$/\1/p' | sort -u |
+    if [[ $(basename "$1") == engine* ]]; then grep -x cuda; else cat; fi
+}
+
+# Prints the full names of the small cases of a module of a test program; fails if one does not exist.
+small_cases() {
+  local test wanted
+  # Tests that run on a device are in a module of their own: ops::norm::on_device::replays.
+  wanted=$("$1" --list --format terse 2>/dev/null | sed 's/: test$//' | grep -xF "$(
+    for test in ${small[$2]}; do
+      printf "$2::%s\n" "$test" "on_device::$test" "once_on_device::$test"
+    done
+  )")
+  echo "$wanted"
+  (($(wc -w <<<"$wanted") == $(wc -w <<<"${small[$2]}")))
+}
+
+check() {
+  cd "$(dirname "$here")" || return 1
+  local name path module known=" "
+  while read -r name path; do
+    for module in $(modules "$path"); do
+      known+="$module "
+      [[ -z ${small[$module]-} ]] || small_cases "$path" "$module" >/dev/null ||
+        { echo "$name: not all small cases of $module exist" >&2; return 1; }
+    done
+  done < <(programs test test --release --no-run "${test_programs[@]/#/--test=}")
+  for module in "${!small[@]}"; do
+    [[ $known == *" $module "* ]] || { echo "no test program has a module $module" >&2; return 1; }
+  done
+}
+
 pack() {
   cd "$(dirname "$here")" || return 1
-  local tests=() benches=() file name path stem bytes
-  for file in $(grep -l '^mod common;' tests/*.rs tests/*/main.rs); do
-    file=${file%/main.rs}
-    tests+=(--test "$(basename "$file" .rs)")
-  done
+  local benches=() file name path stem bytes
+  check || return 1
   for file in $(grep -l '^mod gpu;' benches/*.rs); do benches+=(--bench "$(basename "$file" .rs)"); done
   rm -rf "$folder"
   local content
   content=$(mktemp -d) || return 1
   mkdir -p "$folder" "$content"/{bin,tests,benches} || return 1
   programs bin build --release --bin dllm >"$folder/built.bin" || return 1
-  programs test test --release --no-run "${tests[@]}" >"$folder/built.tests" || return 1
+  programs test test --release --no-run "${test_programs[@]/#/--test=}" >"$folder/built.tests" || return 1
   programs bench bench --no-run "${benches[@]}" >"$folder/built.benches" || return 1
   local kind glibc=()
   for kind in bin tests benches; do
@@ -103,13 +139,10 @@ pack() {
   done
 
   # Without paths of this machine.
-  for path in "$content"/tests/*; do
-    name=$(basename "$path")
-    if grep -rn CARGO_MANIFEST_DIR $(ls -d "tests/$name.rs" "tests/$name" 2>/dev/null); then
-      echo "tests/$name finds files by a path of this machine: use common::golden_dir or common::model_dir" >&2
-      return 1
-    fi
-  done
+  if grep -rn CARGO_MANIFEST_DIR "${test_programs[@]/#/tests/}"; then
+    echo "these tests find files by a path of this machine: use common::golden_dir or common::models_dir" >&2
+    return 1
+  fi
   cp -r tests/golden models "$content" || return 1
   # The programs share most of their code, at distances beyond xz's default dictionary.
   tar -c -C "$content" . | xz -T0 -6 --lzma2=dict=192MiB >"$folder/round.tar.xz" || return 1
@@ -183,26 +216,28 @@ stage_doctor() {
 }
 
 stage_tests() {
-  local failed=0 name log result status
+  local failed=0 program name log result status
   mkdir -p "$OUT/tests"
-  for name in $(names tests); do
-    log=$OUT/tests/$name.txt
-    bounded 300 "$(program "tests/$name")" >"$log" 2>&1
-    status=$?
-    result=$(sed -n 's/^test result: [a-zA-Z]*\. \(.*\); [0-9]* measured.*/\1/p' "$log")
-    if ((status == 0)) && [[ $result =~ ^[1-9][0-9]*\ passed\;\ 0\ failed\;\ ([0-9]+)\ ignored ]]; then
-      [[ ${BASH_REMATCH[1]} == 0 ]] || did_not_run+=("tests: $name: ${BASH_REMATCH[1]} ignored")
-      report "tests: $name" "$result"
-    else
-      failed=1
-      report "tests: $name" "FAILED: $(why $status); ${result:-no result}; see $log"
-    fi
+  for program in $(names tests); do
+    for name in $(modules "$(program "tests/$program")"); do
+      log=$OUT/tests/$name.txt
+      bounded 300 "$(program "tests/$program")" "$name::" --include-ignored >"$log" 2>&1
+      status=$?
+      result=$(sed -n 's/^test result: [a-zA-Z]*\. \(.*\); [0-9]* measured.*/\1/p' "$log")
+      if ((status == 0)) && [[ $result =~ ^[1-9][0-9]*\ passed\;\ 0\ failed\;\ ([0-9]+)\ ignored ]]; then
+        [[ ${BASH_REMATCH[1]} == 0 ]] || did_not_run+=("tests: $name: ${BASH_REMATCH[1]} ignored")
+        report "tests: $name" "$result"
+      else
+        failed=1
+        report "tests: $name" "FAILED: $(why $status); ${result:-no result}; see $log"
+      fi
+    done
   done
   return $failed
 }
 
 stage_sanitize() {
-  local sanitizer tool name log status failed=0 wanted ran passed errors
+  local sanitizer tool program name log status failed=0 wanted ran passed errors
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
   mkdir -p "$OUT/sanitize"
   for tool in memcheck racecheck initcheck synccheck; do
@@ -213,35 +248,34 @@ stage_sanitize() {
     passed=0 errors=()
     # Each tool gets a quarter of the stage's time.
     local tool_deadline=$((SECONDS + stage_seconds / 4))
-    for name in $(names tests); do
-      log=$OUT/sanitize/$tool-$name.txt
-      if [[ -z ${small[$name]-} ]]; then
-        not_run "sanitize: $tool $name" "no small cases are named in this script"
-        continue
-      fi
-      # Tests made by on_device! are listed as on_device::name.
-      wanted=$("$(program "tests/$name")" --list --format terse 2>/dev/null | sed 's/: test$//' |
-        grep -xF "$(for test in ${small[$name]}; do printf '%s\non_device::%s\n' "$test" "$test"; done)")
-      if (($(wc -w <<<"$wanted") != $(wc -w <<<"${small[$name]}"))); then
-        errors+=("$name: not all of its small cases exist")
-        continue
-      fi
-      # shellcheck disable=SC2086
-      bounded $((tool_deadline - SECONDS)) "$sanitizer" --tool "$tool" --error-exitcode 99 \
-        "$(program "tests/$name")" --exact --test-threads=1 $wanted >"$log" 2>&1
-      status=$?
-      ran=$(sed -n 's/^test result: ok\. \([0-9]*\) passed.*/\1/p' "$log")
-      # A pass needs the tool's own summary.
-      if ((status == 0)) && [[ $ran == "$(wc -w <<<"$wanted")" ]] &&
-        grep -qE '(ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards displayed \(0 errors, 0 warnings\))' "$log"; then
-        passed=$((passed + ran))
-      else
-        errors+=("$name: $(why $status), $(grep -hoE '[A-Z]+ SUMMARY: .*' "$log" | head -1 | grep . || echo 'no summary')")
-      fi
+    for program in $(names tests); do
+      for name in $(modules "$(program "tests/$program")"); do
+        log=$OUT/sanitize/$tool-$name.txt
+        if [[ -z ${small[$name]-} ]]; then
+          not_run "sanitize: $tool $name" "no small cases are named in this script"
+          continue
+        fi
+        if ! wanted=$(small_cases "$(program "tests/$program")" "$name"); then
+          errors+=("$name: not all of its small cases exist")
+          continue
+        fi
+        # shellcheck disable=SC2086
+        bounded $((tool_deadline - SECONDS)) "$sanitizer" --tool "$tool" --error-exitcode 99 \
+          "$(program "tests/$program")" --exact --test-threads=1 $wanted >"$log" 2>&1
+        status=$?
+        ran=$(sed -n 's/^test result: ok\. \([0-9]*\) passed.*/\1/p' "$log")
+        # A pass needs the tool's own summary.
+        if ((status == 0)) && [[ $ran == "$(wc -w <<<"$wanted")" ]] &&
+          grep -qE '(ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards displayed \(0 errors, 0 warnings\))' "$log"; then
+          passed=$((passed + ran))
+        else
+          errors+=("$name: $(why $status), $(grep -hoE '[A-Z]+ SUMMARY: .*' "$log" | head -1 | grep . || echo 'no summary')")
+        fi
+      done
     done
     if ((${#errors[@]})); then
       failed=1
-      report "sanitize: $tool" "FAILED in ${#errors[@]} programs: $(printf '%s; ' "${errors[@]:0:2}")see $OUT/sanitize"
+      report "sanitize: $tool" "FAILED in ${#errors[@]} modules: $(printf '%s; ' "${errors[@]:0:2}")see $OUT/sanitize"
     else
       report "sanitize: $tool" "0 errors in $passed tests"
     fi
@@ -438,6 +472,7 @@ round() {
 }
 
 case ${1-} in
+  check) check || { echo "failed: check"; exit 1; } ;;
   pack) pack || { echo "failed: pack"; exit 1; } ;;
   -h | --help) sed -n '2,/^set /p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//' ;;
   "") round "${stages[@]}" ;;

@@ -32,6 +32,9 @@ pub mod error;
 #[cfg(feature = "cuda")]
 pub mod gpu;
 mod host_memory;
+#[cfg(test)]
+#[path = "selftest/limit.rs"]
+mod limit;
 #[doc(hidden)]
 pub mod model;
 #[cfg(feature = "cuda")]

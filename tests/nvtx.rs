@@ -1,6 +1,9 @@
 //! NVTX ranges as a profiler receives them. The profiler is a C library that records every call, in a child process.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
+#[path = "../src/selftest/limit.rs"]
+mod limit;
+
 use dllm_kernels::gpu::{Device, Module};
 use dllm_kernels::ops::gather_scatter::{self, Copy, GatherScatter};
 use std::path::{Path, PathBuf};

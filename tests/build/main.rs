@@ -2,7 +2,10 @@
 
 #[cfg(feature = "cuda")]
 mod fences;
+mod hangs;
 mod header;
 mod layering;
+#[path = "../../src/selftest/limit.rs"]
+mod limit;
 #[cfg(all(unix, feature = "cuda"))]
 mod ptx;

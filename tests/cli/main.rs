@@ -7,6 +7,8 @@ mod commands;
 mod common;
 #[cfg(all(feature = "cli", feature = "cuda", target_os = "linux", target_arch = "x86_64"))]
 mod doctor;
+#[path = "../../src/selftest/limit.rs"]
+mod limit;
 #[cfg(feature = "cli")]
 mod quality;
 #[cfg(feature = "tokenizers")]

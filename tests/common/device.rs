@@ -29,44 +29,55 @@ pub fn stream() -> Stream {
 
 /// Makes tests of these functions, which need a device. The CUDA emulator runs each one with the threads of kernels in several
 /// orders; anything that it reports fails the test.
+///
+/// Functions after `in_parts` take a [`Part`](crate::common::Part) and become two tests: one runs a few of their cases; one, in the
+/// module `whole`, runs all of them and is ignored unless asked for.
 macro_rules! on_device {
-    ($($test:ident),* $(,)?) => {
-        mod on_device {
-            $(
-                #[test]
-                #[cfg_attr(
-                    not(all(target_os = "linux", target_arch = "x86_64")),
-                    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
-                )]
-                fn $test() {
-                    crate::common::in_every_order(super::$test);
-                }
-            )*
-        }
+    ($($test:ident),* $(,)? $(; in_parts: $($long:ident),+ $(,)?)?) => {
+        crate::common::device_tests!(on_device, in_every_order; $($test),*; $($($long),+)?);
     };
 }
-pub(crate) use on_device;
 
-/// Makes tests of these functions, which need a device and take too long to run in several orders.
+/// Like [`on_device`], for functions that take too long to run in several orders.
 macro_rules! once_on_device {
-    ($($test:ident),* $(,)?) => {
-        mod once_on_device {
+    ($($test:ident),* $(,)? $(; in_parts: $($long:ident),+ $(,)?)?) => {
+        crate::common::device_tests!(once_on_device, once; $($test),*; $($($long),+)?);
+    };
+}
+
+macro_rules! device_tests {
+    ($module:ident, $run:ident; $($test:ident),*; $($long:ident),*) => {
+        mod $module {
+            crate::common::device_tests!(@ $run $($test(),)* $($long(crate::common::Part::Few),)*);
+        }
+        crate::common::device_tests!(@whole $run; $($long),*);
+    };
+    (@ $run:ident $($test:ident($($part:expr)?),)*) => {
+        $(
+            #[test]
+            #[cfg_attr(
+                not(all(target_os = "linux", target_arch = "x86_64")),
+                ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
+            )]
+            fn $test() {
+                crate::common::$run(|| super::$test($($part)?));
+            }
+        )*
+    };
+    (@whole $run:ident;) => {};
+    (@whole $run:ident; $($long:ident),+) => {
+        mod whole {
             $(
                 #[test]
-                #[cfg_attr(
-                    not(all(target_os = "linux", target_arch = "x86_64")),
-                    ignore = "there is no CUDA emulator for this target: DLLM_TEST_DEVICE=gpu and --include-ignored"
-                )]
-                fn $test() {
-                    crate::common::device();
-                    super::$test();
-                    crate::common::assert_nothing_reported();
+                #[ignore = "long: all cases of a test that runs a few of them by default"]
+                fn $long() {
+                    crate::common::$run(|| super::$long(crate::common::Part::All));
                 }
-            )*
+            )+
         }
     };
 }
-pub(crate) use once_on_device;
+pub(crate) use {device_tests, on_device, once_on_device};
 
 /// Runs `work` with the threads of kernels in several orders, or twice on a GPU. Panics when a result differs.
 pub fn in_every_order<R: PartialEq + Debug>(mut work: impl FnMut() -> R) -> R {
@@ -86,6 +97,13 @@ pub fn in_every_order<R: PartialEq + Debug>(mut work: impl FnMut() -> R) -> R {
     }
     softgpu::set(softgpu::Opt::Seed, seed);
     result
+}
+
+/// Runs `work` on the device. Panics when the CUDA emulator reports an error.
+pub fn once<R>(work: impl FnOnce() -> R) {
+    device();
+    work();
+    assert_nothing_reported();
 }
 
 /// Runs [`in_every_order`] for work that checks its own results.

@@ -2,7 +2,7 @@
 //! one at a time and share their process with no other file.
 
 use crate::common::checkpoint::{Checkpoint, EOS, MASK};
-use crate::common::{device, once_on_device, one_layer};
+use crate::common::{Part, device, once_on_device, one_layer};
 use dllm_kernels::decode::decode;
 use dllm_kernels::engine::{DecodeEngine, DecodeRun, DeviceLoop, Pass, RunOutcome, StepTemplate};
 use dllm_kernels::model::{LayerPlan, QueryRows};
@@ -13,16 +13,17 @@ use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 once_on_device!(
+    interrupted_between_passes,
+    launches_of_a_layer,
+    too_little_memory,
+    unsupported_models;
+    in_parts:
     a_failing_kernel_ends_the_decode,
     a_row_without_a_finite_logit,
     deferred_work,
     graphs_are_captured_once,
-    interrupted_between_passes,
-    launches_of_a_layer,
-    unsupported_models,
     no_blocking_call_inside_a_block,
     out_of_memory_at_any_allocation,
-    too_little_memory,
 );
 
 const FAMILIES: [Family; 2] = [Family::Llada, Family::Dream];
@@ -35,9 +36,16 @@ impl Drop for Restore {
     }
 }
 
-/// Runs one test at a time: in lazy mode, a thread that synchronises runs the work of all threads.
+/// Runs one test at a time: in lazy mode, a thread that synchronises runs the work of all threads. The emulator gets four
+/// multiprocessors: attention then has few KV splits and takes less time. [`launches_of_a_layer`] has the default number.
 fn in_turn(work: impl FnOnce()) {
     let _turn = crate::alone();
+    let options = [Opt::Lazy, Opt::TotalMemory, Opt::Multiprocessors];
+    let _restore = softgpu::active().then(|| {
+        let restore = Restore(options.map(|option| (option, softgpu::get(option))).to_vec());
+        softgpu::set(Opt::Multiprocessors, 4);
+        restore
+    });
     work();
 }
 
@@ -48,9 +56,7 @@ fn with_emulator(work: impl FnOnce()) {
         return;
     }
     in_turn(|| {
-        let process = [Opt::Lazy, Opt::TotalMemory, Opt::Multiprocessors].map(|option| (option, softgpu::get(option)));
-        let thread = [(Opt::FailAlloc, -1), (Opt::FailKernel, -1), (Opt::Quiet, 0)];
-        let _restore = Restore(process.into_iter().chain(thread).collect());
+        let _restore = Restore(vec![(Opt::FailAlloc, -1), (Opt::FailKernel, -1), (Opt::Quiet, 0)]);
         softgpu::set(Opt::Quiet, 1);
         work();
     });
@@ -147,10 +153,9 @@ fn named(what: &str, error: &Error) {
     assert!(fits, "{what}: {error}");
 }
 
-fn out_of_memory_at_any_allocation() {
+fn out_of_memory_at_any_allocation(part: Part) {
     with_emulator(|| {
-        softgpu::set(Opt::Multiprocessors, 4); // saves time
-        for family in FAMILIES {
+        for family in part.of(FAMILIES, 1) {
             let dir = Checkpoint::new(family).write();
             let load = || Model::open(dir.path())?.to_device(&device(), |_, _| ());
             fail_each(&format!("{family}, to_device"), || load().map(|_| ()), || ());
@@ -158,7 +163,7 @@ fn out_of_memory_at_any_allocation() {
             // The adaptive cache with one family only: both allocate the same.
             let bases =
                 if family == Family::Llada { vec![Options::default(), adaptive()] } else { vec![Options::default()] };
-            for base in bases {
+            for base in part.of(bases, 1) {
                 let cache = base.cache;
                 let generator = Generator::new(&model).options(in_blocks(base, Policy::Threshold(0.9)));
                 let generate = || generator.generate(&prompts());
@@ -237,9 +242,8 @@ fn blocks(generator: &Generator, prompts: &[Vec<u32>]) -> (Vec<i64>, i64) {
 /// finishes before the others, the device loop returns to the host, for four calls, which continues with the others. Sequences at
 /// different points of their intervals then run one after the other, for four calls each. When all finish together, as with a fixed
 /// quota, the counts are those of the other caches.
-fn no_blocking_call_inside_a_block() {
+fn no_blocking_call_inside_a_block(part: Part) {
     with_emulator(|| {
-        softgpu::set(Opt::Multiprocessors, 4); // saves time
         let prompts = [vec![3, 14, 15, 9, 26], vec![5, 6, 7, 8, 9]];
         let policies = [
             (Policy::Fixed, 16),
@@ -250,9 +254,9 @@ fn no_blocking_call_inside_a_block() {
         ];
         for lazy in [0, 1] {
             softgpu::set(Opt::Lazy, lazy);
-            for family in FAMILIES {
+            for family in part.of(FAMILIES, 1) {
                 let model = on_device(family);
-                for base in caches().into_iter().chain(hybrid()).chain([adaptive()]) {
+                for base in part.of(caches().into_iter().chain(hybrid()).chain([adaptive()]), 2) {
                     let cache = base.cache;
                     let mut around = vec![];
                     for (policy, steps) in policies {
@@ -281,12 +285,11 @@ fn no_blocking_call_inside_a_block() {
 }
 
 /// Work that the emulator runs only when the host synchronises gives the same tokens and forwards.
-fn deferred_work() {
+fn deferred_work(part: Part) {
     with_emulator(|| {
-        softgpu::set(Opt::Multiprocessors, 4); // saves time
         for family in FAMILIES {
             let [hybrid, _] = hybrid();
-            for base in caches().into_iter().chain([hybrid, adaptive()]) {
+            for base in part.of(caches().into_iter().chain([hybrid, adaptive()]), 2) {
                 let selects = base.refresh_ratio.is_some();
                 let policies = [Policy::Fixed, Policy::Threshold(0.6), Policy::Factor(1.0)];
                 for policy in policies.into_iter().take(if selects { 2 } else { 3 }) {
@@ -307,10 +310,7 @@ fn deferred_work() {
 }
 
 fn launches_of_a_layer() {
-    in_turn(launches);
-}
-
-fn launches() {
+    let _turn = crate::alone();
     for family in FAMILIES {
         let model = on_device(family);
         let layers = model.config().num_layers;
@@ -363,9 +363,9 @@ fn launches() {
 }
 
 /// Passes are replayed as graphs: after the first blocks the number of kernels grows, but not that of launch calls.
-fn graphs_are_captured_once() {
+fn graphs_are_captured_once(part: Part) {
     with_emulator(|| {
-        for family in FAMILIES {
+        for family in part.of(FAMILIES, 1) {
             let model = on_device(family);
             for (cache, max_sizes) in [(CacheMode::None, 1), (CacheMode::Dual, 1), (CacheMode::Prefix, 8)] {
                 let run = |blocks: usize| {
@@ -428,12 +428,12 @@ fn refused_models() {
     }
 }
 
-fn a_row_without_a_finite_logit() {
-    in_turn(no_finite_logit);
+fn a_row_without_a_finite_logit(part: Part) {
+    in_turn(|| no_finite_logit(part));
 }
 
 /// NaN in the weights is an error with the same sequence, position and forward as on the CPU.
-fn no_finite_logit() {
+fn no_finite_logit(part: Part) {
     let errors = |checkpoint: &Checkpoint, options: &Options, prompts: &[Vec<u32>]| {
         let dir = checkpoint.write();
         let cpu = Model::open(dir.path()).unwrap();
@@ -448,8 +448,8 @@ fn no_finite_logit() {
     };
     for family in FAMILIES {
         let [hybrid, _] = hybrid();
-        for base in caches().into_iter().chain([hybrid, adaptive()]) {
-            for policy in [Policy::Fixed, Policy::Threshold(0.9)] {
+        for base in part.of(caches().into_iter().chain([hybrid, adaptive()]), 2) {
+            for policy in part.of([Policy::Threshold(0.9), Policy::Fixed], 1) {
                 let options = Options { gen_length: 8, ..in_blocks(base.clone(), policy) };
                 // NaN in every row.
                 let mut checkpoint = Checkpoint::new(family);
@@ -620,19 +620,16 @@ fn interrupted_adaptive(model: &Model) {
 }
 
 /// A failing kernel, in a launch or a graph, immediate or deferred, is an error with the driver's name; the decode does not hang.
-fn a_failing_kernel_ends_the_decode() {
+fn a_failing_kernel_ends_the_decode(part: Part) {
     with_emulator(|| {
         for lazy in [0, 1] {
             softgpu::set(Opt::Lazy, lazy);
-            if lazy == 1 {
-                softgpu::set(Opt::Multiprocessors, 4); // saves time
-            }
             let model = on_device(Family::Llada);
             let want = generate(&model).unwrap().tokens;
             let before = softgpu::get(Opt::Launches);
             generate(&model).unwrap();
             let kernels = softgpu::get(Opt::Launches) - before;
-            for failing in (0..kernels).step_by(7).chain([kernels - 1]) {
+            for failing in part.of((0..kernels).step_by(7), 5).into_iter().chain([kernels - 1]) {
                 softgpu::set(Opt::FailKernel, failing);
                 let result = generate(&model);
                 softgpu::set(Opt::FailKernel, -1);

@@ -8,6 +8,8 @@
 mod common;
 mod driver;
 mod engine;
+#[path = "../../src/selftest/limit.rs"]
+mod limit;
 mod memory;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

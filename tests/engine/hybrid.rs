@@ -3,6 +3,7 @@
 //! counted work.
 
 use crate::common::checkpoint::{Checkpoint, MASK, prompts};
+use crate::common::{Part, in_parts};
 use dllm_kernels::backend::Ratio;
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::cache::{BlockPlan, PassKind, Refresh};
@@ -358,7 +359,7 @@ fn add(x: &mut [f64], delta: &[f64]) {
 
 /// Pass by pass: what ran, the candidates' confidences, what was committed. No decision is closer than ten times the
 /// arithmetic's error.
-fn as_the_rule_says(family: Family) {
+fn as_the_rule_says(family: Family, part: Part) {
     let checkpoint = checkpoint(family, 4);
     let model = open(family, 4);
     let mut reference = Reference::new(&checkpoint, model.config());
@@ -366,7 +367,7 @@ fn as_the_rule_says(family: Family) {
     for prompt in all_prompts() {
         for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
             let plain = passes(&model, &base(cache), &prompt);
-            for options in settings(cache) {
+            for options in part.of(settings(cache), 5) {
                 let (got, want) = (passes(&model, &options, &prompt), reference.decode(&prompt, &options));
                 for (i, (got, want)) in got.iter().zip(&want).enumerate() {
                     let what = format!("{family} pass {i} of {prompt:?} {options:?}");
@@ -394,15 +395,15 @@ fn as_the_rule_says(family: Family) {
     assert!(logits.min(confidence) > 10.0 * worst && cosine > 1e-6, "{logits} {confidence} {cosine} {worst}");
 }
 
-#[test]
-fn llada_as_the_rule_says() {
-    as_the_rule_says(Family::Llada);
+fn llada_as_the_rule_says(part: Part) {
+    as_the_rule_says(Family::Llada, part);
 }
 
-#[test]
-fn dream_as_the_rule_says() {
-    as_the_rule_says(Family::Dream);
+fn dream_as_the_rule_says(part: Part) {
+    as_the_rule_says(Family::Dream, part);
 }
+
+in_parts!(batches, dream_as_the_rule_says, llada_as_the_rule_says);
 
 fn tokens(model: &Model, options: &Options, prompts: &[Vec<u32>]) -> Vec<Vec<u32>> {
     let output = Generator::new(model).options(options.clone()).generate(prompts);
@@ -519,12 +520,11 @@ fn all_rows_chosen_are_all_rows() {
 }
 
 /// Other sequences of the batch change nothing, with or without guidance, under every policy.
-#[test]
-fn batches() {
+fn batches(part: Part) {
     for family in FAMILIES {
         let model = open(family, 4);
         for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
-            for (i, options) in settings(cache).into_iter().enumerate() {
+            for (i, options) in part.of(settings(cache).into_iter().enumerate(), 4) {
                 let policy = [options.policy, Policy::Fixed, Policy::Factor(1.0)][i % 3];
                 let options = Options { policy, ..options };
                 for options in [options.clone(), Options { cfg_scale: 1.5, temperature: 0.7, ..options }] {

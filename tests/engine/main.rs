@@ -9,4 +9,6 @@ mod common;
 mod cuda;
 mod golden;
 mod hybrid;
+#[path = "../../src/selftest/limit.rs"]
+mod limit;
 mod memory;

@@ -155,7 +155,7 @@ fn write(dir: &Path, config: &Config) -> usize {
 #[test]
 #[cfg_attr(not(target_os = "linux"), ignore = "not run: memory::small needs Linux's RssAnon")]
 fn small() {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-math");
+    let dir = crate::common::models_dir().join("tiny-math");
     check(&dir, &PLAIN, &[(64, 1), (400, 1)]);
     check(&dir, &FEATURE_CACHE, &[(400, 1)]);
 }

@@ -8,6 +8,8 @@ mod blas;
 mod common;
 mod embed;
 mod gather_scatter;
+#[path = "../../src/selftest/limit.rs"]
+mod limit;
 mod merge_state;
 mod norm;
 mod read_bandwidth;

@@ -1,6 +1,9 @@
 //! Helpers of the tests: a device, PTX texts, launches.
 #![allow(dead_code)] // each test file uses a part of it
 
+#[path = "../../../src/selftest/limit.rs"]
+mod limit;
+
 use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DriverError, LaunchConfig};
 use cudarc::nvrtc::Ptx;

@@ -8,6 +8,9 @@ mod doctor;
 mod eval;
 mod generate;
 mod inspect;
+#[cfg(test)]
+#[path = "../../selftest/limit.rs"]
+mod limit;
 mod machine;
 mod output;
 mod plot;

@@ -5,14 +5,15 @@ use super::FAMILIES;
 use super::lockstep::{TestModel, decode_in_lockstep};
 use super::margin::Tally;
 use super::observed::loops;
+use crate::common::Part;
 use crate::common::checkpoint::prompts;
 use dllm_kernels::{Generator, Options};
 
-pub fn alone_and_in_a_batch() {
+pub fn alone_and_in_a_batch(part: Part) {
     let (mut tally, mut same, mut sequences) = (Tally::default(), 0, 0);
     for family in FAMILIES {
         let test_model = TestModel::made_up(family);
-        for (i, base) in loops().into_iter().enumerate() {
+        for (i, base) in part.of(loops().into_iter().enumerate(), 3) {
             let sampled = i % 2 == 1;
             let options = Options { temperature: if sampled { 0.8 } else { 0.0 }, seed: 5, ..base };
             let what = format!("{family} {options:?}");

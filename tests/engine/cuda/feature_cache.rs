@@ -4,9 +4,9 @@ use super::lockstep::{TestModel, decode_in_lockstep};
 use super::margin::Tally;
 use super::observed::same_when_observed;
 use super::{FAMILIES, made_up};
-use crate::common::Random;
 use crate::common::checkpoint::{Checkpoint, MASK, prompts};
 use crate::common::recorded::{json, names, numbers, options};
+use crate::common::{Part, Random};
 use dllm_kernels::decode::{Algorithm, Observer, Step};
 use dllm_kernels::{CacheMode, Family, Generator, Model, Options, Policy};
 use std::collections::BTreeMap;
@@ -55,11 +55,11 @@ fn loops() -> Vec<Options> {
 
 /// Compares decodes that the device runs by itself with decodes that the host runs step by step, for graphs of every kind of
 /// forward. Sequences of a batch are at different points of their intervals.
-fn observed_or_not(family: Family) {
+fn observed_or_not(family: Family, part: Part) {
     let model = made_up(family);
     let (all, masked) = (prompts(), [vec![3, MASK, 15, MASK], vec![7, 8, 9], vec![MASK], vec![1; 4]]);
     let choices = [&all[..1], &all[..], &all[1..], &masked[..], &masked[..1]];
-    for (i, base) in loops().into_iter().enumerate() {
+    for (i, base) in part.of(loops().into_iter().enumerate(), 8) {
         let prompts = choices[i % 5];
         // One step: the only number that divides the masks of every prompt.
         let steps = (i % 5 > 2 && base.algorithm(family) == Algorithm::DreamThreshold).then_some(1);
@@ -71,12 +71,12 @@ fn observed_or_not(family: Family) {
     }
 }
 
-pub fn feature_cache_observed_or_not_llada() {
-    observed_or_not(Family::Llada);
+pub fn feature_cache_observed_or_not_llada(part: Part) {
+    observed_or_not(Family::Llada, part);
 }
 
-pub fn feature_cache_observed_or_not_dream() {
-    observed_or_not(Family::Dream);
+pub fn feature_cache_observed_or_not_dream(part: Part) {
+    observed_or_not(Family::Dream, part);
 }
 
 /// Masks in the prompts: kinds of forwards that first occur late in a block, and sequences that catch up with others inside a block.
@@ -148,22 +148,22 @@ fn tokens(model: &Model, options: &Options, prompts: &[Vec<u32>]) -> Vec<Vec<u32
 
 /// Tokens do not depend on the batch, also where other sequences end earlier and their features must not be updated further. With
 /// every forward a full refresh they equal those without a cache. Not on a GPU, where products depend on the number of rows.
-pub fn feature_cache_alone_and_in_a_batch() {
+pub fn feature_cache_alone_and_in_a_batch(part: Part) {
     if !softgpu::active() {
         println!("not run: needs the CUDA emulator, whose products do not depend on the number of rows");
         return;
     }
     for family in FAMILIES {
         let model = made_up(family);
-        for (i, base) in loops().into_iter().enumerate().filter(|(i, _)| i % 2 == 0) {
+        for (i, base) in part.of(loops().into_iter().enumerate().filter(|(i, _)| i % 2 == 0), 3) {
             let options = Options { temperature: if i % 4 == 0 { 0.8 } else { 0.0 }, ..base };
             let batch = tokens(&model, &options, &prompts());
             for (prompt, batch) in prompts().iter().zip(&batch) {
                 assert_eq!(tokens(&model, &options, std::slice::from_ref(prompt))[0], *batch, "{family} {options:?}");
             }
         }
-        for (base, block_length) in [(adaptive(1, 1, 0.25), 4), (adaptive(1, 100, 1.0), 12), (adaptive(1, 1, 0.0), 12)]
-        {
+        let equivalent = [(adaptive(1, 1, 0.25), 4), (adaptive(1, 100, 1.0), 12), (adaptive(1, 1, 0.0), 12)];
+        for (base, block_length) in part.of(equivalent, 1) {
             for policy in [Policy::Fixed, Policy::Threshold(0.5)] {
                 let options = Options { gen_length: 12, block_length: Some(block_length), policy, ..base.clone() };
                 let plain = Options { cache: CacheMode::None, ..options.clone() };
@@ -204,12 +204,12 @@ pub fn guidance_at_intervals() {
 /// Runs in lockstep with the CPU, which uses the rows that V-verify selected on the device. The selections are compared by
 /// angle, everything else by the margin rule. Selections of unconditional sequences are not reported, so guided decodes do not
 /// select.
-pub fn feature_cache_in_lockstep() {
+pub fn feature_cache_in_lockstep(part: Part) {
     let mut all = Tally::default();
     for family in FAMILIES {
         let test_model = TestModel::made_up(family);
         let mut random = Random(77 + family as u64);
-        for (i, base) in loops().into_iter().enumerate() {
+        for (i, base) in part.of(loops().into_iter().enumerate(), 12) {
             let ratio = base.effective_refresh_ratio();
             let chooses = if base.cache == CacheMode::Adaptive { ratio > 0.0 } else { ratio < 1.0 };
             let guided = !chooses && i % 3 == 0;
@@ -224,21 +224,19 @@ pub fn feature_cache_in_lockstep() {
     }
     println!("{all}");
     all.assert_few([0.05, 0.05], [0.6, 0.9]);
-    assert_selections(&all);
+    assert_selections(&all, part);
 }
 
 /// Runs the recorded decodes of dLLM-Cache in the same way.
-pub fn recorded_feature_cache_decodes() {
+pub fn recorded_feature_cache_decodes(part: Part) {
     let models: BTreeMap<_, TestModel> = ["tiny-llada", "tiny-llada-b", "tiny-dream"]
         .into_iter()
         .map(|name| (name, TestModel::recorded(name)))
         .collect();
     let (mut all, mut decodes, mut same) = (Tally::default(), 0, 0);
-    for name in names("trajectory_") {
-        let case = json(&format!("{name}.json"));
-        if !case["algorithm"].as_str().unwrap().starts_with("dllm_cache.") {
-            continue;
-        }
+    let cases = names("trajectory_").into_iter().map(|name| (json(&format!("{name}.json")), name));
+    let cases = cases.filter(|(case, _)| case["algorithm"].as_str().unwrap().starts_with("dllm_cache."));
+    for (case, name) in part.of(cases, 5) {
         let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
         let test_model = &models[case["model"].as_str().unwrap()];
         let (decoded, tally) = decode_in_lockstep(test_model, &options(&case), &prompts, &name, &mut ());
@@ -249,11 +247,11 @@ pub fn recorded_feature_cache_decodes() {
     }
     println!("{decodes} decodes, {same} with the recorded tokens; {all}");
     all.assert_few([0.055, 0.032], [0.6, 0.9]);
-    assert_selections(&all);
+    assert_selections(&all, part);
 }
 
 /// Few selected rows differ from those of the bf16 reference, and their angles are close. The bounds are twice the observed values.
-fn assert_selections(all: &Tally) {
-    assert!(all.selected > 500, "{all}");
+fn assert_selections(all: &Tally, part: Part) {
+    assert!(all.selected > part.count(500, 50), "{all}");
     assert!(all.selected_differs as f64 <= 0.035 * all.selected as f64 && all.worst_angle < 0.01, "{all}");
 }

@@ -49,15 +49,18 @@ use random::{random_settings_dream, random_settings_llada};
 use recorded_decodes::recorded_decodes;
 
 once_on_device!(
-    alone_and_in_a_batch,
     element_types,
-    feature_cache_alone_and_in_a_batch,
-    feature_cache_in_lockstep,
     feature_cache_masks_in_the_prompt,
-    feature_cache_observed_or_not_dream,
-    feature_cache_observed_or_not_llada,
     guidance_at_intervals,
     logits_are_within_the_margin,
+    tied_head,
+    work_is_counted_for_each_pass;
+    in_parts:
+    alone_and_in_a_batch,
+    feature_cache_alone_and_in_a_batch,
+    feature_cache_in_lockstep,
+    feature_cache_observed_or_not_dream,
+    feature_cache_observed_or_not_llada,
     many_blocks,
     masks_in_the_prompt,
     observed_or_not_dream,
@@ -66,6 +69,4 @@ once_on_device!(
     random_settings_llada,
     recorded_decodes,
     recorded_feature_cache_decodes,
-    tied_head,
-    work_is_counted_for_each_pass,
 );

@@ -2,8 +2,8 @@
 //! `advance`, the captured graphs and their launch buckets with the loop in Rust.
 
 use super::{FAMILIES, made_up};
-use crate::common::assert_nothing_reported;
 use crate::common::checkpoint::{MASK, prompts, samplings};
+use crate::common::{Part, assert_nothing_reported};
 use dllm_kernels::decode::Algorithm;
 use dllm_kernels::{CacheMode, Confidence, Family, Generator, Model, Observer, Options, Policy};
 
@@ -45,44 +45,46 @@ pub fn same_when_observed(model: &Model, options: &Options, prompts: &[Vec<u32>]
     assert_nothing_reported();
 }
 
-fn observed_or_not(family: Family) {
+fn observed_or_not(family: Family, part: Part) {
     let model = made_up(family);
     let all = prompts();
     // Each setting with a different subset of the prompts.
     let choices = [&all[..1], &all[..], &all[1..], &all[2..]];
-    let mut settings = 0;
+    let mut settings = Vec::new();
     for (i, base) in loops().into_iter().enumerate() {
         for (k, options) in samplings(&base).into_iter().enumerate().filter(|(k, _)| k % 2 == i % 2) {
-            same_when_observed(&model, &options, choices[(k / 2 + i) % 4]);
-            settings += 1;
+            settings.push((options, choices[(k / 2 + i) % 4]));
         }
         // End tokens that occur, at different steps.
         for (k, end_tokens) in [vec![3, 7, 11, 30], (0..20).collect()].into_iter().enumerate() {
             let options = Options { early_stop: true, end_tokens, temperature: 0.8, ..base.clone() };
-            same_when_observed(&model, &options, choices[1 + (i + k) % 3]);
-            settings += 1;
+            settings.push((options, choices[1 + (i + k) % 3]));
         }
     }
-    println!("{family}: {settings} settings");
+    let settings = part.of(settings, 10);
+    for (options, prompts) in &settings {
+        same_when_observed(&model, options, prompts);
+    }
+    println!("{family}: {} settings", settings.len());
     if !softgpu::active() {
         println!("not run: batches, in which a GPU may round products differently");
     }
 }
 
-pub fn observed_or_not_llada() {
-    observed_or_not(Family::Llada);
+pub fn observed_or_not_llada(part: Part) {
+    observed_or_not(Family::Llada, part);
 }
 
-pub fn observed_or_not_dream() {
-    observed_or_not(Family::Dream);
+pub fn observed_or_not_dream(part: Part) {
+    observed_or_not(Family::Dream, part);
 }
 
 /// Prompts of some masks or of masks only, alone and together with prompts without.
-pub fn masks_in_the_prompt() {
+pub fn masks_in_the_prompt(part: Part) {
     let prompts = [vec![3, MASK, 15, MASK], vec![MASK; 5], vec![7, 8, 9], vec![MASK], vec![1; 4]];
     for family in FAMILIES {
         let model = made_up(family);
-        for (i, base) in loops().into_iter().enumerate() {
+        for (i, base) in part.of(loops().into_iter().enumerate(), 3) {
             // One step: the only number that divides the masks of every prompt.
             let steps = (base.algorithm(family) == Algorithm::DreamThreshold).then_some(1);
             let list = [
@@ -99,18 +101,22 @@ pub fn masks_in_the_prompt() {
 }
 
 /// Many blocks, so that the windows of PrefixCache shrink through several launch buckets, and prompts of several lengths.
-pub fn many_blocks() {
+pub fn many_blocks(part: Part) {
     for family in FAMILIES {
         let model = made_up(family);
         let prompts = [(0..31).collect(), vec![4; 2], (0..9).map(|i| i * 3).collect()];
-        for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual] {
+        let mut settings = Vec::new();
+        for cache in [CacheMode::Prefix, CacheMode::None, CacheMode::Dual] {
             for (policy, cfg_scale) in [(Policy::Threshold(0.7), 0.0), (Policy::Fixed, 0.5)] {
                 let steps = Some(if policy == Policy::Fixed { 16 } else { 32 });
                 let (gen_length, block_length) = (32, Some(4));
                 let base = Options { gen_length, block_length, cache, policy, steps, cfg_scale, ..Options::default() };
-                same_when_observed(&model, &base, &prompts);
-                same_when_observed(&model, &Options { block_length: Some(2), ..base }, &prompts[2..]);
+                settings.push((base.clone(), &prompts[..]));
+                settings.push((Options { block_length: Some(2), ..base }, &prompts[2..]));
             }
+        }
+        for (options, prompts) in part.of(settings, 2) {
+            same_when_observed(&model, &options, prompts);
         }
     }
 }

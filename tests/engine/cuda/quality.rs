@@ -1,16 +1,15 @@
 //! The shipped checkpoint solves the same number of its first 100 problems on the device as on the CPU, within one.
 
 use super::small_device;
-use crate::common::{models_dir, once_on_device};
+use crate::common::{Part, models_dir, once_on_device};
 use dllm_kernels::tokenizer::Tokenizer;
 use dllm_kernels::{CacheMode, Generator, Model, Policy};
 use std::time::Instant;
 
-once_on_device!(as_many_answers_as_on_the_cpu);
+once_on_device!(; in_parts: as_many_answers_as_on_the_cpu);
 
-const PROBLEMS: usize = 100;
-
-fn as_many_answers_as_on_the_cpu() {
+fn as_many_answers_as_on_the_cpu(part: Part) {
+    let count = part.count(100, 5);
     let dir = models_dir().join("tiny-math");
     let cpu = Model::open(&dir).unwrap();
     let gpu = Model::open(&dir).unwrap().to_device(&small_device(), |_, _| ()).unwrap();
@@ -18,14 +17,14 @@ fn as_many_answers_as_on_the_cpu() {
     let rows = std::fs::read_to_string(dir.join("eval/problems_0shot.jsonl")).unwrap();
     let problems: Vec<(Vec<u32>, String)> = rows
         .lines()
-        .take(PROBLEMS)
+        .take(count)
         .map(|row| {
             let row: serde_json::Value = serde_json::from_str(row).unwrap();
             let prompt = tokenizer.encode(row["prompt"].as_str().unwrap(), false).unwrap();
             (prompt, row["answer"].as_str().unwrap().to_string())
         })
         .collect();
-    assert_eq!(problems.len(), PROBLEMS);
+    assert_eq!(problems.len(), count);
     let run = |model| -> (Vec<bool>, Vec<Vec<u32>>, usize, f64) {
         let generator =
             Generator::new(model).gen_length(64).block_length(32).cache(CacheMode::Dual).policy(Policy::Threshold(0.9));
@@ -42,14 +41,14 @@ fn as_many_answers_as_on_the_cpu() {
         (right, answers, nfe, start.elapsed().as_secs_f64())
     };
     let (a, b) = (run(&cpu), run(&gpu));
-    let count = |right: &[bool]| right.iter().filter(|right| **right).count();
+    let number = |right: &[bool]| right.iter().filter(|right| **right).count();
     let same = a.1.iter().zip(&b.1).filter(|(a, b)| a == b).count();
-    println!("CPU:    {} of {PROBLEMS} right, {} passes, {:.1} s", count(&a.0), a.2, a.3);
+    println!("CPU:    {} of {count} right, {} passes, {:.1} s", number(&a.0), a.2, a.3);
     println!(
-        "device: {} of {PROBLEMS} right, {} passes, {:.1} s; {same} answers have the same tokens",
-        count(&b.0),
+        "device: {} of {count} right, {} passes, {:.1} s; {same} answers have the same tokens",
+        number(&b.0),
         b.2,
         b.3
     );
-    assert!(count(&a.0).abs_diff(count(&b.0)) <= 1);
+    assert!(number(&a.0).abs_diff(number(&b.0)) <= 1);
 }

@@ -2,7 +2,7 @@
 
 use super::lockstep::{TestModel, decode_in_lockstep};
 use super::margin::Tally;
-use crate::common::Random;
+use crate::common::{Part, Random};
 use dllm_kernels::decode::Algorithm;
 use dllm_kernels::{CacheMode, Confidence, Family, Options, Policy};
 
@@ -49,26 +49,26 @@ pub fn setting(random: &mut Random, family: Family) -> (Options, Vec<Vec<u32>>) 
     (options, prompts)
 }
 
-fn in_lockstep(family: Family) {
-    const SETTINGS: usize = 500;
+fn in_lockstep(family: Family, part: Part) {
+    let settings = part.count(500, 40);
     let test_model = TestModel::made_up(family);
     let mut random = Random(0x5eed + family as u64);
     let mut all = Tally::default();
-    for i in 0..SETTINGS {
+    for i in 0..settings {
         let (options, prompts) = setting(&mut random, family);
         let what = format!("{family}, setting {i}, {options:?}, {prompts:?}");
         let (_, tally) = decode_in_lockstep(&test_model, &options, &prompts, &what, &mut ());
         all.add(tally);
     }
-    println!("{family}: {SETTINGS} settings, {all}");
+    println!("{family}: {settings} settings, {all}");
     // Bounds: twice the observed shares.
     all.assert_few([0.03, 0.032], [0.4, 0.75]);
 }
 
-pub fn random_settings_llada() {
-    in_lockstep(Family::Llada);
+pub fn random_settings_llada(part: Part) {
+    in_lockstep(Family::Llada, part);
 }
 
-pub fn random_settings_dream() {
-    in_lockstep(Family::Dream);
+pub fn random_settings_dream(part: Part) {
+    in_lockstep(Family::Dream, part);
 }

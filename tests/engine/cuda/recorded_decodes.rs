@@ -3,21 +3,21 @@
 
 use super::lockstep::{TestModel, decode_in_lockstep};
 use super::margin::Tally;
+use crate::common::Part;
 use crate::common::recorded::{compare, json, names, numbers, options};
 use dllm_kernels::decode::trace::Trace;
 use std::collections::BTreeMap;
 
-pub fn recorded_decodes() {
+pub fn recorded_decodes(part: Part) {
     let models: BTreeMap<_, TestModel> = ["tiny-llada", "tiny-llada-b", "tiny-dream"]
         .into_iter()
         .map(|name| (name, TestModel::recorded(name)))
         .collect();
     let (mut all, mut replayed) = (Tally::default(), 0);
-    for name in names("trajectory_") {
-        let case = json(&format!("{name}.json"));
-        if case["algorithm"].as_str().unwrap().starts_with("dllm_cache.") {
-            continue; // see feature_cache.rs
-        }
+    let cases = names("trajectory_").into_iter().map(|name| (json(&format!("{name}.json")), name));
+    // Those of dLLM-Cache run in feature_cache.rs.
+    let cases = cases.filter(|(case, _)| !case["algorithm"].as_str().unwrap().starts_with("dllm_cache."));
+    for (case, name) in part.of(cases, 8) {
         let test_model = &models[case["model"].as_str().unwrap()];
         let options = options(&case);
         let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
