@@ -252,7 +252,7 @@ fn no_blocking_call_inside_a_block(part: Part) {
             (Policy::Threshold(0.01), 16),
             (Policy::Factor(1.0), 16),
         ];
-        for lazy in [0, 1] {
+        for lazy in part.of([0, 1], 1) {
             softgpu::set(Opt::Lazy, lazy);
             for family in part.of(FAMILIES, 1) {
                 let model = on_device(family);
@@ -629,7 +629,7 @@ fn a_failing_kernel_ends_the_decode(part: Part) {
             let before = softgpu::get(Opt::Launches);
             generate(&model).unwrap();
             let kernels = softgpu::get(Opt::Launches) - before;
-            for failing in part.of((0..kernels).step_by(7), 5).into_iter().chain([kernels - 1]) {
+            for failing in part.of((0..kernels).step_by(7), 4).into_iter().chain([kernels - 1]) {
                 softgpu::set(Opt::FailKernel, failing);
                 let result = generate(&model);
                 softgpu::set(Opt::FailKernel, -1);

@@ -13,7 +13,7 @@ pub fn alone_and_in_a_batch(part: Part) {
     let (mut tally, mut same, mut sequences) = (Tally::default(), 0, 0);
     for family in FAMILIES {
         let test_model = TestModel::made_up(family);
-        for (i, base) in part.of(loops().into_iter().enumerate(), 3) {
+        for (i, base) in part.of(loops().into_iter().enumerate(), 2) {
             let sampled = i % 2 == 1;
             let options = Options { temperature: if sampled { 0.8 } else { 0.0 }, seed: 5, ..base };
             let what = format!("{family} {options:?}");

@@ -59,7 +59,7 @@ fn observed_or_not(family: Family, part: Part) {
     let model = made_up(family);
     let (all, masked) = (prompts(), [vec![3, MASK, 15, MASK], vec![7, 8, 9], vec![MASK], vec![1; 4]]);
     let choices = [&all[..1], &all[..], &all[1..], &masked[..], &masked[..1]];
-    for (i, base) in part.of(loops().into_iter().enumerate(), 8) {
+    for (i, base) in part.of(loops().into_iter().enumerate(), 5) {
         let prompts = choices[i % 5];
         // One step: the only number that divides the masks of every prompt.
         let steps = (i % 5 > 2 && base.algorithm(family) == Algorithm::DreamThreshold).then_some(1);
@@ -155,7 +155,7 @@ pub fn feature_cache_alone_and_in_a_batch(part: Part) {
     }
     for family in FAMILIES {
         let model = made_up(family);
-        for (i, base) in part.of(loops().into_iter().enumerate().filter(|(i, _)| i % 2 == 0), 3) {
+        for (i, base) in part.of(loops().into_iter().enumerate().filter(|(i, _)| i % 2 == 0), 2) {
             let options = Options { temperature: if i % 4 == 0 { 0.8 } else { 0.0 }, ..base };
             let batch = tokens(&model, &options, &prompts());
             for (prompt, batch) in prompts().iter().zip(&batch) {
@@ -175,8 +175,8 @@ pub fn feature_cache_alone_and_in_a_batch(part: Part) {
 
 /// Unconditional sequences that run at intervals, driven by the host, which stores the guidance differences. With interval 1 they
 /// equal those that run in the same batch, up to the rounding of differences. Tokens do not depend on the batch.
-pub fn guidance_at_intervals() {
-    for family in FAMILIES {
+pub fn guidance_at_intervals(part: Part) {
+    for family in part.of(FAMILIES, 1) {
         let model = made_up(family);
         let at = |cfg_interval, steps| Options {
             gen_length: 12,
@@ -209,7 +209,7 @@ pub fn feature_cache_in_lockstep(part: Part) {
     for family in FAMILIES {
         let test_model = TestModel::made_up(family);
         let mut random = Random(77 + family as u64);
-        for (i, base) in part.of(loops().into_iter().enumerate(), 12) {
+        for (i, base) in part.of(loops().into_iter().enumerate(), 8) {
             let ratio = base.effective_refresh_ratio();
             let chooses = if base.cache == CacheMode::Adaptive { ratio > 0.0 } else { ratio < 1.0 };
             let guided = !chooses && i % 3 == 0;
@@ -236,7 +236,7 @@ pub fn recorded_feature_cache_decodes(part: Part) {
     let (mut all, mut decodes, mut same) = (Tally::default(), 0, 0);
     let cases = names("trajectory_").into_iter().map(|name| (json(&format!("{name}.json")), name));
     let cases = cases.filter(|(case, _)| case["algorithm"].as_str().unwrap().starts_with("dllm_cache."));
-    for (case, name) in part.of(cases, 5) {
+    for (case, name) in part.of(cases, 3) {
         let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
         let test_model = &models[case["model"].as_str().unwrap()];
         let (decoded, tally) = decode_in_lockstep(test_model, &options(&case), &prompts, &name, &mut ());

@@ -51,7 +51,6 @@ use recorded_decodes::recorded_decodes;
 once_on_device!(
     element_types,
     feature_cache_masks_in_the_prompt,
-    guidance_at_intervals,
     logits_are_within_the_margin,
     tied_head,
     work_is_counted_for_each_pass;
@@ -61,6 +60,7 @@ once_on_device!(
     feature_cache_in_lockstep,
     feature_cache_observed_or_not_dream,
     feature_cache_observed_or_not_llada,
+    guidance_at_intervals,
     many_blocks,
     masks_in_the_prompt,
     observed_or_not_dream,

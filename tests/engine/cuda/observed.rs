@@ -61,7 +61,7 @@ fn observed_or_not(family: Family, part: Part) {
             settings.push((options, choices[1 + (i + k) % 3]));
         }
     }
-    let settings = part.of(settings, 10);
+    let settings = part.of(settings, 6);
     for (options, prompts) in &settings {
         same_when_observed(&model, options, prompts);
     }
@@ -84,7 +84,7 @@ pub fn masks_in_the_prompt(part: Part) {
     let prompts = [vec![3, MASK, 15, MASK], vec![MASK; 5], vec![7, 8, 9], vec![MASK], vec![1; 4]];
     for family in FAMILIES {
         let model = made_up(family);
-        for (i, base) in part.of(loops().into_iter().enumerate(), 3) {
+        for (i, base) in part.of(loops().into_iter().enumerate(), 2) {
             // One step: the only number that divides the masks of every prompt.
             let steps = (base.algorithm(family) == Algorithm::DreamThreshold).then_some(1);
             let list = [

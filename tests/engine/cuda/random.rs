@@ -50,7 +50,7 @@ pub fn setting(random: &mut Random, family: Family) -> (Options, Vec<Vec<u32>>) 
 }
 
 fn in_lockstep(family: Family, part: Part) {
-    let settings = part.count(500, 40);
+    let settings = part.count(500, 24);
     let test_model = TestModel::made_up(family);
     let mut random = Random(0x5eed + family as u64);
     let mut all = Tally::default();

@@ -17,7 +17,7 @@ pub fn recorded_decodes(part: Part) {
     let cases = names("trajectory_").into_iter().map(|name| (json(&format!("{name}.json")), name));
     // Those of dLLM-Cache run in feature_cache.rs.
     let cases = cases.filter(|(case, _)| !case["algorithm"].as_str().unwrap().starts_with("dllm_cache."));
-    for (case, name) in part.of(cases, 8) {
+    for (case, name) in part.of(cases, 5) {
         let test_model = &models[case["model"].as_str().unwrap()];
         let options = options(&case);
         let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
