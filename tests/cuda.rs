@@ -56,7 +56,7 @@ use feature_cache::{
     recorded_feature_cache_decodes, work_is_counted_for_each_pass,
 };
 use formats::{element_types, tied_head};
-use forward::logits_are_within_the_margin;
+use forward::{logits_are_within_the_margin, long_sequences};
 use observed::{many_blocks, masks_in_the_prompt, observed_or_not_dream, observed_or_not_llada};
 use random::{random_settings_dream, random_settings_llada};
 use recorded_decodes::recorded_decodes;
@@ -71,6 +71,7 @@ once_on_device!(
     feature_cache_observed_or_not_llada,
     guidance_at_intervals,
     logits_are_within_the_margin,
+    long_sequences,
     many_blocks,
     masks_in_the_prompt,
     observed_or_not_dream,
