@@ -240,6 +240,13 @@ mod tests {
         assert_eq!(far.len(), 16);
         assert_eq!(far[..2], [[-0.065_975_994, -0.997_821_2], [0.999_633_2, 0.027_083_058]]);
         assert_eq!(far[2..4], [[-0.758_821_96, 0.651_298_1], [-0.553_398_97, -0.832_916_3]]);
+        // Beyond, the table of the reference, which was checked against the same numbers.
+        let table = angle_table(500_000.0, 32, 70_000);
+        for position in [4_095, 4_096, 4_097, 8_192, 16_383, 32_768, 65_535, 65_536, 69_999] {
+            let pairs = crate::reference::rope::angles(500_000.0, 32, position);
+            let expected: Vec<[f32; 2]> = pairs.into_iter().map(|(cos, sin)| [cos, sin]).collect();
+            assert_eq!(table[position * 16..][..16], expected, "position {position}");
+        }
     }
 
     #[test]

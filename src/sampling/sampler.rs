@@ -221,6 +221,58 @@ mod tests {
         assert_eq!(score_row(&mut [-4.0], &params, 0, 0), Some((0, 1.0)));
     }
 
+    /// Logits of about -200 give the results of the same logits 200 higher: no maximum starts at 0.
+    #[test]
+    fn logits_far_below_zero() {
+        // Multiples of 1/8, so that adding 200 is exact.
+        let row: Vec<f32> = (0..50).map(|i| ((i * 37 + 11) % 97) as f32 / 8.0 - 206.0).collect();
+        let raised = |row: &[f32]| row.iter().map(|l| l + 200.0).collect::<Vec<f32>>();
+        let cut = |row: &[f32]| min_kept_logit(row, 0.7, Some(0.8), Some(30));
+        for confidence in Confidence::ALL {
+            for (temperature, top_p, top_k) in [(0.0, None, None), (0.7, None, None), (0.7, Some(0.8), Some(5))] {
+                let params =
+                    SamplingParams { confidence, temperature, top_p, top_k, mask_token: Some(3), ..Default::default() };
+                let low = score_row(&mut row.clone(), &params, 1, 2).unwrap();
+                let high = score_row(&mut raised(&row), &params, 1, 2).unwrap();
+                assert_eq!(low.0, high.0, "{params:?}");
+                assert!((low.1 - high.1).abs() < 1e-12 && low.1 != 0.0, "{params:?}: {} {}", low.1, high.1);
+                assert_eq!(cut(&row), cut(&raised(&row)) - 200.0);
+            }
+        }
+    }
+
+    /// Tokens, confidences and commits have the same bits in pools of any number of threads.
+    #[test]
+    fn the_same_bits_with_any_number_of_threads() {
+        let vocab_size = 5_003;
+        let logit = |i: usize| ((i as u32).wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 21) as f32 - 4.0;
+        let group = |sequence, positions: std::ops::Range<usize>| Candidates {
+            sequence,
+            step: 3 + sequence,
+            positions: positions.collect(),
+            commit_before: 30,
+            commit_rule: CommitRule::Threshold(0.001),
+        };
+        let groups = [group(0, 2..9), group(1, 0..1), group(2, 5..34)];
+        for confidence in Confidence::ALL {
+            for (temperature, top_p, cfg_scale) in [(0.0, None, 0.0), (0.8, Some(0.9), 1.5)] {
+                let params =
+                    SamplingParams { confidence, temperature, top_p, cfg_scale, seed: 5, ..Default::default() };
+                let run = |threads| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    let mut logits: Vec<f32> = (0..2 * 37 * vocab_size).map(logit).collect();
+                    let predictions = pool.install(|| sample(&mut logits, vocab_size, &groups, &params)).unwrap();
+                    let bits = |p: Prediction| (p.token, p.confidence.to_bits(), p.commit);
+                    predictions.into_iter().map(bits).collect::<Vec<_>>()
+                };
+                let one = run(1);
+                for threads in [2, 3, 8] {
+                    assert_eq!(run(threads), one, "{params:?}: {threads} threads");
+                }
+            }
+        }
+    }
+
     #[test]
     fn commit_rules_select_by_rank() {
         let c = [0.5, 0.9, 0.2, 0.9];

@@ -11,6 +11,7 @@ mod engine;
 #[path = "../../src/selftest/limit.rs"]
 mod limit;
 mod memory;
+mod upload;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

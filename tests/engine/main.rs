@@ -12,3 +12,4 @@ mod hybrid;
 #[path = "../../src/selftest/limit.rs"]
 mod limit;
 mod memory;
+mod threads;

@@ -8,6 +8,7 @@ use half::{bf16, f16};
 
 on_device! {
     embeds_rows,
+    embeds_many_rows,
     counts_on_the_device,
     leaves_out_rows_out_of_range,
     embeds_every_token_of_every_type,
@@ -79,6 +80,15 @@ fn embeds_rows() {
             Case::new(random, row_bytes, rows).check(random);
         }
     }
+}
+
+fn embeds_many_rows() {
+    let random = &mut Random(6);
+    // More tokens than 16 bits hold.
+    let vocab_size = 70_000;
+    let mut case = Case { vocab_size, ..Case::new(random, 32, 1_100) };
+    case.tokens.iter_mut().for_each(|token| *token = (vocab_size - 1 - random.below(4_500)) as i32);
+    case.check(random);
 }
 
 fn counts_on_the_device() {

@@ -8,6 +8,7 @@ use half::{bf16, f16};
 
 on_device! {
     copies_rows,
+    copies_many_rows,
     counts_on_the_device,
     leaves_out_rows_out_of_range,
     leaves_them_out_without_a_failure_word,
@@ -91,6 +92,13 @@ fn copies_rows() {
                 Case::new(random, copy, row_bytes, rows, indexed).check(random);
             }
         }
+    }
+}
+
+fn copies_many_rows() {
+    let random = &mut Random(8);
+    for copy in BOTH {
+        Case::new(random, copy, 16, 1_100, 70_000).check(random);
     }
 }
 

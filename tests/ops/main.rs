@@ -12,6 +12,7 @@ mod gather_scatter;
 mod limit;
 mod merge_state;
 mod norm;
+mod offsets;
 mod read_bandwidth;
 mod rope;
 mod swiglu;

@@ -191,6 +191,11 @@ fn equals_the_reference() {
         far.check("far apart");
         far.b.1 = far.a.1.clone();
         far.check("the same");
+        let mut below = Case::<T>::new(random, 40, 2, 8);
+        for lse in below.a.1.iter_mut().chain(&mut below.b.1) {
+            *lse -= 200.0;
+        }
+        below.check("far below zero");
     }
     check::<bf16>();
     check::<f16>();

@@ -13,6 +13,7 @@ use half::{bf16, f16};
 
 on_device! {
     equals_the_reference,
+    takes_many_rows,
     counts_on_the_device,
     adds_rows_by_a_map,
     same_bits_whatever_else_runs,
@@ -141,6 +142,10 @@ fn equals_the_reference() {
     check::<bf16>();
     check::<f16>();
     check::<f32>();
+}
+
+fn takes_many_rows() {
+    Case::<f16>::new(&mut Random(12), 1_100, 24).check("many rows");
 }
 
 fn counts_on_the_device() {

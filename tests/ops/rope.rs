@@ -13,6 +13,7 @@ use half::{bf16, f16};
 
 on_device! {
     equals_the_reference,
+    far_positions_and_many_rows,
     counts_on_the_device,
     leaves_out_rows_out_of_range,
     rows_may_stay_out_of_the_cache,
@@ -36,6 +37,8 @@ struct Case<T> {
     heads: Heads,
     qkv: Vec<T>,
     positions: Vec<i32>,
+    /// Positions of the table of angles.
+    num_positions: usize,
     num_cache_rows: usize,
     cache_row: Vec<i32>,
     count: Option<i32>,
@@ -55,6 +58,7 @@ impl<T: Float> Case<T> {
             heads,
             qkv: random.floats(rows * heads.qkv_width()),
             positions,
+            num_positions: NUM_POSITIONS,
             num_cache_rows,
             cache_row,
             count: None,
@@ -91,7 +95,7 @@ impl<T: Float> Case<T> {
         let [k, v] = [(); 2].map(|_| stream.upload(&vec![poison::<T>(); self.num_cache_rows * cache_stride]).unwrap());
         let positions = stream.upload(&self.positions).unwrap();
         let cache_row = stream.upload(&self.cache_row).unwrap();
-        let angles = rope::angles(&stream, THETA, self.heads.head_dim, NUM_POSITIONS).unwrap();
+        let angles = rope::angles(&stream, THETA, self.heads.head_dim, self.num_positions).unwrap();
         let count = self.count.map(|count| stream.upload(&[count]).unwrap());
         let failed = stream.upload(&[DLLM_NONE_FAILED]).unwrap();
         let params = dllm_rope_params {
@@ -107,7 +111,7 @@ impl<T: Float> Case<T> {
             qkv_stride: qkv_stride as i64,
             cache_stride: cache_stride as i64,
             max_rows: self.positions.len() as i32,
-            num_positions: NUM_POSITIONS as i32,
+            num_positions: self.num_positions as i32,
             num_cache_rows: self.num_cache_rows as i32,
             num_heads: self.heads.num_heads as i32,
             num_kv_heads: self.heads.num_kv_heads as i32,
@@ -124,14 +128,15 @@ impl<T: Float> Case<T> {
     fn want(&self) -> (Output<T>, i32) {
         let (width, kv_width) = (self.width(), self.kv_width());
         let mut angles = Angles::default();
-        angles.extend(THETA, self.heads.head_dim, NUM_POSITIONS);
+        angles.extend(THETA, self.heads.head_dim, self.num_positions);
         let mut qkv = self.qkv.clone();
         let [mut k, mut v] = [(); 2].map(|_| vec![poison::<T>(); self.num_cache_rows * kv_width]);
         let mut failed = DLLM_NONE_FAILED;
         let counted = self.count.map_or(self.positions.len(), |count| count.max(0) as usize);
         for (i, row) in qkv.chunks_exact_mut(width).enumerate().take(counted) {
             let (position, cache_row) = (self.positions[i], self.cache_row[i]);
-            if !(0..NUM_POSITIONS as i32).contains(&position) || !(-1..self.num_cache_rows as i32).contains(&cache_row)
+            if !(0..self.num_positions as i32).contains(&position)
+                || !(-1..self.num_cache_rows as i32).contains(&cache_row)
             {
                 failed = DLLM_INDEX_FAILED;
                 continue;
@@ -176,6 +181,18 @@ fn equals_the_reference() {
     }
     check::<bf16>();
     check::<f16>();
+}
+
+/// Positions at and around each power of two from 1,024 to 65,536, in a launch of more than 512 rows and a large cache.
+fn far_positions_and_many_rows() {
+    let random = &mut Random(11);
+    let edges = (10..=16).flat_map(|bits| [(1 << bits) - 1, 1 << bits, (1 << bits) + 1]);
+    let edges: Vec<i32> = edges.chain([2_999, 5_000, 12_345, 50_000, 69_999]).collect();
+    let num_cache_rows = 70_000;
+    let cache_row = random.distinct(600, num_cache_rows);
+    let case = Case::<bf16> { num_cache_rows, cache_row, ..Case::new(random, 600, heads(2, 1, 32)) };
+    let positions = (0..600).map(|row| edges[row % edges.len()]).collect();
+    Case { positions, num_positions: 70_000, ..case }.check("far positions");
 }
 
 fn counts_on_the_device() {

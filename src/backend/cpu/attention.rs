@@ -305,6 +305,7 @@ mod tests {
     /// Ragged sequences with each segment empty in turn, GQA, all head widths, all instruction sets.
     #[test]
     fn equals_the_reference() {
+        crate::backend::cpu::simd::print_paths_not_run();
         for (num_heads, num_kv_heads, head_dim) in [(2, 2, 32), (7, 1, 64), (4, 2, 128)] {
             let heads = Heads { num_heads, num_kv_heads, head_dim };
             let sequences = [
@@ -327,6 +328,80 @@ mod tests {
                         assert!((got - want).abs() < 3e-6, "{isa:?} {heads:?}: {got} {want}");
                     }
                 }
+            }
+        }
+    }
+
+    /// Compares with the reference on every instruction set.
+    fn check(
+        (what, tolerance): (&str, f32),
+        qkv: &[f32],
+        heads: Heads,
+        sequences: &[SequenceRows],
+        cache: Option<(&[f32], &[f32])>,
+    ) {
+        let rows: usize = sequences.iter().map(SequenceRows::rows).sum();
+        let mut want = vec![0.0; rows * heads.q_width()];
+        reference::attention(qkv, heads, sequences, cache, &mut want);
+        for isa in Isa::available() {
+            let mut got = vec![f32::NAN; want.len()];
+            attention_on(isa, qkv, heads, sequences, cache, &mut got);
+            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert!((got - want).abs() < tolerance, "{what}, {isa:?} {heads:?}: element {i}: {got} {want}");
+            }
+        }
+    }
+
+    /// More rows and keys than several tiles of queries and blocks of keys hold, alone and in a cache.
+    #[test]
+    fn long_sequences() {
+        let heads = Heads { num_heads: 2, num_kv_heads: 1, head_dim: 32 };
+        let sequence =
+            |start, end, num_keys, cache_base| SequenceRows { sequence: 0, start, end, num_keys, cache_base };
+        let sequences = [sequence(0, 600, 600, 0), sequence(290, 561, 900, 600)];
+        let qkv = noise(871 * heads.qkv_width(), 1);
+        let (k, v) = (noise(1500 * 32, 2), noise(1500 * 32, 3));
+        check(("alone", 3e-6), &qkv, heads, &sequences, None);
+        check(("cached", 3e-6), &qkv, heads, &sequences, Some((&k, &v)));
+    }
+
+    /// One cached key before the rows, one after them, one live row, and all three.
+    #[test]
+    fn segments_of_one_key() {
+        let heads = Heads { num_heads: 2, num_kv_heads: 2, head_dim: 32 };
+        for (before, live, after) in
+            [(1, 5, 9), (9, 5, 1), (5, 1, 9), (1, 1, 1), (1, 1, 0), (0, 1, 1), (0, 1, 0), (1, 70, 1), (64, 1, 64)]
+        {
+            let (end, num_keys) = (before + live, before + live + after);
+            let sequence = |cache_base| SequenceRows { sequence: 0, start: before, end, num_keys, cache_base };
+            let qkv = noise(2 * live * heads.qkv_width(), 1);
+            let (k, v) = (noise(2 * num_keys * 64, 2), noise(2 * num_keys * 64, 3));
+            let what = format!("{before}, {live} and {after} keys");
+            check((&what, 3e-6), &qkv, heads, &[sequence(0), sequence(num_keys)], Some((&k, &v)));
+        }
+    }
+
+    /// Scores of about -200 for even rows, about 200 for odd ones: a maximum that starts at 0 would make all weights equal.
+    #[test]
+    fn scores_far_below_zero() {
+        for head_dim in [32, 64, 128] {
+            let heads = Heads { num_heads: 2, num_kv_heads: 1, head_dim };
+            let (q, width) = (heads.q_width(), heads.qkv_width());
+            let size = (200.0 / (head_dim as f32).sqrt()).sqrt();
+            let mut qkv = noise(80 * width, 1);
+            for (row, x) in qkv.chunks_exact_mut(width).enumerate() {
+                let sign = if row % 2 == 0 { 1.0 } else { -1.0 };
+                x[..q].iter_mut().for_each(|x| *x = sign * (size + 0.1 * *x));
+                x[q..q + head_dim].iter_mut().for_each(|x| *x = 0.25 * *x - size);
+            }
+            let k: Vec<f32> = noise(170 * head_dim, 2).iter().map(|x| 0.25 * x - size).collect();
+            let v = noise(170 * head_dim, 3);
+            let sequence =
+                |start, end, num_keys, cache_base| SequenceRows { sequence: 0, start, end, num_keys, cache_base };
+            for cache in [None, Some((&k[..], &v[..]))] {
+                let sequences = [sequence(10, 80, 150, 0), sequence(5, 15, 20, 150)];
+                // A score of 200 in f32 has an error of up to 2e-5.
+                check((&format!("cache {}", cache.is_some()), 3e-5), &qkv, heads, &sequences, cache);
             }
         }
     }

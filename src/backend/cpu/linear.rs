@@ -280,9 +280,13 @@ mod tests {
     /// Compares with f64 sums: every instruction set of this machine, every element type, sizes that fill no tile.
     #[test]
     fn equals_f64_sums() {
+        crate::backend::cpu::simd::print_paths_not_run();
         let odd = [(1, 1, 1), (3, 65, 129), (17, 64, 128), (33, 100, 300), (70, 24, 257), (300, 7, 40)];
         let even = [(1, 32, 32), (16, 64, 544), (17, 96, 512), (33, 160, 1056), (48, 32, 1024), (300, 64, 608)];
-        for (rows, n, k) in odd.into_iter().chain(even) {
+        // Three blocks of columns; three sweeps of rows.
+        let odd = odd.into_iter().chain([(5, 50, 2_100), (530, 50, 40)]);
+        let even = even.into_iter().chain([(5, 64, 2_144), (530, 64, 64)]);
+        for (rows, n, k) in odd.chain(even) {
             let tail = if n % 32 == 0 { 32 } else { 5 };
             for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
                 let x = noise(rows * k, 1);

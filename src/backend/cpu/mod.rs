@@ -11,6 +11,8 @@ mod rope;
 mod scratch;
 mod simd;
 mod swiglu;
+#[cfg(test)]
+mod tests;
 mod tile;
 mod transpose;
 mod vverify;

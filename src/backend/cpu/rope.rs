@@ -57,6 +57,14 @@ mod tests {
         for position in 0..9 {
             assert_eq!(angles.at(position), expected_angles.at(position), "position {position}");
         }
+        // Far positions, where an angle has lost the digits that near ones have.
+        let far = [1_023, 1_024, 4_095, 4_096, 4_097, 8_191, 32_768, 65_535, 65_536, 69_999];
+        angles.extend(500_000.0, 64, 5_000);
+        angles.extend(500_000.0, 64, 70_000);
+        for position in far {
+            let expected = reference::angles(500_000.0, 64, position);
+            assert_eq!(angles.at(position), expected, "position {position}");
+        }
         let mut row: Vec<f32> = (0..128).map(|i| (i as f32 * 0.7).sin() * 3.0).collect();
         let mut expected = row.clone();
         rotate(&mut row, 64, angles.at(8));

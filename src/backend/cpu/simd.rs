@@ -50,6 +50,24 @@ impl Isa {
     }
 }
 
+/// Prints the paths of the CPU kernels that tests of every instruction set leave out, because this machine lacks them.
+#[cfg(test)]
+pub fn print_paths_not_run() {
+    let available = Isa::available();
+    let mut missing: Vec<String> =
+        [Isa::Avx512, Isa::Avx2].iter().filter(|isa| !available.contains(isa)).map(|isa| format!("{isa:?}")).collect();
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    let amx = super::amx::available();
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    let amx = false;
+    if !amx {
+        missing.insert(0, "Amx".into());
+    }
+    if !missing.is_empty() {
+        println!("not run: {} (this machine lacks them, or DLLM_CPU forbids them)", missing.join(", "));
+    }
+}
+
 /// Best instruction set that `DLLM_CPU` allows: `plain`, `avx2`, `avx512` or `amx` (the default). It serves to reproduce
 /// the results of another machine, and to prevent that the process requests AMX.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

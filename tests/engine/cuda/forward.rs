@@ -1,14 +1,17 @@
 //! Logits of the recorded forwards on the device, and their distance from f32 due to bf16.
 
+use super::FAMILIES;
 use super::bf16_reference::Bf16Reference;
-use super::lockstep::TestModel;
-use super::margin::{MARGIN, mean_error};
+use super::lockstep::{TestModel, decode_in_lockstep};
+use super::margin::{MARGIN, Tally, mean_error};
+use crate::common::checkpoint::Checkpoint;
 use crate::common::device;
 use crate::common::recorded::{Tensors, cases, difference, json, numbers, token_rows};
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::backend::cuda::Cuda;
 use dllm_kernels::cache::{BlockPlan, CacheMode, PassKind};
 use dllm_kernels::model::{QueryRows, Session, SessionConfig};
+use dllm_kernels::{Family, Options, Policy};
 use serde_json::Value;
 use std::ops::Range;
 
@@ -108,4 +111,29 @@ fn run(test_model: &TestModel, case: &Value, tensors: &Tensors, errors: &mut Err
         assert!(difference(&cpu, &recorded) < 5e-4, "{name}: the CPU's logits differ from the recorded ones");
         errors.add(&gpu, &cpu, &rounded, model.config().vocab_size);
     }
+}
+
+/// Decodes with more than 256 rows of a sequence in a pass, beside a short sequence, with every cache.
+pub fn long_sequences() {
+    let mut tally = Tally::default();
+    for family in FAMILIES {
+        let mut checkpoint = Checkpoint::new(family);
+        let key = match family {
+            Family::Llada => "max_sequence_length",
+            Family::Dream => "max_position_embeddings",
+        };
+        checkpoint.config = checkpoint.config_with(key, Some(1024.into()));
+        let test_model = TestModel::open(checkpoint.write().path());
+        let prompts = [(0..530).map(|i| i * 7 % 37).collect(), vec![5, 9]];
+        for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual, CacheMode::Adaptive] {
+            let refresh_ratio = (cache == CacheMode::Adaptive).then_some(0.3);
+            let base = Options { cache, refresh_ratio, prompt_interval: 2, response_interval: 2, ..Options::default() };
+            let options = Options { gen_length: 8, block_length: Some(4), policy: Policy::Threshold(0.4), ..base };
+            let what = format!("{family} {options:?}");
+            let (_, seen) = decode_in_lockstep(&test_model, &options, &prompts, &what, &mut ());
+            tally.add(seen);
+        }
+    }
+    println!("{tally}");
+    assert!(tally.candidates > 100, "{tally}");
 }

@@ -43,7 +43,7 @@ use feature_cache::{
     recorded_feature_cache_decodes, work_is_counted_for_each_pass,
 };
 use formats::{element_types, tied_head};
-use forward::logits_are_within_the_margin;
+use forward::{logits_are_within_the_margin, long_sequences};
 use observed::{many_blocks, masks_in_the_prompt, observed_or_not_dream, observed_or_not_llada};
 use random::{random_settings_dream, random_settings_llada};
 use recorded_decodes::recorded_decodes;
@@ -52,6 +52,7 @@ once_on_device!(
     element_types,
     feature_cache_masks_in_the_prompt,
     logits_are_within_the_margin,
+    long_sequences,
     tied_head,
     work_is_counted_for_each_pass;
     in_parts:

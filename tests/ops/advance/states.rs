@@ -1,6 +1,6 @@
 //! States of a batch, compared with the reference after every launch.
 
-use super::case::{Batch, ENDS, MASK, new_state, output_of, ratios, saturating_i32};
+use super::case::{Batch, ENDS, MASK, Output, new_state, output_of, ratios, saturating_i32};
 use crate::common::{Random, device, on_device};
 use dllm_kernels::abi::{DLLM_INDEX_FAILED, DLLM_NONE_FAILED};
 use dllm_kernels::reference::advance::{Failure, Sequence, State};
@@ -11,6 +11,7 @@ on_device! {
     equals_the_reference,
     masks_and_ends_at_every_position,
     schedules_equal_the_loops,
+    a_failed_row_ends_its_sequence,
     replays,
 }
 
@@ -164,6 +165,58 @@ fn schedules_equal_the_loops() {
         check(QuotaSchedule::Dream(ratios), masks, steps + 3, &|pass, masks| schedule.quota(pass, masks));
     }
     check(QuotaSchedule::Unlimited, masks, 3, &|_, _| usize::MAX);
+}
+
+/// A sequence for which unmask reports a failure ends; the others go on. The first failure is kept: of several in a launch that of
+/// the lowest sequence. Sequences that are not active have none.
+fn a_failed_row_ends_its_sequence() {
+    const N: usize = 40;
+    let sequences = |skipped: Option<usize>| {
+        let sequence = |s: usize| {
+            let quota = (Some(s) != skipped).then_some(2);
+            Sequence { forwards: 10 + s, quota, ..Sequence::new(3 * s..3 * s + 3) }
+        };
+        (0..N).map(sequence).collect::<Vec<Sequence>>()
+    };
+    let tokens = vec![MASK; 3 * N];
+    // Failures of one launch: sequence and status. One in each of the 16 warps' first and later sequences; two of one warp.
+    for (failures, skipped, expected) in [
+        (vec![(0, 0)], None, Some((0, 0))),
+        (vec![(39, 7)], None, Some((39, 7))),
+        (vec![(17, 4_000), (33, 1)], None, Some((17, 4_000))),
+        (vec![(38, 5), (21, 6), (30, 0)], None, Some((21, 6))),
+        (vec![(5, DLLM_INDEX_FAILED)], None, Some((5, DLLM_INDEX_FAILED))),
+        (vec![(5, 9), (8, 3)], Some(5), Some((8, 3))),
+        (vec![(5, 9)], Some(5), None),
+        (vec![], None, None),
+    ] {
+        let state = new_state(QuotaSchedule::Unlimited, sequences(skipped));
+        let mut batch = Batch::new(&tokens, &output_of(&state, &[50; N]), &[], &[]);
+        let mut failed = vec![DLLM_NONE_FAILED; N];
+        failures.iter().for_each(|(sequence, status)| failed[*sequence] = *status);
+        let output = batch.advance(&tokens, &[1; N], &failed);
+        // The step that failed is the number of forwards before it.
+        let report = expected.map_or([DLLM_NONE_FAILED; 3], |(s, status)| [s as i32, status, 10 + s as i32]);
+        let Output { control, progress, sequences, quota, commit_before, .. } = &output;
+        let found = [control.failed_sequence, control.failed_position, control.failed_step];
+        assert_eq!(found, report, "{failures:?}");
+        assert_eq!([progress.failed_sequence, progress.failed_position, progress.failed_step], report, "{failures:?}");
+        let ends = |s: usize| Some(s) == skipped || failed[s] != DLLM_NONE_FAILED;
+        assert_eq!(progress.active as usize, (0..N).filter(|s| !ends(*s)).count(), "{failures:?}");
+        for s in 0..N {
+            let active = (sequences[s].active, quota[s], commit_before[s]);
+            let expected = if ends(s) { (0, 0, i32::MIN) } else { (1, i32::MAX, 50) };
+            assert_eq!(active, expected, "{failures:?}: sequence {s}");
+        }
+        // A later failure, of a lower sequence, does not replace the first one.
+        if expected.is_some() {
+            failed[1] = 2;
+            let output = batch.advance(&tokens, &[1; N], &failed);
+            let control = output.control;
+            assert_eq!([control.failed_sequence, control.failed_position, control.failed_step], report, "later");
+            assert_eq!(output.sequences[1].active, 0);
+        }
+    }
 }
 
 /// One capture, whose replays follow the results of unmask.

@@ -12,12 +12,14 @@ use half::{bf16, f16};
 on_device!(
     every_shape_of_heads,
     segments,
+    segments_of_one_key,
     ragged_batches,
     many_rows,
     lists_of_tiles,
     any_number_of_splits,
     the_same_bits_in_every_order,
-    scores_of_any_size;
+    scores_of_any_size,
+    scores_far_below_zero;
     in_parts:
     either_form,
 );
@@ -317,6 +319,34 @@ fn segments() {
     }
 }
 
+/// One segment of exactly one key before, between and after others, and several of them; in both forms, with and without splits.
+fn segments_of_one_key() {
+    for keys in [
+        [1, 5, 9],
+        [5, 1, 9],
+        [5, 9, 1],
+        [1, 1, 9],
+        [1, 9, 1],
+        [9, 1, 1],
+        [1, 1, 1],
+        [1, 0, 7],
+        [0, 1, 7],
+        [7, 0, 1],
+        [1, 63, 64],
+        [63, 1, 64],
+        [64, 1, 63],
+        [64, 64, 1],
+    ] {
+        // Another sequence, which has keys in all segments.
+        let sequences = vec![dense(3, keys), dense(2, [2, 3, 4])];
+        for (form, splits) in [(Form::Streaming, 1), (Form::Full, 1), (Form::Streaming, 3), (Form::Full, 3)] {
+            let mut case = Case::<f16>::new(&mut Random(11), MHA, sequences.clone(), splits);
+            case.form = Some(form);
+            check(&case, &run(&case), &format!("{keys:?}, {form:?}, {splits} splits"));
+        }
+    }
+}
+
 fn ragged_batches() {
     let sequences = [
         dense(3, [10, 3, 200]),
@@ -443,5 +473,43 @@ fn scores_of_any_size() {
             *q = bf16::of(q.f32() * size);
         }
         check(&case, &run(&case), &format!("times {size}"));
+    }
+}
+
+/// Scores of about -200 for every key of even rows, and about 200 in odd rows. A maximum, of a tile or of the splits, that starts
+/// at 0 instead of minus infinity would make all weights of the even rows 0.
+fn scores_far_below_zero() {
+    fn check_forms<T: Float>(heads: Heads) {
+        for (sequences, splits) in [
+            (vec![dense(4, [3, 0, 0])], 1),
+            (vec![dense(18, [70, 18, 5]), dense(3, [0, 1, 0])], 1),
+            (vec![dense(18, [70, 18, 5]), dense(3, [0, 1, 0])], 2),
+            (vec![dense(5, [200, 5, 70])], 5),
+        ] {
+            let mut case = Case::<T>::new(&mut Random(12), heads, sequences, splits);
+            let size = (200.0 / (heads.head_dim as f32).sqrt()).sqrt();
+            for (i, q) in case.q.iter_mut().enumerate().filter(|(_, q)| !q.f32().is_nan()) {
+                let sign = if (i - case.first) / case.q_stride % 2 == 0 { 1.0 } else { -1.0 };
+                *q = T::of(sign * (size + 0.1 * q.f32()));
+            }
+            for k in case.segments.iter_mut().flat_map(|(k, _, _)| k).filter(|k| !k.f32().is_nan()) {
+                *k = T::of(0.25 * k.f32() - size);
+            }
+            for form in [Form::Streaming, Form::Full] {
+                case.form = Some(form);
+                let got = run(&case);
+                let low = got.lse.chunks_exact(heads.num_heads).step_by(2).flatten();
+                assert!(
+                    low.clone().count() > 0 && low.clone().all(|lse| (-230.0..-170.0).contains(lse)),
+                    "{:?}",
+                    got.lse
+                );
+                check(&case, &got, &format!("{} {heads:?}, {form:?}, {splits} splits", T::NAME));
+            }
+        }
+    }
+    for head_dim in [32, 64, 128] {
+        check_forms::<bf16>(Heads { head_dim, ..MHA });
+        check_forms::<f16>(Heads { num_heads: 6, num_kv_heads: 2, head_dim });
     }
 }

@@ -1,9 +1,11 @@
 //! Tokens and confidences: vocabularies, kinds of confidence, draws, guidance and the logit shift.
 
-use super::case::{Case, plain, random_logits, run};
-use super::check::{POLICIES, check, check_all_types};
-use crate::common::{Random, once_on_device};
+use super::case::{Case, OnDevice, plain, random_logits, run};
+use super::check::{POLICIES, check, check_all_types, close};
+use crate::common::{Random, device, once_on_device};
 use dllm_kernels::Confidence;
+use dllm_kernels::ops::unmask::{Row, RowTable};
+use dllm_kernels::reference::unmask::score_row;
 use dllm_kernels::sampling::SamplingParams;
 use dllm_kernels::sampling::philox::{Purpose, gumbel};
 
@@ -16,6 +18,7 @@ once_on_device! {
     guidance,
     guidance_rounds_as_the_originals,
     large_noise_is_exact,
+    far_positions_and_steps,
     dreams_shift_is_a_row_map,
 }
 
@@ -120,6 +123,29 @@ fn large_noise_is_exact() {
         row[0] = (noise(largest) - noise(0) + if position % 2 == 0 { 1e-4 } else { -1e-4 }) as f32;
     }
     check(&case, &run(&case), "large noise");
+}
+
+/// Random numbers of positions and steps that 16 bits do not hold.
+fn far_positions_and_steps() {
+    let stream = device().stream().unwrap();
+    for (steps, first) in [(3, 65_536), (70_000, 7), (1 << 20, 1 << 24)] {
+        let mut case = Case::<f32>::new(&mut Random(25), 300, &[40]);
+        case.masked[0] = vec![true; 40];
+        case.steps = vec![steps];
+        case.params = SamplingParams { confidence: Confidence::Random, temperature: 2.0, ..plain() };
+        let rows = (0..40).map(|i| Row { token: i, logits_row: i, position: first + i }).collect();
+        let mut on_device = OnDevice::new(&stream, &case);
+        on_device.table = RowTable::new(&stream, &[rows]).unwrap();
+        on_device.launch(&stream, &case).unwrap();
+        let output = on_device.read();
+        for i in 0..40 {
+            let logits = &case.logits[i * case.stride..][..300];
+            let (token, confidence) = score_row(logits, &case.params, steps, first + i).unwrap();
+            let name = format!("step {steps}, position {}", first + i);
+            assert_eq!(output.predicted[i], token as i32, "{name}");
+            assert!(close(output.confidence[i], confidence, Confidence::Random), "{name}");
+        }
+    }
 }
 
 fn dreams_shift_is_a_row_map() {

@@ -1,17 +1,20 @@
 //! Special logits: ties, the mask token, NaN, infinities, and rows without a finite logit.
 
-use super::case::{Case, MASK, plain, run};
-use super::check::check;
-use crate::common::{Random, once_on_device};
+use super::case::{Case, MASK, OnDevice, plain, random_logits, run};
+use super::check::{POLICIES, check};
+use crate::common::{Float, Random, device, once_on_device};
 use dllm_kernels::Confidence;
-use dllm_kernels::sampling::SamplingParams;
-use half::bf16;
+use dllm_kernels::ops::unmask::{Row, RowTable};
+use dllm_kernels::sampling::{CommitRule, SamplingParams};
+use half::{bf16, f16};
 
 once_on_device! {
     ties_go_to_the_lowest_token,
     the_mask_token_is_never_chosen,
     nan_and_infinities,
     rows_without_a_finite_logit,
+    status_of_failed_rows,
+    logits_far_below_zero,
 }
 
 /// Duplicates of the largest logit: in one vector, in the vectors of one thread, between threads, between chunks.
@@ -97,4 +100,93 @@ fn rows_without_a_finite_logit() {
         assert_eq!(output.failed, [-1, 2, -1]);
         assert_eq!(output.tokens[5..9], [MASK; 4]);
     }
+}
+
+/// The status of a sequence is the position, not the row, of its first masked row without a finite logit. It commits nothing, with
+/// every rule and also where that row could not be committed; the other sequences commit as usual. The status of the next launch
+/// is its own.
+fn status_of_failed_rows() {
+    let stream = device().stream().unwrap();
+    for (i, commit_rule) in POLICIES.into_iter().chain([CommitRule::Quota(100)]).enumerate() {
+        for confidence in [Confidence::Probability, Confidence::Margin] {
+            let mut case = Case::<f32>::new(&mut Random(23), 8200, &[4, 5, 3, 6]);
+            case.masked = [vec![true; 4], vec![true; 5], vec![true, false, true], vec![true; 6]].to_vec();
+            case.commit_rule = vec![commit_rule; 4];
+            case.params.confidence = confidence;
+            case.commit_before = (i % 2 == 1).then(|| vec![1_000, 12, 1_000, 1_000]);
+            let sound = case.logits.clone();
+            // The last two rows of the second sequence; the row of the third that is not masked; all rows of the fourth.
+            for row in [7, 8, 10].into_iter().chain(12..18) {
+                case.logits[row * case.stride..][..8200].fill(f32::NEG_INFINITY);
+            }
+            let position = |s: usize, i: usize| 10 * s + 2 * i;
+            let rows: Vec<Vec<Row>> = (0..4)
+                .map(|s| {
+                    let row = |i| Row {
+                        token: case.first_row(s) + i,
+                        logits_row: case.first_row(s) + i,
+                        position: position(s, i),
+                    };
+                    (0..case.masked[s].len()).map(row).collect()
+                })
+                .collect();
+            let mut on_device = OnDevice::new(&stream, &case);
+            on_device.table = RowTable::new(&stream, &rows).unwrap();
+            on_device.launch(&stream, &case).unwrap();
+            let output = on_device.read();
+            let what = format!("{commit_rule:?}, {confidence:?}");
+            assert_eq!(output.failed, [-1, position(1, 3) as i32, -1, position(3, 0) as i32], "{what}");
+            let tokens = case.tokens();
+            for (s, (first, end)) in [(0, 4), (4, 9), (9, 12), (12, 18)].into_iter().enumerate() {
+                let written = (first..end).filter(|i| output.tokens[*i] != tokens[*i]).count();
+                let committed = if s % 2 == 1 { 0 } else { output.committed[s] as usize };
+                assert_eq!((written, output.committed[s] as usize), (committed, committed), "{what}: sequence {s}");
+                let expects_some = s % 2 == 0 && commit_rule != CommitRule::Quota(0);
+                assert_eq!(committed > 0, expects_some, "{what}: sequence {s}");
+            }
+            for row in [7, 8].into_iter().chain(12..18) {
+                assert_eq!((output.predicted[row], output.confidence[row]), (-1, 0.0), "{what}: row {row}");
+            }
+            assert!(output.predicted[4..7].iter().all(|token| *token >= 0), "{what}: the sound rows have a prediction");
+
+            case.logits = sound;
+            on_device.logits.write(&case.logits).unwrap();
+            on_device.tokens.write(&tokens).unwrap();
+            on_device.launch(&stream, &case).unwrap();
+            let output = on_device.read();
+            assert_eq!(output.failed, [-1; 4], "{what}, launched again");
+            assert_eq!(output.committed[1] > 0, commit_rule != CommitRule::Quota(0), "{what}, launched again");
+        }
+    }
+}
+
+/// Logits of about -200 in every token, in one chunk and in three: maxima that start at 0 would make all weights 0.
+fn logits_far_below_zero() {
+    fn check_type<T: Float>() {
+        let mut random = Random(24);
+        for vocab in [5, 100, 20_000] {
+            for confidence in [Confidence::Probability, Confidence::Margin, Confidence::Entropy] {
+                for (temperature, top_p, top_k, cfg_scale) in [
+                    (0.0, None, None, 0.0),
+                    (0.7, None, None, 0.0),
+                    (0.0, Some(0.9), None, 0.0),
+                    (0.7, Some(0.8), Some(3), 0.5),
+                ] {
+                    let mut case = Case::<T>::new(&mut random, vocab, &[4, 2]);
+                    let mut uncond = random_logits::<T>(&mut random, 6, vocab);
+                    for logit in case.logits.iter_mut().chain(&mut uncond).filter(|logit| !logit.f32().is_nan()) {
+                        *logit = T::of(2.0 * logit.f32() - 200.0);
+                    }
+                    case.uncond = (cfg_scale > 0.0).then_some(uncond);
+                    let base = SamplingParams { tempered_confidence: temperature > 0.0, ..plain() };
+                    case.params = SamplingParams { confidence, temperature, top_p, top_k, cfg_scale, ..base };
+                    let what = format!("{} {confidence:?} of {vocab}, {temperature} {top_p:?} {top_k:?}", T::NAME);
+                    check(&case, &run(&case), &what);
+                }
+            }
+        }
+    }
+    check_type::<bf16>();
+    check_type::<f16>();
+    check_type::<f32>();
 }
