@@ -8,9 +8,9 @@
 
 Needs the requirements of the tests (cargo, a C++17 compiler, Linux on x86-64) and python3 without packages. The tests are
 built once. For a mutation of a kernel, only the kernels that contain it are compiled, with the commands of
-softgpu/build.rs, and the tests load them through SOFTGPU_KERNELS. For a mutation of src/, a copy of the library is built with
-its unit tests. Fails if a mutation survives, does not compile, crashes or hangs the tests, or does not fit its source.
-docs/mutation-tests.md has more.
+softgpu/build.rs, and the tests load them through SOFTGPU_KERNELS. For a mutation of src/, the test program that shall detect it
+is built from a copy of the repository. Fails if a mutation survives, does not compile, crashes or hangs the tests, or does not fit
+its source. docs/mutation-tests.md has more.
 """
 
 import argparse
@@ -36,8 +36,12 @@ KERNELS = {
     "merge_state": ["merge_state", "attention"],
     "advance": ["advance", "unmask"],
 }
-# A test that runs longer hangs; the slowest takes 10 s alone.
-TIMEOUT_S = 120
+# Tests of several ops.
+KERNELS["offsets"] = sorted({kernel for kernels in KERNELS.values() for kernel in kernels})
+# Programs of tests/.
+PROGRAMS = ["ops", "engine", "device", "cli", "build"]
+# A test that runs longer hangs; the slowest takes a minute alone.
+TIMEOUT_S = 300
 
 
 def source(cuda, name):
@@ -49,7 +53,7 @@ def source(cuda, name):
 class Mutant:
     file: str  # in cuda/, or in src/ if it ends in .rs
     description: str  # the mutated behaviour
-    test: str  # FILE::TEST, or the path of a unit test in src/
+    test: str  # of a kernel: MODULE::TEST in tests/ops; of src/: PROGRAM/MODULE::TEST in tests/, or the path of a unit test
     original: str  # occurs once in the file; lines around the mutated one make it unique
     mutated: str
 
@@ -593,12 +597,13 @@ def mutated_text(mutant):
 
 def test_sources(mutant):
     """Returns the files that may define the mutant's test."""
-    if in_library(mutant):
+    program, slash, path = mutant.test.rpartition("/")
+    if in_library(mutant) and not slash:
         stem = source_path(mutant).with_suffix("")
-        return [source_path(mutant), *stem.glob("*.rs")]
-    name = mutant.test.split("::")[0]
-    folders = [ROOT / "tests"]
-    return [path for folder in folders for path in [folder / f"{name}.rs", *folder.glob(f"{name}/**/*.rs")]]
+        folder = source_path(mutant).parent
+        return [source_path(mutant), *stem.glob("*.rs"), *folder.glob("*.rs")]
+    folder, module = ROOT / "tests" / (program or "ops"), path.split("::")[0]
+    return [folder / f"{module}.rs", *folder.glob(f"{module}/**/*.rs")]
 
 
 def misfits(mutant):
@@ -631,18 +636,38 @@ def includes(cuda, file):
     return found
 
 
+def harness(program, filters, **options):
+    """Runs tests of a built test program and returns the paths of those that failed a check."""
+    run = subprocess.run([program, *filters], capture_output=True, text=True, timeout=TIMEOUT_S, **options)
+    output = run.stdout + run.stderr
+    if run.returncode not in (0, 101) or "test result:" not in output or "running 0 tests" in output:
+        raise RuntimeError(f"the tests did not complete ({run.returncode}):\n{output[-2000:]}")
+    if run.returncode and "panicked at " not in output:
+        raise RuntimeError(f"something other than a check of the tests failed:\n{output[-2000:]}")
+    return re.findall(r"^    (\w+(?:::\w+)+)$", output.rpartition("\nfailures:\n")[2], re.M) if run.returncode else []
+
+
+def listed(program, path):
+    """Returns the full paths of the tests of a program that end in the last part of `path` and begin with its other parts."""
+    module, _, test = path.rpartition("::")
+    lines = subprocess.run([program, "--list"], capture_output=True, text=True, check=True).stdout.splitlines()
+    tests = [line.removesuffix(": test") for line in lines if line.endswith(": test")]
+    found = [name for name in tests if name.startswith(module + "::") and name.endswith("::" + test)]
+    # Long tests run a few of their cases; all of them when there is nothing else.
+    return [name for name in found if "whole" not in name.split("::")] or found
+
+
 class Device:
-    """The tests, built once, and the commands that build kernels for the CUDA emulator."""
+    """The tests of the ops, built once, and the commands that build kernels for the CUDA emulator."""
 
     def __init__(self, folder):
-        command = ["cargo", "test", "--release", "--no-run", "--message-format=json"]
-        command += [word for name in KERNELS for word in ("--test", name)]
+        command = ["cargo", "test", "--release", "--no-run", "--message-format=json", "--test", "ops"]
         run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         if run.returncode:
             sys.exit("the tests do not build")
         messages = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-        self.tests = {m["target"]["name"]: m["executable"] for m in messages
-                      if m["reason"] == "compiler-artifact" and m["target"]["kind"] == ["test"]}
+        [self.program] = [m["executable"] for m in messages
+                          if m["reason"] == "compiler-artifact" and m["target"]["kind"] == ["test"]]
         [out] = [Path(m["out_dir"]) for m in messages
                  if m["reason"] == "build-script-executed" and "softgpu" in m["package_id"]]
         self.compiler = (out / "kernels.compile").read_text().splitlines()
@@ -662,50 +687,49 @@ class Device:
         subprocess.run([self.linker[0], *objects.values(), *self.linker[1:], "-o", target], check=True)
         return target
 
-    def run(self, library, file, test):
-        """Runs the tests whose name contains `test` and returns the names of those that failed a check."""
-        run = subprocess.run(
-            [self.tests[file], test, "--test-threads=1"], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S,
-            env={**os.environ, "SOFTGPU_KERNELS": str(library)})
-        output = run.stdout + run.stderr
-        if run.returncode not in (0, 101) or "test result:" not in output or "running 0 tests" in output:
-            raise RuntimeError(f"the tests did not complete ({run.returncode}):\n{output[-2000:]}")
-        if run.returncode and "panicked at tests/" not in output:
-            raise RuntimeError(f"something other than a check of the tests failed:\n{output[-2000:]}")
-        return re.findall(r"^    (?:\w+::)*(\w+)$", output.rpartition("\nfailures:\n")[2], re.M) if run.returncode else []
+    def run(self, library, test):
+        """Runs the tests of this path, or of this module, and returns the names of those that failed a check."""
+        filters = ["--exact", *listed(self.program, test)] if "::" in test else [f"{test}::"]
+        failed = harness(self.program, [*filters, "--test-threads=1"], cwd=ROOT,
+                         env={**os.environ, "SOFTGPU_KERNELS": str(library)})
+        return [path.rpartition("::")[2] for path in failed]
 
 
 class Library:
-    """A copy of the library, built for its unit tests. Uses the dependencies that the tests of Device have built."""
+    """A copy of the repository, in which host code is mutated. Uses the dependencies that the tests of Device have built."""
 
-    CONFIG = "profile.release.package.dllm-kernels.opt-level=0"
+    # Compiles faster, and still runs decodes.
+    CONFIG = "profile.release.package.dllm-kernels.opt-level=1"
 
     def __init__(self, folder):
-        self.folder, self.lock = folder / "library", threading.RLock()
-        for name in ["src", "cuda", "ptx", "benches", "examples"]:
-            shutil.copytree(ROOT / name, self.folder / name)
-        for name in ["Cargo.lock", "build.rs", "tests/nvtx.rs"]:
-            (self.folder / name).parent.mkdir(exist_ok=True)
-            shutil.copy2(ROOT / name, self.folder / name)
-        # Unit tests do not need the workspace members: the CUDA emulator would be built again.
-        lines = (ROOT / "Cargo.toml").read_text().splitlines(keepends=True)
-        kept = [line for line in lines if not line.startswith(("softgpu =", "[workspace]", "members ="))]
-        (self.folder / "Cargo.toml").write_text("".join(kept))
+        self.folder, self.lock, self.programs = folder / "repository", threading.RLock(), {}
+        files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in files.split("\0"):
+            if (ROOT / name).is_file():
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.folder / name)
 
-    def run(self, test):
-        """Runs the tests whose path begins with `test` and returns the paths of those that failed."""
-        command = ["cargo", "test", "--release", "--offline", "--lib", "--config", self.CONFIG]
-        environment = {**os.environ, "CARGO_TARGET_DIR": str(ROOT / "target")}
+    def build(self, target):
+        """Builds the test program of a cargo target and returns its path."""
+        command = ["cargo", "test", "--release", "--offline", "--no-run", "--message-format=json", "--config", self.CONFIG]
+        environment = {**os.environ, "CARGO_TARGET_DIR": str(ROOT / "target"), "CARGO_INCREMENTAL": "1"}
+        build = subprocess.run([*command, *target], cwd=self.folder, env=environment, capture_output=True, text=True)
+        if build.returncode:
+            raise RuntimeError(f"does not compile:\n{build.stderr[-2000:]}")
+        messages = [json.loads(line) for line in build.stdout.splitlines() if line.startswith("{")]
+        return [m["executable"] for m in messages if m["reason"] == "compiler-artifact" and m["profile"]["test"]][-1]
+
+    def run(self, mutant):
+        """Runs the mutant's test and returns the paths of tests that failed."""
+        program, slash, path = mutant.test.rpartition("/")
+        if slash:
+            target = ["--test", program]
+        else:
+            target = ["--bin", "dllm"] if mutant.file.startswith("bin/") else ["--lib"]
         with self.lock:
-            build = subprocess.run([*command, "--no-run"], cwd=self.folder, env=environment, capture_output=True, text=True)
-            if build.returncode:
-                raise RuntimeError(f"does not compile:\n{build.stderr[-2000:]}")
-            run = subprocess.run([*command, "--", test], cwd=self.folder, env=environment, capture_output=True, text=True,
-                                 timeout=TIMEOUT_S)
-        if run.returncode not in (0, 101) or "test result:" not in run.stdout or "running 0 tests" in run.stdout:
-            raise RuntimeError(f"the tests did not complete ({run.returncode}):\n{run.stderr[-2000:]}")
-        failures = run.stdout.rpartition("\nfailures:\n")[2] if run.returncode else ""
-        return re.findall(r"^    (\w+(?:::\w+)+)$", failures, re.M)
+            executable = self.build(target)
+            tests = listed(executable, path) if slash else [path]
+            return harness(executable, ["--exact", "--include-ignored", *tests], cwd=self.folder)
 
     def check(self, mutant):
         """As the function `check`. Runs serially, because there is one copy."""
@@ -713,10 +737,7 @@ class Library:
             start, path = time.monotonic(), self.folder / "src" / mutant.file
             try:
                 path.write_text(mutated_text(mutant))
-                failed = self.run(mutant.test.rpartition("::")[0])
-                problem = ""
-                if mutant.test not in failed:
-                    problem = f"survives, but {', '.join(failed)} would detect it" if failed else "survives"
+                problem = "" if self.run(mutant) else "survives"
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 problem = "hangs" if isinstance(error, subprocess.TimeoutExpired) else str(error)
             path.write_text((ROOT / "src" / mutant.file).read_text())
@@ -732,7 +753,7 @@ def check(device, number, mutant):
     shutil.copytree(ROOT / "cuda", cuda)
     path = cuda / mutant.file
     path.write_text(mutated_text(mutant))
-    file, test = mutant.test.split("::")
+    file, test = mutant.test.split("::")[0], mutant.test.rpartition("::")[2]
     objects = {name: device.objects[name] for name in ["kernels_anchor", *KERNELS[file]]}
     try:
         for name in KERNELS[file]:
@@ -740,8 +761,8 @@ def check(device, number, mutant):
                 objects[name] = device.object(cuda, source(cuda, name), folder)
         library = device.library(objects, folder)
         problem = ""
-        if test not in device.run(library, file, test):
-            found = ", ".join(device.run(library, file, ""))
+        if test not in device.run(library, mutant.test):
+            found = ", ".join(device.run(library, file))
             problem = f"survives, but {found} would detect it" if found else "survives"
     except subprocess.CalledProcessError as error:
         problem = f"does not compile:\n{error.stderr}"
@@ -770,8 +791,7 @@ def run_all(selected):
             lambda name: device.object(ROOT / "cuda", source(ROOT / "cuda", name), device.folder), kernels)))
         # A detection counts only if the same tests pass with the original kernels.
         originals = device.library(device.objects, device.folder)
-        run = lambda mutant: (library.run(mutant.test) if in_library(mutant)
-                              else device.run(originals, *mutant.test.split("::")))
+        run = lambda mutant: library.run(mutant) if in_library(mutant) else device.run(originals, mutant.test)
         tests = sorted({mutant.test: mutant for mutant in selected}.items())
         for (test, _), failed in zip(tests, pool.map(lambda pair: run(pair[1]), tests)):
             problems += [f"{test} fails without a mutation"] if failed else []
