@@ -23,7 +23,8 @@ pub struct Config {
     pub head_dim: usize,
     /// Width of the gated MLP.
     pub mlp_hidden_size: usize,
-    /// Rows of the embedding and of the output head.
+    /// Rows of the embedding and of the output head: LLaDA's `embedding_size`, which may exceed the tokens of its tokenizer, else
+    /// `vocab_size`.
     pub vocab_size: usize,
     /// Base of the rotary embedding.
     pub rope_theta: f32,
@@ -31,9 +32,9 @@ pub struct Config {
     pub rms_norm_eps: f32,
     /// Maximum length of prompt and generated tokens together.
     pub max_sequence_length: usize,
-    /// Id of the mask token.
+    /// Id of the mask token, from `config.json`: neither `generation_config.json` nor the tokenizer's files override it.
     pub mask_token_id: u32,
-    /// Ids of the end-of-text tokens.
+    /// Ids of the end-of-text tokens: those of `config.json` and of `generation_config.json` together.
     pub eos_token_ids: Vec<u32>,
     /// Whether the output head is the embedding matrix.
     pub tied_head: bool,
@@ -290,8 +291,13 @@ fn llada(keys: &Keys) -> Result<Config> {
         keys.only(key, &[false.into()])?;
     }
     let num_heads = keys.size("n_heads")?;
+    // Rows after the vocabulary are ordinary rows, as in LLaDA's own code: they have logits.
     let vocab_size = match keys.size_or("embedding_size", 0)? {
         0 => keys.size("vocab_size")?,
+        rows if rows < keys.size_or("vocab_size", 1)? => {
+            let expected = format!("at least vocab_size {}", keys.found("vocab_size"));
+            return Err(keys.error("embedding_size", expected, rows));
+        }
         rows => rows,
     };
     finish(

@@ -5,6 +5,9 @@ use crate::tensor::Storage;
 pub use crate::tensor::{Dtype, Tensor};
 use memmap2::Mmap;
 use safetensors::tensor::Metadata;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::ops::Range;
@@ -20,13 +23,17 @@ pub struct Weights {
 
 /// Named entry of a safetensors file.
 #[derive(Clone, Debug)]
-enum Entry {
+struct Entry {
+    /// The file, for errors.
+    path: Arc<Path>,
+    contents: Contents,
+}
+
+#[derive(Clone, Debug)]
+enum Contents {
     Tensor(Tensor),
     /// Tensor of an unsupported element type: an error only when the model needs it.
-    Unsupported {
-        path: PathBuf,
-        dtype: String,
-    },
+    Unsupported(String),
 }
 
 impl Weights {
@@ -84,9 +91,10 @@ impl Weights {
     /// Creates bf16 weights from the bytes of all tensors. `list` holds name, byte range and shape of each tensor.
     pub(super) fn from_owned(source: PathBuf, bytes: Vec<u8>, list: Vec<(String, Range<usize>, Vec<usize>)>) -> Self {
         let storage = Arc::new(Storage::Owned(bytes));
+        let path: Arc<Path> = source.as_path().into();
         let tensor = |(name, range, shape)| {
-            let tensor = Tensor::new(Arc::clone(&storage), range, Dtype::Bf16, shape)?;
-            Some((name, Entry::Tensor(tensor)))
+            let contents = Contents::Tensor(Tensor::new(Arc::clone(&storage), range, Dtype::Bf16, shape)?);
+            Some((name, Entry { path: path.clone(), contents }))
         };
         Weights { source, tensors: list.into_iter().filter_map(tensor).collect() }
     }
@@ -96,22 +104,20 @@ impl Weights {
     /// # Errors
     /// [`Error::Tensor`] when it is missing, has another shape than `shape`, or an unsupported element type.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let mismatch = |found: String| Error::Tensor {
-            path: self.source.clone(),
+        let mismatch = |path: &Path, expected: &str, found: String| Error::Tensor {
+            path: path.to_path_buf(),
             tensor: name.to_string(),
-            expected: format!("shape {shape:?}"),
+            expected: expected.to_string(),
             found,
         };
-        match self.tensors.get(name) {
-            Some(Entry::Tensor(tensor)) if tensor.shape() == shape => Ok(tensor.clone()),
-            Some(Entry::Tensor(tensor)) => Err(mismatch(format!("shape {:?}", tensor.shape()))),
-            Some(Entry::Unsupported { path, dtype }) => Err(Error::Tensor {
-                path: path.clone(),
-                tensor: name.to_string(),
-                expected: "element type BF16, F16 or F32".into(),
-                found: dtype.clone(),
-            }),
-            None => Err(mismatch("no such tensor".into())),
+        let expected = format!("shape {shape:?}");
+        let Some(Entry { path, contents }) = self.tensors.get(name) else {
+            return Err(mismatch(&self.source, &expected, "no such tensor".into()));
+        };
+        match contents {
+            Contents::Tensor(tensor) if tensor.shape() == shape => Ok(tensor.clone()),
+            Contents::Tensor(tensor) => Err(mismatch(path, &expected, format!("shape {:?}", tensor.shape()))),
+            Contents::Unsupported(dtype) => Err(mismatch(path, "element type BF16, F16 or F32", dtype.clone())),
         }
     }
 
@@ -119,7 +125,7 @@ impl Weights {
     pub fn list(&self) -> Vec<(&str, Dtype, &[usize])> {
         let mut list = Vec::new();
         for (name, entry) in &self.tensors {
-            if let Entry::Tensor(t) = entry {
+            if let Contents::Tensor(t) = &entry.contents {
                 list.push((name.as_str(), t.dtype(), t.shape()));
             }
         }
@@ -135,7 +141,7 @@ impl Weights {
 
 /// Reads the shards of an index file, and the tensors that it places in each shard.
 fn read_index(path: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
-    #[derive(serde::Deserialize)]
+    #[derive(Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
@@ -176,9 +182,9 @@ fn list_shards(dir: &Path) -> Result<Vec<PathBuf>> {
 
 /// Maps one safetensors file and reads its header.
 fn map_file(path: &Path) -> Result<HashMap<String, Entry>> {
-    let file = File::open(path).map_err(Error::io(path))?;
+    let opened = File::open(path).map_err(Error::io(path))?;
     // SAFETY: a read-only mapping; the documentation of `Weights::open` forbids changes to the mapped file.
-    let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
+    let map = unsafe { Mmap::map(&opened) }.map_err(Error::io(path))?;
     let storage = Arc::new(Storage::Mapped(map));
     let bytes = storage.bytes();
     let (metadata, start) = read_header(bytes).map_err(|message| Error::Format {
@@ -186,13 +192,15 @@ fn map_file(path: &Path) -> Result<HashMap<String, Entry>> {
         message: format!("not a whole safetensors file: {message}"),
     })?;
     let mut tensors = HashMap::new();
+    let file: Arc<Path> = path.into();
+    let mut insert = |name, contents| drop(tensors.insert(name, Entry { path: file.clone(), contents }));
     for (name, info) in metadata.tensors() {
         let dtype = match info.dtype {
             safetensors::Dtype::BF16 => Dtype::Bf16,
             safetensors::Dtype::F16 => Dtype::F16,
             safetensors::Dtype::F32 => Dtype::F32,
             other => {
-                tensors.insert(name, Entry::Unsupported { path: path.to_path_buf(), dtype: format!("{other:?}") });
+                insert(name, Contents::Unsupported(format!("{other:?}")));
                 continue;
             }
         };
@@ -205,7 +213,7 @@ fn map_file(path: &Path) -> Result<HashMap<String, Entry>> {
             expected: format!("the bytes of {dtype:?} {:?}", info.shape),
             found,
         })?;
-        tensors.insert(name, Entry::Tensor(tensor));
+        insert(name, Contents::Tensor(tensor));
     }
     Ok(tensors)
 }
@@ -225,10 +233,55 @@ fn read_header(bytes: &[u8]) -> Result<(Metadata, usize), String> {
     let header = header.ok_or_else(|| format!("expected a header of at most {limit} bytes, found {length}"))?;
     // Deserialising `Metadata` checks that the tensors are contiguous from offset 0 on, each as long as its shape and type
     // require.
-    let metadata: Metadata = serde_json::from_slice(header).map_err(|e| format!("its header: {e}"))?;
+    let metadata: Metadata = serde_json::from_slice(header)
+        .map_err(|e| format!("its header: {}", bad_entry(header).unwrap_or_else(|| e.to_string())))?;
     let (expected, found) = (metadata.data_len(), rest.len() - header.len());
     if expected != found {
         return Err(format!("expected {expected} bytes of tensors, found {found}"));
     }
     Ok((metadata, bytes.len() - found))
+}
+
+/// Describes the first entry of a refused header that is wrong, with what was expected and found; `None` when the header is no
+/// JSON object. The safetensors crate names the tensor in some of its errors only.
+fn bad_entry(header: &[u8]) -> Option<String> {
+    let Ok(Value::Object(entries)) = serde_json::from_slice(header) else { return None };
+    let mut infos = Vec::new();
+    for (name, entry) in &entries {
+        if name == "__metadata__" {
+            if let Err(e) = HashMap::<String, String>::deserialize(entry) {
+                return Some(format!("{name}: {e}"));
+            }
+            continue;
+        }
+        match (field(entry, "dtype"), field(entry, "shape"), field(entry, "data_offsets")) {
+            (Ok(dtype), Ok(shape), Ok(offsets)) => infos.push((offsets, name, dtype, shape)),
+            (Err(e), ..) | (_, Err(e), _) | (.., Err(e)) => return Some(format!("tensor {name:?}: {e}")),
+        }
+    }
+    infos.sort_by(|a: &([usize; 2], _, _, _), b| (a.0, a.1).cmp(&(b.0, b.1)));
+    let mut end = 0;
+    for ([from, to], name, dtype, shape) in infos {
+        let dtype: safetensors::Dtype = dtype;
+        let shape: Vec<usize> = shape;
+        let tensor = format!("tensor {name:?}: expected");
+        if from != end || to < from {
+            return Some(format!("{tensor} data_offsets from {end} on, found [{from}, {to}]"));
+        }
+        let bits = shape.iter().try_fold(dtype.bitsize(), |product, size| product.checked_mul(*size));
+        match bits.map(|bits| bits / 8) {
+            None => return Some(format!("{tensor} a size that does not overflow, found {dtype:?} {shape:?}")),
+            Some(bytes) if bytes != to - from => {
+                return Some(format!("{tensor} the {bytes} bytes of {dtype:?} {shape:?}, found {}", to - from));
+            }
+            Some(_) => end = to,
+        }
+    }
+    None
+}
+
+/// Returns a field of a header's entry, or a message with its name.
+fn field<T: DeserializeOwned>(entry: &Value, key: &str) -> Result<T, String> {
+    let value = entry.get(key).unwrap_or(&Value::Null);
+    T::deserialize(value).map_err(|e| format!("{key}: {e}"))
 }

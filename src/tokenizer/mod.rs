@@ -56,6 +56,10 @@ impl Tokenizer {
     ///
     /// `vocab_size` is the number of rows of the embedding matrix.
     ///
+    /// Where files disagree, `tokenizer_config.json` decides which tokens are special, and the ids of added tokens must be equal in
+    /// all of them. `special_tokens_map.json` only adds roles that `tokenizer_config.json` leaves open, and is not read when that has
+    /// `added_tokens_decoder`. A `mask_token` here has no part in a decode: the mask is `mask_token_id` of `config.json`.
+    ///
     /// # Errors
     /// [`Error::Io`] for a required file that is missing or cannot be read. [`Error::Format`], [`Error::Config`] and
     /// [`Error::Tokenizer`] for a file that is malformed, declares a token at another id than the tokenizer, or has a token
@@ -73,7 +77,9 @@ impl Tokenizer {
         let config = TokenizerConfig::read(dir)?;
         let mut file = dir.join(TOKENIZER);
         let mut tokenizer = if present(&file)? {
-            read_tokenizer_json(&file)?
+            let tokenizer = read_tokenizer_json(&file)?;
+            check_added(&tokenizer, dir, &config)?;
+            tokenizer
         } else {
             file = dir.join(VOCAB);
             qwen2::read(dir, &config)?
@@ -275,6 +281,18 @@ fn check_declared(tokenizer: &tokenizers::Tokenizer, path: &Path, content: &str,
         Some(found) => Err(tokenizer_error(path, format!("added token {content:?}: expected id {id}, found {found}"))),
         None => Err(tokenizer_error(path, format!("added token {content:?}: expected id {id}, found no such token"))),
     }
+}
+
+/// Checks that `tokenizer_config.json` or `added_tokens.json` gives no token another id than `tokenizer.json`. A token that only
+/// they have stays plain text.
+fn check_added(tokenizer: &tokenizers::Tokenizer, dir: &Path, config: &TokenizerConfig) -> Result<()> {
+    let (path, added) = qwen2::read_added(dir, config)?;
+    for (id, token) in added {
+        if tokenizer.token_to_id(&token.content).is_some() || tokenizer.id_to_token(id).is_some() {
+            check_declared(tokenizer, &path, &token.content, id)?;
+        }
+    }
+    Ok(())
 }
 
 /// Marks the tokens that the configuration names as special, as transformers does: they are recognised in a text and

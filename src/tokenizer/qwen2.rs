@@ -149,7 +149,7 @@ impl From<Added> for AddedToken {
 
 /// Returns the added tokens by id, and their file. As in transformers, `added_tokens.json` is used only without
 /// `added_tokens_decoder`.
-fn read_added(dir: &Path, config: &TokenizerConfig) -> Result<(PathBuf, BTreeMap<u32, AddedToken>)> {
+pub(super) fn read_added(dir: &Path, config: &TokenizerConfig) -> Result<(PathBuf, BTreeMap<u32, AddedToken>)> {
     let key = "added_tokens_decoder";
     let Some(declared) = config.json.get(key) else {
         let path = dir.join(ADDED);

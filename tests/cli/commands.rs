@@ -1,5 +1,6 @@
 //! `dllm` as a process: output, files, exit status.
 
+use crate::common::process::{Process, run, run_within};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -29,7 +30,7 @@ fn text(bytes: &[u8]) -> &str {
 
 /// Runs a command, which must end with status 0.
 fn done(mut command: Command) -> Output {
-    let output = command.output().unwrap();
+    let output = run(&mut command);
     assert_eq!(output.status.code(), Some(0), "{command:?}: {}", text(&output.stderr));
     output
 }
@@ -263,7 +264,7 @@ fn wrong_calls_name_the_flag() {
         (1, "eval --problems Cargo.toml", "error: Cargo.toml: line 1: "),
     ];
     for (status, line, message) in calls {
-        let output = dllm(words(line)).output().unwrap();
+        let output = run(&mut dllm(words(line)));
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(status), "dllm {line}: {said}");
         assert!(said.starts_with("error: ") && said.contains(message), "dllm {line}: {said}");
@@ -295,7 +296,7 @@ fn presets() {
     assert_eq!(by_name["tokens"], by_flags(8)["tokens"]);
     assert_ne!(by_name["tokens"], by_flags(1)["tokens"]);
     // Flags without effect are noted, also those of settings.
-    let said = |line: &str| text(&dllm(words(line)).output().unwrap().stderr).to_string();
+    let said = |line: &str| text(&run(&mut dllm(words(line))).stderr).to_string();
     let idle = said("generate --preset gsm8k-llada-base --cache dual --gen-length 32 --prompt-ids 1");
     assert!(idle.contains("note: --preset (see --cache) has no effect here"), "{idle}");
     let idle = said("eval --limit 1 --gen-length 8 --setting cache=none,refresh-ratio=0.5");
@@ -312,7 +313,7 @@ fn without_a_checkpoint_it_asks_for_one() {
     let dir = tempfile::tempdir().unwrap();
     let program = dir.path().join("dllm");
     std::fs::copy(env!("CARGO_BIN_EXE_dllm"), &program).unwrap();
-    let output = Command::new(&program).current_dir(dir.path()).output().unwrap();
+    let output = run(Command::new(&program).current_dir(dir.path()));
     assert_eq!(output.status.code(), Some(2));
     let said = text(&output.stderr);
     assert!(said.starts_with("error: --model: expected a checkpoint directory, found none: "), "{said}");
@@ -327,7 +328,7 @@ fn without_a_checkpoint_it_asks_for_one() {
         std::fs::copy(root().join("models/tiny-math").join(name), models.join(name)).unwrap();
     }
     let elsewhere = tempfile::tempdir().unwrap();
-    let output = Command::new(&program).current_dir(elsewhere.path()).output().unwrap();
+    let output = run(Command::new(&program).current_dir(elsewhere.path()));
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     // This copy has no problem file; the built-in sample question is the same.
     assert_eq!(output.stdout, done(dllm::<&str>([])).stdout);
@@ -355,9 +356,9 @@ fn help_and_version_go_to_stdout() {
 #[test]
 fn a_closed_pipe_is_not_an_error() {
     for line in ["generate --gen-length 64", "generate --gen-length 64 --json", "--help", "eval --limit 1"] {
-        let mut child = dllm(words(line)).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        drop(child.stdout.take());
-        let output = child.wait_with_output().unwrap();
+        let child = Process::spawn(dllm(words(line)).stdout(Stdio::piped()).stderr(Stdio::piped()));
+        drop(child.stdout());
+        let output = child.output();
         assert_eq!(output.status.code(), Some(0), "dllm {line}: {}", text(&output.stderr));
         assert!(!text(&output.stderr).contains("error"), "dllm {line}: {}", text(&output.stderr));
     }
@@ -369,10 +370,10 @@ fn a_reader_that_leaves_ends_the_decode() {
     let line = "generate --gen-length 512 --policy fixed --trace";
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("trace.json");
-    let mut child = dllm(words(line)).arg(&file).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let child = Process::spawn(dllm(words(line)).arg(&file).stdout(Stdio::piped()).stderr(Stdio::null()));
     let mut byte = [0];
-    child.stdout.take().unwrap().read_exact(&mut byte).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(0));
+    child.stdout().read_exact(&mut byte).unwrap();
+    assert_eq!(child.wait().code(), Some(0));
     let trace: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
     assert!(numbers::<usize>(&trace["nfe"]) < 512, "{}", trace["nfe"]);
 }
@@ -383,15 +384,15 @@ fn ctrl_c_ends_with_what_is_there() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("trace.json");
     let line = "generate --gen-length 512 --policy fixed --cache none --watch --trace";
-    let mut child = dllm(words(line)).arg(&file).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let child = Process::spawn(dllm(words(line)).arg(&file).stdout(Stdio::piped()).stderr(Stdio::piped()));
+    let mut stderr = BufReader::new(child.stderr());
     for _ in 0..3 {
         stderr.read_line(&mut String::new()).unwrap();
     }
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    child.interrupt();
     let mut said = String::new();
     stderr.read_to_string(&mut said).unwrap();
-    let output = child.wait_with_output().unwrap();
+    let output = child.output();
     assert_eq!(output.status.code(), Some(0), "{said}");
     assert!(said.contains("interrupted with "), "{said}");
     let answer = text(&output.stdout);
@@ -414,32 +415,30 @@ fn a_second_ctrl_c_ends_at_once() {
     let pipe = dir.path().join("pipe");
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     let line = "generate --gen-length 64 --watch --trace";
-    let mut child = dllm(words(line)).arg(&pipe).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let child = Process::spawn(dllm(words(line)).arg(&pipe).stdout(Stdio::null()).stderr(Stdio::piped()));
+    let mut stderr = BufReader::new(child.stderr());
     stderr.read_line(&mut String::new()).unwrap();
     std::thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
-    for _ in 0..600 {
-        assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let status = loop {
+        child.interrupt();
         std::thread::sleep(std::time::Duration::from_millis(100));
-        if let Some(status) = child.try_wait().unwrap() {
-            assert_eq!(status.code(), Some(130));
-            return;
+        if let Some(status) = child.try_wait() {
+            break status;
         }
-    }
-    child.kill().unwrap();
-    panic!("still running");
+    };
+    assert_eq!((status.code(), child.wait().code()), (Some(130), Some(130)));
 }
 
 #[test]
 fn a_trace_that_cannot_be_written_is_found_before_the_work() {
-    let output = dllm(words("generate --watch --trace no/such/dir/t.json")).output().unwrap();
+    let output = run(&mut dllm(words("generate --watch --trace no/such/dir/t.json")));
     assert_eq!(output.status.code(), Some(1));
     assert!(!text(&output.stderr).contains("step"), "{}", text(&output.stderr));
     // An existing file is kept when the arguments are wrong.
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("trace.json");
     std::fs::write(&file, "old").unwrap();
-    let output = dllm(words("generate --top-k 0 --trace")).arg(&file).output().unwrap();
+    let output = run(&mut dllm(words("generate --top-k 0 --trace")).arg(&file));
     assert_eq!(output.status.code(), Some(2));
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "old");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
@@ -450,7 +449,7 @@ fn a_trace_that_cannot_be_written_is_found_before_the_work() {
 #[test]
 fn a_trace_that_is_lost_does_not_cost_the_answer() {
     let line = "generate --gen-length 64";
-    let output = dllm(words(line)).args(["--trace", "/dev/full"]).output().unwrap();
+    let output = run(&mut dllm(words(line)).args(["--trace", "/dev/full"]));
     let said = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("NFE ") && said.contains("error: /dev/full"), "{said}");
@@ -467,7 +466,7 @@ fn a_panic_in_the_tokenizer_is_one_line() {
     let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
     tokenizer["pre_tokenizer"] = serde_json::json!({"type": "FixedLength", "length": 0});
     std::fs::write(&file, tokenizer.to_string()).unwrap();
-    let output = dllm(["generate", "--prompt", "hello", "--model"]).arg(dir.path()).output().unwrap();
+    let output = run(&mut dllm(["generate", "--prompt", "hello", "--model"]).arg(dir.path()));
     let said = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     let others: Vec<_> = said.lines().filter(|line| !line.starts_with("error: ")).collect();
@@ -478,17 +477,17 @@ fn a_panic_in_the_tokenizer_is_one_line() {
 /// Sends Ctrl-C to `bench` when the first `words` are on stderr; its output, and the rest of stderr.
 #[cfg(unix)]
 fn bench_interrupted(mut command: Command, words: &str) -> (Output, String) {
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let child = Process::spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
+    let mut stderr = BufReader::new(child.stderr());
     let mut line = String::new();
     while !line.contains(words) {
         line.clear();
         assert!(stderr.read_line(&mut line).unwrap() > 0, "no {words:?}");
     }
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    child.interrupt();
     let mut said = String::new();
     stderr.read_to_string(&mut said).unwrap();
-    (child.wait_with_output().unwrap(), said)
+    (child.output(), said)
 }
 
 #[cfg(unix)]
@@ -617,13 +616,13 @@ fn ctrl_c_leaves_eval_its_plot() {
     let mut command = dllm(words("eval --gen-length 32 --limit 1 --plot"));
     let endless = std::iter::repeat_n(["--setting", "cache=none,policy=fixed"], 1000);
     command.arg(&file).args(endless.flatten());
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let child = Process::spawn(command.stdout(Stdio::piped()).stderr(Stdio::null()));
+    let mut lines = BufReader::new(child.stdout()).lines();
     // The head, and the first setting.
     assert!(lines.by_ref().take(2).all(|line| line.is_ok()));
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    child.interrupt();
     let finished = 1 + lines.count();
-    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!(child.wait().code(), Some(0));
     assert!(finished < 1000);
     let svg = std::fs::read_to_string(&file).unwrap();
     check_xml(&svg);
@@ -663,7 +662,7 @@ fn hybrid_caches() {
     assert_eq!((passes[8], passes[9]), (("response", [4, 28]), ("block", [9, 23])));
     assert_eq!((passes[16], passes[17]), (("full", [0, 36]), ("block", [17, 31])));
 
-    let said = |line: &str| text(&dllm(words(line)).output().unwrap().stderr).to_string();
+    let said = |line: &str| text(&run(&mut dllm(words(line))).stderr).to_string();
     let idle = said("generate --gen-length 8 --prompt-ids 1 --cache none --vicinity 2 --refresh-ratio 0.5");
     for flag in ["--vicinity (see --cache)", "--refresh-ratio (see --cache)"] {
         assert!(idle.contains(&format!("note: {flag} has no effect here")), "{idle}");
@@ -677,7 +676,7 @@ fn the_answer_follows_the_steps() {
     let log = tempfile::NamedTempFile::new().unwrap();
     // Like 2>&1. Both append, so that neither overwrites the other.
     let append = || std::fs::OpenOptions::new().append(true).open(log.path()).unwrap();
-    assert!(dllm([""; 0]).stdout(append()).stderr(append()).status().unwrap().success());
+    assert!(Process::spawn(dllm([""; 0]).stdout(append()).stderr(append())).wait().success());
     let said = std::fs::read_to_string(log.path()).unwrap();
     let last_step = said.lines().filter(|l| l.starts_with("step")).count();
     let answer = said.find("\nEva has").unwrap();
@@ -687,7 +686,7 @@ fn the_answer_follows_the_steps() {
 
 #[test]
 fn an_unknown_instruction_set_is_named() {
-    let output = dllm(["generate"]).env("DLLM_CPU", "scalar").output().unwrap();
+    let output = run(&mut dllm(["generate"]).env("DLLM_CPU", "scalar"));
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("DLLM_CPU: expected amx, avx512, avx2 or plain, found \"scalar\""));
 }
@@ -706,9 +705,26 @@ fn eval_names_the_bad_row() {
         (long.as_str(), "positions"),
     ] {
         std::fs::write(&file, format!("{good}\n\n{bad}\n")).unwrap();
-        let output = dllm(["eval", "--problems"]).arg(&file).output().unwrap();
+        let output = run(&mut dllm(["eval", "--problems"]).arg(&file));
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{said}");
         assert!(said.contains("problems.jsonl: line 3: ") && said.contains(message), "{said}");
     }
+}
+
+/// A hanging child fails its test with the command and what the child said, long before the child's own end.
+#[cfg(unix)]
+#[test]
+fn a_hanging_child_is_killed_and_named() {
+    let start = Instant::now();
+    let failure = std::panic::catch_unwind(|| {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo working >&2; exec sleep 60"]);
+        run_within(Duration::from_millis(500), &mut command)
+    });
+    let message = *failure.unwrap_err().downcast::<String>().unwrap();
+    for part in ["killed after 500ms: ", "\"sh\" \"-c\"", "sleep 60", "its stderr: working\n"] {
+        assert!(message.contains(part), "{part:?} in {message}");
+    }
+    assert!(start.elapsed() < Duration::from_secs(50));
 }

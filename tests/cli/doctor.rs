@@ -1,8 +1,10 @@
 //! `dllm doctor` as a process, on the CUDA emulator and without a device.
 
+use crate::common::process::run_within;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::Duration;
 
 /// Ops of the report, each at two shapes.
 const OPS: [&str; 12] = [
@@ -19,6 +21,9 @@ const OPS: [&str; 12] = [
     "swiglu",
     "product",
 ];
+
+/// Time limit of a child: every op on the emulator, or a compiler.
+const LIMIT: Duration = Duration::from_secs(300);
 
 fn doctor(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dllm"));
@@ -37,7 +42,7 @@ fn on_emulator(args: &[&str], change: impl FnOnce(&mut Command)) -> (Output, Str
     let mut command = doctor(args);
     softgpu::lend(&mut command, &report);
     change(&mut command);
-    let output = command.output().unwrap();
+    let output = run_within(LIMIT, &mut command);
     let report =
         std::fs::read_to_string(&report).unwrap_or_else(|error| panic!("the emulator was not started: {error}"));
     (output, report)
@@ -119,7 +124,7 @@ fn mutated_kernels(folder: &Path, file: &str, good: &str, bad: &str) -> PathBuf 
     std::fs::write(&changed, source.replace(good, bad)).unwrap();
     let built = |what: &str| std::fs::read_to_string(softgpu::library_dir().join(format!("kernels.{what}"))).unwrap();
     let run = |command: &mut Command| {
-        let output = command.output().unwrap();
+        let output = run_within(LIMIT, command);
         assert!(output.status.success(), "{}", text(&output.stderr));
     };
     let compile = built("compile");
@@ -224,7 +229,7 @@ fn wrong_arguments_are_2() {
     assert_eq!(output.status.code(), Some(2), "{error}");
     assert!(error.contains("error: --device: expected a device from 0 to 0, found 3"), "{error}");
     for args in [&["--device", "-1"][..], &["--device", "cuda"], &["--nothing"], &["model"]] {
-        assert_eq!(doctor(args).output().unwrap().status.code(), Some(2), "{args:?}");
+        assert_eq!(run_within(LIMIT, &mut doctor(args)).status.code(), Some(2), "{args:?}");
     }
 }
 
@@ -235,7 +240,7 @@ fn without_a_driver_the_requirements_are_shown() {
     let mut names = vec!["libcuda.so".to_string(), "libnvcuda.so".into()];
     names.extend((1..=13).map(|version| format!("libcuda.so.{version}")));
     names.iter().for_each(|name| std::fs::write(folder.path().join(name), "no library").unwrap());
-    let run = |args: &[&str]| doctor(args).env("LD_LIBRARY_PATH", folder.path()).output().unwrap();
+    let run = |args: &[&str]| run_within(LIMIT, doctor(args).env("LD_LIBRARY_PATH", folder.path()));
     let output = run(&[]);
     let (shown, error) = (text(&output.stdout), text(&output.stderr));
     assert_eq!(output.status.code(), Some(1), "{shown}{error}");

@@ -10,6 +10,8 @@ mod doctor;
 #[path = "../../src/selftest/limit.rs"]
 mod limit;
 #[cfg(feature = "cli")]
+mod printed_numbers;
+#[cfg(feature = "cli")]
 mod quality;
 #[cfg(feature = "tokenizers")]
 mod tokenizer;

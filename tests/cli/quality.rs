@@ -1,28 +1,36 @@
 //! The shipped checkpoint has the same accuracy on its first 100 problems as with the reference implementations
 //! (`models/tiny-math/originals.md`), for every cache and policy.
 
+use crate::common::process::run_within;
 use std::process::Command;
+use std::time::Duration;
 
 /// Settings of the adaptive cache with one token per step: (prompt interval, response interval, refresh ratio, accuracy of the
 /// reference implementation).
 const ADAPTIVE: [(usize, usize, f64, f64); 3] = [(25, 2, 0.25, 0.59), (25, 8, 0.25, 0.19), (25, 8, 0.0, 0.05)];
 
+/// Evaluates the first 100 problems with these flags.
+fn eval(flags: impl IntoIterator<Item = String>) -> Vec<serde_json::Value> {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dllm"));
+    command
+        .args(["eval", "--model", &format!("{root}/models/tiny-math"), "--limit", "100", "--gen-length", "64"])
+        .args(["--problems", &format!("{root}/models/tiny-math/eval/problems_0shot.jsonl"), "--json"])
+        .args(flags);
+    // Up to 600 decodes.
+    let output = run_within(Duration::from_secs(600), &mut command);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
 #[test]
 #[cfg_attr(debug_assertions, ignore = "needs --release: minutes without optimisation")]
 fn adaptive_accuracy_equals_the_reference() {
-    let root = env!("CARGO_MANIFEST_DIR");
     let setting = |(prompt, response, ratio, _): &(usize, usize, f64, f64)| {
         let intervals = format!("prompt-interval={prompt},response-interval={response},refresh-ratio={ratio}");
         ["--setting".to_string(), format!("cache=adaptive,policy=fixed,{intervals}")]
     };
-    let output = Command::new(env!("CARGO_BIN_EXE_dllm"))
-        .args(["eval", "--model", &format!("{root}/models/tiny-math"), "--limit", "100", "--gen-length", "64"])
-        .args(["--problems", &format!("{root}/models/tiny-math/eval/problems_0shot.jsonl"), "--json"])
-        .args(ADAPTIVE.iter().flat_map(setting))
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let rows: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = eval(ADAPTIVE.iter().flat_map(setting));
     assert_eq!(rows.len(), ADAPTIVE.len());
     for (row, (.., accuracy)) in rows.iter().zip(ADAPTIVE) {
         println!("{row}");
@@ -38,14 +46,7 @@ fn adaptive_accuracy_equals_the_reference() {
 #[test]
 #[cfg_attr(debug_assertions, ignore = "needs --release: minutes without optimisation")]
 fn accuracy_equals_the_reference() {
-    let root = env!("CARGO_MANIFEST_DIR");
-    let output = Command::new(env!("CARGO_BIN_EXE_dllm"))
-        .args(["eval", "--model", &format!("{root}/models/tiny-math"), "--limit", "100", "--gen-length", "64"])
-        .args(["--problems", &format!("{root}/models/tiny-math/eval/problems_0shot.jsonl"), "--json"])
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let rows: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = eval([]);
     // Cache, policy, and the reference implementation's accuracy and forwards per problem.
     let expected = [
         ("none", "fixed", 0.94, 64.0),

@@ -194,6 +194,53 @@ fn dream_legacy_added_tokens() {
     assert_names(&message, &dir.path().join("tokenizer_config.json"), &["no chat_template"]);
 }
 
+/// Files that disagree on a role: `tokenizer_config.json` comes first, `special_tokens_map.json` fills in what it leaves open.
+#[test]
+fn roles_of_tokenizer_config_come_first() {
+    let ends = |config: Value, map: Value| {
+        let dir = copy_of(&tiny_math_dir(), &["tokenizer.json"]);
+        fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        fs::write(dir.path().join("special_tokens_map.json"), map.to_string()).unwrap();
+        open(dir.path(), 1024).end_tokens()
+    };
+    // <|endoftext|> (906) and <|eot_id|> (910) end a turn whatever the roles are; these roles are other tokens.
+    let (start, header) = (json!({"eos_token": "<|startoftext|>"}), json!({"eos_token": "<|end_header_id|>"}));
+    assert_eq!(ends(start.clone(), header.clone()), [905, 906, 910]);
+    assert_eq!(ends(header.clone(), start.clone()), [906, 909, 910]);
+    assert_eq!(ends(json!({}), start.clone()), [905, 906, 910]);
+    assert_eq!(ends(json!({"eos_token": null}), header.clone()), [906, 909, 910]);
+    // With added_tokens_decoder, tokenizer_config.json is the only source.
+    assert_eq!(ends(json!({"added_tokens_decoder": {}}), start), [906, 910]);
+    // A role without a token in the vocabulary is no token.
+    assert_eq!(ends(json!({"eos_token": "<|none|>"}), header), [906, 910]);
+}
+
+/// Files that disagree on the id of a token are refused; the message has the token, both ids and the file.
+#[test]
+fn ids_of_added_tokens_agree() {
+    let decoder =
+        |dir: &TempDir, tokens: Value| edit(dir, "tokenizer_config.json", |c| c["added_tokens_decoder"] = tokens);
+    let mask = json!({"content": "<|mdm_mask|>", "special": true});
+    let dir = tiny_math_copy();
+    decoder(&dir, json!({"907": mask}));
+    assert_eq!(open(dir.path(), 1024).encode("<|mdm_mask|>", false).unwrap(), [907]);
+    decoder(&dir, json!({"908": mask}));
+    assert_refused(&dir, "tokenizer_config.json", &["\"<|mdm_mask|>\"", "expected id 908", "found 907"]);
+    // The id belongs to another token.
+    decoder(&dir, json!({"907": {"content": "<|mask|>"}}));
+    assert_refused(&dir, "tokenizer_config.json", &["\"<|mask|>\"", "expected id 907", "found no such token"]);
+    // A token that tokenizer.json does not have stays plain text.
+    decoder(&dir, json!({"1000": {"content": "<|mask|>"}}));
+    assert!(open(dir.path(), 1024).encode("<|mask|>", false).unwrap().len() > 1);
+
+    let dir = tiny_math_copy();
+    fs::write(dir.path().join("added_tokens.json"), json!({"<|mdm_mask|>": 911}).to_string()).unwrap();
+    assert_refused(&dir, "added_tokens.json", &["\"<|mdm_mask|>\"", "expected id 911", "found 907"]);
+    // As in transformers, added_tokens.json is not read when there is added_tokens_decoder.
+    decoder(&dir, json!({"907": mask}));
+    assert!(Tokenizer::open(dir.path(), 1024).is_ok());
+}
+
 #[test]
 fn no_tokenizer() {
     let dir = TempDir::new().unwrap();

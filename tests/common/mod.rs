@@ -6,6 +6,7 @@
 pub mod checkpoint;
 #[cfg(feature = "cuda")]
 mod device;
+pub mod process;
 pub mod recorded;
 
 #[cfg(feature = "cuda")]

@@ -286,32 +286,4 @@ pub fn model_dir(given: Option<&Path>) -> Result<PathBuf> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use dllm_kernels::Config;
-
-    #[test]
-    fn names_are_parsed() {
-        for mode in CacheMode::ALL {
-            assert_eq!(mode.to_string().parse::<CacheMode>().unwrap(), mode);
-        }
-        for kind in Confidence::ALL {
-            assert_eq!(kind.to_string().parse::<Confidence>().unwrap(), kind);
-        }
-        for name in Policy::NAMES {
-            assert_eq!(name.parse::<Policy>().unwrap().name(), name);
-        }
-        for family in [Family::Llada, Family::Dream] {
-            assert_eq!(family.to_string().to_lowercase().parse::<Family>().unwrap(), family);
-        }
-        assert!(Config::SHAPES.iter().all(|name| Config::shape(name).is_some()));
-        let error = "sometimes".parse::<CacheMode>().unwrap_err().to_string();
-        assert_eq!(error, "cache: expected none, prefix, dual or adaptive, found sometimes");
-    }
-
-    #[test]
-    fn refresh_rows_is_an_alias() {
-        let decoding = Decoding::default().with_setting("refresh-rows=0.5").unwrap();
-        assert_eq!(decoding.options().refresh_ratio, Some(0.5));
-    }
-}
+pub mod tests;

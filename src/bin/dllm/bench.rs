@@ -3,6 +3,8 @@
 
 mod originals;
 mod summary;
+#[cfg(test)]
+mod tests;
 mod timed;
 
 use crate::args::{length, model_dir, threads};
@@ -139,6 +141,7 @@ impl Mode {
 }
 
 /// Source of the weights.
+#[derive(Debug)]
 pub enum Source {
     Checkpoint(PathBuf),
     /// Random weights of the public shape with this name.
@@ -146,6 +149,7 @@ pub enum Source {
 }
 
 /// Settings that all modes share.
+#[derive(Debug)]
 pub struct Setup {
     source: Source,
     config: Config,

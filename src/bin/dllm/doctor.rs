@@ -39,3 +39,16 @@ pub fn run(args: &Doctor) -> Result<()> {
     let message = format!("cannot check device {device}: this build has no CUDA; build dllm with the feature cuda");
     Err(dllm_kernels::Error::Unavailable(message))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_flag_sets_its_field() {
+        crate::args::tests::fields::<Doctor>(
+            "",
+            &[("--device=3", |d| d.device = 3), ("--small", |d| d.small = true), ("--json", |d| d.json = true)],
+        );
+    }
+}

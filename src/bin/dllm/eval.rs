@@ -246,6 +246,7 @@ fn mode(options: &Options) -> String {
         ("refresh-ratio", options.effective_refresh_ratio(), default.effective_refresh_ratio()),
         ("refresh-prompt-every", options.refresh_prompt_every as f64, 1.0),
         ("vicinity", options.vicinity as f64, 0.0),
+        ("cfg-interval", options.cfg_interval as f64, 1.0),
     ] {
         if value != usual {
             name += &format!(",{flag}={value}");
@@ -339,7 +340,101 @@ fn read_problem(file: &Path, tokenizer: &Tokenizer, line: usize, row: &str) -> R
 
 #[cfg(test)]
 mod tests {
-    use super::final_answer;
+    use super::*;
+    use crate::args::tests::{DECODING, fields, last_name, parse, same};
+    use crate::machine::Device;
+
+    #[test]
+    fn every_flag_sets_its_field() {
+        fields::<Eval>(
+            "",
+            &[
+                ("--model=dir", |e| e.model = Some("dir".into())),
+                ("--problems=file", |e| e.problems = Some("file".into())),
+                ("--limit=3", |e| e.limit = Some(3)),
+                ("--setting=a=1,b --setting=c", |e| e.setting = vec!["a=1,b".into(), "c".into()]),
+                ("--device=cuda", |e| e.machine.device = Some(Device::Cuda(0))),
+                ("--threads=5", |e| e.machine.threads = Some(5)),
+                ("--json", |e| e.json = true),
+                ("--plot=file", |e| e.plot = Some("file".into())),
+            ],
+        );
+    }
+
+    /// Every flag of a decode reaches the settings: those of a cache or policy make one setting, whose name says what they are;
+    /// others apply to the six default settings, and all to those of `--setting`.
+    #[test]
+    fn every_flag_reaches_the_settings() {
+        for row in DECODING {
+            let of = |line: &str| settings(&parse::<Eval>(line)).unwrap();
+            let mut want = Options::default();
+            (row.change)(&mut want);
+            let found = of(row.line);
+            if row.chooses_mode {
+                assert_eq!(found.len(), 1, "{}", row.line);
+                same(row.line, &found[0].1.options(), &want);
+                // The name is a setting of its own. It has no flags of sampling, as a preset has.
+                if last_name(row.line) != "preset" {
+                    let named = Decoding::default().with_setting(&found[0].0).unwrap();
+                    let stated = Options { refresh_ratio: want.refresh_ratio, ..named.options() };
+                    same(&found[0].0, &stated, &want);
+                    assert_eq!(
+                        named.options().effective_refresh_ratio(),
+                        want.effective_refresh_ratio(),
+                        "{}",
+                        row.line
+                    );
+                }
+            } else {
+                assert_eq!(found.iter().map(|(name, _)| &name[..]).collect::<Vec<_>>(), SETTINGS, "{}", row.line);
+                for (setting, decoding) in found {
+                    let mut want = Decoding::default().with_setting(&setting).unwrap().options();
+                    (row.change)(&mut want);
+                    same(row.line, &decoding.options(), &want);
+                }
+            }
+            let found = of(&format!("{} --setting=seed=7", row.line));
+            assert_eq!((found.len(), &found[0].0[..]), (1, "seed=7"), "{}", row.line);
+            same(row.line, &found[0].1.options(), &Options { seed: 7, ..want });
+        }
+    }
+
+    #[test]
+    fn a_score_sums_what_was_generated() {
+        let model = dllm_kernels::Model::open("tests/golden/tiny-llada").unwrap();
+        let mut score = Score::default();
+        let (mut tokens, mut elapsed, mut nfe, mut macs) = (0, Duration::ZERO, 0, 0);
+        for (prompt, gen_length) in [([5, 6, 7], 8), ([9, 8, 7], 16), ([1, 2, 3], 4)] {
+            let options = Options { gen_length, ..Options::default() };
+            let generation = Generator::new(&model).options(options).generate(&[prompt]).unwrap();
+            score.add(&generation, gen_length == 16);
+            // The end-of-text token counts, what follows it does not.
+            tokens += gen_length.min(generation.text_tokens(0).len() + 1);
+            (elapsed, nfe, macs) = (elapsed + generation.elapsed, nfe + generation.nfe, macs + generation.macs);
+        }
+        assert_eq!((score.problems, score.right, score.nfe, score.macs), (3, 1, nfe, macs));
+        assert_eq!(score.elapsed, elapsed);
+        assert!((score.tokens - tokens as f64).abs() < 1e-6, "{} tokens, expected {tokens}", score.tokens);
+    }
+
+    #[test]
+    fn scores_are_means_over_the_problems() {
+        let score = Score {
+            problems: 8,
+            right: 3,
+            nfe: 100,
+            tokens: 512.0,
+            elapsed: Duration::from_millis(1600),
+            macs: 20_000_000_000,
+        };
+        let want = json!({"setting": "a", "problems": 8, "accuracy": 0.375, "nfe": 12.5, "tokens_per_second": 320.0,
+            "multiply_adds": 2.5e9});
+        assert_eq!(score.json("a"), want);
+        let row = table_row("a", 7, &score);
+        assert_eq!(row.split_whitespace().collect::<Vec<_>>(), ["a", "8", "0.375", "12.5", "2.500", "320.0"]);
+        let point = score.point("a");
+        assert_eq!((&point.name[..], point.problems, point.right, point.tokens_per_second), ("a", 8, 3, 320.0));
+    }
 
     #[test]
     fn the_answer_follows_the_first_mark() {

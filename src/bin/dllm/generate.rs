@@ -3,6 +3,7 @@
 use crate::args::{Decoding, model_dir};
 use crate::machine::{ComputeDevice, Machine};
 use crate::output::{self, INTERRUPT, OutputFile, io_error};
+use crate::report::count;
 use crate::watch::Watch;
 use clap::{ArgGroup, Args};
 use dllm_kernels::decode::{Decoded, trace::Trace};
@@ -263,7 +264,7 @@ fn summary(generation: &Generation, config: &Config, device: &str) {
         output::note(format_args!("interrupted with {masks} tokens still masked"));
     }
     let threads = match device {
-        "cpu" => format!(" ({} threads)", rayon::current_num_threads()),
+        "cpu" => format!(" ({})", count(rayon::current_num_threads(), "thread")),
         _ => String::new(),
     };
     output::note(format_args!(
@@ -359,5 +360,34 @@ impl Observer for Observers<'_, '_> {
 
     fn finalized(&mut self, sequence: usize, tokens: &[u32]) {
         self.answer.finalized(sequence, tokens);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::tests::{DECODING, fields, parse, same};
+    use crate::machine::Device;
+
+    #[test]
+    fn every_flag_sets_its_field() {
+        fields::<Generate>(
+            "",
+            &[
+                ("--model=dir", |g| g.model = Some("dir".into())),
+                ("--prompt=a --prompt=b", |g| g.prompt = vec!["a".into(), "b".into()]),
+                ("--prompt-file=file", |g| g.prompt_file = Some("file".into())),
+                ("--prompt-ids=1,2 --prompt-ids=3", |g| g.prompt_ids = vec![Ids(vec![1, 2]), Ids(vec![3])]),
+                ("--chat", |g| g.chat = true),
+                ("--device=cuda:3", |g| g.machine.device = Some(Device::Cuda(3))),
+                ("--threads=5", |g| g.machine.threads = Some(5)),
+                ("--watch", |g| g.watch = true),
+                ("--json", |g| g.json = true),
+                ("--trace=file", |g| g.trace = Some("file".into())),
+            ],
+        );
+        for row in DECODING {
+            same(row.line, &parse::<Generate>(row.line).decoding, &parse::<Decoding>(row.line));
+        }
     }
 }

@@ -295,3 +295,62 @@ fn text(a: &Answer) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::tests::{covers, parse};
+    use serde_json::Value;
+
+    fn json(line: &str) -> Value {
+        let args = parse::<Inspect>(line);
+        let (source, config, tensors) = open(&args).unwrap();
+        serde_json::to_value(answer(&args, source, config, tensors).unwrap()).unwrap()
+    }
+
+    /// Each flag changes these keys of the answer and no others.
+    #[test]
+    fn every_flag_reaches_the_answer() {
+        let default = "--shape=mid --threads=3";
+        // Sizes that every larger decode has larger.
+        let all = ["bytes", "device_bytes"];
+        let lines: [(&str, &[&str]); 11] = [
+            ("--prompt-length=100", &["prompt_length", all[0], all[1]]),
+            ("--gen-length=64", &["gen_length", all[0], all[1]]),
+            ("--block-length=16", &["block_length", all[0], all[1]]),
+            ("--batch=2", &["batch", all[0], all[1]]),
+            ("--cache=adaptive", &["cache", "outputs_kept", all[0], all[1]]),
+            ("--refresh-ratio=0.5", &["outputs_kept", all[0], all[1]]),
+            ("--refresh-rows=0.5", &["outputs_kept", all[0], all[1]]),
+            ("--cfg-scale=1.5", &["cfg_scale", all[0], all[1]]),
+            ("--tensors", &["tensor_list"]),
+            ("--threads=5", &["threads", "bytes"]),
+            // The form of the output, not its contents.
+            ("--json", &[]),
+        ];
+        let before = json(default);
+        for (line, keys) in lines {
+            let line_of = |flags: &str| match flags.contains("threads") {
+                true => format!("--shape=mid {flags}"),
+                false => format!("{default} {flags}"),
+            };
+            let after = json(&line_of(line));
+            let (before, after) = (before.as_object().unwrap(), after.as_object().unwrap());
+            let mut changed: Vec<&str> =
+                after.keys().map(String::as_str).filter(|k| after.get(*k) != before.get(*k)).collect();
+            changed.retain(|key| cfg!(feature = "cuda") || *key != "device_bytes");
+            changed.sort_unstable();
+            let mut keys: Vec<&str> =
+                keys.iter().copied().filter(|key| cfg!(feature = "cuda") || *key != "device_bytes").collect();
+            keys.sort_unstable();
+            assert_eq!(changed, keys, "{line}");
+        }
+        let value = |line: &str, key: &str| json(line)[key].clone();
+        assert_eq!(value("--shape=dream-7b", "source"), "dream-7b");
+        assert_eq!(value("models/tiny-math", "source"), "models/tiny-math");
+        assert_eq!(value("models/tiny-math --prompt-length=100", "prompt_length"), 100);
+        assert_eq!(value("models/tiny-math --gen-length=64", "gen_length"), 64);
+        assert_eq!(value("models/tiny-math --batch=7", "batch"), 7);
+        covers::<Inspect>(lines.iter().map(|(line, _)| *line).chain(["--shape=mid", "--dir"]));
+    }
+}

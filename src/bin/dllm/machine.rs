@@ -38,10 +38,10 @@ pub fn device(text: &str) -> Result<Device, String> {
 pub struct Machine {
     /// auto, cpu, cuda or cuda:N; auto is the CPU until the CUDA path has run on a GPU [default: auto]
     #[arg(long, value_name = "DEVICE", value_parser = device)]
-    device: Option<Device>,
+    pub device: Option<Device>,
     /// CPU threads [default: all]. The environment variable DLLM_CPU=amx, avx512, avx2 or plain limits the instructions
     #[arg(long, value_name = "N", value_parser = threads())]
-    threads: Option<usize>,
+    pub threads: Option<usize>,
 }
 
 impl Machine {

@@ -36,3 +36,13 @@ pub fn run(args: &Presets) -> Result<()> {
                 Other flags override those of a preset. A block length equal to gen-length follows --gen-length.";
     print(&format!("{}\n{note}\nSource: {SOURCE}.\n", table(&rows)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_flag_sets_its_field() {
+        crate::args::tests::fields::<Presets>("", &[("--json", |p| p.json = true)]);
+    }
+}

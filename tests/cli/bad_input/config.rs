@@ -186,6 +186,82 @@ fn generation_config() {
     }
 }
 
+/// The mask is that of `config.json`; texts end at the tokens of either file.
+#[test]
+fn special_tokens_of_two_files() {
+    for family in FAMILIES {
+        let dir = Checkpoint::new(family).write();
+        let other = json!({"mask_token_id": 7, "eos_token_id": [12, 3, crate::common::checkpoint::EOS, 3]});
+        std::fs::write(dir.path().join("generation_config.json"), other.to_string()).unwrap();
+        let model = Model::open(dir.path()).unwrap();
+        assert_eq!(
+            (model.config().mask_token_id, &model.config().eos_token_ids[..]),
+            (MASK, &[3, 12, crate::common::checkpoint::EOS][..])
+        );
+    }
+}
+
+/// A LLaDA checkpoint whose embedding has `more` rows than the vocabulary. Every hidden state has a large first channel, so that
+/// `logit` in this channel of the head decides whether a token of the additional rows is never predicted or always.
+fn with_more_rows(more: usize, logit: f32) -> Checkpoint {
+    let mut checkpoint = Checkpoint::llada();
+    let (embedding, head) = (checkpoint.embedding(), checkpoint.head());
+    for row in 0..VOCAB {
+        checkpoint.row(embedding, row)[0] = 64.0;
+        checkpoint.row(head, row)[0] = 0.0;
+    }
+    checkpoint.config = checkpoint.config_with("embedding_size", Some(json!(VOCAB + more)));
+    for name in [embedding, head] {
+        let tensor = checkpoint.tensor(name);
+        tensor.shape[0] += more;
+        tensor.values.resize(tensor.shape.iter().product(), 0.0);
+        (VOCAB..VOCAB + more).for_each(|row| checkpoint.row(name, row)[0] = if name == head { logit } else { 64.0 });
+    }
+    checkpoint
+}
+
+/// Rows after the vocabulary change nothing when the model gives them no probability, whatever the cache and policy. They are rows
+/// like all others: a model that prefers one of them predicts it.
+#[test]
+fn more_embedding_rows_than_tokens() {
+    let plain = open(&with_more_rows(0, 0.0));
+    for more in [1, 8, 25] {
+        let model = open(&with_more_rows(more, -64.0));
+        assert_eq!((plain.config().vocab_size, model.config().vocab_size), (VOCAB, VOCAB + more));
+        for cache in CacheMode::ALL {
+            for policy in [Policy::Fixed, Policy::Threshold(0.9), Policy::Factor(1.0)] {
+                let options = Options { cache, policy, ..options() };
+                let of = |model| generate(model, &options, &[vec![1, 2, 3], vec![7]]).unwrap();
+                let (got, want) = (of(&model), of(&plain));
+                assert_eq!((got.tokens, got.nfe), (want.tokens, want.nfe), "{more} rows, {cache}, {policy}");
+            }
+        }
+        let wins = generate(&open(&with_more_rows(more, 64.0)), &options(), &[vec![1]]).unwrap();
+        assert_eq!(wins.tokens, [[VOCAB as u32; 8]], "{more} rows");
+    }
+    // Prompts may contain the ids of all rows, and no others.
+    let model = open(&with_more_rows(8, -64.0));
+    assert!(generate(&model, &options(), &[vec![VOCAB as u32 + 7]]).is_ok());
+    let words = ["token ids below the vocabulary's 48", "found 48"];
+    refused(generate(&model, &options(), &[vec![VOCAB as u32 + 8]]), "Argument", &words);
+}
+
+/// Fewer rows than tokens are refused, as by LLaDA's own code, and so are tensors of the vocabulary's size.
+#[test]
+fn embedding_rows_and_tensors_that_disagree() {
+    for rows in [1, VOCAB - 1] {
+        let words = ["config.json", "\"embedding_size\": expected at least vocab_size 40", &format!("found {rows}")];
+        refused(open_with(Family::Llada, "embedding_size", Some(json!(rows))), "Config", &words);
+    }
+    let words = ["wte.weight", "expected shape [48, 64], found shape [40, 64]"];
+    refused(open_with(Family::Llada, "embedding_size", Some(json!(48))), "Tensor", &words);
+    let mut only_embedding = with_more_rows(8, 0.0);
+    let head = only_embedding.head();
+    *only_embedding.tensor(head) = Checkpoint::llada().tensors[head].clone();
+    let words = [head, "expected shape [48, 64], found shape [40, 64]"];
+    refused(Model::open(only_embedding.write().path()), "Tensor", &words);
+}
+
 #[test]
 fn unsupported_features() {
     let cases = [

@@ -34,7 +34,8 @@ fn wrong_shape() {
                 let tensor = checkpoint.tensor(name);
                 tensor.values.resize(wrong.iter().product(), 0.5);
                 tensor.shape = wrong.clone();
-                let words = [&format!("tensor \"{name}\""), &format!("shape {shape:?}"), &format!("shape {wrong:?}")];
+                let words =
+                    [&format!("{FILE}: tensor \"{name}\""), &format!("shape {shape:?}"), &format!("shape {wrong:?}")];
                 refused(Model::open(checkpoint.write().path()), "Tensor", &words.map(|w| w.as_str()));
             }
         }
