@@ -26,6 +26,9 @@ mod observed;
 mod random;
 #[path = "cuda/recorded_decodes.rs"]
 mod recorded_decodes;
+#[cfg(feature = "tokenizers")]
+#[path = "cuda/trained.rs"]
+mod trained;
 
 use common::{device, once_on_device};
 use dllm_kernels::gpu::Device;
@@ -59,7 +62,7 @@ use formats::{element_types, tied_head};
 use forward::logits_are_within_the_margin;
 use observed::{many_blocks, masks_in_the_prompt, observed_or_not_dream, observed_or_not_llada};
 use random::{random_settings_dream, random_settings_llada};
-use recorded_decodes::recorded_decodes;
+use recorded_decodes::{recorded_decodes, recordings_elsewhere};
 
 once_on_device!(
     alone_and_in_a_batch,
@@ -79,6 +82,7 @@ once_on_device!(
     random_settings_llada,
     recorded_decodes,
     recorded_feature_cache_decodes,
+    recordings_elsewhere,
     tied_head,
     work_is_counted_for_each_pass,
 );

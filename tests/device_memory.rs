@@ -3,12 +3,14 @@
 #![cfg(feature = "cuda")]
 
 mod common;
+mod recorded;
 
-use common::{device, golden_dir};
+use common::device;
 use dllm_kernels::engine::MemoryEstimate;
 use dllm_kernels::gpu::Device;
 use dllm_kernels::model::SessionConfig;
 use dllm_kernels::{CacheMode, Config, Family, Generator, Model, Options, Policy};
+use recorded::{checkpoints, golden_dir};
 use softgpu::Opt;
 
 /// Bytes in use on the device.
@@ -35,9 +37,9 @@ fn estimates_equal_allocations() {
     }
     softgpu::set(Opt::Poison, 0); // saves time; this test does not depend on the contents of memory
     softgpu::set(Opt::Multiprocessors, 4); // fewer KV splits, which saves time on the emulator
-    for name in ["tiny-llada", "tiny-dream", "tiny-llada-b"] {
+    for name in checkpoints() {
         let before = used();
-        let model = Model::open(golden_dir().join(name)).unwrap().to_device(&device, |_, _| ()).unwrap();
+        let model = Model::open(golden_dir().join(&name)).unwrap().to_device(&device, |_, _| ()).unwrap();
         let weights: usize =
             model.config().tensors().iter().map(|(_, shape)| 2 * shape.iter().product::<usize>()).sum();
         assert_eq!(used() - before, weights, "{name}: weights");

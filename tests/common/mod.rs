@@ -27,12 +27,6 @@ pub fn device() -> Device {
     DEVICE.get_or_init(open).clone()
 }
 
-/// Folder of the golden files: `DLLM_GOLDEN_DIR` (for test programs that run on another machine), or that of this checkout.
-pub fn golden_dir() -> PathBuf {
-    let of_checkout = || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    std::env::var_os("DLLM_GOLDEN_DIR").map_or_else(of_checkout, PathBuf::from)
-}
-
 /// Folder of the shipped checkpoints: `DLLM_MODELS_DIR`, or that of this checkout.
 pub fn models_dir() -> PathBuf {
     let of_checkout = || Path::new(env!("CARGO_MANIFEST_DIR")).join("models");

@@ -5,11 +5,10 @@ use crate::common::Random;
 use crate::lockstep::{TestModel, decode_in_lockstep};
 use crate::margin::Tally;
 use crate::observed::same_when_observed;
-use crate::recorded::{json, names, numbers, options};
+use crate::recorded::{golden_dir, is_shipped, json, names, not_run, numbers, options};
 use crate::{FAMILIES, made_up};
 use dllm_kernels::decode::{Algorithm, Observer, Step};
 use dllm_kernels::{CacheMode, Family, Generator, Model, Options, Policy};
-use std::collections::BTreeMap;
 
 fn adaptive(prompt_interval: usize, response_interval: usize, refresh_ratio: f64) -> Options {
     let cache = CacheMode::Adaptive;
@@ -229,13 +228,10 @@ pub fn feature_cache_in_lockstep() {
 
 /// Runs the recorded decodes of dLLM-Cache in the same way.
 pub fn recorded_feature_cache_decodes() {
-    let models: BTreeMap<_, TestModel> = ["tiny-llada", "tiny-llada-b", "tiny-dream"]
-        .into_iter()
-        .map(|name| (name, TestModel::recorded(name)))
-        .collect();
+    let models = TestModel::recorded();
     let (mut all, mut decodes, mut same) = (Tally::default(), 0, 0);
-    for name in names("trajectory_") {
-        let case = json(&format!("{name}.json"));
+    for name in names("trajectory") {
+        let case = json(&name);
         if !case["algorithm"].as_str().unwrap().starts_with("dllm_cache.") {
             continue;
         }
@@ -248,8 +244,13 @@ pub fn recorded_feature_cache_decodes() {
         all.add(tally);
     }
     println!("{decodes} decodes, {same} with the recorded tokens; {all}");
-    all.assert_few([0.055, 0.032], [0.6, 0.9]);
-    assert_selections(&all);
+    if decodes == 0 {
+        not_run("trajectory of dLLM-Cache");
+    }
+    if is_shipped(&golden_dir()) {
+        all.assert_few([0.055, 0.032], [0.6, 0.9]);
+        assert_selections(&all);
+    }
 }
 
 /// Few selected rows differ from those of the bf16 reference, and their angles are close. The bounds are twice the observed values.

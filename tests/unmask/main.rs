@@ -11,3 +11,5 @@ mod filters;
 mod golden;
 mod launches;
 mod logits;
+#[path = "../recorded/mod.rs"]
+mod recorded;

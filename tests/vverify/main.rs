@@ -11,4 +11,6 @@ mod check;
 mod common;
 mod launches;
 mod maps;
+#[path = "../recorded/mod.rs"]
+mod recorded;
 mod selection;
