@@ -1,17 +1,47 @@
 //! `dllm` as a process: output, files, exit status.
 
 use crate::common::process::{Process, run, run_within};
+use crate::common::recorded::{self, golden_dir};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-fn golden(name: &str) -> PathBuf {
-    root().join("tests/golden").join(name)
+/// A checkpoint of the recordings, which has no tokenizer, and the prompt of a decode that was recorded with it. `family` is the
+/// `model_type` of its config. Where there is none, says so.
+fn recorded_model(family: &str) -> Option<(PathBuf, Vec<u32>)> {
+    let decodes = recorded::names("trajectory");
+    let found = decodes.iter().find_map(|name| {
+        let case = recorded::json(name);
+        let model = golden_dir().join(case["model"].as_str().unwrap());
+        let config: Value = serde_json::from_slice(&std::fs::read(model.join("config.json")).unwrap()).unwrap();
+        (config["model_type"] == family).then(|| (model, numbers::<Vec<Vec<u32>>>(&case["prompt"]).swap_remove(0)))
+    });
+    if found.is_none() {
+        recorded::not_run(&format!("trajectory of a model of type {family}"));
+    }
+    found
+}
+
+/// The value of `--prompt-ids`.
+fn ids(prompt: &[u32]) -> String {
+    prompt.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// `dllm` with this model.
+fn dllm_with(model: &Path, line: &str) -> Command {
+    let mut command = dllm(words(line));
+    command.arg("--model").arg(model);
+    command
+}
+
+fn json_with(model: &Path, line: &str) -> Value {
+    serde_json::from_slice(&done(dllm_with(model, line)).stdout).unwrap()
 }
 
 fn dllm<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
@@ -89,10 +119,13 @@ fn prompt_file_and_templated_prompt_are_the_same_as_chat() {
 
 #[test]
 fn a_ragged_batch_gives_what_its_prompts_give_alone() {
-    let flags = "generate --gen-length 32 --block-length 16 --model tests/golden/tiny-llada --json";
-    let batch = json_of(&format!("{flags} --prompt-ids 31,395,15 --prompt-ids 7,8,9,10,11,12,13"));
-    let first = json_of(&format!("{flags} --prompt-ids 31,395,15"));
-    let second = json_of(&format!("{flags} --prompt-ids 7,8,9,10,11,12,13"));
+    let Some((model, prompt)) = recorded_model("llada") else { return };
+    let (one, other) = prompt.split_at(prompt.len() / 3);
+    let [one, other] = [one, other].map(|prompt| format!("--prompt-ids {}", ids(prompt)));
+    let run =
+        |prompts: &str| json_with(&model, &format!("generate --gen-length 32 --block-length 16 --json {prompts}"));
+    let batch = run(&format!("{one} {other}"));
+    let (first, second) = (run(&one), run(&other));
     assert_eq!(batch["tokens"][0], first["tokens"]);
     assert_eq!(batch["tokens"][1], second["tokens"]);
     assert_ne!(first["tokens"], second["tokens"]);
@@ -112,12 +145,13 @@ fn a_batch_of_texts_is_answered_in_order() {
 
 #[test]
 fn token_ids_need_no_tokenizer() {
-    let flags = "generate --gen-length 16 --model tests/golden/tiny-dream --prompt-ids 5,6,7";
-    let plain = done(dllm(words(flags)));
-    let ids: Vec<u32> = text(&plain.stdout).trim_end().split(',').map(|id| id.parse().unwrap()).collect();
-    let json = json_of(&format!("{flags} --json"));
+    let Some((model, prompt)) = recorded_model("Dream") else { return };
+    let flags = format!("generate --gen-length 16 --prompt-ids {}", ids(&prompt));
+    let plain = done(dllm_with(&model, &flags));
+    let tokens: Vec<u32> = text(&plain.stdout).trim_end().split(',').map(|id| id.parse().unwrap()).collect();
+    let json = json_with(&model, &format!("{flags} --json"));
     assert_eq!(json["text"], Value::Null);
-    assert_eq!(numbers::<Vec<u32>>(&json["tokens"]), ids);
+    assert_eq!(numbers::<Vec<u32>>(&json["tokens"]), tokens);
 }
 
 /// The flags that select a recorded decode, as `options` of `tests/golden.rs`.
@@ -168,7 +202,7 @@ fn golden_flags(case: &Value) -> Vec<String> {
         }
     }
     for prompt in numbers::<Vec<Vec<u32>>>(&case["prompt"]) {
-        flag("prompt-ids", &prompt.iter().map(u32::to_string).collect::<Vec<_>>().join(","));
+        flag("prompt-ids", &ids(&prompt));
     }
     flags
 }
@@ -176,28 +210,36 @@ fn golden_flags(case: &Value) -> Vec<String> {
 #[test]
 fn traces_are_the_golden_trajectories() {
     let dir = tempfile::tempdir().unwrap();
-    let mut replayed = 0;
-    for entry in std::fs::read_dir(root().join("tests/golden")).unwrap() {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_str().unwrap();
-        if !name.starts_with("trajectory_") || !name.ends_with(".json") {
-            continue;
-        }
-        let want: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-        let file = dir.path().join(name);
-        let mut command = dllm(["generate", "--json", "--trace"]);
-        command.arg(&file).arg("--model").arg(golden(want["model"].as_str().unwrap())).args(golden_flags(&want));
+    for name in recorded::names("trajectory") {
+        let want = recorded::json(&name);
+        let file = dir.path().join(format!("{name}.json"));
+        let mut command = dllm_with(&golden_dir().join(want["model"].as_str().unwrap()), "generate --json");
+        command.arg("--trace").arg(&file).args(golden_flags(&want));
         let printed: Value = serde_json::from_slice(&done(command).stdout).unwrap();
         let got: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
-        crate::common::recorded::compare_traces(name, &got, &want);
+        recorded::compare_traces(&name, &got, &want);
         assert_eq!(got["model"], want["model"]);
         assert_eq!(printed["nfe"], want["nfe"]);
         let batch = want["final"].as_array().unwrap();
         let tokens = if batch.len() == 1 { &batch[0] } else { &want["final"] };
         assert_eq!(&printed["tokens"], tokens, "{name}");
-        replayed += 1;
     }
-    assert!(replayed > 60, "{replayed} trajectories");
+}
+
+/// The tests that read recordings, on other recordings than the shipped ones.
+#[test]
+fn recordings_elsewhere() {
+    let tests = ["a_ragged_batch_gives", "token_ids_need_no", "traces_are_the_golden", "a_text_needs_a_tokenizer"];
+    crate::common::copy::check_elsewhere(8, &tests);
+}
+
+#[test]
+fn a_text_needs_a_tokenizer() {
+    let Some((model, _)) = recorded_model("llada") else { return };
+    let output = dllm_with(&model, "generate --prompt a").output().unwrap();
+    let said = text(&output.stderr);
+    assert!(output.status.code() == Some(2) && said.starts_with("error: --prompt-ids: "), "{said}");
+    assert!(output.stdout.is_empty(), "{}", text(&output.stdout));
 }
 
 #[test]
@@ -241,7 +283,6 @@ fn wrong_calls_name_the_flag() {
         (2, "generate --prompt-ids 1 --prompt a", "--prompt"),
         (2, "generate --prompt-ids 1 --chat", "--chat"),
         (2, "generate --prompt-ids 99999", "99999"),
-        (2, "generate --model tests/golden/tiny-llada --prompt a", "error: --prompt-ids: "),
         (2, "eval --setting cache=dual,colour=red", "error: --setting: "),
         (2, "eval --limit 2 --setting top-p=2", "error: --top-p: "),
         (2, "eval --limit 0", "--limit"),
@@ -280,18 +321,21 @@ fn presets() {
     assert_eq!(preset["lengths"], serde_json::json!([8, 256, 256]));
     let shown = done(dllm(words("presets")));
     assert!(text(&shown.stdout).contains("gsm8k-dream-base") && text(&shown.stdout).contains("Source: "));
-    let model = "--model tests/golden/tiny-llada --prompt-ids 31,395,15 --json";
-    let by_name = json_of(&format!("generate --preset gsm8k-llada-instruct --gen-length 32 {model}"));
+    let [Some((model, prompt)), Some((dream, dream_prompt))] = ["llada", "Dream"].map(recorded_model) else { return };
+    let [prompt, dream_prompt] = [prompt, dream_prompt].map(|ids_of| format!("--prompt-ids {} --json", ids(&ids_of)));
+    let by_name = json_with(&model, &format!("generate --preset gsm8k-llada-instruct --gen-length 32 {prompt}"));
     let flags = "--cache adaptive --policy fixed --prompt-interval 50 --response-interval 7 --refresh-ratio 0.25";
-    let by_flags = json_of(&format!("generate {flags} --block-length 8 --gen-length 32 {model}"));
+    let by_flags = json_with(&model, &format!("generate {flags} --block-length 8 --gen-length 32 {prompt}"));
     assert_eq!((&by_name["tokens"], &by_name["nfe"]), (&by_flags["tokens"], &by_flags["nfe"]));
     // Dream's loop has no blocks, whatever the length.
-    let model = "--model tests/golden/tiny-dream --prompt-ids 31,395,15 --json";
-    let by_name = json_of(&format!("generate --preset gsm8k-dream-base --gen-length 64 --refresh-ratio 0.5 {model}"));
+    let by_name = json_with(
+        &dream,
+        &format!("generate --preset gsm8k-dream-base --gen-length 64 --refresh-ratio 0.5 {dream_prompt}"),
+    );
     let by_flags = |interval: usize| {
         let flags = "--cache adaptive --policy fixed --prompt-interval 100 --refresh-ratio 0.5 --gen-length 64 \
                      --temperature 0.2 --top-p 0.95 --confidence entropy";
-        json_of(&format!("generate {flags} --block-length 64 --response-interval {interval} {model}"))
+        json_with(&dream, &format!("generate {flags} --block-length 64 --response-interval {interval} {dream_prompt}"))
     };
     assert_eq!(by_name["tokens"], by_flags(8)["tokens"]);
     assert_ne!(by_name["tokens"], by_flags(1)["tokens"]);

@@ -2,6 +2,10 @@
 //! (`models/tiny-math/originals.md`), for every cache and policy.
 
 use crate::common::process::run_within;
+use dllm_kernels::decode::Step;
+use dllm_kernels::tokenizer::Tokenizer;
+use dllm_kernels::{CacheMode, Generator, Model, Observer, Policy};
+use std::ops::Range;
 use std::process::Command;
 use std::time::Duration;
 
@@ -67,8 +71,60 @@ fn accuracy_equals_the_reference() {
         assert_eq!(row["problems"], 100);
         let got = row["accuracy"].as_f64().unwrap();
         assert!((got - accuracy).abs() <= 0.0101, "{cache}, {policy}: accuracy {got}, expected {accuracy}");
-        // The cached functions of the reference implementation (June revision) may run one unnecessary forward per block.
         let got = row["nfe"].as_f64().unwrap();
-        assert!(got <= nfe + 0.2 && got >= nfe - 2.0, "{cache}, {policy}: {got} forwards, expected {nfe}");
+        let superfluous = match (cache, policy) {
+            ("none", _) | (_, "fixed") => 0.0,
+            _ => {
+                let (forwards, blocks) = forwards_and_short_blocks(cache.parse().unwrap());
+                assert_eq!(forwards, got, "{cache}, {policy}: forwards of the command line and of the library");
+                blocks
+            }
+        };
+        println!("{cache}, {policy}: {got} forwards, {superfluous} superfluous ones in the original, {nfe} recorded");
+        assert!((got + superfluous - nfe).abs() <= 0.2, "{cache}, {policy}: {got} forwards, expected {nfe}");
     }
+}
+
+/// Counts blocks that one forward completes.
+#[derive(Default)]
+struct ShortBlocks {
+    block: Range<usize>,
+    forwards: usize,
+    count: usize,
+}
+
+impl Observer for ShortBlocks {
+    fn wants_steps(&self) -> bool {
+        true
+    }
+
+    fn step(&mut self, step: &Step) {
+        let sequence = &step.sequences[0];
+        self.forwards = if sequence.block == self.block { self.forwards + 1 } else { 1 };
+        self.block = sequence.block.clone();
+        let complete = sequence.transferred.len() == sequence.candidates.len();
+        self.count += usize::from(self.forwards == 1 && complete);
+    }
+}
+
+/// Returns forwards per problem under threshold 0.9, and blocks per problem that their first forward completes.
+///
+/// The revision of Fast-dLLM that `models/tiny-math/originals.md` was measured with (June) begins each block of its cached functions
+/// with a full forward, and runs its loop of block steps at least once: a block without a mask left gets a superfluous forward.
+/// Later revisions and this crate do not run it. The recordings of `tests/golden` count both (`nfe_legacy`).
+fn forwards_and_short_blocks(cache: CacheMode) -> (f64, f64) {
+    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-math");
+    let model = Model::open(&dir).unwrap();
+    let tokenizer = Tokenizer::open(&dir, model.config().vocab_size).unwrap().unwrap();
+    let generator = Generator::new(&model).gen_length(64).block_length(32).cache(cache).policy(Policy::Threshold(0.9));
+    let rows = std::fs::read_to_string(dir.join("eval/problems_0shot.jsonl")).unwrap();
+    let (mut forwards, mut blocks) = (0, 0);
+    for row in rows.lines().take(100) {
+        let row: serde_json::Value = serde_json::from_str(row).unwrap();
+        let prompt = tokenizer.encode(row["prompt"].as_str().unwrap(), false).unwrap();
+        let mut short = ShortBlocks::default();
+        forwards += generator.generate_observed(&[prompt], &mut short).unwrap().nfe;
+        blocks += short.count;
+    }
+    (forwards as f64 / 100.0, blocks as f64 / 100.0)
 }

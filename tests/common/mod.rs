@@ -4,6 +4,7 @@
 #![allow(dead_code, unused_imports, unused_macros)]
 
 pub mod checkpoint;
+pub mod copy;
 #[cfg(feature = "cuda")]
 mod device;
 pub mod process;

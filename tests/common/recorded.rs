@@ -8,29 +8,85 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-/// Folder of the recordings: `DLLM_GOLDEN_DIR` (for test programs that run on another machine), or that of this checkout.
+/// Kinds of recordings. A file belongs to the longest of these names with which its own starts: `sampler_dream_quota.json` is not
+/// of the kind `sampler_dream`.
+pub const KINDS: [&str; 9] = [
+    "forward",
+    "sampler_dream",
+    "sampler_dream_quota",
+    "sampler_gumbel",
+    "sampler_llada",
+    "sampler_schedule",
+    "sampler_vverify",
+    "scripted",
+    "trajectory",
+];
+
+pub fn kind_of(name: &str) -> Option<&'static str> {
+    KINDS.into_iter().filter(|kind| name.starts_with(kind)).max_by_key(|kind| kind.len())
+}
+
+/// Directory of the recordings in this checkout.
+pub fn dir_of_checkout() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+/// Directory of the recordings: `DLLM_GOLDEN_DIR` (for test programs that run on another machine, or for other recordings), or that
+/// of this checkout.
 pub fn golden_dir() -> PathBuf {
-    match std::env::var_os("DLLM_GOLDEN_DIR") {
-        Some(dir) => dir.into(),
-        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"),
-    }
+    std::env::var_os("DLLM_GOLDEN_DIR").map_or_else(dir_of_checkout, PathBuf::from)
 }
 
-pub fn json(name: &str) -> Value {
-    let path = golden_dir().join(name);
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    serde_json::from_str(&text).unwrap()
+/// Returns whether the recordings in `dir` are the shipped ones or a copy of them, by their page. Only they must have every kind,
+/// and only of them shares and counts are known.
+pub fn is_shipped(dir: &Path) -> bool {
+    std::fs::read_to_string(dir.join("README.md")).is_ok_and(|page| page == include_str!("../golden/README.md"))
 }
 
-/// Files of the golden directory that start with `prefix`, without `.json`.
-pub fn names(prefix: &str) -> Vec<String> {
-    let entries = std::fs::read_dir(golden_dir()).unwrap();
-    let files = entries.map(|e| e.unwrap().file_name().into_string().unwrap());
-    let mut list: Vec<_> =
-        files.filter(|f| f.starts_with(prefix)).filter_map(|f| Some(f.strip_suffix(".json")?.to_string())).collect();
+/// Says that the directory has no recordings of some kind. It is a failure only in the shipped directory.
+pub fn not_run(what: &str) {
+    let dir = golden_dir();
+    assert!(!is_shipped(&dir), "no {what} in {}: it must have every kind of recording", dir.display());
+    println!("not run: no {what} in {}", dir.display());
+}
+
+fn entries() -> Vec<String> {
+    let dir = golden_dir();
+    let entries = std::fs::read_dir(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+    let mut list: Vec<_> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     list.sort();
-    assert!(!list.is_empty(), "no {prefix}*.json in {}", golden_dir().display());
+    let is_recording = |file: &String| file.ends_with(".json") && kind_of(file).is_some();
+    assert!(list.iter().any(is_recording), "no recordings in {}: expected {KINDS:?}", dir.display());
     list
+}
+
+/// Names of all recordings of a kind, without `.json`. Where there is none, says that they are not run.
+pub fn names(kind: &str) -> Vec<String> {
+    assert!(KINDS.contains(&kind), "{kind}: expected one of {KINDS:?}");
+    let files = entries();
+    let names = files.iter().filter_map(|file| file.strip_suffix(".json"));
+    let list: Vec<_> = names.filter(|name| kind_of(name) == Some(kind)).map(str::to_string).collect();
+    if list.is_empty() {
+        not_run(&format!("{kind}*.json"));
+    }
+    list
+}
+
+/// Names of the checkpoints: the folders with a config. Where there is none, says so.
+pub fn checkpoints() -> Vec<String> {
+    let dir = golden_dir();
+    let list: Vec<_> = entries().into_iter().filter(|name| dir.join(name).join("config.json").exists()).collect();
+    if list.is_empty() {
+        not_run("checkpoint");
+    }
+    list
+}
+
+/// The JSON file of the recording `name`.
+pub fn json(name: &str) -> Value {
+    let path = golden_dir().join(format!("{name}.json"));
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
 pub fn cases(json: &Value) -> &Vec<Value> {
@@ -47,19 +103,37 @@ pub fn numbers<T: serde::de::DeserializeOwned>(value: &Value) -> T {
 pub struct Tensors(Vec<u8>);
 
 impl Tensors {
+    /// The file of the recording `name`.
     pub fn open(name: &str) -> Tensors {
-        Tensors(std::fs::read(golden_dir().join(name).with_extension("safetensors")).unwrap())
+        Tensors::find(name).unwrap_or_else(|| panic!("no {name}.safetensors in {}", golden_dir().display()))
+    }
+
+    /// The file of the recording `name`, if it has one.
+    pub fn find(name: &str) -> Option<Tensors> {
+        std::fs::read(golden_dir().join(format!("{name}.safetensors"))).ok().map(Tensors)
+    }
+
+    fn file(&self) -> SafeTensors<'_> {
+        SafeTensors::deserialize(&self.0).unwrap()
+    }
+
+    pub fn names(&self) -> Vec<String> {
+        self.file().names().into_iter().map(str::to_string).collect()
+    }
+
+    pub fn shape(&self, name: &str) -> Vec<usize> {
+        self.file().tensor(name).unwrap_or_else(|e| panic!("{name}: {e}")).shape().to_vec()
     }
 
     pub fn raw(&self, name: &str, dtype: Dtype) -> Vec<u8> {
-        let file = SafeTensors::deserialize(&self.0).unwrap();
+        let file = self.file();
         let view = file.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(view.dtype(), dtype, "{name}");
         view.data().to_vec()
     }
 
     pub fn has(&self, name: &str) -> bool {
-        SafeTensors::deserialize(&self.0).unwrap().tensor(name).is_ok()
+        self.file().tensor(name).is_ok()
     }
 
     pub fn f32(&self, name: &str) -> Vec<f32> {

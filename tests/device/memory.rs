@@ -1,7 +1,8 @@
 //! A decode allocates on a CUDA device exactly the memory that `dllm inspect` prints. This file has its own process, because the CUDA
 //! emulator counts memory for all threads together.
 
-use crate::common::{device, golden_dir};
+use crate::common::device;
+use crate::common::recorded::{checkpoints, golden_dir};
 use dllm_kernels::engine::MemoryEstimate;
 use dllm_kernels::gpu::Device;
 use dllm_kernels::model::SessionConfig;
@@ -33,9 +34,9 @@ fn estimates_equal_allocations() {
     }
     softgpu::set(Opt::Poison, 0); // saves time; this test does not depend on the contents of memory
     softgpu::set(Opt::Multiprocessors, 4); // fewer KV splits, which saves time on the emulator
-    for name in ["tiny-llada", "tiny-dream", "tiny-llada-b"] {
+    for name in checkpoints() {
         let before = used();
-        let model = Model::open(golden_dir().join(name)).unwrap().to_device(&device, |_, _| ()).unwrap();
+        let model = Model::open(golden_dir().join(&name)).unwrap().to_device(&device, |_, _| ()).unwrap();
         let weights: usize =
             model.config().tensors().iter().map(|(_, shape)| 2 * shape.iter().product::<usize>()).sum();
         assert_eq!(used() - before, weights, "{name}: weights");

@@ -5,11 +5,10 @@ use super::margin::Tally;
 use super::observed::same_when_observed;
 use super::{FAMILIES, made_up};
 use crate::common::checkpoint::{Checkpoint, MASK, prompts};
-use crate::common::recorded::{json, names, numbers, options};
+use crate::common::recorded::{golden_dir, is_shipped, json, names, not_run, numbers, options};
 use crate::common::{Part, Random};
 use dllm_kernels::decode::{Algorithm, Observer, Step};
 use dllm_kernels::{CacheMode, Family, Generator, Model, Options, Policy};
-use std::collections::BTreeMap;
 
 fn adaptive(prompt_interval: usize, response_interval: usize, refresh_ratio: f64) -> Options {
     let cache = CacheMode::Adaptive;
@@ -229,12 +228,9 @@ pub fn feature_cache_in_lockstep(part: Part) {
 
 /// Runs the recorded decodes of dLLM-Cache in the same way.
 pub fn recorded_feature_cache_decodes(part: Part) {
-    let models: BTreeMap<_, TestModel> = ["tiny-llada", "tiny-llada-b", "tiny-dream"]
-        .into_iter()
-        .map(|name| (name, TestModel::recorded(name)))
-        .collect();
+    let models = TestModel::recorded();
     let (mut all, mut decodes, mut same) = (Tally::default(), 0, 0);
-    let cases = names("trajectory_").into_iter().map(|name| (json(&format!("{name}.json")), name));
+    let cases = names("trajectory").into_iter().map(|name| (json(&name), name));
     let cases = cases.filter(|(case, _)| case["algorithm"].as_str().unwrap().starts_with("dllm_cache."));
     for (case, name) in part.of(cases, 3) {
         let prompts: Vec<Vec<u32>> = numbers(&case["prompt"]);
@@ -246,8 +242,13 @@ pub fn recorded_feature_cache_decodes(part: Part) {
         all.add(tally);
     }
     println!("{decodes} decodes, {same} with the recorded tokens; {all}");
-    all.assert_few([0.055, 0.032], [0.6, 0.9]);
-    assert_selections(&all, part);
+    if decodes == 0 {
+        not_run("trajectory of dLLM-Cache");
+    }
+    if is_shipped(&golden_dir()) {
+        all.assert_few([0.055, 0.032], [0.6, 0.9]);
+        assert_selections(&all, part);
+    }
 }
 
 /// Few selected rows differ from those of the bf16 reference, and their angles are close. The bounds are twice the observed values.

@@ -6,7 +6,7 @@ use super::lockstep::{TestModel, decode_in_lockstep};
 use super::margin::{MARGIN, Tally, mean_error};
 use crate::common::checkpoint::Checkpoint;
 use crate::common::device;
-use crate::common::recorded::{Tensors, cases, difference, json, numbers, token_rows};
+use crate::common::recorded::{Tensors, cases, difference, json, names, numbers, token_rows};
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::backend::cuda::Cuda;
 use dllm_kernels::cache::{BlockPlan, CacheMode, PassKind};
@@ -47,13 +47,13 @@ impl Errors {
 /// Runs the recorded forwards of every kind; later ones use the cache of the first. The device's error is at most that of the bf16
 /// reference plus 10 %, and its logits are within the margin.
 pub fn logits_are_within_the_margin() {
-    for name in ["tiny-llada", "tiny-llada-b", "tiny-dream"] {
-        let test_model = TestModel::recorded(name);
-        let file = format!("forward_{name}.json");
-        let (json, tensors) = (json(&file), Tensors::open(&file));
+    let models = TestModel::recorded();
+    for name in names("forward") {
+        let (json, tensors) = (json(&name), Tensors::open(&name));
+        let test_model = &models[json["model"].as_str().unwrap()];
         let mut errors = Errors::default();
         for case in cases(&json) {
-            run(&test_model, case, &tensors, &mut errors);
+            run(test_model, case, &tensors, &mut errors);
         }
         let rows = errors.gpu.len() as f64;
         let mean = |squares: &[f64]| (squares.iter().sum::<f64>() / rows).sqrt();
@@ -91,9 +91,12 @@ fn run(test_model: &TestModel, case: &Value, tensors: &Tensors, errors: &mut Err
         "block" => (CacheMode::Dual, Some(PassKind::Block)),
         other => panic!("unknown kind {other}"),
     };
-    let passes: Vec<(&str, PassKind)> = match later {
-        None => vec![("", PassKind::Full)],
-        Some(later) => vec![("0", PassKind::Full), ("1", later), ("2", later)],
+    let passes: Vec<(String, PassKind)> = match later {
+        None => vec![(String::new(), PassKind::Full)],
+        Some(later) => {
+            let calls = (0..).take_while(|call| tensors.has(&format!("{name}.ids{call}")));
+            calls.map(|call| (call.to_string(), if call == 0 { PassKind::Full } else { later })).collect()
+        }
     };
     let block: Range<usize> = if later.is_some() { size("start")..size("end") } else { 0..length };
     for (call, pass) in passes {

@@ -2,7 +2,7 @@
 
 use super::bf16_reference::{Bf16Reference, Selections};
 use super::margin::{Logits, Tally, compare};
-use crate::common::golden_dir;
+use crate::common::recorded::{checkpoints, golden_dir};
 use dllm_kernels::backend::cpu::Cpu;
 use dllm_kernels::decode::{Decoded, Observer, decode};
 use dllm_kernels::engine::{DecodeEngine, Pass};
@@ -10,6 +10,7 @@ use dllm_kernels::model::{Session, Transformer, Weights};
 use dllm_kernels::sampling::{Prediction, sample};
 use dllm_kernels::{Config, Family, Model, Options, Result};
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -29,8 +30,10 @@ impl TestModel {
         TestModel { model, rounded, exact }
     }
 
-    pub fn recorded(name: &str) -> TestModel {
-        TestModel::open(&golden_dir().join(name))
+    /// The checkpoints of the recordings.
+    pub fn recorded() -> BTreeMap<String, TestModel> {
+        let open = |name: String| (name.clone(), TestModel::open(&golden_dir().join(name)));
+        checkpoints().into_iter().map(open).collect()
     }
 
     pub fn made_up(family: Family) -> TestModel {

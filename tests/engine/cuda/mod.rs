@@ -13,6 +13,8 @@ mod observed;
 mod quality;
 mod random;
 mod recorded_decodes;
+#[cfg(feature = "tokenizers")]
+mod trained;
 
 use crate::common::{device, once_on_device};
 use dllm_kernels::gpu::Device;
@@ -46,13 +48,14 @@ use formats::{element_types, tied_head};
 use forward::{logits_are_within_the_margin, long_sequences};
 use observed::{many_blocks, masks_in_the_prompt, observed_or_not_dream, observed_or_not_llada};
 use random::{random_settings_dream, random_settings_llada};
-use recorded_decodes::recorded_decodes;
+use recorded_decodes::{recorded_decodes, recordings_elsewhere};
 
 once_on_device!(
     element_types,
     feature_cache_masks_in_the_prompt,
     logits_are_within_the_margin,
     long_sequences,
+    recordings_elsewhere,
     tied_head,
     work_is_counted_for_each_pass;
     in_parts:

@@ -1,8 +1,11 @@
 //! Cosines, and the selection of the rows with the lowest.
 
 use super::case::Case;
-use crate::common::{Float, golden_dir, on_device};
+use crate::common::copy::check_elsewhere;
+use crate::common::recorded::{Tensors, cases, json, names, numbers};
+use crate::common::{Float, on_device, once_on_device};
 use half::{bf16, f16};
+use serde_json::Value;
 
 on_device! {
     agrees_with_the_reference_bf16,
@@ -15,6 +18,10 @@ on_device! {
     nan_counts_as_the_lowest,
     batch_invariant_in_any_order,
     golden_cases,
+}
+
+once_on_device! {
+    golden_cases_elsewhere,
 }
 
 fn widths_and_lengths<T: Float>() {
@@ -136,30 +143,31 @@ fn batch_invariant_in_any_order() -> (Vec<i32>, Vec<u32>) {
 }
 
 fn golden_cases() {
-    let folder = golden_dir();
-    let json = std::fs::read_to_string(folder.join("sampler_vverify.json")).unwrap();
-    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
-    let bytes = std::fs::read(folder.join("sampler_vverify.safetensors")).unwrap();
-    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    for golden in json["cases"].as_array().unwrap() {
-        let tensor = |name| tensors.tensor(&format!("{}.{name}", golden["name"].as_str().unwrap())).unwrap();
-        // Recorded in f32; rounding to f16 changes a cosine by up to 1e-4.
-        let half = |name| -> Vec<f16> {
-            let bytes = tensor(name).data().chunks_exact(4).map(|x| f32::from_le_bytes(x.try_into().unwrap()));
-            bytes.map(f16::from_f32).collect()
-        };
-        let want = tensor("indices").data().chunks_exact(8).map(|x| i64::from_le_bytes(x.try_into().unwrap()) as i32);
-        let [batch, rows, width] = tensor("v_new").shape().try_into().unwrap();
-        let case = Case {
-            fresh: half("v_new"),
-            cached: half("v_cached"),
-            ..Case::new(&vec![rows; batch], width, golden["transfer_ratio"].as_f64().unwrap())
-        };
-        let got = case.run();
-        assert_eq!(case.check(&got), 0, "{golden}");
-        let selected = golden["num_replace"].as_u64().unwrap() as usize;
-        let mut want: Vec<i32> = want.enumerate().map(|(i, row)| (i / selected * rows) as i32 + row).collect();
-        want.sort_unstable();
-        assert_eq!(got.indices[..batch * selected], want, "{golden}");
+    for name in names("sampler_vverify") {
+        let (json, tensors) = (json(&name), Tensors::open(&name));
+        cases(&json).iter().for_each(|golden| golden_case(golden, &tensors));
     }
+}
+
+fn golden_case(golden: &Value, tensors: &Tensors) {
+    let of = |what: &str| format!("{}.{what}", golden["name"].as_str().unwrap());
+    // Recorded in f32; rounding to f16 changes a cosine by up to 1e-4.
+    let half = |what| -> Vec<f16> { tensors.f32(&of(what)).into_iter().map(f16::from_f32).collect() };
+    let [batch, rows, width] = tensors.shape(&of("v_new")).try_into().unwrap();
+    let case = Case {
+        fresh: half("v_new"),
+        cached: half("v_cached"),
+        ..Case::new(&vec![rows; batch], width, numbers(&golden["transfer_ratio"]))
+    };
+    let got = case.run();
+    assert_eq!(case.check(&got), 0, "{golden}");
+    let selected: usize = numbers(&golden["num_replace"]);
+    let want = tensors.i64(&of("indices")).into_iter().enumerate();
+    let mut want: Vec<i32> = want.map(|(i, row)| (i / selected * rows) as i32 + row as i32).collect();
+    want.sort_unstable();
+    assert_eq!(got.indices[..batch * selected], want, "{golden}");
+}
+
+fn golden_cases_elsewhere() {
+    check_elsewhere(2, &["golden_cases"]);
 }

@@ -1,0 +1,56 @@
+//! Decodes with the trained checkpoint `models/tiny-math`, in lockstep with the CPU. Unlike the random weights of the recordings it is
+//! mostly certain of its tokens, so that few decisions are in doubt and almost all of them are compared.
+
+use super::lockstep::{TestModel, decode_in_lockstep};
+use super::margin::Tally;
+use crate::common::{assert_nothing_reported, device, models_dir, once_on_device};
+use dllm_kernels::tokenizer::Tokenizer;
+use dllm_kernels::{CacheMode, Options, Policy};
+
+/// Decodes these problems of the checkpoint's evaluation with every cache and two policies, and compares each pass.
+fn decode_problems(problems: std::ops::Range<usize>, gen_length: usize) {
+    let dir = models_dir().join("tiny-math");
+    let test_model = TestModel::open(&dir);
+    let tokenizer = Tokenizer::open(&dir, test_model.model.config().vocab_size).unwrap().unwrap();
+    let rows = std::fs::read_to_string(dir.join("eval/problems_0shot.jsonl")).unwrap();
+    let prompts: Vec<Vec<u32>> = rows
+        .lines()
+        .take(problems.end)
+        .skip(problems.start)
+        .map(|row| {
+            let row: serde_json::Value = serde_json::from_str(row).unwrap();
+            tokenizer.encode(row["prompt"].as_str().unwrap(), false).unwrap()
+        })
+        .collect();
+    assert_eq!(prompts.len(), problems.len());
+    let mut all = Tally::default();
+    for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual, CacheMode::Adaptive] {
+        for policy in [Policy::Fixed, Policy::Threshold(0.9)] {
+            let start = std::time::Instant::now();
+            let mut tally = Tally::default();
+            for (i, prompt) in prompts.iter().enumerate() {
+                let options = Options { gen_length, block_length: Some(32), cache, policy, ..Options::default() };
+                let what = format!("{cache:?} {policy:?} problem {}", problems.start + i);
+                tally.add(decode_in_lockstep(&test_model, &options, std::slice::from_ref(prompt), &what, &mut ()).1);
+            }
+            println!("{cache:?} {policy:?}: {tally}, {:.1} s", start.elapsed().as_secs_f64());
+            all.add(tally);
+        }
+    }
+    println!("{all}");
+    all.assert_few([0.01, 0.01], [0.05, 0.05]);
+}
+
+fn trained_model() {
+    decode_problems(0..1, 32);
+}
+
+once_on_device!(trained_model);
+
+#[test]
+#[ignore = "long: eight problems on the CUDA emulator"]
+fn trained_model_on_many_problems() {
+    device();
+    decode_problems(1..9, 64);
+    assert_nothing_reported();
+}
