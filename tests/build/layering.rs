@@ -473,7 +473,7 @@ fn broken_rule(file: &str, module: &[String], target: &[String]) -> Option<(&'st
         if !ORDER.contains(&room) && !OTHERS.contains(&room) {
             return Some((
                 "a room without a place in the order",
-                "Give it one in tests/layering.rs and docs/architecture.md",
+                "Give it one in tests/build/layering.rs and docs/architecture.md",
             ));
         }
     }

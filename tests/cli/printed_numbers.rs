@@ -219,7 +219,7 @@ fn multiply_adds_of_bench() {
                 );
             }
         }
-        // The same arithmetic as that of the program, which `tests/adaptive.rs` holds to the counted work.
+        // The same arithmetic as that of the program, which `tests/engine/adaptive.rs` holds to the counted work.
         let adaptive = &modes[3];
         let counted = number(&adaptive["multiply_adds_per_forward"]);
         near("adaptive", number(&adaptive["reckoned_multiply_adds_per_forward"]), counted);

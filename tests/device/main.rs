@@ -11,7 +11,6 @@ mod engine;
 #[path = "../../src/selftest/limit.rs"]
 mod limit;
 mod memory;
-mod upload;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -1,4 +1,4 @@
-//! The adaptive cache compared with decodes that recompute everything, and the work that it saves. `tests/golden.rs` compares it
+//! The adaptive cache compared with decodes that recompute everything, and the work that it saves. `golden.rs` compares it
 //! with dLLM-Cache, step by step.
 
 use dllm_kernels::backend::cpu::Cpu;

@@ -15,6 +15,7 @@ mod random;
 mod recorded_decodes;
 #[cfg(feature = "tokenizers")]
 mod trained;
+mod upload;
 
 use crate::common::{device, once_on_device};
 use dllm_kernels::gpu::Device;
