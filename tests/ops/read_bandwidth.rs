@@ -34,7 +34,7 @@ fn reads_to_the_last_byte_and_no_further() {
     );
 }
 
-/// What the kernel writes to its sink: a thread whose words have this exclusive or.
+/// Exclusive or of a thread's words for which the kernel writes its sink.
 const SEEN: u32 = 0x9e37_79b9;
 
 /// Every byte of the source takes part: with one word that is [`SEEN`] and zeros elsewhere, the thread that reads it writes the

@@ -116,7 +116,7 @@ fn run(test_model: &TestModel, case: &Value, tensors: &Tensors, errors: &mut Err
     }
 }
 
-/// Decodes with more than 256 rows of a sequence in a pass, beside a short sequence, with every cache.
+/// Decodes with more than 256 rows of a sequence in a pass, together with a short sequence, with every cache.
 pub fn long_sequences() {
     let mut tally = Tally::default();
     for family in FAMILIES {
@@ -127,7 +127,7 @@ pub fn long_sequences() {
         };
         checkpoint.config = checkpoint.config_with(key, Some(1024.into()));
         let test_model = TestModel::open(checkpoint.write().path());
-        let prompts = [(0..530).map(|i| i * 7 % 37).collect(), vec![5, 9]];
+        let prompts = [(0..300).map(|i| i * 7 % 37).collect(), vec![5, 9]];
         for cache in [CacheMode::None, CacheMode::Prefix, CacheMode::Dual, CacheMode::Adaptive] {
             let refresh_ratio = (cache == CacheMode::Adaptive).then_some(0.3);
             let base = Options { cache, refresh_ratio, prompt_interval: 2, response_interval: 2, ..Options::default() };

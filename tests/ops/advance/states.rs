@@ -196,7 +196,7 @@ fn a_failed_row_ends_its_sequence() {
         failures.iter().for_each(|(sequence, status)| failed[*sequence] = *status);
         let output = batch.advance(&tokens, &[1; N], &failed);
         // The step that failed is the number of forwards before it.
-        let report = expected.map_or([DLLM_NONE_FAILED; 3], |(s, status)| [s as i32, status, 10 + s as i32]);
+        let report = expected.map_or([DLLM_NONE_FAILED; 3], |(s, status)| [s, status, 10 + s]);
         let Output { control, progress, sequences, quota, commit_before, .. } = &output;
         let found = [control.failed_sequence, control.failed_position, control.failed_step];
         assert_eq!(found, report, "{failures:?}");

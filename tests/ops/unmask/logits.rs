@@ -14,6 +14,7 @@ once_on_device! {
     nan_and_infinities,
     rows_without_a_finite_logit,
     status_of_failed_rows,
+    status_of_long_sequences,
     logits_far_below_zero,
 }
 
@@ -157,6 +158,29 @@ fn status_of_failed_rows() {
             assert_eq!(output.failed, [-1; 4], "{what}, launched again");
             assert_eq!(output.committed[1] > 0, commit_rule != CommitRule::Quota(0), "{what}, launched again");
         }
+    }
+}
+
+/// Several failed rows of one thread, of different threads, and in sequences with more rows than keys in shared memory.
+fn status_of_long_sequences() {
+    for (rows, failed) in [
+        (600, &[30, 286, 542, 599][..]),
+        (600, &[300, 260, 599]),
+        (1_500, &[700, 1_212, 1_499]),
+        (257, &[256]),
+        (1_025, &[1_024, 1_023]),
+    ] {
+        let mut case = Case::<bf16>::new(&mut Random(26), 8, &[rows, 3]);
+        case.masked.iter_mut().flatten().for_each(|masked| *masked = true);
+        for row in failed {
+            case.logits[row * case.stride..][..8].fill(bf16::NEG_INFINITY);
+        }
+        let output = run(&case);
+        check(&case, &output, &format!("{failed:?} of {rows} rows"));
+        assert_eq!(output.failed, [*failed.iter().min().unwrap() as i32, -1]);
+        assert_eq!(output.committed[0], 0);
+        assert!(output.tokens[..rows].iter().all(|token| *token == MASK), "{failed:?} of {rows} rows");
+        assert!(output.committed[1] > 0);
     }
 }
 
