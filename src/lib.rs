@@ -43,6 +43,9 @@ pub mod ops;
 pub mod reference;
 #[doc(hidden)]
 pub mod sampling;
+#[cfg(feature = "cuda")]
+#[doc(hidden)]
+pub mod selftest;
 mod tensor;
 #[cfg(feature = "tokenizers")]
 pub mod tokenizer;

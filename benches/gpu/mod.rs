@@ -4,12 +4,11 @@
 // Each bench is a program of its own, and none uses all of it.
 #![allow(dead_code)]
 
-use bytemuck::Pod;
 use criterion::{BenchmarkId, Criterion, SamplingMode};
 use dllm_kernels::gpu::{Buffer, Device, Stream};
-use dllm_kernels::ops::{Element, read_bandwidth};
+use dllm_kernels::ops::read_bandwidth;
+use dllm_kernels::selftest::{Case, Float, Rows, broken};
 use dllm_kernels::{Error, Result};
-use half::bf16;
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::time::Duration;
@@ -27,23 +26,6 @@ pub enum L2 {
     Cold,
     /// The data of the same launch, which has just run.
     Warm,
-}
-
-/// One shape of an op, on the device.
-pub trait Case {
-    /// Bytes that a launch must move to and from memory.
-    fn bytes(&self) -> usize;
-    /// Floating-point operations of its matrix products; 0 where they cannot be the bound.
-    fn flops(&self) -> u64 {
-        0
-    }
-    /// Restores inputs that a launch overwrites. Not timed.
-    fn reset(&mut self) -> Result<()> {
-        Ok(())
-    }
-    fn launch(&mut self) -> Result<()>;
-    /// Panics when the results of a launch are wrong. Comparing a few rows with the reference is enough.
-    fn check(&self) -> Result<()>;
 }
 
 /// A device with its measured read bandwidth, and the recorder of results.
@@ -124,17 +106,13 @@ impl Bench {
         Ok(())
     }
 
-    pub fn stream(&self) -> &Stream {
-        &self.stream
-    }
-
     /// Returns `real`, or `small` on the CUDA emulator.
     pub fn size(&self, real: usize, small: usize) -> usize {
         if self.soft { small } else { real }
     }
 
     /// Creates, checks and measures a case. `name` has the real shape, also on the emulator.
-    pub fn case<T: Element, C: Case>(&mut self, name: &str, l2: &[L2], make: impl FnOnce(&Stream) -> Result<C>) {
+    pub fn case<T: Float, C: Case>(&mut self, name: &str, l2: &[L2], make: impl FnOnce(&Stream) -> Result<C>) {
         let mut make = Some(make);
         let mut case = None;
         for l2 in l2 {
@@ -143,14 +121,14 @@ impl Bench {
         }
     }
 
-    fn run<T: Element, C: Case>(
+    fn run<T: Float, C: Case>(
         &mut self,
         name: &str,
         l2: L2,
         case: &mut Option<C>,
         make: &mut Option<impl FnOnce(&Stream) -> Result<C>>,
     ) -> Result<()> {
-        let (op, dtype, warmth) = (self.op, ["bf16", "f16", "f32"][T::DTYPE as usize], ["cold", "warm"][l2 as usize]);
+        let (op, dtype, warmth) = (self.op, T::NAME, ["cold", "warm"][l2 as usize]);
         // Moved out because the closure below borrows `self`.
         let mut criterion = std::mem::take(&mut self.criterion);
         let (mut times, mut failed) = (Times(Vec::new()), None);
@@ -158,7 +136,9 @@ impl Bench {
             if let Some(make) = make.take() {
                 let made = case.insert(make(&self.stream)?);
                 made.launch()?;
-                made.check()?;
+                if let Some(wrong) = broken(&made.check(Rows::Few)?) {
+                    return Err(Error::Unavailable(format!("wrong result: {wrong}")));
+                }
             }
             let case = case.as_mut().ok_or_else(|| Error::Unavailable("the case failed before".into()))?;
             // At least 1: criterion keeps doubling the number, which may overflow to 0.
@@ -243,81 +223,4 @@ fn append(path: &std::ffi::OsStr, line: &str) -> std::io::Result<()> {
     let mut file = OpenOptions::new().create(true).append(true).open(path)?;
     let columns = if file.metadata()?.len() == 0 { format!("{CSV_COLUMNS}\n") } else { String::new() };
     file.write_all((columns + line).as_bytes())
-}
-
-/// Element type with conversions from and to f32.
-pub trait Float: Element {
-    fn of(x: f32) -> Self;
-    fn f32(self) -> f32;
-}
-impl Float for bf16 {
-    fn of(x: f32) -> bf16 {
-        bf16::from_f32(x)
-    }
-    fn f32(self) -> f32 {
-        self.to_f32()
-    }
-}
-impl Float for f32 {
-    fn of(x: f32) -> f32 {
-        x
-    }
-    fn f32(self) -> f32 {
-        self
-    }
-}
-
-/// Deterministic random numbers (SplitMix64).
-pub struct Random(pub u64);
-
-impl Random {
-    fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
-    }
-
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.bits() >> 33) as usize % n
-    }
-
-    /// Approximately normal number with variance 1.
-    pub fn normal(&mut self) -> f32 {
-        let unit = |random: &mut Random| (random.bits() >> 40) as f32 / (1u64 << 24) as f32;
-        (0..12).map(|_| unit(self)).sum::<f32>() - 6.0
-    }
-
-    /// `len` normal numbers times `scale`. One in a hundred is four times as large, because a softmax without outliers is nearly
-    /// uniform. The numbers repeat after about a million, a period that divides no width.
-    pub fn floats<T: Float>(&mut self, len: usize, scale: f32) -> Vec<T> {
-        let outlier = |random: &mut Random| if random.below(100) == 0 { 4.0 } else { 1.0 };
-        let period: Vec<T> = (0..len.min(1_048_583)).map(|_| T::of(self.normal() * scale * outlier(self))).collect();
-        period.iter().copied().cycle().take(len).collect()
-    }
-}
-
-/// First, middle and last row.
-pub fn few(rows: usize) -> [usize; 3] {
-    [0, rows / 2, rows - 1]
-}
-
-/// Row `row` of a packed matrix in f64.
-pub fn row_f64<T: Float>(matrix: &[T], row: usize, width: usize) -> Vec<f64> {
-    matrix[row * width..(row + 1) * width].iter().map(|x| f64::from(x.f32())).collect()
-}
-
-/// Panics when two numbers differ by more than `share` of the larger plus `least`.
-#[track_caller]
-pub fn assert_close(what: &str, got: &[f64], want: &[f64], share: f64, least: f64) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    for (i, (got, want)) in got.iter().zip(want).enumerate() {
-        let close = (got - want).abs() <= share * got.abs().max(want.abs()) + least;
-        assert!(close, "{what}: element {i}: {got}, expected {want}");
-    }
-}
-
-/// Bytes of a packed matrix.
-pub fn bytes_of<T: Pod>(rows: usize, width: usize) -> usize {
-    rows * width * size_of::<T>()
 }

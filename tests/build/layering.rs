@@ -22,7 +22,7 @@ use std::path::Path;
 const ORDER: [&str; 9] = ["abi", "gpu", "ops", "backend", "model", "cache", "engine", "decode", "bin"];
 
 /// Rooms outside the order; each has a rule of its own in [`broken_rule`].
-const OTHERS: [&str; 6] = ["error", "tensor", "host_memory", "sampling", "reference", "tokenizer"];
+const OTHERS: [&str; 7] = ["error", "tensor", "host_memory", "sampling", "reference", "selftest", "tokenizer"];
 
 /// Lines of a file under `src/`, and of a function.
 const MAX_FILE_LINES: usize = 500;
@@ -492,6 +492,15 @@ fn broken_rule(file: &str, module: &[String], target: &[String]) -> Option<(&'st
         (_, "tokenizer") => {
             Some(("`tokenizer` is used by `bin` and the observers of `decode` only", "Decode works on token ids"))
         }
+        ("selftest", "reference" | "ops" | "gpu" | "abi" | "sampling") => None,
+        ("selftest", _) => Some((
+            "`selftest` uses `reference`, `ops`, `gpu`, `abi`, `sampling` and `error`",
+            "A case is one op: test more of the engine in tests/",
+        )),
+        (_, "selftest") => Some((
+            "`selftest` is for `doctor`, benches and tests",
+            "Move what ships a result to the room that needs it",
+        )),
         (_, "reference") => Some((
             "`reference` is for tests, `doctor` and selftest",
             "Move what ships a result to `sampling` or `backend/cpu`",
@@ -637,6 +646,7 @@ fn knows_the_exceptions() {
         ("src/model/session.rs", "use crate::backend::{Backend, SequenceRows}; use crate::tensor::Tensor;"),
         ("src/backend/cuda/rows.rs", "use crate::{abi, gpu::Buffer, ops};"),
         ("src/ops/unmask.rs", "use crate::sampling::Confidence; use crate::gpu::Device; use crate::abi::*;"),
+        ("src/selftest/norm.rs", "use crate::{reference::norm, ops, gpu::Stream, abi::*, sampling::Confidence};"),
         ("src/reference/attention.rs", "use crate::backend::SequenceRows; use crate::sampling::Candidates;"),
         (
             "src/bin/dllm/doctor.rs",
@@ -655,6 +665,8 @@ fn knows_the_exceptions() {
         ("src/cache/mod.rs", "use crate::backend::cpu;", "no concrete backend"),
         ("src/backend/cpu/linear.rs", "use crate::gpu::Device;", "only `backend/cuda`"),
         ("src/backend/cpu/norm.rs", "use crate::reference::norm;", "`reference` is for tests"),
+        ("src/ops/norm.rs", "use crate::selftest::Random;", "`selftest` is for"),
+        ("src/selftest/norm.rs", "use crate::backend::cuda::Cuda;", "`selftest` uses"),
         ("src/ops/rope.rs", "use crate::reference::rope::Angles;", "`reference` is for tests"),
         ("src/reference/attention.rs", "use crate::backend::cpu::attention;", "`reference` uses"),
         ("src/sampling/sampler.rs", "use crate::tensor::Tensor;", "`sampling` uses"),

@@ -1,9 +1,9 @@
 //! The device of a test, the orders in which the CUDA emulator runs threads, and the comparison of results.
 
-use bytemuck::{Pod, Zeroable};
+pub use dllm_kernels::selftest::{Float, Random, narrowed, widened};
+
+use bytemuck::Pod;
 use dllm_kernels::gpu::{Device, Stream};
-use dllm_kernels::ops::Element;
-use half::{bf16, f16};
 use std::fmt::Debug;
 use std::sync::OnceLock;
 
@@ -118,101 +118,6 @@ pub fn assert_nothing_reported() {
     if softgpu::active() {
         assert_eq!(softgpu::report(), "");
     }
-}
-
-/// Element type with conversions from f32 (rounded to nearest, ties to even) and to f32.
-pub trait Float: Element + Zeroable + PartialEq + Debug {
-    const NAME: &str;
-    /// Smallest positive number; it is subnormal.
-    const SMALLEST: f32;
-    const LARGEST: f32;
-    fn of(x: f32) -> Self;
-    fn f32(self) -> f32;
-    fn f64(self) -> f64 {
-        self.f32().into()
-    }
-    /// Rounds a result in f64 as a kernel does: to f32, then to this type.
-    fn round(x: f64) -> f64 {
-        Self::of(x as f32).f64()
-    }
-}
-impl Float for bf16 {
-    const NAME: &str = "bf16";
-    const SMALLEST: f32 = f32::from_bits(0x1_0000);
-    const LARGEST: f32 = f32::from_bits(0x7f7f_0000);
-    fn of(x: f32) -> bf16 {
-        bf16::from_f32(x)
-    }
-    fn f32(self) -> f32 {
-        self.to_f32()
-    }
-}
-impl Float for f16 {
-    const NAME: &str = "f16";
-    const SMALLEST: f32 = 1.0 / (1 << 24) as f32;
-    const LARGEST: f32 = 65504.0;
-    fn of(x: f32) -> f16 {
-        f16::from_f32(x)
-    }
-    fn f32(self) -> f32 {
-        self.to_f32()
-    }
-}
-impl Float for f32 {
-    const NAME: &str = "f32";
-    const SMALLEST: f32 = f32::from_bits(1);
-    const LARGEST: f32 = f32::MAX;
-    fn of(x: f32) -> f32 {
-        x
-    }
-    fn f32(self) -> f32 {
-        self
-    }
-}
-
-/// Deterministic random numbers (xorshift64*).
-pub struct Random(pub u64);
-impl Random {
-    pub fn bits(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
-    }
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.bits() >> 33) as usize % n
-    }
-    /// Approximately normal number with variance 1.
-    pub fn normal(&mut self) -> f32 {
-        let unit = |random: &mut Random| (random.bits() >> 40) as f32 / (1u64 << 24) as f32;
-        ((0..12).map(|_| unit(self)).sum::<f32>() - 6.0).clamp(-4.0, 4.0)
-    }
-    /// Uniform number in [-1, 1).
-    pub fn number(&mut self) -> f32 {
-        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
-    /// `len` normal numbers.
-    pub fn floats<T: Float>(&mut self, len: usize) -> Vec<T> {
-        (0..len).map(|_| T::of(self.normal())).collect()
-    }
-    /// `len` distinct numbers below `n`, in random order.
-    pub fn distinct(&mut self, len: usize, n: usize) -> Vec<i32> {
-        let mut all: Vec<i32> = (0..n as i32).collect();
-        for i in 0..len {
-            let other = i + self.below(n - i);
-            all.swap(i, other);
-        }
-        all.truncate(len);
-        all
-    }
-}
-
-pub fn widened<T: Float>(x: &[T]) -> Vec<f64> {
-    x.iter().map(|x| x.f64()).collect()
-}
-
-pub fn narrowed<T: Float>(x: &[f64]) -> Vec<T> {
-    x.iter().map(|x| T::of(*x as f32)).collect()
 }
 
 /// Marker for memory that must not be read or written: all bits are ones, which is NaN for floats.

@@ -15,6 +15,7 @@ mod norm;
 mod offsets;
 mod read_bandwidth;
 mod rope;
+mod selftest;
 mod swiglu;
 mod tiles;
 mod unmask;

@@ -2,11 +2,7 @@
 //! reference.
 
 #[cfg(feature = "cuda")]
-mod case;
-#[cfg(feature = "cuda")]
 mod machine;
-#[cfg(feature = "cuda")]
-mod ops;
 #[cfg(feature = "cuda")]
 mod run;
 

@@ -2,35 +2,19 @@
 
 use crate::common::{poison, stream};
 use dllm_kernels::Result;
-use dllm_kernels::abi::{
-    DLLM_NONE_FAILED, DLLM_SCHEDULE_CARRY_OVER, DLLM_SCHEDULE_DREAM, DLLM_SCHEDULE_LLADA, DLLM_SCHEDULE_NONE,
-    dllm_advance_control, dllm_advance_params, dllm_advance_sequence, dllm_progress,
-};
+use dllm_kernels::abi::{dllm_advance_control, dllm_advance_params, dllm_advance_sequence, dllm_progress};
 use dllm_kernels::gpu::{Buffer, Pinned, Stream};
 use dllm_kernels::ops::advance;
 use dllm_kernels::ops::unmask::Outcome;
-use dllm_kernels::reference::advance::{Failure, Sequence, State};
+use dllm_kernels::reference::advance::{Sequence, State};
 use dllm_kernels::sampling::QuotaSchedule;
+/// Everything that a launch reads back: its results, or the state before the first launch.
+pub use dllm_kernels::selftest::advance::OnDevice as Output;
+pub use dllm_kernels::selftest::advance::{on_device as output_of, ratios, saturating_i32};
 
 pub const MASK: i32 = 3;
 /// End-of-text tokens.
 pub const ENDS: [i32; 2] = [5, 7];
-
-/// Saturating cast to i32: on the device, `i32::MAX` means no limit.
-pub fn saturating_i32(x: usize) -> i32 {
-    x.try_into().unwrap_or(i32::MAX)
-}
-
-/// Everything that a launch reads back: its results, or the state before the first launch.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Output {
-    pub control: dllm_advance_control,
-    pub sequences: Vec<dllm_advance_sequence>,
-    pub quota: Vec<i32>,
-    pub commit_before: Vec<i32>,
-    pub steps: Vec<i32>,
-    pub progress: dllm_progress,
-}
 
 /// Device buffers of a batch.
 pub struct Batch {
@@ -135,76 +119,6 @@ impl Batch {
         self.launch().unwrap();
         self.read()
     }
-}
-
-/// Converts a state of the reference to that of the device. `commit_before` is the value of each sequence while it is active.
-pub fn output_of(state: &State, commit_before: &[i32]) -> Output {
-    let failure = state.failure;
-    let [failed_sequence, failed_position, failed_step] = match failure {
-        Some(Failure { sequence, position, step }) => [saturating_i32(sequence), position, saturating_i32(step)],
-        None => [DLLM_NONE_FAILED; 3],
-    };
-    let (schedule, steps, num_ratios) = match &state.schedule {
-        QuotaSchedule::Unlimited => (DLLM_SCHEDULE_NONE, 0, 0),
-        QuotaSchedule::Llada { steps } => (DLLM_SCHEDULE_LLADA, *steps, 0),
-        QuotaSchedule::Dream(ratios) => (DLLM_SCHEDULE_DREAM, 0, ratios.len()),
-        QuotaSchedule::CarryOver => (DLLM_SCHEDULE_CARRY_OVER, 0, 0),
-    };
-    let (passes, nfe) = (saturating_i32(state.passes), saturating_i32(state.nfe));
-    let before = |(sequence, before): (&Sequence, &i32)| if sequence.quota.is_some() { *before } else { i32::MIN };
-    Output {
-        control: dllm_advance_control {
-            schedule: schedule as i32,
-            steps: saturating_i32(steps),
-            pass: saturating_i32(state.pass),
-            num_ratios: saturating_i32(num_ratios),
-            passes,
-            nfe,
-            failed_sequence,
-            failed_position,
-            failed_step,
-            reserved: [0; 3],
-        },
-        sequences: state.sequences.iter().zip(commit_before).map(sequence_on_device).collect(),
-        quota: state.sequences.iter().map(|sequence| sequence.quota.map_or(0, saturating_i32)).collect(),
-        commit_before: state.sequences.iter().zip(commit_before).map(before).collect(),
-        steps: state.sequences.iter().map(|sequence| saturating_i32(sequence.forwards)).collect(),
-        progress: dllm_progress {
-            passes,
-            nfe,
-            active: saturating_i32(state.active()),
-            failed_sequence,
-            failed_position,
-            failed_step,
-            reserved: [poison(); 2],
-        },
-    }
-}
-
-fn sequence_on_device((sequence, commit_before): (&Sequence, &i32)) -> dllm_advance_sequence {
-    dllm_advance_sequence {
-        first_token: saturating_i32(sequence.tokens.start),
-        length: saturating_i32(sequence.tokens.len()),
-        generated: saturating_i32(sequence.generated),
-        active_start: saturating_i32(sequence.active_range.start),
-        active_end: saturating_i32(sequence.active_range.end),
-        quota_start: saturating_i32(sequence.quota_range.start),
-        quota_end: saturating_i32(sequence.quota_range.end),
-        commit_before: *commit_before,
-        initial_masks: saturating_i32(sequence.initial_masks),
-        per_step: saturating_i32(sequence.per_step),
-        deficit: saturating_i32(sequence.deficit),
-        max_passes: saturating_i32(sequence.max_passes),
-        forwards: saturating_i32(sequence.forwards),
-        active: sequence.quota.is_some().into(),
-        ended: sequence.ended.into(),
-        reserved: 0,
-    }
-}
-
-/// Returns the ratios of Dream's schedule; those of other schedules are empty.
-pub fn ratios(schedule: &QuotaSchedule) -> &[f32] {
-    if let QuotaSchedule::Dream(ratios) = schedule { ratios } else { &[] }
 }
 
 /// Returns the state of a batch before its first pass.

@@ -1,13 +1,12 @@
 //! Sequence of the checks (build, machine, peak rates, ops) and their report.
 
 use super::Doctor;
-use super::case::{Case, Entry, ErrorBound};
 use super::machine::{Build, Loads, Machine, NEEDED, modules, modules_text};
-use super::ops;
 use crate::output::{print, print_json};
 use crate::report::count;
 use dllm_kernels::gpu::{Buffer, Device, Stream, blas};
 use dllm_kernels::ops::read_bandwidth;
+use dllm_kernels::selftest::{self, Case, Entry, Rows, broken, number};
 use dllm_kernels::{Error, Result};
 use serde::Serialize;
 
@@ -130,7 +129,7 @@ fn examine(args: &Doctor, report: &mut Report) -> Result<()> {
     for row in &report.ops {
         show(&row.text(is_software))?;
     }
-    for entry in ops::all(args.small || is_software) {
+    for entry in selftest::entries(args.small || is_software) {
         let row = bench.row(&entry);
         show(&row.text(is_software))?;
         report.ops.push(row);
@@ -198,13 +197,10 @@ impl Bench {
         let mut case = (entry.make)(&self.stream)?;
         case.launch()?;
         self.stream.synchronize()?;
-        let bounds = case.check()?;
+        let bounds = case.check(Rows::All)?;
         // The first of equally large errors.
         let worst = bounds.iter().rev().max_by(|a, b| a.relative().total_cmp(&b.relative()));
-        let broken: Vec<_> = bounds.iter().filter(|bound| !bound.holds()).collect();
-        let text =
-            |b: &&ErrorBound| format!("{}: expected at most {}, found {}", b.what, number(b.bound), number(b.error));
-        let message = broken.iter().map(text).collect::<Vec<_>>().join("; ");
+        let message = broken(&bounds);
         Ok(Row {
             op: entry.op,
             shape: entry.shape.clone(),
@@ -214,8 +210,8 @@ impl Bench {
             bound: worst.map(|bound| bound.bound),
             bytes: Some(case.bytes()),
             time: self.is_timed.then(|| self.time(case.as_mut())).transpose()?,
-            verdict: if broken.is_empty() { "ok" } else { "wrong" },
-            message: (!broken.is_empty()).then_some(message),
+            verdict: if message.is_none() { "ok" } else { "wrong" },
+            message,
         })
     }
 
@@ -292,9 +288,4 @@ fn line([op, shape, dtype, error, bound]: [&str; 5], times: &str, verdict: &str)
 
 fn columns([median, spread, bytes, rate, share]: [String; 5]) -> String {
     format!("  {median:>9}  {spread:>18}  {bytes:>8}  {rate:>6}  {share:>9}")
-}
-
-/// Formats a number briefly.
-fn number(x: f64) -> String {
-    if x == x.round() && x.abs() < 1e6 { format!("{x}") } else { format!("{x:.1e}") }
 }

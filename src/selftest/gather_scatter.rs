@@ -1,27 +1,41 @@
 //! Gather, and scatter with a count on the device and an index out of range.
 
-use super::super::case::{Case, Entry, ErrorBound, Float, HostDevice, Rng, count_or};
-use super::pick;
-use dllm_kernels::Result;
-use dllm_kernels::abi::{DLLM_INDEX_FAILED, DLLM_NONE_FAILED};
-use dllm_kernels::gpu::{Buffer, Stream};
-use dllm_kernels::ops::gather_scatter::{self, Copy, GatherScatter};
-use dllm_kernels::reference::gather_scatter::{gather, scatter};
+use super::{Case, Entry, ErrorBound, Float, HostDevice, Output, Random, Rows, count_or, pick};
+use crate::abi::{DLLM_INDEX_FAILED, DLLM_NONE_FAILED};
+use crate::error::Result;
+use crate::gpu::{Buffer, Stream};
+use crate::ops::gather_scatter::{self, Copy, GatherScatter};
+use crate::reference::gather_scatter::{gather, scatter};
 use half::{bf16, f16};
 
+/// Returns the checks of `dllm doctor`.
 pub fn entries(small: bool) -> Vec<Entry> {
     let (rows, width) = pick(small, (256, 4096), (3, 4096));
     vec![
         Entry::new::<bf16, _>("gather_scatter", format!("gather {rows}x{width}"), move |stream| {
-            Copied::<bf16>::new(stream, Copy::Gather, rows, width, None)
+            Copied::<bf16>::new(stream, Shape { copy: Copy::Gather, rows, width, count: None })
         }),
         Entry::new::<f16, _>("gather_scatter", "scatter 29 of 37x24, one out of range".into(), |stream| {
-            Copied::<f16>::new(stream, Copy::Scatter, 37, 24, Some(29))
+            Copied::<f16>::new(stream, Shape { copy: Copy::Scatter, rows: 37, width: 24, count: Some(29) })
         }),
     ]
 }
 
-struct Copied<T> {
+/// Shape of a case.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Direction of the copy.
+    pub copy: Copy,
+    /// Rows of the index list. The matrix that it points to has twice as many.
+    pub rows: usize,
+    /// Elements of a row.
+    pub width: usize,
+    /// Row count on the device. With one, there is an index out of range too.
+    pub count: Option<i32>,
+}
+
+/// Index list, source and target.
+pub struct Copied<T> {
     stream: Stream,
     copy: Copy,
     width: usize,
@@ -33,10 +47,11 @@ struct Copied<T> {
 }
 
 impl<T: Float> Copied<T> {
-    /// Makes a copy to or from twice as many rows, with a permutation as the index.
-    fn new(stream: &Stream, copy: Copy, rows: usize, width: usize, count: Option<i32>) -> Result<Copied<T>> {
-        let mut rng = Rng::new(2);
-        let mut index: Vec<i32> = (0..rows).map(|i| ((i * 2 + 1) * 7 % (2 * rows)) as i32).collect();
+    /// Uploads random matrices, and distinct indices in random order.
+    pub fn new(stream: &Stream, shape: Shape) -> Result<Copied<T>> {
+        let Shape { copy, rows, width, count } = shape;
+        let mut random = Random(2);
+        let mut index = random.distinct(rows, 2 * rows);
         if count.is_some() {
             index[rows / 3] = 2 * rows as i32;
         }
@@ -47,8 +62,8 @@ impl<T: Float> Copied<T> {
             width,
             count: HostDevice::optional(stream, count)?,
             index: HostDevice::new(stream, index)?,
-            source: HostDevice::new(stream, rng.values(from * width, 1.0))?,
-            target: HostDevice::new(stream, rng.values(to * width, 1.0))?,
+            source: HostDevice::new(stream, random.values(from * width, 1.0))?,
+            target: HostDevice::new(stream, random.values(to * width, 1.0))?,
             failed: stream.upload(&[DLLM_NONE_FAILED])?,
         })
     }
@@ -72,7 +87,8 @@ impl<T: Float> Case for Copied<T> {
         gather_scatter::launch(&self.stream, rows, self.copy)
     }
 
-    fn check(&self) -> Result<Vec<ErrorBound>> {
+    /// Compares all rows: the reference copies.
+    fn check(&self, _: Rows) -> Result<Vec<ErrorBound>> {
         let index = &self.index.host[..count_or(&self.count, self.index.host.len())];
         let mut want = self.target.host.clone();
         let reference = if self.copy == Copy::Gather { gather } else { scatter };
@@ -82,5 +98,9 @@ impl<T: Float> Case for Copied<T> {
             ErrorBound::bits("elements that differ", &self.target.device.read()?, &want),
             ErrorBound::bits("failure codes that differ", &self.failed.read()?, &[failed]),
         ])
+    }
+
+    fn outputs(&mut self) -> Vec<Output<'_>> {
+        vec![Output::new("target", &mut self.target.device), Output::new("failure code", &mut self.failed)]
     }
 }

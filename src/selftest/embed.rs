@@ -1,27 +1,41 @@
 //! Embedding of all tokens; and by an index list, with a token out of range.
 
-use super::super::case::{Case, Entry, ErrorBound, Float, HostDevice, Rng, count_or};
-use super::pick;
-use dllm_kernels::Result;
-use dllm_kernels::abi::{DLLM_INDEX_FAILED, DLLM_NONE_FAILED};
-use dllm_kernels::gpu::{Buffer, Stream};
-use dllm_kernels::ops::embed::{self, Embed};
-use dllm_kernels::reference::embed::embed as reference;
+use super::{Case, Entry, ErrorBound, Float, HostDevice, Output, Random, Rows, count_or, pick};
+use crate::abi::{DLLM_INDEX_FAILED, DLLM_NONE_FAILED};
+use crate::error::Result;
+use crate::gpu::{Buffer, Stream};
+use crate::ops::embed::{self, Embed};
+use crate::reference::embed::embed as reference;
 use half::{bf16, f16};
 
+/// Returns the checks of `dllm doctor`.
 pub fn entries(small: bool) -> Vec<Entry> {
     let (rows, width, vocab_size) = pick(small, (256, 4096, 4096), (3, 4096, 100));
     vec![
         Entry::new::<bf16, _>("embed", format!("{rows}x{width}"), move |stream| {
-            Tokens::<bf16>::new(stream, rows, width, vocab_size, None)
+            Tokens::<bf16>::new(stream, Shape { rows, width, vocab_size, count: None })
         }),
         Entry::new::<f16, _>("embed", "indexed 29 of 37x24, token out of range".into(), |stream| {
-            Tokens::<f16>::new(stream, 37, 24, 50, Some(29))
+            Tokens::<f16>::new(stream, Shape { rows: 37, width: 24, vocab_size: 50, count: Some(29) })
         }),
     ]
 }
 
-struct Tokens<T> {
+/// Shape of a case.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Number of tokens.
+    pub rows: usize,
+    /// Elements of an embedding.
+    pub width: usize,
+    /// Rows of the table.
+    pub vocab_size: usize,
+    /// Row count on the device. With one, there is an index list in reverse order too, and a token out of range.
+    pub count: Option<i32>,
+}
+
+/// Tokens, table and result.
+pub struct Tokens<T> {
     stream: Stream,
     width: usize,
     table: HostDevice<T>,
@@ -33,10 +47,11 @@ struct Tokens<T> {
 }
 
 impl<T: Float> Tokens<T> {
-    /// Makes random tokens. With a count there is an index list too, in reverse order.
-    fn new(stream: &Stream, rows: usize, width: usize, vocab_size: usize, count: Option<i32>) -> Result<Tokens<T>> {
-        let mut rng = Rng::new(3);
-        let mut tokens: Vec<i32> = (0..rows).map(|_| rng.below(vocab_size) as i32).collect();
+    /// Uploads a random table and random tokens.
+    pub fn new(stream: &Stream, shape: Shape) -> Result<Tokens<T>> {
+        let Shape { rows, width, vocab_size, count } = shape;
+        let mut random = Random(3);
+        let mut tokens: Vec<i32> = (0..rows).map(|_| random.below(vocab_size) as i32).collect();
         let index: Option<Vec<i32>> = count.map(|_| (0..rows as i32).rev().collect());
         if index.is_some() {
             tokens[rows / 2] = vocab_size as i32;
@@ -44,11 +59,11 @@ impl<T: Float> Tokens<T> {
         Ok(Tokens {
             stream: stream.clone(),
             width,
-            table: HostDevice::new(stream, rng.values(vocab_size * width, 1.0))?,
+            table: HostDevice::new(stream, random.values(vocab_size * width, 1.0))?,
             tokens: HostDevice::new(stream, tokens)?,
             index: index.map(|index| HostDevice::new(stream, index)).transpose()?,
             count: HostDevice::optional(stream, count)?,
-            out: HostDevice::new(stream, rng.values(rows * width, 1.0))?,
+            out: HostDevice::new(stream, random.values(rows * width, 1.0))?,
             failed: stream.upload(&[DLLM_NONE_FAILED])?,
         })
     }
@@ -73,7 +88,8 @@ impl<T: Float> Case for Tokens<T> {
         embed::launch(&self.stream, embed)
     }
 
-    fn check(&self) -> Result<Vec<ErrorBound>> {
+    /// Compares all rows: the reference copies.
+    fn check(&self, _: Rows) -> Result<Vec<ErrorBound>> {
         let tokens = &self.tokens.host;
         let all = || (0..tokens.len() as i32).collect();
         let index: Vec<i32> = self.index.as_ref().map_or_else(all, |index| index.host.clone());
@@ -85,5 +101,9 @@ impl<T: Float> Case for Tokens<T> {
             ErrorBound::bits("elements that differ", &self.out.device.read()?, &want),
             ErrorBound::bits("failure codes that differ", &self.failed.read()?, &[failed]),
         ])
+    }
+
+    fn outputs(&mut self) -> Vec<Output<'_>> {
+        vec![Output::new("result", &mut self.out.device), Output::new("failure code", &mut self.failed)]
     }
 }

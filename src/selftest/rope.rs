@@ -1,32 +1,44 @@
 //! Rotary embedding with writes to the cache; and with rows that are not cached.
 
-use super::super::case::{Case, Entry, ErrorBound, Float, HostDevice, Rng, widened};
-use super::pick;
-use dllm_kernels::Result;
-use dllm_kernels::abi::{DLLM_INDEX_FAILED, DLLM_NONE_FAILED};
-use dllm_kernels::backend::Heads;
-use dllm_kernels::gpu::{Buffer, Stream};
-use dllm_kernels::ops::rope::{self, Caches, Rope};
-use dllm_kernels::reference::rope::{Angles, rotate_rounded};
+use super::{Case, Entry, ErrorBound, Float, HostDevice, Output, Random, Rows, narrowed, pick, widened};
+use crate::abi::{DLLM_INDEX_FAILED, DLLM_NONE_FAILED};
+use crate::error::Result;
+use crate::gpu::{Buffer, Stream};
+use crate::ops::attention::Heads;
+use crate::ops::rope::{self, Caches, Rope};
+use crate::reference::rope::{Angles, rotate_rounded};
 use half::{bf16, f16};
 
 const THETA: f32 = 500_000.0;
 
+/// Returns the checks of `dllm doctor`.
 pub fn entries(small: bool) -> Vec<Entry> {
     let (rows, num_heads) = pick(small, (256, 32), (2, 32));
     let llada = Heads { num_heads, num_kv_heads: num_heads, head_dim: 128 };
     let odd = Heads { num_heads: 6, num_kv_heads: 2, head_dim: 32 };
     vec![
         Entry::new::<bf16, _>("rope", format!("{rows}x{num_heads}/{num_heads}x128"), move |stream| {
-            Rotation::<bf16>::new(stream, llada, rows, false)
+            Rotation::<bf16>::new(stream, Shape { heads: llada, rows, odd: false })
         }),
         Entry::new::<f16, _>("rope", "9x6/2x32, one uncached, one out of range".into(), move |stream| {
-            Rotation::<f16>::new(stream, odd, 9, true)
+            Rotation::<f16>::new(stream, Shape { heads: odd, rows: 9, odd: true })
         }),
     ]
 }
 
-struct Rotation<T> {
+/// Shape of a case.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Heads of a row.
+    pub heads: Heads,
+    /// Rows, and rows of the caches.
+    pub rows: usize,
+    /// Whether a row is not cached, and a position out of range.
+    pub odd: bool,
+}
+
+/// Rows that are rotated in place, and the caches.
+pub struct Rotation<T> {
     stream: Stream,
     heads: Heads,
     /// Queries, keys and values. Each launch rotates them once more.
@@ -40,17 +52,18 @@ struct Rotation<T> {
 }
 
 impl<T: Float> Rotation<T> {
-    /// Makes rows of ascending positions and descending cache rows.
-    fn new(stream: &Stream, heads: Heads, rows: usize, odd: bool) -> Result<Rotation<T>> {
-        let mut rng = Rng::new(7);
+    /// Uploads random rows of ascending positions and descending cache rows.
+    pub fn new(stream: &Stream, shape: Shape) -> Result<Rotation<T>> {
+        let Shape { heads, rows, odd } = shape;
+        let mut random = Random(7);
         let (mut positions, mut cache_row): (Vec<i32>, Vec<i32>) =
             (0..rows as i32).map(|i| (i, rows as i32 - 1 - i)).unzip();
         if odd {
             cache_row[rows / 2] = -1;
             positions[rows / 3] = rows as i32;
         }
-        let qkv = rng.values(rows * heads.qkv_width(), 2.0);
-        let mut cache = || HostDevice::new(stream, rng.values(rows * heads.num_kv_heads * heads.head_dim, 1.0));
+        let qkv = random.values(rows * heads.qkv_width(), 2.0);
+        let mut cache = || HostDevice::new(stream, random.values(rows * heads.kv_width(), 1.0));
         Ok(Rotation {
             stream: stream.clone(),
             heads,
@@ -87,9 +100,10 @@ impl<T: Float> Case for Rotation<T> {
         rope::launch(&self.stream, rope)
     }
 
-    fn check(&self) -> Result<Vec<ErrorBound>> {
+    /// Compares all rows: a row of the caches may come from any of them.
+    fn check(&self, _: Rows) -> Result<Vec<ErrorBound>> {
         let head_dim = self.heads.head_dim;
-        let (width, kv_width) = (self.heads.qkv_width(), self.heads.num_kv_heads * head_dim);
+        let (width, kv_width) = (self.heads.qkv_width(), self.heads.kv_width());
         let positions = &self.positions.host;
         let mut angles = Angles::default();
         angles.extend(THETA, head_dim, positions.len());
@@ -103,7 +117,7 @@ impl<T: Float> Case for Rotation<T> {
             let (rotated, values) = row.split_at_mut(width - kv_width);
             let mut wide = widened(rotated);
             rotate_rounded(&mut wide, head_dim, angles.at(position), T::round);
-            rotated.iter_mut().zip(wide).for_each(|(rotated, wide)| *rotated = T::from_wide(wide));
+            rotated.copy_from_slice(&narrowed::<T>(&wide));
             if let Ok(to) = usize::try_from(*to) {
                 k[to * kv_width..][..kv_width].copy_from_slice(&rotated[rotated.len() - kv_width..]);
                 v[to * kv_width..][..kv_width].copy_from_slice(values);
@@ -115,5 +129,14 @@ impl<T: Float> Case for Rotation<T> {
             ErrorBound::bits("cached values that differ", &self.v_cache.device.read()?, &v),
             ErrorBound::bits("failure codes that differ", &self.failed.read()?, &[failed]),
         ])
+    }
+
+    fn outputs(&mut self) -> Vec<Output<'_>> {
+        vec![
+            Output::new("rows", &mut self.qkv.device),
+            Output::new("cached keys", &mut self.k_cache.device),
+            Output::new("cached values", &mut self.v_cache.device),
+            Output::new("failure code", &mut self.failed),
+        ]
     }
 }
