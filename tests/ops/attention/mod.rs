@@ -489,7 +489,7 @@ fn scores_far_below_zero() {
             let mut case = Case::<T>::new(&mut Random(12), heads, sequences, splits);
             let size = (200.0 / (heads.head_dim as f32).sqrt()).sqrt();
             for (i, q) in case.q.iter_mut().enumerate().filter(|(_, q)| !q.f32().is_nan()) {
-                let sign = if (i - case.first) / case.q_stride % 2 == 0 { 1.0 } else { -1.0 };
+                let sign = if ((i - case.first) / case.q_stride).is_multiple_of(2) { 1.0 } else { -1.0 };
                 *q = T::of(sign * (size + 0.1 * q.f32()));
             }
             for k in case.segments.iter_mut().flat_map(|(k, _, _)| k).filter(|k| !k.f32().is_nan()) {

@@ -142,7 +142,7 @@ fn status_of_failed_rows() {
                 let written = (first..end).filter(|i| output.tokens[*i] != tokens[*i]).count();
                 let committed = if s % 2 == 1 { 0 } else { output.committed[s] as usize };
                 assert_eq!((written, output.committed[s] as usize), (committed, committed), "{what}: sequence {s}");
-                let expects_some = s % 2 == 0 && commit_rule != CommitRule::Quota(0);
+                let expects_some = s.is_multiple_of(2) && commit_rule != CommitRule::Quota(0);
                 assert_eq!(committed > 0, expects_some, "{what}: sequence {s}");
             }
             for row in [7, 8].into_iter().chain(12..18) {
