@@ -67,7 +67,7 @@ pub enum Visits {
         /// Distance of the visited tiles after them.
         every: usize,
     },
-    /// One of so many tiles, beginning with the first.
+    /// One tile of this number, beginning with the first.
     Every(usize),
 }
 

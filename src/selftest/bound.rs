@@ -61,7 +61,7 @@ impl ErrorBound {
     }
 }
 
-/// What is compared, with the accepted and the found error.
+/// Writes the compared values, with the accepted and the found error.
 impl fmt::Display for ErrorBound {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(f, "{}: expected at most {}, found {}", self.what, number(self.bound), number(self.error))

@@ -1,4 +1,4 @@
-//! What a user gives to the library and to `dllm`: commands, checkpoints, tokenizers, and invalid input.
+//! Input of users to the library and to `dllm`: commands, checkpoints, tokenizers, and invalid input.
 
 mod bad_input;
 #[cfg(feature = "cli")]

@@ -30,8 +30,8 @@ fn shipped_dir() -> Option<PathBuf> {
     found
 }
 
-/// Writes the copy, if there are shipped recordings. Of the cases of a file and of the trajectories of each model and algorithm it keeps one in `step`; of the
-/// trajectories that have tensors it keeps all.
+/// Writes the copy, if there are shipped recordings. Of the cases of a file and of the trajectories of each model and algorithm it
+/// keeps one in `step`; of the trajectories that have tensors it keeps all.
 pub fn write_copy(step: usize) -> Option<TempDir> {
     let (from, to) = (shipped_dir()?, TempDir::new().unwrap());
     let mut files: Vec<String> =
@@ -80,7 +80,7 @@ fn read_json(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
-/// What new columns of tensors depend on, of each case.
+/// Settings of each case, on which new columns of tensors depend.
 struct Settings(BTreeMap<String, Value>);
 
 impl Settings {

@@ -19,7 +19,7 @@ pub use recorded::golden_dir;
 use dllm_kernels::{Config, Family};
 use std::path::{Path, PathBuf};
 
-/// How much of a long test runs.
+/// Share of a long test that runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     /// A representative part, in every run.

@@ -1,4 +1,4 @@
-//! What the library asks of a device: memory, modules, captures, launches, blocking calls, and errors.
+//! Use of a device by the library: memory, modules, captures, launches, blocking calls, and errors.
 //!
 //! These tests set options of the CUDA emulator that hold for the whole process. So they share their process with no others, and
 //! run one at a time.

@@ -548,7 +548,7 @@ mod elsewhere {
     use crate::common::copy::{check_elsewhere, passes, write_copy};
     use crate::common::recorded::{KINDS, golden_dir, is_shipped, names, not_run};
 
-    /// What the names of this file's tests start with, if its program has others too.
+    /// Start of the names of this file's tests.
     fn filters() -> Vec<&'static str> {
         let here = module_path!().trim_end_matches("::elsewhere");
         here.split_once("::").map(|(_, module)| module).into_iter().collect()

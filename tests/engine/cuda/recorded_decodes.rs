@@ -33,8 +33,8 @@ pub fn recorded_decodes(part: Part) {
     if replayed == 0 {
         not_run("trajectory without dLLM-Cache");
     }
-    // The weights are random, so the two best tokens are often close. The bounds are twice the observed shares.
+    // The weights are random, so the two best tokens are often close. A quarter of the tokens and a third of the commits are in doubt; differences are bounded by twice the observed shares.
     if is_shipped(&golden_dir()) {
-        all.assert_few([0.055, 0.032], [0.6, 0.9]);
+        all.assert_few([0.055, 0.032], [0.4, 0.6]);
     }
 }
