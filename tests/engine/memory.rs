@@ -27,9 +27,10 @@ const FEATURE_CACHE: [&str; 2] = ["refresh-ratio", "guided"];
 const GUIDED_AT_INTERVALS: [&str; 2] = ["guided-long", "remembered"];
 const KIB: usize = 1 << 10;
 
-/// Bytes of lists of a decode that the estimate leaves out: for any decode, and for each position of a sequence.
-const LISTS: usize = 96 * KIB;
-const LISTS_PER_POSITION: usize = 32;
+/// Bytes of lists (tokens, positions, sequences, predictions) that the estimate leaves out: for any decode, and for each position of
+/// a sequence. Measured: 7 to 26 KiB, and 95 to 128 bytes per position.
+const LISTS: usize = 64 * KIB;
+const LISTS_PER_POSITION: usize = 128;
 /// The system may give each buffer whole huge pages.
 const HUGE_PAGES: usize = 32 << 10 << 10;
 /// The system counts pages in batches.
