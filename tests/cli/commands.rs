@@ -482,7 +482,7 @@ fn a_trace_that_cannot_be_written_is_found_before_the_work() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("trace.json");
     std::fs::write(&file, "old").unwrap();
-    let output = run(&mut dllm(words("generate --top-k 0 --trace")).arg(&file));
+    let output = run(dllm(words("generate --top-k 0 --trace")).arg(&file));
     assert_eq!(output.status.code(), Some(2));
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "old");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
@@ -493,7 +493,7 @@ fn a_trace_that_cannot_be_written_is_found_before_the_work() {
 #[test]
 fn a_trace_that_is_lost_does_not_cost_the_answer() {
     let line = "generate --gen-length 64";
-    let output = run(&mut dllm(words(line)).args(["--trace", "/dev/full"]));
+    let output = run(dllm(words(line)).args(["--trace", "/dev/full"]));
     let said = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("NFE ") && said.contains("error: /dev/full"), "{said}");
@@ -510,7 +510,7 @@ fn a_panic_in_the_tokenizer_is_one_line() {
     let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
     tokenizer["pre_tokenizer"] = serde_json::json!({"type": "FixedLength", "length": 0});
     std::fs::write(&file, tokenizer.to_string()).unwrap();
-    let output = run(&mut dllm(["generate", "--prompt", "hello", "--model"]).arg(dir.path()));
+    let output = run(dllm(["generate", "--prompt", "hello", "--model"]).arg(dir.path()));
     let said = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     let others: Vec<_> = said.lines().filter(|line| !line.starts_with("error: ")).collect();
@@ -730,7 +730,7 @@ fn the_answer_follows_the_steps() {
 
 #[test]
 fn an_unknown_instruction_set_is_named() {
-    let output = run(&mut dllm(["generate"]).env("DLLM_CPU", "scalar"));
+    let output = run(dllm(["generate"]).env("DLLM_CPU", "scalar"));
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("DLLM_CPU: expected amx, avx512, avx2 or plain, found \"scalar\""));
 }
@@ -749,7 +749,7 @@ fn eval_names_the_bad_row() {
         (long.as_str(), "positions"),
     ] {
         std::fs::write(&file, format!("{good}\n\n{bad}\n")).unwrap();
-        let output = run(&mut dllm(["eval", "--problems"]).arg(&file));
+        let output = run(dllm(["eval", "--problems"]).arg(&file));
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{said}");
         assert!(said.contains("problems.jsonl: line 3: ") && said.contains(message), "{said}");

@@ -510,7 +510,7 @@ fn architecture_of_inspect() {
             format!("window {} positions", n("max_sequence_length")),
             format!("mask id {}", n("mask_token_id")),
             format!("end-of-text ids {}", config["eos_token_id"]),
-            format!("Decoding 1 sequence of 128 + 128 tokens in blocks of 32, cache dual, 1 thread"),
+            "Decoding 1 sequence of 128 + 128 tokens in blocks of 32, cache dual, 1 thread".to_string(),
         ] {
             assert!(rows.contains(&row), "no {row:?} in {rows:#?}");
         }

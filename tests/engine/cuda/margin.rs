@@ -11,7 +11,7 @@
 //! logit and its competitors ([`competitor_error`]), at least the mean of r over the pass.
 //! The rule has two numbers. **No difference between two logits of the device is further than [`MARGIN`] r from the same difference
 //! on the CPU, and almost none is further than [`DOUBT`] r.** With normal errors and an exact r, r would be the standard deviation of
-//! a difference. But r is one sample, inexact in single rows, and a few errors are far larger (10 r was observed). The tests print the
+//! a difference. But r is one sample, inexact in single rows, and a few errors are far larger (12.5 r was observed). The tests print the
 //! mean and the largest error that they see, in r. The tests of forwards check the device against [`MARGIN`], and its mean error
 //! against that of the bf16 reference.
 //!
@@ -33,7 +33,7 @@ use dllm_kernels::sampling::{Candidates, CommitRule, Prediction, SamplingParams,
 use std::collections::BTreeMap;
 
 /// Bound of the error of a difference of two logits, in r.
-pub const MARGIN: f64 = 16.0;
+pub const MARGIN: f64 = 20.0;
 /// Almost all errors are below this, in r: decisions that errors up to it could change are in doubt.
 const DOUBT: f64 = 4.0;
 /// Bound of the share of candidates with a surprise.
