@@ -225,6 +225,8 @@ impl Passes {
 
     /// Returns what the last launch wrote.
     fn read(&self) -> Result<OnDevice> {
+        // The host reads pinned memory directly.
+        self.stream.synchronize()?;
         let mut progress = dllm_progress::default();
         let words: &mut [i32] = bytemuck::cast_slice_mut(std::slice::from_mut(&mut progress));
         (0..).zip(words).for_each(|(i, word)| *word = self.progress.get(i));
