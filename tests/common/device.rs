@@ -30,8 +30,8 @@ pub fn stream() -> Stream {
 /// Makes tests of these functions, which need a device. The CUDA emulator runs each one with the threads of kernels in several
 /// orders; anything that it reports fails the test.
 ///
-/// Functions after `in_parts` take a [`Part`](crate::common::Part) and become two tests: one runs a few of their cases; one, in the
-/// module `whole`, runs all of them and is ignored unless asked for.
+/// Functions after `in_parts` take a [`Part`](crate::common::Part) and become two tests: one in the module `few`, which runs a few of
+/// their cases; and one in the module `whole`, which runs all of them and is ignored unless requested.
 macro_rules! on_device {
     ($($test:ident),* $(,)? $(; in_parts: $($long:ident),+ $(,)?)?) => {
         crate::common::device_tests!(on_device, in_every_order; $($test),*; $($($long),+)?);
@@ -48,9 +48,9 @@ macro_rules! once_on_device {
 macro_rules! device_tests {
     ($module:ident, $run:ident; $($test:ident),*; $($long:ident),*) => {
         mod $module {
-            crate::common::device_tests!(@ $run $($test(),)* $($long(crate::common::Part::Few),)*);
+            crate::common::device_tests!(@ $run $($test(),)*);
         }
-        crate::common::device_tests!(@whole $run; $($long),*);
+        crate::common::device_tests!(@parts $run; $($long),*);
     };
     (@ $run:ident $($test:ident($($part:expr)?),)*) => {
         $(
@@ -64,8 +64,11 @@ macro_rules! device_tests {
             }
         )*
     };
-    (@whole $run:ident;) => {};
-    (@whole $run:ident; $($long:ident),+) => {
+    (@parts $run:ident;) => {};
+    (@parts $run:ident; $($long:ident),+) => {
+        mod few {
+            crate::common::device_tests!(@ $run $($long(crate::common::Part::Few),)+);
+        }
         mod whole {
             $(
                 #[test]

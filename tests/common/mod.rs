@@ -46,7 +46,7 @@ impl Part {
 }
 
 /// Makes two tests of each of these functions, which take a [`Part`] and need no device: one in the module `few`, and one in the
-/// module `whole`, which is ignored unless asked for.
+/// module `whole`, which is ignored unless requested.
 macro_rules! in_parts {
     ($($test:ident),+ $(,)?) => {
         mod few {
